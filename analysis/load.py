@@ -1,0 +1,246 @@
+"""Run directories → data frames. Reads records only: no torch, no model, nothing is computed again.
+
+What cannot be read is left out and named in one line, on standard error and in `Runs.problems`; what is missing stays
+missing (NaN, None), it never becomes a zero.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+
+from experiments.errors import UserError
+from experiments.records import (
+    NOT_IN_THE_ID,
+    EvalRecord,
+    RunPaths,
+    TrainRecord,
+    content_hash,
+    read_config,
+    read_json,
+    read_lines,
+    read_record,
+)
+
+UNREADABLE = (UserError, OSError, ValueError, KeyError, TypeError, AttributeError)  # what a damaged file can raise
+SIZES = {"num_blocks": "N", "r": "r"}  # the setting that sizes an adapter -> the letter the literature gives it
+RUN_COLUMNS = ("run_id", "path", "model", "method", "label", "size", "size_number", "task", "seed", "learning_rate")
+TRAIN_COLUMNS = ("trainable_parameters", "base_parameters", "percent_of_base", "steps", "train_seconds")
+HASH_COLUMNS = ("base_hash", "train_data_hash", "environment")
+EVAL_COLUMNS = ("benchmark", "protocol", "evaluation", "n", "correct", "accuracy", "standard_error")
+COUNT_COLUMNS = ("no_match", "fallback", "dropped", "items", "test_data_hash", "eval_environment")
+COLUMNS = [*RUN_COLUMNS, "setting", *TRAIN_COLUMNS, *HASH_COLUMNS, *EVAL_COLUMNS, *COUNT_COLUMNS]
+WHOLE_NUMBERS = ["seed", "trainable_parameters", "base_parameters", "steps", "n", "correct", *COUNT_COLUMNS[:3]]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What was read.
+
+    `frame` has a row per run and evaluation, with the columns `COLUMNS`: `setting` is a hash of the config without its
+    seed, so rows of one setting differ in nothing but the seed; `evaluation` is the folder under `eval/`, which names
+    benchmark, protocol and generation settings; `items` is an (n,) array of 1 and 0; `percent_of_base` is in percent,
+    `accuracy` in [0, 1], `train_seconds` in seconds. A planned evaluation without a score has a row with `benchmark`
+    alone. `problems` has a line for everything that was left out or is not there yet.
+    """
+
+    frame: pd.DataFrame
+    problems: list[str]
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Step times relative to the frozen model's, one row of `ratios` per method label.
+
+    `ratios` is indexed by label, with the columns `median`, `low`, `high` (25 % and 75 % of the rounds) and `rounds`;
+    `batch` is [rows, tokens per row].
+    """
+
+    model: str
+    device: str
+    batch: list[int]
+    ratios: pd.DataFrame
+
+
+def load_runs(directories: Iterable[Path]) -> Runs:
+    """Read run directories, in the order given. A directory without a readable config is a problem, not an error."""
+    rows: list[dict[str, Any]] = []
+    problems: list[str] = []
+    seen: dict[str, Path] = {}
+    for directory in directories:
+        run = RunPaths(directory)
+        if directory.name in seen:  # counted twice it would look like one more seed
+            if directory.resolve() != seen[directory.name].resolve():
+                problems.append(f"{directory}: the same run as {seen[directory.name]}, left out")
+            continue
+        seen[directory.name] = directory
+        try:
+            config = read_config(run)
+            about_run = _about_run(run, config)
+            planned = (config.get("evaluation") or {}).get("benchmarks") or []
+        except UNREADABLE as error:
+            problems.append(_line(run.config, error))
+            continue
+        trained, training = _training(run, problems)
+        evaluations = list(_evaluations(run, trained, problems))
+        scored = {evaluation["benchmark"] for evaluation in evaluations}
+        for benchmark in planned:
+            if benchmark not in scored:
+                evaluations.append({"benchmark": benchmark})
+                problems.append(f"{directory}: no score for {benchmark}")
+        rows += [about_run | training | evaluation for evaluation in evaluations or [{}]]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    frame = pd.DataFrame(rows, columns=pd.Index(COLUMNS))
+    return Runs(frame.astype(dict.fromkeys(WHOLE_NUMBERS, "Int64")), problems)
+
+
+def load_metrics(directory: Path) -> pd.DataFrame:
+    """What a training logged, one row per optimizer step, indexed by `step` (from 1).
+
+    Columns: `loss`, `learning_rate`, `gradient_norm` (all tensors together), `seconds`, and one column per trained
+    tensor, under the tensor's name, with the norm of its gradient before clipping. A step that a resumed training did
+    again is there once, as done last. UserError when the run has no readable training record or does not fit it.
+    """
+    run = RunPaths(directory)
+    try:
+        tensors = read_record(run.train_record, TrainRecord).tensors
+        lines = list(read_lines(run.metrics))
+        norms = [line.pop("gradient_norms") for line in lines]
+        if any(len(values) != len(tensors) for values in norms):
+            raise UserError(f"{run.metrics}: does not have one gradient norm for each of the {len(tensors)} tensors")
+        scalars = pd.DataFrame(lines, columns=pd.Index(["step", "loss", "learning_rate", "gradient_norm", "seconds"]))
+    except UNREADABLE as error:
+        raise UserError(_line(run.metrics, error)) from None
+    frame = pd.concat([scalars, pd.DataFrame(norms, columns=pd.Index(tensors), dtype=float)], axis="columns")
+    return frame.drop_duplicates("step", keep="last").set_index("step").sort_index()
+
+
+def load_step_times(path: Path) -> StepTimes:
+    """Step times as `experiments.benchmark` measured them: in every round the frozen floor and each method once.
+
+    A ratio is taken within its round, so that a machine that slows down for a while slows both. UserError when the file
+    is not such a measurement.
+    """
+    data = read_json(path)
+    try:
+        if data["schema"] != 1:
+            raise UserError(f"{path}: schema {data['schema']}, this version reads 1: measure again")
+        seconds = pd.DataFrame(data["seconds"], dtype=float)
+        ratios = seconds.drop(columns="floor").div(seconds["floor"], axis="index")
+        quartiles = ratios.quantile([0.25, 0.5, 0.75]).T.set_axis(["low", "median", "high"], axis="columns")
+        return StepTimes(data["model"], data["device"], data["batch"], quartiles.assign(rounds=len(ratios)))
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a measurement of step times ({error}): measure again") from None
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a frame as dictionaries of column name to value."""
+    return cast(list[dict[str, Any]], frame.to_dict("records"))
+
+
+def find_runs(paths: Iterable[Path]) -> list[Path]:
+    """The run directories meant by `paths`: each is one, or a folder of them. UserError when nothing is found."""
+    found: list[Path] = []
+    for path in paths:
+        if (path / "config.yaml").is_file():
+            found.append(path)
+        elif runs := sorted(config.parent for config in path.glob("*/config.yaml")):
+            found += runs
+        else:
+            raise UserError(f"{path}: no run directory and no folder of them (a run has a config.yaml)")
+    return found
+
+
+def _about_run(run: RunPaths, config: dict[str, Any]) -> dict[str, Any]:
+    method = config["method"]
+    adapter = method["adapter"] or {}
+    size = next((key for key in SIZES if adapter.get(key) is not None), None)
+    return {
+        "run_id": run.root.name,
+        "path": run.root,
+        "model": config["model"]["name"],
+        "method": method["name"],
+        "label": method["label"],
+        "size": f"{SIZES[size]}={adapter[size]}" if size else "",
+        "size_number": adapter[size] if size else None,
+        "task": config["task"]["name"],
+        "seed": config["seed"],
+        "learning_rate": None if method["trains"] == "nothing" else config["recipe"]["learning_rate"],
+        "setting": content_hash({key: value for key, value in config.items() if key not in (*NOT_IN_THE_ID, "seed")}),
+    }
+
+
+def _training(run: RunPaths, problems: list[str]) -> tuple[TrainRecord | None, dict[str, Any]]:
+    """The training record, and what the frame takes from it; (None, {}) when there is none to trust."""
+    if not run.train_record.is_file():
+        problems.append(f"{run.root}: not trained, or not to the end")
+        return None, {}
+    try:
+        record = read_record(run.train_record, TrainRecord)
+        if record.run_id != run.root.name:
+            raise UserError(f"{run.train_record}: the record of {record.run_id}: train the run again")
+        return record, {
+            "trainable_parameters": record.trainable_parameters,
+            "base_parameters": record.base_parameters,
+            "percent_of_base": 100 * record.trainable_parameters / record.base_parameters,
+            "steps": record.steps,
+            "train_seconds": record.train_seconds if record.steps else None,
+            "base_hash": record.base_hash,
+            "train_data_hash": record.data_hash,
+            "environment": record.environment,
+        }
+    except (*UNREADABLE, ZeroDivisionError) as error:
+        problems.append(_line(run.train_record, error))
+        return None, {}
+
+
+def _evaluations(run: RunPaths, trained: TrainRecord | None, problems: list[str]) -> Iterator[dict[str, Any]]:
+    """What the frame takes from every evaluation of a run that can be read and belongs to its weights."""
+    for path in sorted(run.root.glob("eval/*/*/score.json")):
+        try:
+            record = read_record(path, EvalRecord)
+            items = np.array(record.items, dtype=np.int8)
+            _check_score(path, run, record, items, trained)
+        except UNREADABLE as error:
+            problems.append(_line(path, error))
+            continue
+        yield {
+            "benchmark": record.benchmark,
+            "protocol": record.protocol,
+            "evaluation": path.parent.relative_to(run.root / "eval").as_posix(),
+            "n": record.n,
+            "correct": record.correct,
+            "accuracy": record.correct / record.n,
+            "standard_error": record.standard_error,
+            "no_match": record.no_match,
+            "fallback": record.fallback,
+            "dropped": record.dropped,
+            "items": items,
+            "test_data_hash": record.data_hash,
+            "eval_environment": record.environment,
+        }
+
+
+def _check_score(path: Path, run: RunPaths, record: EvalRecord, items: np.ndarray, trained: TrainRecord | None) -> None:
+    """UserError unless the score is this run's, adds up, and was made with the weights that the training recorded."""
+    if record.run_id != run.root.name:
+        raise UserError(f"{path}: the score of {record.run_id}: evaluate the run again")
+    if record.n == 0 or len(items) != record.n or items.sum() != record.correct:
+        raise UserError(f"{path}: n={record.n}, correct={record.correct} do not fit its items: evaluate the run again")
+    if trained is not None:
+        for name in trained.adapter_files.keys() & record.adapter_files.keys():
+            if trained.adapter_files[name] != record.adapter_files[name]:
+                raise UserError(f"{path}: scored with another {name} than train.json has: evaluate the run again")
+
+
+def _line(path: Path, error: BaseException) -> str:
+    """One line that names the file: our own errors do already, others are put behind the name."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{path}: cannot be read ({type(error).__name__}: {text})"

@@ -1,0 +1,210 @@
+"""One page from run directories: what was run, the table, the figures, what is missing, environment and hashes.
+
+    python -m analysis.report runs --out report
+    python -m analysis.report runs/tiny-* --out report --step-times step_times.json --note "Learning rates: see …"
+
+Writes `index.html`, which needs nothing beside it and no network, `table.md`, `table.csv` and `figures/`. The page
+shows what was measured; it ranks nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from analysis.plots import Picture
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+COMPARED = ("lora", "diablo")  # the methods whose gradients the paper's figure sets side by side
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m analysis.report", description="Tables and figures from runs.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="run directories, or folders of them")
+    parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write into (default: report)")
+    parser.add_argument("--step-times", type=Path, metavar="FILE", help="measurement of experiments.benchmark")
+    parser.add_argument("--title", default="Fine-tuning methods compared", help="heading of the page")
+    parser.add_argument(
+        "--note", action="append", default=[], metavar="TEXT", help="a paragraph for the page; repeatable"
+    )
+    options = parser.parse_args(arguments)
+
+    from analysis.load import find_runs
+
+    print(write_report(find_runs(options.runs), options.out, options.step_times, options.title, options.note))
+
+
+def write_report(
+    run_directories: Sequence[Path], out: Path, step_times: Path | None, title: str, notes: Sequence[str] = ()
+) -> Path:
+    """Write the report of these runs into `out` and return the path of its `index.html`.
+
+    `step_times` is a measurement of `experiments.benchmark`, or None for blank cells. `notes` are paragraphs of plain
+    text that say what the records cannot, such as how the learning rates were chosen. UserError when no run can be
+    read.
+    """
+    import jinja2
+
+    from analysis import tables
+    from analysis.load import load_runs, load_step_times
+    from experiments.records import write_atomically
+
+    runs = load_runs(run_directories)
+    if runs.frame.empty:
+        raise UserError(f"nothing to report: none of the {len(run_directories)} directories is a readable run")
+    times = load_step_times(step_times) if step_times else None
+    table = tables.method_table(runs.frame, times)
+    sections = [
+        {"title": heading, "table": tables.display(rows), "figure": _accuracy_figure(number, heading, rows, table, out)}
+        for number, (heading, rows) in enumerate(tables.by_section(table), start=1)
+    ]
+    gradients, not_drawn = _gradient_figures(runs.frame, out)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.from_string(TEMPLATE.read_text()).render(
+        title=title,
+        notes=notes,
+        facts=_facts(runs.frame),
+        sections=sections,
+        interval_kinds=set(table["interval_over"]),
+        times=times,
+        gradients=gradients,
+        problems=runs.problems + not_drawn,
+        hashes=_hashes(runs.frame),
+        environment=_environment(runs.frame),
+    )
+    write_atomically(out / "table.md", tables.to_markdown(table))
+    write_atomically(out / "table.csv", tables.to_csv(table))
+    write_atomically(out / "index.html", page)
+    return out / "index.html"
+
+
+def _accuracy_figure(
+    number: int, heading: str, rows: pd.DataFrame, table: pd.DataFrame, out: Path
+) -> dict[str, str] | None:
+    """The figure of one section, saved and ready for the page; None when nothing trained was scored in it."""
+    from analysis.plots import accuracy_by_parameters
+
+    if rows.loc[rows["trainable_parameters"] > 0, "accuracy"].isna().all():
+        return None
+    methods = sorted(table["method"].unique())
+    return _embed(accuracy_by_parameters(f"accuracy_by_parameters_{number}", heading, rows, methods), out)
+
+
+def _gradient_figures(frame: pd.DataFrame, out: Path) -> tuple[list[dict[str, str]], list[str]]:
+    """One figure for every model and task with runs of LoRA or DiaBlo, and a line for each that cannot be drawn."""
+    from analysis.load import load_metrics, records
+    from analysis.plots import Trace, gradient_norms
+
+    figures: list[dict[str, str]] = []
+    problems: list[str] = []
+    trained = frame.dropna(subset=["trainable_parameters"]).drop_duplicates("run_id")
+    for number, (_, part) in enumerate(trained.groupby(["model", "task"]), start=1):
+        runs = records(part.sort_values(["label", "seed"]))
+        model, task = runs[0]["model"], runs[0]["task"]
+        chosen = _nearest_in_size(runs)
+        traces = []
+        for run in runs:
+            if run["setting"] in chosen:
+                try:
+                    traces.append(Trace(run["label"], run["seed"], run["learning_rate"], load_metrics(run["path"])))
+                except UserError as error:
+                    problems.append(str(error))
+        if traces:
+            try:
+                figures.append(_embed(gradient_norms(f"gradient_norms_{number}", model, task, traces), out))
+            except ValueError as error:
+                problems.append(f"no gradient figure for {model} on {task}: {error}")
+    return figures, problems
+
+
+def _nearest_in_size(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """One setting of LoRA and one of DiaBlo: the pair whose parameter counts are nearest, or the one that is there.
+
+    Of pairs equally near, the one with the lowest learning rates.
+    """
+    families = [{run["setting"]: run for run in runs if run["method"] == method} for method in COMPARED]
+    pairs = itertools.product(*(family.values() for family in families if family))
+
+    def distance(pair: Sequence[dict[str, Any]]) -> tuple[int, list[float]]:
+        counts = [run["trainable_parameters"] for run in pair]
+        return max(counts, default=0) - min(counts, default=0), [run["learning_rate"] for run in pair]
+
+    return [run["setting"] for run in min(pairs, key=distance)]
+
+
+def _embed(picture: Picture, out: Path) -> dict[str, str]:
+    """Save a picture, and give the page what it needs. An <img> keeps the ids inside one SVG away from the next."""
+    from analysis.plots import save
+
+    svg, _ = save(picture, out / "figures")
+    source = "data:image/svg+xml;base64," + base64.b64encode(svg.read_bytes()).decode()
+    return {"source": source, "alt": picture.alt, "caption": picture.caption}
+
+
+def _facts(frame: pd.DataFrame) -> list[tuple[str, str]]:
+    """What was run, as (name, text)."""
+    from analysis.load import records
+
+    scored = frame.dropna(subset=["accuracy"])
+    models = records(frame.dropna(subset=["base_parameters"]).drop_duplicates(["model", "base_parameters"]))
+    evaluations = records(scored.drop_duplicates(["evaluation", "test_data_hash"]))
+    unanswered = f"{scored['no_match'].sum()} of {scored['n'].sum():,}, counted as wrong" if len(scored) else ""
+    return [
+        ("Base model", "; ".join(f"{row['model']}, {row['base_parameters']:,} parameters" for row in models)),
+        ("Trained on", ", ".join(sorted(set(frame["task"])))),
+        (
+            "Scored on",
+            "; ".join(
+                f"{row['benchmark']}, {row['n']:,} test items, protocol {row['protocol']}" for row in evaluations
+            ),
+        ),
+        ("Methods", ", ".join(sorted(set(frame["method"])))),
+        ("Seeds", ", ".join(str(seed) for seed in sorted(set(frame["seed"])))),
+        ("Runs", f"{frame['run_id'].nunique()}, of which {scored['run_id'].nunique()} trained and scored"),
+        ("Completions without an answer", unanswered),
+    ]
+
+
+def _hashes(frame: pd.DataFrame) -> list[tuple[str, list[str]]]:
+    """(what, its hashes): one hash each, unless the runs differ."""
+    rows = []
+    for words, by, column in (
+        ("Base weights of", "model", "base_hash"),
+        ("Training rows of", "task", "train_data_hash"),
+        ("Test rows of", "benchmark", "test_data_hash"),
+    ):
+        for name, part in frame.dropna(subset=[column]).groupby(by):
+            rows.append((f"{words} {name}", sorted(set(part[column]))))
+    return rows
+
+
+def _environment(frame: pd.DataFrame) -> list[tuple[str, str, str]]:
+    """(key, in training, in evaluation); of values that differ between runs all are listed."""
+    training, evaluation = (_values(frame[column].dropna()) for column in ("environment", "eval_environment"))
+    return [(key, training.get(key, ""), evaluation.get(key, "")) for key in training | evaluation]
+
+
+def _values(environments: Iterable[dict[str, Any]]) -> dict[str, str]:
+    found: dict[str, list[str]] = {}
+    for environment in environments:
+        for key, value in environment.items():
+            text = value if isinstance(value, str) else json.dumps(value)
+            if text not in found.setdefault(key, []):
+                found[key].append(text)
+    return {key: "; ".join(values) for key, values in found.items()}
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,93 @@
+"""Intervals for accuracies. Pure functions of arrays of right (1) and wrong (0) answers.
+
+The seeds of one method answer the *same* test items, so their answers are not independent and counts may not simply be
+added up over seeds. Below `SEEDS_FOR_AN_INTERVAL` seeds nothing can be said about the spread over seeds: the interval
+is over test items only, and says so. From there on it covers seeds and items.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+LEVEL = 0.95
+SEEDS_FOR_AN_INTERVAL = 5  # below it an interval over seeds would promise what so few points cannot give
+DRAWS = 5000  # bootstrap replicates; the percentiles then move by about 1 % of the interval's width between generators
+Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean accuracy with its 95 % interval, all in [0, 1]."""
+
+    mean: float
+    low: float
+    high: float
+    over: str  # what was drawn anew: "test items", or "seeds and test items"
+
+
+def accuracy_interval(items: NDArray[np.int8]) -> Interval:
+    """The mean accuracy of one method with its 95 % interval.
+
+    `items`: (seeds, n), 1 where that seed's run answered that test item right, 0 where not; the columns are the same
+    test items in every row. ValueError when there is no seed or no item.
+    """
+    if items.ndim != 2 or items.size == 0:
+        raise ValueError(f"items must be (seeds, n) with at least one of each, got shape {items.shape}")
+    seeds_agree = bool((items == items[0]).all())  # then the seeds add no variance, and no information
+    if len(items) >= SEEDS_FOR_AN_INTERVAL and not seeds_agree:
+        low, high = bootstrap_seeds_and_items(items)
+        over = "seeds and test items"
+    else:
+        low, high = wilson(float(items.mean()), effective_items(items))
+        over = "test items"
+    return Interval(float(items.mean()), low, high, over)
+
+
+def wilson(mean: float, n: float) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a proportion `mean` observed on `n` items; `n` need not be whole.
+
+    The same as `scipy.stats.binomtest(k, n).proportion_ci(method="wilson")`, which takes whole numbers only. It stays
+    inside [0, 1] and has a width when every answer is right.
+    """
+    centre = (mean + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * math.sqrt(mean * (1 - mean) / n + Z**2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def effective_items(items: NDArray[np.int8]) -> float:
+    """How many independent right-or-wrong answers the mean of `items`, (seeds, n), is worth for drawing new items.
+
+    The usual design-effect correction: the mean over n items of the per-item means m_i has the variance Var(m_i) / n; a
+    proportion p from k independent answers has p (1 - p) / k; equal for k = n p (1 - p) / Var(m_i). One seed, or seeds
+    that agree on every item, give n; seeds that disagree average their noise out and give more, but never more than
+    seeds * n, which is what independent answers would give.
+    """
+    seeds, n = items.shape
+    mean = float(items.mean())
+    variance = float(items.mean(axis=0).var())
+    independent = mean * (1 - mean)
+    if independent == 0:  # all right or all wrong
+        return float(n)
+    return n * independent / max(variance, independent / seeds)
+
+
+def bootstrap_seeds_and_items(items: NDArray[np.int8]) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean of `items`, (seeds, n), under a hierarchical bootstrap.
+
+    Each replicate draws seeds with replacement, then test items with replacement, the same items for all the seeds it
+    drew: the seeds did answer the same items (Owen 2007, "The pigeonhole bootstrap"). The generator is fixed, so the
+    same answers always give the same interval.
+    """
+    generator = np.random.default_rng(0)
+    seeds, n = items.shape
+    means = np.empty(DRAWS)
+    for draw in range(DRAWS):
+        item_means = items[generator.integers(seeds, size=seeds)].mean(axis=0)
+        means[draw] = item_means[generator.integers(n, size=n)].mean()
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)

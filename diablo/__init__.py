@@ -1,0 +1,16 @@
+"""DiaBlo: fine-tune only the diagonal blocks of weight matrices (arXiv 2506.03230), as a PEFT tuner.
+
+    from diablo import DiabloConfig
+    from peft import get_peft_model
+
+    model = get_peft_model(base, DiabloConfig(num_blocks=64, target_modules=["q_proj", "v_proj"]))
+
+Importing this package makes PEFT know the methods; import it before loading a saved adapter.
+"""
+
+from diablo.config import DiabloConfig
+from diablo.layer import DiabloLayer, DiabloLinear
+from diablo.milora import MiloraConfig, MiloraModel
+from diablo.model import DiabloModel
+
+__all__ = ["DiabloConfig", "DiabloLayer", "DiabloLinear", "DiabloModel", "MiloraConfig", "MiloraModel"]

@@ -1,0 +1,117 @@
+"""MiLoRA: LoRA that starts from the smallest singular triplets of the weight (arXiv 2406.09044).
+
+PEFT has PiSSA, the same construction with the largest ones, and no MiLoRA. Everything but the start is PEFT's LoRA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, LoraModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import resolve_quantization_backend
+from torch import Tensor, nn
+
+from diablo.layer import plain_weight
+from diablo.register import peft_type, register
+
+MILORA = peft_type("MILORA")
+
+
+@dataclass
+class MiloraConfig(LoraConfig):
+    """`LoraConfig` whose factors start at the r smallest singular triplets; the base weight gives them up.
+
+    The paper sets `lora_alpha = r`. Options of `LoraConfig` that choose another start or another layer are refused.
+
+    Raises:
+        ValueError: such an option is set.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = MILORA
+        for name, plain in (("init_lora_weights", True), ("use_dora", False), ("lora_bias", False)):
+            if getattr(self, name) != plain:
+                raise ValueError(f"MiLoRA sets its own start: {name}={getattr(self, name)!r} must be {plain}")
+        if self.target_parameters:
+            raise ValueError(f"MiLoRA adapts linear layers: target_parameters={self.target_parameters!r} must be unset")
+
+
+def smallest_triplets(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """MiLoRA's factors: A `(r, in)` = sqrt(S/s) Vᵀ and B `(out, r)` = U sqrt(S/s) of the last r triplets, in fp32.
+
+    Args:
+        weight: `(out, in)`.
+        scaling: s, the factor LoRA multiplies B A with, so that s B A is the part of the weight the triplets span.
+
+    Raises:
+        ValueError: the weight has fewer than r triplets.
+    """
+    if r > min(weight.shape):
+        raise ValueError(
+            f"r={r} exceeds the {min(weight.shape)} singular values of a {tuple(weight.shape)} weight: lower r"
+        )
+    u, s, vt = torch.linalg.svd(weight.float(), full_matrices=False)
+    root = (s[-r:] / scaling).sqrt()
+    return root[:, None] * vt[-r:], u[:, -r:] * root
+
+
+def _decomposable_weight(base_layer: nn.Module) -> Tensor:
+    try:
+        weight = plain_weight(base_layer)
+        if isinstance(base_layer, nn.Linear) and resolve_quantization_backend(base_layer) is None:
+            return weight
+    except TypeError:
+        pass
+    raise ValueError(
+        f"MiLoRA takes the SVD of an nn.Linear that is not quantised, not of {type(base_layer).__name__}: "
+        "load the base model in fp16, bf16 or fp32, or change target_modules"
+    )
+
+
+class MiloraModel(LoraModel):
+    """PEFT's LoRA with MiLoRA's start.
+
+    Attaching changes the base weights to W - s B A, as PiSSA does, so unloading does not give W back. Save with
+    `diablo.residual.save_adapter`: the file then holds an ordinary LoRA for the unchanged W.
+    """
+
+    def _create_and_replace(
+        self,
+        lora_config: MiloraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        try:
+            weight = _decomposable_weight(target.get_base_layer() if isinstance(target, BaseTunerLayer) else target)
+            super()._create_and_replace(
+                lora_config, adapter_name, target, target_name, parent, current_key, parameter_name=parameter_name
+            )
+            self._start_at_smallest(getattr(parent, target_name), weight, adapter_name)
+        except ValueError as error:
+            raise ValueError(f"{current_key}: {error}") from None
+
+    @staticmethod
+    def _start_at_smallest(layer: LoraLayer, weight: Tensor, adapter_name: str) -> None:
+        if weight.device.type == "meta":
+            return  # only the structure is wanted: there is nothing to decompose
+        a, b = smallest_triplets(weight, layer.r[adapter_name], layer.scaling[adapter_name])
+        factor_a: Tensor = layer.lora_A[adapter_name].weight.data  # pyright: ignore[reportAssignmentType]
+        factor_b: Tensor = layer.lora_B[adapter_name].weight.data  # pyright: ignore[reportAssignmentType]
+        # The base gives up what the factors hold after rounding to their dtype, so that the sum stays W.
+        a, b = a.to(factor_a.dtype), b.to(factor_b.dtype)
+        weight.copy_(weight.float() - layer.scaling[adapter_name] * (b.float() @ a.float()))
+        if factor_a.device.type != "meta":  # low_cpu_mem_usage: the saved factors are put here later
+            factor_a.copy_(a)
+            factor_b.copy_(b)
+
+
+register(MILORA, MiloraConfig, MiloraModel)

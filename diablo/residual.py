@@ -1,0 +1,132 @@
+"""Saving adapters that changed the base model when they were attached.
+
+PiSSA, MiLoRA, OLoRA, CorDA and LoRA-GA start at factors A₀, B₀ and take s B₀ A₀ out of the base weight W. Their trained
+factors belong to that changed base: on W itself they are wrong, and finding the same start again needs the same SVD (or
+gradient). The update relative to W,
+
+    s (B A - B₀ A₀) = s [B | -B₀] [A ; A₀],
+
+is an ordinary LoRA of rank 2 r, and that is what is written. PEFT's own conversion does this for PiSSA and its kin; it
+loads a second adapter into the live model, does not know MiLoRA and leaves out `modules_to_save`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diablo.milora import MiloraConfig
+
+ADAPTER = "default"
+# Settings that only describe how the factors started; LoraConfig warns about those it would ignore.
+START_ONLY = ("corda_config", "eva_config", "lora_ga_config")
+
+
+def changes_base(config: PeftConfig) -> bool:
+    """Whether attaching the adapter takes its starting factors out of the base weights.
+
+    LoftQ and KaSA also change the base, but not by their factors' product: they are not covered here.
+    """
+    start = getattr(config, "init_lora_weights", None)
+    return isinstance(config, MiloraConfig) or (
+        isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "lora_ga"))
+    )
+
+
+def initial_factors(model: PeftModel) -> dict[str, Tensor]:
+    """The starting factors, to be called right after attaching and kept until the adapter is saved.
+
+    Returns:
+        A₀ and B₀ on the CPU under the names they have in the adapter's file; nothing for a method that leaves the base
+        as it is.
+    """
+    if not changes_base(model.peft_config[ADAPTER]):
+        return {}
+    factors = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in factors.items() if _factor(name)}
+
+
+def save_adapter(model: PeftModel, directory: Path, initial: dict[str, Tensor] | None) -> None:
+    """Writes the adapter named "default" in PEFT's two files, `adapter_config.json` and `adapter_model.safetensors`.
+
+    The model is not changed. The files fit the base model as it was before the adapter was attached, for every method.
+
+    Args:
+        initial: what `initial_factors` gave; empty or None for a method that leaves the base as it is.
+
+    Raises:
+        ValueError: the method changes the base and `initial` does not hold its starting factors, or DoRA is on.
+    """
+    config = model.peft_config[ADAPTER]
+    directory.mkdir(parents=True, exist_ok=True)
+    if changes_base(config):
+        assert isinstance(config, LoraConfig)
+        if config.use_dora:
+            raise ValueError("use_dora=True with a start that changes the base cannot be saved as plain LoRA: set one")
+        tensors = _relative_to_base(get_peft_model_state_dict(model, adapter_name=ADAPTER), initial or {})
+        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        _save_config(model, config, directory)
+    else:
+        model.save_pretrained(str(directory), selected_adapters=[ADAPTER])
+    _give_usual_mode(directory / "adapter_model.safetensors")
+
+
+def _factor(name: str) -> str | None:
+    return next((factor for factor in ("lora_A", "lora_B") if f".{factor}." in name), None)
+
+
+def _relative_to_base(trained: dict[str, Tensor], initial: dict[str, Tensor]) -> dict[str, Tensor]:
+    expected = {name for name in trained if _factor(name)}
+    if initial.keys() != expected:
+        raise ValueError(
+            f"the starting factors of {len(expected - initial.keys())} of {len(expected)} tensors are missing: "
+            "pass what initial_factors(model) gave right after attaching"
+        )
+    tensors = {}
+    for name, tensor in trained.items():
+        factor, tensor = _factor(name), tensor.detach()
+        if factor is not None:
+            start = initial[name].to(tensor)
+            # A is (r, in), B is (out, r): the rank is A's first and B's last axis.
+            tensor = torch.cat([tensor, start], dim=0) if factor == "lora_A" else torch.cat([tensor, -start], dim=1)
+        tensors[name] = tensor.contiguous()
+    return tensors
+
+
+def _save_config(model: PeftModel, config: LoraConfig, directory: Path) -> None:
+    settings: dict[str, Any] = {f.name: copy.deepcopy(getattr(config, f.name)) for f in fields(LoraConfig) if f.init}
+    # The scale s = alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA, must stay what it was.
+    alpha_factor = math.sqrt(2) if config.use_rslora else 2
+    settings |= dict.fromkeys(START_ONLY)
+    settings |= {
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "r": 2 * config.r,
+        "lora_alpha": alpha_factor * config.lora_alpha,
+        "rank_pattern": {name: 2 * r for name, r in (config.rank_pattern or {}).items()},
+        "alpha_pattern": {name: alpha_factor * alpha for name, alpha in (config.alpha_pattern or {}).items()},
+    }
+    base = model.get_base_model()
+    settings["base_model_name_or_path"] = config.base_model_name_or_path or getattr(base, "name_or_path", None)
+    if config.task_type is None:  # without a task, AutoPeftModel needs to be told the class
+        settings["auto_mapping"] = {
+            "base_model_class": type(base).__name__,
+            "parent_library": type(base).__module__,
+        }
+    LoraConfig(**settings).save_pretrained(str(directory))
+
+
+def _give_usual_mode(file: Path) -> None:
+    """safetensors 0.8 writes mode 0600 whatever the umask, so nobody else in a group could read the adapter."""
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)

@@ -1,0 +1,110 @@
+"""What a method does to a base model: attach what is trained, save it, and put it back on a fresh base.
+
+A method's config names a PEFT config class; full fine-tuning and the untouched base are the two cases without one.
+Everything else in this project treats all methods alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from experiments.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
+
+Config = dict[str, Any]
+
+
+def peft_config(adapter: Config) -> PeftConfig:
+    """The PEFT config that `_target_` names, built from the other keys."""
+    fields = dict(adapter)
+    target = fields.pop("_target_")
+    module, _, name = target.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"method.adapter._target_={target}: no such config class ({error})") from None
+    known = {field.name for field in dataclasses.fields(kind)}
+    for key in fields:
+        if key not in known:
+            raise UserError(f"method.adapter.{key}: {name} has no such field: {nearest(key, known)}")
+    try:
+        return kind(**fields)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"method.adapter: {error}") from None
+
+
+def attach(method: Config, base: PreTrainedModel) -> torch.nn.Module:
+    """The model to train: the base itself with all or none of its weights trainable, or the base with an adapter.
+
+    Only what the method trains requires a gradient afterwards.
+    """
+    base.requires_grad_(method["trains"] == "all")
+    if method["trains"] != "adapter":
+        return base
+    import peft
+
+    on_meta = next(base.parameters()).is_meta
+    try:
+        return peft.get_peft_model(base, peft_config(method["adapter"]), low_cpu_mem_usage=on_meta)
+    except ValueError as error:
+        raise UserError(f"{method['label']} on {base.config.model_type}: {error}") from None
+
+
+def trained_tensors(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """What is trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def initial_state(method: Config, model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
+    """What saving needs from the start of training: A and B of methods that take them out of the base, else None."""
+    from peft import PeftModel
+
+    from diablo.residual import changes_base, initial_factors
+
+    if method["trains"] == "adapter" and changes_base(peft_config(method["adapter"])):
+        assert isinstance(model, PeftModel)
+        return initial_factors(model)
+    return None
+
+
+def save(method: Config, model: torch.nn.Module, folder: Path, initial: dict[str, torch.Tensor] | None) -> None:
+    """Write what was trained. PEFT's two files for an adapter, the whole model for full fine-tuning."""
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from diablo.residual import save_adapter
+
+    if isinstance(model, PeftModel):
+        save_adapter(model, folder, initial)
+    elif method["trains"] == "all":
+        assert isinstance(model, PreTrainedModel)
+        model.save_pretrained(folder)
+        for path in folder.iterdir():
+            path.chmod(0o644)  # safetensors writes 0600 whatever the umask
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def load(method: Config, base: PreTrainedModel, folder: Path, merge: bool) -> PreTrainedModel:
+    """A fresh base with what was trained on it. `merge` folds an adapter into the weights."""
+    if method["trains"] == "nothing":
+        return base
+    if method["trains"] == "all":
+        trained: Any = type(base).from_pretrained(folder, dtype=base.dtype)
+        return trained.to(base.device)
+    import peft
+
+    import diablo  # noqa: F401  registers the adapter types that PEFT does not know
+
+    try:
+        model = peft.PeftModel.from_pretrained(base, folder)
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise UserError(f"{folder}: this adapter does not fit the base model: {error}") from None
+    return cast(Any, model.merge_and_unload() if merge else model)

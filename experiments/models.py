@@ -1,0 +1,105 @@
+"""Base models: from the hub, from a folder, made here (`tiny`), or on the meta device for counting."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Config = dict[str, Any]
+
+
+def load_base(config: Config, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model of a run, in evaluation mode, and its tokenizer.
+
+    Full fine-tuning gets float32 weights whatever the config's dtype: they are their own master copy.
+    """
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = config["model"]
+    if model["pretraining"] is not None:
+        from experiments.tiny import make_base
+
+        path: str | Path = make_base(model, Path(config["runtime"]["cache_dir"]))
+    else:
+        path = model["path"]
+    transformers.utils.logging.disable_progress_bar()  # a bar for loading weights on top of ours
+    dtype = torch.float32 if config["method"]["trains"] == "all" else getattr(torch, model["dtype"])
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=model["revision"])
+        base: Any = AutoModelForCausalLM.from_pretrained(path, revision=model["revision"], dtype=dtype)
+    except OSError as error:
+        raise UserError(
+            f"model {model['name']}: cannot load {path} ({str(error).splitlines()[0]}): give a local folder with "
+            f"model.path=…, or a hub id and access to it (huggingface-cli login)"
+        ) from None
+    _check_architecture(model, base)
+    if tokenizer.pad_token_id is None:
+        # Padding is masked in training and in generation, so any token serves; a new one would resize the embedding.
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    base.config.use_cache = True
+    return base.to(device).eval(), tokenizer
+
+
+def empty_base(architecture: Config) -> PreTrainedModel:
+    """The model's structure on the meta device: shapes and names, no weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(build_config(architecture))
+
+
+def build_config(architecture: Config) -> PretrainedConfig:
+    """transformers' config of a `model.architecture` section."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    settings = dict(architecture)
+    try:
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    except (ValueError, KeyError, StrictDataclassError) as error:
+        raise UserError(f"model.architecture: {error}") from None
+
+
+def weights_hash(model: PreTrainedModel) -> str:
+    """sha256 over names, shapes, dtypes and bytes of all weights. About a gigabyte per second."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _check_architecture(model: Config, base: PreTrainedModel) -> None:
+    """What was planned and counted from the config must be what was loaded."""
+    for field, planned in model["architecture"].items():
+        loaded = getattr(base.config, field, None)
+        if loaded != planned:
+            raise UserError(
+                f"model {model['name']}: the loaded weights have {field}={loaded}, the config says {planned}: "
+                f"correct model.path or model.architecture.{field}"
+            )
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of `runtime.device`: `auto` is this process's GPU if there is one, else the CPU."""
+    import os
+
+    import torch
+
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    elif name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"runtime.device={name}: no CUDA device is visible to PyTorch here; use cpu or auto")
+    return torch.device(name)

@@ -1,0 +1,236 @@
+"""Run directories: where each file lies, what a record holds, and how files are written. Standard library only.
+
+A run is a directory named by its run id. `config.yaml` comes first; training adds `adapter/`, `metrics.jsonl` and
+`train.json`; evaluation adds `eval/<benchmark>/<protocol>-<8 hex>/` with `samples.jsonl` and `score.json`. A stage is
+finished when its record (`train.json`, `score.json`) is there, and the record is always written last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from experiments.errors import UserError
+
+SCHEMA = 1  # raised when a record changes its meaning
+NOT_IN_THE_ID = ("run_id", "runtime", "evaluation")  # settings that cannot change what is trained
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The files of one run."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def adapter(self) -> Path:
+        """PEFT's files; for full fine-tuning the model's own."""
+        return self.root / "adapter"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def train_record(self) -> Path:
+        return self.root / "train.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Only there while a training is unfinished."""
+        return self.root / "checkpoints"
+
+    def evaluation(self, benchmark: str, protocol: str, settings: dict[str, Any]) -> EvalPaths:
+        """The folder of one evaluation: other generation settings, another folder."""
+        return EvalPaths(self.root / "eval" / benchmark / f"{protocol}-{content_hash(settings)[:8]}")
+
+
+@dataclass(frozen=True)
+class EvalPaths:
+    """The files of one evaluation."""
+
+    root: Path
+
+    @property
+    def samples(self) -> Path:
+        return self.root / "samples.jsonl"
+
+    @property
+    def score(self) -> Path:
+        return self.root / "score.json"
+
+
+@dataclass(frozen=True)
+class TrainRecord:
+    """`train.json`: what was trained, on what, and what it took."""
+
+    run_id: str
+    config_hash: str
+    base_hash: str  # sha256 of the base model's weights before the adapter was attached
+    data_hash: str  # sha256 of the training rows
+    adapter_files: dict[str, str]  # file name -> sha256
+    trainable_parameters: int
+    base_parameters: int
+    steps: int
+    rows: int  # training rows in the data set
+    tokens: int  # tokens trained on, prompts included and padding not
+    truncated: int  # rows cut to the protocol's max_length
+    final_loss: float | None  # mean over the last tenth of the steps; None when nothing was trained
+    train_seconds: float  # wall time inside the training loop, all attempts together
+    step_seconds: float | None  # median time of one optimizer step
+    peak_memory_bytes: int  # device memory on CUDA, resident memory of the process elsewhere
+    resumed_at: list[int]  # the step at which each resumed attempt began
+    tensors: list[str]  # names of the trained tensors, in the order of `gradient_norms` in metrics.jsonl
+    world_size: int
+    environment: dict[str, Any]
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """`score.json`: one benchmark's score and how it was made."""
+
+    run_id: str
+    benchmark: str
+    benchmark_version: float
+    protocol: str
+    protocol_version: int
+    parser: str
+    n: int
+    correct: int
+    accuracy: float
+    standard_error: float
+    no_match: int  # completions in which the parser found no answer; they count as wrong
+    fallback: int  # completions read by the parser's second rule
+    dropped: int  # rows the protocol leaves out
+    items: list[int]  # 1 or 0 for every row, in the benchmark's order
+    generation: dict[str, Any]
+    backend: str
+    dtype: str
+    batch_size: int
+    seconds: float
+    base_hash: str
+    adapter_files: dict[str, str]
+    data_hash: str
+    environment: dict[str, Any]
+    schema: int = SCHEMA
+
+
+Record = TypeVar("Record", TrainRecord, EvalRecord)
+
+
+def read_record(path: Path, kind: type[Record]) -> Record:
+    """A record from its file. A file that is not one, or is of another schema, is refused by name."""
+    data = read_json(path)
+    if data.get("schema") != SCHEMA:
+        raise UserError(f"{path}: schema {data.get('schema')}, this version reads {SCHEMA}: delete it and run again")
+    names = {field.name for field in dataclasses.fields(kind)}
+    if names != set(data):
+        raise UserError(f"{path}: fields {sorted(names ^ set(data))} do not fit {kind.__name__}")
+    return kind(**data)
+
+
+def write_record(path: Path, record: TrainRecord | EvalRecord) -> None:
+    write_atomically(path, json.dumps(dataclasses.asdict(record), indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}): delete it and run the stage again") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a record is a JSON object, this is a {type(data).__name__}")
+    return data
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file. A last line without its end (a write that was cut off) is left out."""
+    with path.open() as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                return
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: not valid JSON ({error})") from None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write aside, flush to the disk and rename: a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_hash(value: Any) -> str:
+    """sha256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """Hash of every setting that can change the trained result."""
+    return content_hash({key: value for key, value in config.items() if key not in NOT_IN_THE_ID})
+
+
+def run_id(config: dict[str, Any]) -> str:
+    parts = (config["model"]["name"], config["method"]["label"], config["task"]["name"], f"s{config['seed']}")
+    return "-".join([*parts, config_hash(config)[:8]])
+
+
+def read_config(run: RunPaths) -> dict[str, Any]:
+    """The run's frozen config. One that was edited by hand no longer is what its run id says, and is refused."""
+    import yaml
+
+    if not run.config.is_file():
+        raise UserError(
+            f"{run.root}: no config.yaml, so not a run directory: plan one with `python -m experiments.plan`"
+        )
+    try:
+        config = yaml.safe_load(run.config.read_text())
+        expected = run_id(config)
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{run.config}: not a run's config ({error}): plan the run again") from None
+    if expected != run.root.name:
+        raise UserError(
+            f"{run.config}: these settings belong to {expected}, not to {run.root.name}: a config is frozen, "
+            f"undo the edit or plan a new run"
+        )
+    return config
+
+
+def write_config(run: RunPaths, config: dict[str, Any]) -> None:
+    import yaml
+
+    write_atomically(run.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,230 @@
+"""Train one run.
+
+    python -m experiments.train runs/<run_id>
+    torchrun --nproc_per_node 8 -m experiments.train runs/<run_id>      # one process per GPU
+
+The run directory's config decides everything. A finished run is left as it is; an interrupted one goes on from its last
+checkpoint, on the CPU bit for bit as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import shutil
+import statistics
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from experiments.errors import UserError, run_command
+from experiments.records import (
+    RunPaths,
+    TrainRecord,
+    config_hash,
+    file_hash,
+    read_config,
+    read_lines,
+    read_record,
+    write_record,
+)
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+Config = dict[str, Any]
+
+
+def train(run: RunPaths, progress: str = "") -> TrainRecord:
+    """Train the run, or read its record if it is finished. `progress` is the title of the progress bar, if any."""
+    config = read_config(run)
+    if run.train_record.is_file():
+        return read_record(run.train_record, TrainRecord)
+    import torch
+    from transformers import set_seed
+
+    from experiments import methods
+    from experiments.data import load_rows, rows_hash
+    from experiments.environment import environment
+    from experiments.models import load_base, resolve_device, weights_hash
+    from experiments.prompts import encode
+    from experiments.trainer import Examples, RunTrainer, collate
+
+    device = resolve_device(config["runtime"]["device"])
+    arguments = training_arguments(config, run, device.type)
+    with arguments.main_process_first(local=False):  # one process makes or downloads what the others then find
+        rows = load_rows(config["task"]["data"], "train", config["runtime"]["data_root"])
+        base, tokenizer = load_base(config, str(arguments.device))
+    base_parameters = base.num_parameters()
+    hashes: Any = {"config_hash": config_hash(config), "base_hash": weights_hash(base), "data_hash": rows_hash(rows)}
+    set_seed(config["seed"])
+    model: Any = methods.attach(config["method"], base)
+    initial = methods.initial_state(config["method"], model)
+    steps, tokens, seconds, truncated, tensors, resumed_at = 0, 0, 0.0, 0, [], []
+    if config["method"]["trains"] != "nothing":
+        examples = encode(_protocol(config), tokenizer, rows)
+        _check_batches(config, len(examples))
+        truncated = sum(example.truncated for example in examples)
+        trainer = RunTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=Examples(examples),
+            data_collator=partial(collate, pad_token_id=cast(int, tokenizer.pad_token_id)),
+            metrics=run.metrics,
+            checkpoint_folder=run.checkpoints,
+            meta=hashes,
+            batch_size=config["recipe"]["batch_size"],
+            progress=progress,
+        )
+        trainer.resume()
+        steps, tokens = trainer.state.global_step, int(trainer.state.num_input_tokens_seen)
+        seconds, tensors, resumed_at = trainer.train_seconds(), list(trainer.trained), trainer.resumed_at
+        trainer.accelerator.free_memory()
+    if not arguments.should_save:  # the other processes of a distributed run wait for the record
+        _wait_for_everyone()
+        return read_record(run.train_record, TrainRecord)
+    _save(config, model, run, initial)
+    lines = list(read_lines(run.metrics)) if steps else []
+    record = TrainRecord(
+        run_id=config["run_id"],
+        **hashes,
+        adapter_files={path.name: file_hash(path) for path in sorted(run.adapter.iterdir())},
+        trainable_parameters=sum(tensor.numel() for tensor in methods.trained_tensors(model).values()),
+        base_parameters=base_parameters,
+        steps=steps,
+        rows=len(rows),
+        tokens=tokens,
+        truncated=truncated,
+        final_loss=statistics.fmean(line["loss"] for line in lines[-max(1, steps // 10) :]) if lines else None,
+        train_seconds=seconds,
+        step_seconds=statistics.median(line["seconds"] for line in lines) if lines else None,
+        peak_memory_bytes=_peak_memory(torch.device(arguments.device)),
+        resumed_at=resumed_at,
+        tensors=tensors,
+        world_size=arguments.world_size,
+        environment=environment(str(arguments.device)),
+    )
+    write_record(run.train_record, record)
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    _wait_for_everyone()
+    return record
+
+
+def training_arguments(config: Config, run: RunPaths, device: str) -> TrainingArguments:
+    """Trainer's settings for a run. The batch is the config's, however many processes share it."""
+    from transformers import TrainingArguments
+
+    recipe, runtime = config["recipe"], config["runtime"]
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    accumulation, rest = divmod(recipe["batch_size"], recipe["micro_batch_size"] * world)
+    if rest or not accumulation:
+        raise UserError(
+            f"recipe.batch_size={recipe['batch_size']} is not a multiple of micro_batch_size "
+            f"{recipe['micro_batch_size']} × {world} processes: change recipe.micro_batch_size"
+        )
+    _configure_wandb(config, run)
+    return TrainingArguments(
+        output_dir=str(run.root),
+        use_cpu=device == "cpu",
+        ddp_backend="gloo" if device == "cpu" and world > 1 else None,
+        seed=config["seed"],
+        num_train_epochs=recipe["epochs"],
+        max_steps=recipe["max_steps"] or -1,
+        per_device_train_batch_size=recipe["micro_batch_size"],
+        gradient_accumulation_steps=accumulation,
+        learning_rate=recipe["learning_rate"],
+        lr_scheduler_type=_schedule(recipe["schedule"]),
+        warmup_steps=recipe["warmup_steps"],
+        optim=recipe["optimizer"],
+        adam_beta1=recipe["betas"][0],
+        adam_beta2=recipe["betas"][1],
+        weight_decay=recipe["weight_decay"],
+        max_grad_norm=recipe["max_grad_norm"],
+        bf16=config["model"]["dtype"] == "bfloat16",
+        gradient_checkpointing=runtime["gradient_checkpointing"],
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        ddp_find_unused_parameters=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # a NaN must be seen
+        include_num_input_tokens_seen="non_padding",
+        save_strategy="steps",
+        save_steps=runtime["checkpoint_every"],
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=[] if runtime["wandb"] == "off" else ["wandb"],
+        run_name=config["run_id"],
+    )
+
+
+def _schedule(name: str) -> str:
+    known = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+    if name not in known:
+        raise UserError(f"recipe.schedule={name}: choose one of {', '.join(known)}")
+    return known[name]
+
+
+def _configure_wandb(config: Config, run: RunPaths) -> None:
+    """One wandb run per run id, resumed when the training is."""
+    mode = config["runtime"]["wandb"]
+    if mode not in ("off", "offline", "online"):
+        raise UserError(f"runtime.wandb={mode}: choose off, offline or online")
+    if mode != "off":
+        os.environ.update(WANDB_MODE=mode, WANDB_DIR=str(run.root), WANDB_RUN_ID=config["run_id"], WANDB_RESUME="allow")
+        os.environ.setdefault("WANDB_PROJECT", "diablo")
+
+
+def _protocol(config: Config) -> Config:
+    if config.get("protocol") is None:
+        raise UserError(
+            f"task {config['task']['name']} has no protocol yet: it can be planned and counted, not trained"
+        )
+    return config["protocol"]
+
+
+def _check_batches(config: Config, rows: int) -> None:
+    if rows < config["recipe"]["batch_size"]:
+        raise UserError(f"{rows} training rows do not fill one batch of {config['recipe']['batch_size']}")
+
+
+def _save(config: Config, model: Any, run: RunPaths, initial: Any) -> None:
+    """Write what was trained aside and rename it, so that a folder named `adapter` is whole."""
+    from experiments import methods
+
+    aside = run.root / ".adapter"
+    shutil.rmtree(aside, ignore_errors=True)
+    methods.save(config["method"], model, aside, initial)
+    shutil.rmtree(run.adapter, ignore_errors=True)
+    os.rename(aside, run.adapter)
+
+
+def _wait_for_everyone() -> None:
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def _peak_memory(device: Any) -> int:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in kilobytes on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.train", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", type=Path, help="a run directory made by `python -m experiments.plan`")
+    run = RunPaths(parser.parse_intermixed_args(arguments).run.resolve())
+    record = train(run, progress=run.root.name)
+    if os.environ.get("RANK", "0") == "0":
+        loss = "" if record.final_loss is None else f", loss {record.final_loss:.4f}"
+        print(f"{run.root}: {record.steps} steps{loss}, {record.trainable_parameters:,} parameters trained")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,239 @@
+"""transformers' Trainer with what it lacks: checkpoints without pickle, a data order that needs no replay, and the
+gradient norm of every trained tensor at every step.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import Dataset, Sampler
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from experiments import checkpoint as checkpoints
+from experiments.methods import trained_tensors
+from experiments.prompts import IGNORED, Example
+
+Batch = dict[str, torch.Tensor]
+
+
+class EpochSampler(Sampler[int]):
+    """A permutation of the rows for each epoch that depends on the seed and the epoch alone.
+
+    The rows that do not fill a last batch are left out, others each epoch, so that every step sees a full batch however
+    many processes share it.
+    """
+
+    def __init__(self, rows: int, batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
+        self.rows, self.batch_size, self.seed, self.epoch = rows, batch_size, seed, epoch
+
+    def __len__(self) -> int:
+        return self.rows // self.batch_size * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
+        yield from torch.randperm(self.rows, generator=generator)[: len(self)].tolist()
+
+
+class Examples(Dataset[Example]):
+    def __init__(self, examples: list[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+
+def collate(examples: list[Example], pad_token_id: int) -> Batch:
+    """Rows padded on the right to the longest: `input_ids`, `attention_mask` and `labels`, each (rows, tokens)."""
+    longest = max(len(example.input_ids) for example in examples)
+
+    def pad(lists: list[list[int]], value: int) -> torch.Tensor:
+        return torch.tensor([row + [value] * (longest - len(row)) for row in lists])
+
+    return {
+        "input_ids": pad([example.input_ids for example in examples], pad_token_id),
+        "attention_mask": pad([[1] * len(example.input_ids) for example in examples], 0),
+        "labels": pad([example.labels for example in examples], IGNORED),
+    }
+
+
+class RunTrainer(Trainer):
+    """Trains `model`; writes `metrics` (JSON lines, one per optimizer step) and checkpoints.
+
+    `meta` are the hashes of what the training depends on: a checkpoint is resumed only where they agree.
+    """
+
+    def __init__(
+        self,
+        *,
+        metrics: Path,
+        checkpoint_folder: Path,
+        meta: dict[str, Any],
+        batch_size: int,
+        progress: str,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        assert isinstance(self.model, torch.nn.Module)
+        self.remove_callback(PrinterCallback)
+        self.trained = trained_tensors(self.model)
+        self.metrics, self.checkpoint_folder, self.meta = metrics, checkpoint_folder, meta
+        self.batch_size = batch_size
+        self.seconds_before = 0.0  # of earlier attempts
+        self.resumed_at: list[int] = []
+        self.started = self.last_step_end = time.perf_counter()
+        self._norms: list[float] = []
+        if progress and self.args.process_index == 0:
+            self.add_callback(_Progress(progress))
+
+    # Data order
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        assert isinstance(self.train_dataset, Examples)
+        rows = len(self.train_dataset)
+        steps = max(1, rows // self.batch_size)
+        return EpochSampler(rows, self.batch_size, self.args.seed, lambda: self.state.global_step // steps)
+
+    # Metrics
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        self._norms = self._gradient_norms()
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None:  # no clipping was asked for
+            self._norms = self._gradient_norms()
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _gradient_norms(self) -> list[float]:
+        """Frobenius norms before clipping, in the order of `trained`, with one transfer from the device."""
+        gradients = [parameter.grad for parameter in self.trained.values() if parameter.grad is not None]
+        if len(gradients) != len(self.trained):
+            without = [name for name, parameter in self.trained.items() if parameter.grad is None]
+            raise RuntimeError(f"no gradient reached {len(without)} trained tensors, the first is {without[0]}")
+        return torch.stack([torch.linalg.vector_norm(gradient.float()) for gradient in gradients]).tolist()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        self.state.log_history.clear()  # metrics.jsonl is the history
+        if "loss" not in logs or not self.args.should_save:
+            return
+        now = time.perf_counter()
+        record = {
+            "step": self.state.global_step,
+            "loss": logs["loss"],
+            "learning_rate": logs["learning_rate"],
+            "gradient_norm": logs["grad_norm"],
+            "gradient_norms": self._norms,
+            "seconds": round(now - self.last_step_end, 6),
+        }
+        self.last_step_end = now
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    # Checkpoints
+
+    def resume(self) -> None:
+        """Train from the newest whole checkpoint, or from the start if there is none."""
+        checkpoint = checkpoints.newest(self.checkpoint_folder, self.meta)
+        if self.args.should_save:
+            _cut_metrics(self.metrics, checkpoints.step_of(checkpoint) if checkpoint else 0)
+        self.started = self.last_step_end = time.perf_counter()
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    def train_seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        final = checkpoints.folder(self.checkpoint_folder, self.state.global_step)
+        aside = final.with_name(f".{final.name}")
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        tensors, rest = checkpoints.random_state()
+        save_file(tensors, aside / f"random-{self.args.process_index}.safetensors")
+        (aside / f"random-{self.args.process_index}.json").write_text(json.dumps(rest))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            weights = {name: parameter.detach().cpu().contiguous() for name, parameter in self.trained.items()}
+            save_file(weights, aside / "weights.safetensors")
+            optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
+            tensors, rest = checkpoints.flatten_optimizer(optimizer.state_dict())
+            save_file(tensors, aside / "optimizer.safetensors")
+            progress = {
+                "optimizer": rest,
+                "scheduler": scheduler.state_dict(),
+                "seconds": self.train_seconds(),
+                "resumed_at": self.resumed_at,
+            }
+            (aside / "progress.json").write_text(json.dumps(progress))
+            self.state.save_to_json(str(aside / "trainer_state.json"))
+            checkpoints.publish(aside, final, self.meta)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        weights = load_file(Path(resume_from_checkpoint) / "weights.safetensors")
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(weights[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        progress = json.loads((folder / "progress.json").read_text())
+        optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
+        tensors = load_file(folder / "optimizer.safetensors")
+        optimizer.load_state_dict(checkpoints.unflatten_optimizer(tensors, progress["optimizer"]))
+        scheduler.load_state_dict(progress["scheduler"])
+        self.seconds_before = progress["seconds"]
+        self.resumed_at = [*progress["resumed_at"], checkpoints.step_of(folder)]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        name = Path(checkpoint) / f"random-{self.args.process_index}"
+        if not name.with_suffix(".json").is_file():
+            raise RuntimeError(f"{checkpoint} was written by fewer processes than now run: resume with as many")
+        rest = json.loads(name.with_suffix(".json").read_text())
+        checkpoints.restore_random_state(load_file(name.with_suffix(".safetensors")), rest)
+
+
+class _Progress(TrainerCallback):
+    """One bar per run, gone when the run is done."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bar: tqdm[Any] | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", leave=False, mininterval=0.5
+        )
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.bar is not None
+        self.bar.update()
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.bar is not None
+        self.bar.close()
+
+
+def _cut_metrics(path: Path, step: int) -> None:
+    """Keep the lines up to a step: those after it belong to an attempt that was lost."""
+    from experiments.records import read_lines, write_atomically
+
+    lines = list(read_lines(path)) if path.is_file() else []
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))

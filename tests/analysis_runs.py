@@ -1,0 +1,152 @@
+"""Run directories with invented numbers, written through `experiments.records` as the real stages write them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.records import EvalRecord, RunPaths, TrainRecord, content_hash, run_id, write_config, write_record
+
+BASE_PARAMETERS = 1_000_000
+MODULES = ("self_attn.q_proj", "mlp.down_proj")
+LAYERS = 4
+MATRICES = {
+    "lora": ("lora_A.default.weight", "lora_B.default.weight"),
+    "diablo": ("diablo_blocks.default",),
+    "full": ("weight",),
+    "base": (),
+}
+
+
+def write_run(
+    root: Path,
+    method: str = "lora",
+    *,
+    size: int = 7,
+    seed: int = 0,
+    parameters: int = 10_000,
+    learning_rate: float = 1e-3,
+    items: list[int] | None = None,
+    steps: int = 3,
+    model: str = "tiny",
+) -> Path:
+    """A finished run as the real stages leave it, with invented numbers. `items=None` leaves it without a score."""
+    generator = np.random.default_rng(seed)
+    key, letter = ("num_blocks", "N") if method == "diablo" else ("r", "r")
+    adapter = None if method in ("full", "base") else {key: size, "target_modules": ["q_proj", "down_proj"]}
+    config: dict[str, Any] = {
+        "model": {"name": model},
+        "method": {
+            "name": method,
+            "label": f"{method}-{letter}{size}" if adapter else method,
+            "trains": {"full": "all", "base": "nothing"}.get(method, "adapter"),
+            "adapter": adapter,
+        },
+        "task": {"name": "arith"},
+        "protocol": {"name": "plain"},
+        "recipe": {"learning_rate": learning_rate, "epochs": 1, "batch_size": 16},
+        "seed": seed,
+        "evaluation": {"benchmarks": ["arith"]},
+        "runtime": {"device": "cpu"},
+    }
+    identity = run_id(config)
+    run = RunPaths(root / identity)
+    write_config(run, {"run_id": identity, **config})
+    tensors = [
+        f"base_model.model.model.layers.{layer}.{module}.{matrix}"
+        for layer in range(LAYERS)
+        for module in MODULES
+        for matrix in MATRICES.get(method, MATRICES["lora"])
+    ]
+    steps = steps if tensors else 0
+    adapter_files = {"adapter_model.safetensors": content_hash(identity)}
+    write_record(
+        run.train_record,
+        TrainRecord(
+            run_id=identity,
+            config_hash=content_hash(config),
+            base_hash=content_hash(model),
+            data_hash=content_hash("arith"),
+            adapter_files=adapter_files,
+            trainable_parameters=parameters,
+            base_parameters=BASE_PARAMETERS,
+            steps=steps,
+            rows=1700,
+            tokens=100_000,
+            truncated=0,
+            final_loss=0.1 if tensors else None,
+            train_seconds=8.0 + seed,
+            step_seconds=0.03,
+            peak_memory_bytes=10**9,
+            resumed_at=[],
+            tensors=tensors,
+            world_size=1,
+            environment={"torch": "2.13.0", "device": "cpu", "commit": "0" * 40, "dirty": False},
+        ),
+    )
+    lines = []
+    for step in range(1, steps + 1):
+        norms = [_norm(name, step, generator) for name in tensors]
+        scalars = {"step": step, "loss": 4 / step, "learning_rate": learning_rate, "seconds": 0.03}
+        total = float(np.sqrt(np.sum(np.square(norms))))
+        lines.append(json.dumps({**scalars, "gradient_norm": total, "gradient_norms": norms}) + "\n")
+    run.metrics.write_text("".join(lines))
+    if items is not None:
+        accuracy = sum(items) / len(items)
+        write_record(
+            run.evaluation("arith", "plain", {"max_new_tokens": 64}).score,
+            EvalRecord(
+                run_id=identity,
+                benchmark="arith",
+                benchmark_version=1.0,
+                protocol="plain",
+                protocol_version=1,
+                parser="gsm8k",
+                n=len(items),
+                correct=sum(items),
+                accuracy=accuracy,
+                standard_error=(accuracy * (1 - accuracy) / len(items)) ** 0.5,
+                no_match=1,
+                fallback=0,
+                dropped=0,
+                items=items,
+                generation={"max_new_tokens": 64},
+                backend="hf",
+                dtype="float32",
+                batch_size=64,
+                seconds=1.0,
+                base_hash=content_hash(model),
+                adapter_files=adapter_files,
+                data_hash=content_hash("arith test"),
+                environment={"torch": "2.13.0", "device": "cpu"},
+            ),
+        )
+    return run.root
+
+
+def _norm(tensor: str, step: int, generator: np.random.Generator) -> float:
+    """A's gradient is zero at the first step, where B is; all of it invented."""
+    noise = float(np.exp(generator.normal(0, 0.25)))
+    if "lora_A" in tensor:
+        return 0.4 * (1 - np.exp(-(step - 1) / 25)) * noise
+    return (1.5 if "lora_B" in tensor else 0.8 * (1 + float(np.exp(-step / 20)))) * noise
+
+
+def score_file(run: Path) -> Path:
+    return next(run.glob("eval/*/*/score.json"))
+
+
+def step_times_file(folder: Path) -> Path:
+    seconds = {"floor": [0.1, 0.2, 0.1, 0.1, 0.2], "lora-r7": [0.11, 0.24, 0.13, 0.14, 0.3]}
+    path = folder / "step_times.json"
+    path.write_text(
+        json.dumps({"schema": 1, "model": "tiny", "device": "a CPU", "batch": [16, 64], "seconds": seconds})
+    )
+    return path
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))

@@ -1,0 +1,59 @@
+"""Shared fixtures: a base model small enough to make in seconds, and run directories planned on it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# The model `tiny` after a few steps of pretraining: the same code, seconds instead of a minute.
+SMALL = [
+    "model.pretraining.steps=4",
+    "task.data.train=64",
+    "task.data.heldout=14",
+    "task.data.test=28",
+    "recipe.epochs=2",
+    "recipe.batch_size=8",
+    "recipe.micro_batch_size=8",
+    "recipe.warmup_steps=2",
+    "evaluation.generation.max_new_tokens=8",
+    "runtime.device=cpu",
+]
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def small(tmp_path: Path, cache_dir: Path) -> list[str]:
+    """Overrides that make any tiny/arith run take seconds, in a directory of its own."""
+    return [*SMALL, f"runtime.runs_dir={tmp_path / 'runs'}", f"runtime.cache_dir={cache_dir}"]
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder of real data sets, or a skip."""
+    root = os.environ.get("DIABLO_DATA_ROOT")
+    if not root or not Path(root).is_dir():
+        pytest.skip("no data: set DIABLO_DATA_ROOT to the folder of the data sets")
+    return Path(root).resolve()
+
+
+@pytest.fixture
+def fails_with() -> Callable[[Callable[[], object]], str]:
+    """The one line that a user error prints."""
+    from experiments.errors import UserError
+
+    def run(action: Callable[[], object]) -> str:
+        with pytest.raises(UserError) as caught:
+            action()
+        return " ".join(str(caught.value).split())
+
+    return run

@@ -1,0 +1,171 @@
+"""From run directories to data frames: what is there, what is missing, and what is damaged."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from analysis_runs import LAYERS, MODULES, change, score_file, step_times_file, write_run
+
+from analysis.load import find_runs, load_metrics, load_runs, load_step_times, records
+from experiments.errors import UserError
+from experiments.records import RunPaths
+
+
+def test_a_run_becomes_a_row(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "diablo", size=8, seed=3, parameters=20_000, items=[1, 1, 1, 0])
+    runs = load_runs([run])
+    assert runs.problems == []
+    (row,) = records(runs.frame)
+    expected = {
+        "run_id": run.name,
+        "model": "tiny",
+        "method": "diablo",
+        "label": "diablo-N8",
+        "size": "N=8",
+        "task": "arith",
+        "seed": 3,
+        "learning_rate": 1e-3,
+        "trainable_parameters": 20_000,
+        "percent_of_base": 2.0,
+        "steps": 3,
+        "train_seconds": 11.0,
+        "benchmark": "arith",
+        "protocol": "plain",
+        "n": 4,
+        "correct": 3,
+        "accuracy": 0.75,
+        "no_match": 1,
+    }
+    assert {key: row[key] for key in expected} == expected
+    assert list(row["items"]) == [1, 1, 1, 0]
+
+
+def test_missing_stays_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unscored = write_run(tmp_path, "lora")
+    untrained = write_run(tmp_path, "dora")
+    RunPaths(untrained).train_record.unlink()
+    runs = load_runs([unscored, untrained])
+    assert runs.frame["accuracy"].isna().tolist() == [True, True]
+    assert runs.frame["trainable_parameters"].isna().tolist() == [False, True]
+    assert runs.problems == [
+        f"{unscored}: no score for arith",
+        f"{untrained}: not trained, or not to the end",
+        f"{untrained}: no score for arith",
+    ]
+    assert capsys.readouterr().err.splitlines() == runs.problems
+
+
+def test_the_base_model_has_no_learning_rate_and_no_training_time(tmp_path: Path) -> None:
+    (row,) = records(load_runs([write_run(tmp_path, "base", parameters=0, items=[0, 1])]).frame)
+    assert row["trainable_parameters"] == 0
+    assert pd.isna(row["learning_rate"])
+    assert pd.isna(row["train_seconds"])
+
+
+def half_write(path: Path) -> None:
+    path.write_text(path.read_text()[:100])
+
+
+DAMAGES = {
+    "half-written score": lambda run: half_write(score_file(run)),
+    "half-written training record": lambda run: half_write(run / "train.json"),
+    "binary rubbish": lambda run: score_file(run).write_bytes(b"\xff\xfe\x00"),
+    "empty": lambda run: score_file(run).write_text(""),
+    "a list": lambda run: score_file(run).write_text("[]"),
+    "another schema": lambda run: change(score_file(run), schema=99),
+    "a field too many": lambda run: change(score_file(run), unheard_of=1),
+    "items that are no numbers": lambda run: change(score_file(run), items=["a", None]),
+    "items that do not add up": lambda run: change(score_file(run), correct=4),
+    "another run's score": lambda run: change(score_file(run), run_id="tiny-lora-r7-arith-s9-00000000"),
+    "another run's training record": lambda run: change(run / "train.json", run_id="another"),
+    "a score of other weights": lambda run: change(
+        score_file(run), adapter_files={"adapter_model.safetensors": "0" * 64}
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_record_is_named_and_left_out(tmp_path: Path, damage: Any) -> None:
+    run = write_run(tmp_path, items=[1, 0])
+    whole = write_run(tmp_path, seed=1, items=[1, 1])
+    damage(run)
+    runs = load_runs([run, whole])
+    bad, good = records(runs.frame)
+    assert pd.isna(bad["accuracy"]) or pd.isna(bad["trainable_parameters"])
+    assert (good["run_id"], good["accuracy"]) == (whole.name, 1)
+    assert all(str(run) in problem and "\n" not in problem for problem in runs.problems)
+    assert "json" in runs.problems[0]
+
+
+@pytest.mark.parametrize("text", ["", "model: [", "seed: 0\n", "just words"])
+def test_a_directory_without_a_good_config_is_a_problem(tmp_path: Path, text: str) -> None:
+    run = write_run(tmp_path, items=[1, 0])
+    (run / "config.yaml").write_text(text)
+    runs = load_runs([run, tmp_path / "nothing-here"])
+    assert runs.frame.empty
+    assert [str(run) in runs.problems[0], "nothing-here" in runs.problems[1]] == [True, True]
+
+
+def test_an_edited_config_is_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path, items=[1, 0])
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("epochs: 1", "epochs: 2"))
+    assert "frozen" in load_runs([run]).problems[0]
+
+
+def test_a_run_given_twice_is_not_two_seeds(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", items=[1, 0])
+    copy = shutil.copytree(run, tmp_path / "b" / run.name)
+    runs = load_runs([run, run, copy])
+    assert len(runs.frame) == 1
+    assert runs.problems == [f"{copy}: the same run as {run}, left out"]
+
+
+def test_runs_are_found_in_folders(tmp_path: Path) -> None:
+    runs = sorted([write_run(tmp_path, seed=0), write_run(tmp_path, seed=1)])
+    assert find_runs([tmp_path]) == runs
+    assert find_runs(runs) == runs
+    with pytest.raises(UserError, match="no run directory"):
+        find_runs([tmp_path / "nowhere"])
+
+
+def test_metrics_have_a_column_per_tensor(tmp_path: Path) -> None:
+    run = RunPaths(write_run(tmp_path, "diablo", steps=5))
+    done_again = run.metrics.read_text().splitlines(keepends=True)[3].replace('"loss": 1.0', '"loss": 0.5')
+    run.metrics.write_text(run.metrics.read_text() + done_again + '{"step": 6, "lo')
+    metrics = load_metrics(run.root)
+    assert metrics.index.tolist() == [1, 2, 3, 4, 5]
+    assert metrics["loss"].tolist() == [4, 2, 4 / 3, 0.5, 0.8]
+    name = "base_model.model.model.layers.3.mlp.down_proj.diablo_blocks.default"
+    assert min(metrics[name]) > 0
+    scalars = metrics[["loss", "learning_rate", "gradient_norm", "seconds"]]
+    assert len(metrics.columns) == len(scalars.columns) + LAYERS * len(MODULES)
+
+
+def test_metrics_that_do_not_fit_the_record_are_refused(tmp_path: Path) -> None:
+    run = RunPaths(write_run(tmp_path))
+    run.metrics.write_text('{"step": 1, "loss": 1, "gradient_norms": [1, 2]}\n')
+    with pytest.raises(UserError, match="one gradient norm for each of the 16 tensors"):
+        load_metrics(run.root)
+    run.metrics.unlink()
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be read"):
+        load_metrics(run.root)
+
+
+def test_step_times_are_ratios_within_a_round(tmp_path: Path) -> None:
+    """The rounds' ratios are 1.1, 1.2, 1.3, 1.4, 1.5."""
+    times = load_step_times(step_times_file(tmp_path))
+    assert times.ratios.loc["lora-r7", ["median", "low", "high", "rounds"]].tolist() == pytest.approx(
+        [1.3, 1.2, 1.4, 5]
+    )
+
+
+@pytest.mark.parametrize("text", ["{}", '{"schema": 2}', '{"schema": 1, "seconds": {"lora-r7": [1]}}', "[]", "words"])
+def test_a_file_that_is_no_measurement_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "times.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"times\.json"):
+        load_step_times(path)

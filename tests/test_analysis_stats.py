@@ -1,0 +1,101 @@
+"""Intervals, against definitions, hand-worked numbers and the coverage they promise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from analysis.stats import accuracy_interval, bootstrap_seeds_and_items, effective_items, wilson
+
+
+def answers(*rows: list[int]) -> np.ndarray:
+    return np.array(rows, dtype=np.int8)
+
+
+@pytest.mark.parametrize(("correct", "n"), [(0, 10), (1, 10), (5, 10), (10, 10), (871, 1319)])
+def test_wilson_is_scipys_on_whole_numbers(correct: int, n: int) -> None:
+    expected = binomtest(correct, n).proportion_ci(method="wilson")
+    assert wilson(correct / n, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_wilson_by_hand() -> None:
+    """All of n right: high is 1 and low is n / (n + z²) = 10 / (10 + 3.8415)."""
+    assert wilson(1.0, 10) == pytest.approx((0.72247, 1.0), abs=1e-5)
+
+
+def test_one_seed_is_worth_its_items() -> None:
+    assert effective_items(answers([1, 0, 1, 1])) == pytest.approx(4)
+
+
+def test_seeds_that_agree_are_worth_one() -> None:
+    """Adding up 2 * 4 answers would halve the interval for nothing: the second seed has no news."""
+    assert effective_items(answers([1, 0, 1, 1], [1, 0, 1, 1])) == pytest.approx(4)
+
+
+def test_seeds_that_disagree_by_hand() -> None:
+    """Per-item means 1, 1/2, 1/2, 0: their variance is 1/8, p (1 - p) is 1/4, so 4 items count as 8."""
+    assert effective_items(answers([1, 1, 0, 0], [1, 0, 1, 0])) == pytest.approx(8)
+
+
+def test_disagreement_is_never_worth_more_than_independent_answers() -> None:
+    """Per-item means that are all 1/2 have no variance; the interval still has a width."""
+    items = answers([1, 0, 1, 0], [0, 1, 0, 1])
+    assert effective_items(items) == pytest.approx(8)
+    interval = accuracy_interval(items)
+    assert interval.high - interval.low > 0.5
+
+
+@pytest.mark.parametrize("right", [0, 1])
+@pytest.mark.parametrize("seeds", [1, 3, 6])
+def test_all_right_or_all_wrong_has_wilsons_width(right: int, seeds: int) -> None:
+    interval = accuracy_interval(np.full((seeds, 20), right, dtype=np.int8))
+    assert (interval.low, interval.high) == pytest.approx(wilson(float(right), 20))
+    assert (interval.mean, interval.over) == (right, "test items")
+
+
+def test_below_five_seeds_the_spread_over_seeds_is_not_in_the_interval() -> None:
+    """Four seeds as far apart as they can be, on items that all are alike: still an interval over items."""
+    items = np.repeat(answers([1], [1], [0], [0]), 100, axis=1)
+    interval = accuracy_interval(items)
+    assert interval.over == "test items"
+    assert interval.high - interval.low < 0.1  # Wilson's on 400 answers; the seeds themselves are 1, 1, 0, 0
+
+
+def test_from_five_seeds_the_interval_covers_seeds_and_items() -> None:
+    items = np.repeat(answers([1], [1], [0], [0], [1]), 100, axis=1)
+    interval = accuracy_interval(items)
+    assert interval.over == "seeds and test items"
+    assert (interval.low, interval.high) == pytest.approx((0.2, 1.0))  # 2.5 % and 97.5 % of Binomial(5, 0.6) / 5
+
+
+def test_the_bootstrap_draws_the_same_items_for_all_seeds() -> None:
+    """Seeds that agree: the interval must be the one-seed bootstrap's, about 0.5 ± 1.96 * sqrt(0.25 / 100)."""
+    low, high = bootstrap_seeds_and_items(np.tile(answers([1, 0] * 50), (5, 1)))
+    assert (low, high) == pytest.approx((0.402, 0.598), abs=0.015)
+
+
+def test_the_same_answers_give_the_same_interval() -> None:
+    items = np.random.default_rng(1).integers(0, 2, size=(5, 50), dtype=np.int8)
+    assert accuracy_interval(items) == accuracy_interval(items)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (5,)])
+def test_nothing_to_average_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        accuracy_interval(np.zeros(shape, dtype=np.int8))
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 4])
+def test_coverage_over_new_items(seeds: int) -> None:
+    """Items of differing difficulty, drawn anew 2,000 times, n = 200: about 95 % of the intervals hold the mean.
+
+    The standard error of the count is 0.5 points, so 93.5 to 96.5 % is three of them on either side.
+    """
+    generator = np.random.default_rng(0)
+    inside = 0
+    for _ in range(2000):
+        difficulty = generator.beta(3, 1, size=200)  # mean 0.75
+        interval = accuracy_interval((generator.random((seeds, 200)) < difficulty).astype(np.int8))
+        inside += interval.low <= 0.75 <= interval.high
+    assert 0.935 <= inside / 2000 <= 0.965

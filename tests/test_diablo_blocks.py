@@ -1,0 +1,128 @@
+"""The maths of diablo.blocks against dense definitions, in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diablo.blocks import (
+    BlockShape,
+    block_diagonal_product,
+    block_shape,
+    delta_weight,
+    diagonal_blocks,
+    num_parameters,
+)
+
+sizes = st.integers(1, 40)
+
+
+def random_blocks(in_features: int, out_features: int, num_blocks: int) -> torch.Tensor:
+    shape = block_shape(in_features, out_features, num_blocks, allow_uneven=True)
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def dense_by_definition(blocks: torch.Tensor, in_features: int, out_features: int) -> torch.Tensor:
+    """The paper's D, (in, out), entry by entry: D[p, q] is in block i iff p // d_in == q // d_out == i."""
+    _, d_in, d_out = blocks.shape
+    dense = torch.zeros(in_features, out_features, dtype=blocks.dtype)
+    for p in range(in_features):
+        for q in range(out_features):
+            if p // d_in == q // d_out:
+                dense[p, q] = blocks[p // d_in, p % d_in, q % d_out]
+    return dense
+
+
+@given(d_in=sizes, d_out=sizes, num_blocks=st.integers(1, 12))
+def test_even_split_has_the_paper_s_shape_and_count(d_in: int, d_out: int, num_blocks: int) -> None:
+    in_features, out_features = d_in * num_blocks, d_out * num_blocks
+    assert block_shape(in_features, out_features, num_blocks) == (num_blocks, d_in, d_out)
+    assert block_shape(in_features, out_features, num_blocks, allow_uneven=True) == (num_blocks, d_in, d_out)
+    assert num_parameters(in_features, out_features, num_blocks) == in_features * out_features // num_blocks
+
+
+@given(in_features=sizes, out_features=sizes, num_blocks=st.integers(1, 50))
+def test_uneven_split_covers_the_weight_with_as_few_blocks(
+    in_features: int, out_features: int, num_blocks: int
+) -> None:
+    n, d_in, d_out = block_shape(in_features, out_features, num_blocks, allow_uneven=True)
+    assert (d_in, d_out) == (math.ceil(in_features / num_blocks), math.ceil(out_features / num_blocks))
+    assert n <= num_blocks
+    assert n * d_in >= in_features
+    assert n * d_out >= out_features
+    assert (n - 1) * d_in < in_features or (n - 1) * d_out < out_features
+
+
+def test_uneven_split_may_need_fewer_blocks_than_asked_for() -> None:
+    assert block_shape(10, 10, 7, allow_uneven=True) == (5, 2, 2)
+    assert num_parameters(10, 10, 7, allow_uneven=True) == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (4096, 1024, 96),
+            r"num_blocks=96 does not divide in_features=4096 and out_features=1024; "
+            r"nearest values that divide both: 64 and 128 \(or set allow_uneven=True\)",
+        ),
+        ((10, 20, 100), r"num_blocks=100 .*in_features=10 .*out_features=20; .*both: 10 \("),
+        ((7, 9, 2), r"both: 1 \("),
+        ((8, 8, 0), "num_blocks=0 must be at least 1"),
+    ],
+)
+def test_a_split_that_does_not_divide_is_refused_with_the_nearest_that_do(
+    arguments: tuple[int, int, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        block_shape(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+@settings(deadline=None)
+@given(
+    in_features=sizes,
+    out_features=sizes,
+    num_blocks=st.integers(1, 12),
+    leading=st.lists(st.integers(0, 3), max_size=3),
+)
+def test_product_and_delta_weight_equal_the_dense_definition(
+    in_features: int, out_features: int, num_blocks: int, leading: list[int]
+) -> None:
+    blocks = random_blocks(in_features, out_features, num_blocks)
+    dense = dense_by_definition(blocks, in_features, out_features)
+    torch.testing.assert_close(delta_weight(blocks, in_features, out_features), dense.T, rtol=0, atol=0)
+    x = torch.randn(*leading, in_features, dtype=torch.float64)
+    y = block_diagonal_product(x, blocks, out_features)
+    assert y.shape == (*leading, out_features)
+    torch.testing.assert_close(y, x @ dense, rtol=1e-12, atol=1e-12)
+
+
+@settings(deadline=None)
+@given(in_features=sizes, out_features=sizes, num_blocks=st.integers(1, 12))
+def test_diagonal_blocks_are_views_of_exactly_the_changed_entries(
+    in_features: int, out_features: int, num_blocks: int
+) -> None:
+    blocks = random_blocks(in_features, out_features, num_blocks)
+    weight = torch.zeros(out_features, in_features, dtype=torch.float64)
+    for part, block in zip(diagonal_blocks(weight, BlockShape(*blocks.shape)), blocks, strict=True):
+        part.copy_(block[: part.shape[0], : part.shape[1]])
+    torch.testing.assert_close(weight, delta_weight(blocks, in_features, out_features), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("in_features", "out_features", "num_blocks"), [(12, 8, 4), (10, 7, 3), (6, 6, 1)])
+def test_gradients_equal_finite_differences(in_features: int, out_features: int, num_blocks: int) -> None:
+    blocks = random_blocks(in_features, out_features, num_blocks).requires_grad_()
+    x = torch.randn(2, 3, in_features, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, blocks: block_diagonal_product(x, blocks, out_features), (x, blocks))
+
+
+@pytest.mark.parametrize(("x_features", "out_features"), [(13, 8), (12, 9)])
+def test_blocks_that_do_not_cover_the_layer_are_refused(x_features: int, out_features: int) -> None:
+    blocks = torch.zeros(4, 3, 2)
+    with pytest.raises(ValueError, match=f"cover 12 inputs and 8 outputs, but x has {x_features}"):
+        block_diagonal_product(torch.zeros(1, x_features), blocks, out_features)

@@ -1,0 +1,211 @@
+"""The contract of a method, over every file in configs/method.
+
+What a method may do differently is in its file's `contract` record: whether it starts at the base's outputs, whether it
+merges, and whether it changes the base's weights when it is attached.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+from transformers import PreTrainedModel, set_seed
+
+from experiments import methods
+from experiments.counting import count
+from experiments.models import build_config
+from experiments.plan import CONFIGS, options, plan
+
+ARCHITECTURE = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+# Starting from a decomposition of W, and W - BA + BA, differ by float32 rounding.
+TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
+
+every_method = pytest.mark.parametrize("name", options("method"))
+training_methods = pytest.mark.parametrize("name", [name for name in options("method") if name != "base"])
+
+
+def config_of(name: str) -> dict[str, Any]:
+    (config,) = plan([f"method={name}", "model.adapter_size.num_blocks=4", "model.adapter_size.rank=4"])
+    return config
+
+
+def contract_of(name: str) -> dict[str, bool]:
+    content = yaml.safe_load((CONFIGS / "method" / f"{name}.yaml").read_text())
+    inherited = contract_of("lora") if "lora" in content.get("defaults", []) else {}
+    return {**inherited, **content.get("contract", {})}
+
+
+def fresh_base(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    set_seed(0)
+    return AutoModelForCausalLM.from_config(build_config(ARCHITECTURE)).to(dtype).eval()
+
+
+def attached(name: str, base: PreTrainedModel | None = None) -> Any:
+    set_seed(1)
+    return methods.attach(config_of(name)["method"], base or fresh_base()).eval()
+
+
+def batch() -> torch.Tensor:
+    return torch.randint(64, (3, 12), generator=torch.Generator().manual_seed(2))
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=batch()).logits
+
+
+def train_a_little(model: nn.Module, steps: int = 3) -> None:
+    optimizer = torch.optim.AdamW(methods.trained_tensors(model).values(), lr=1e-2)
+    for _ in range(steps):
+        model(input_ids=batch(), labels=batch()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The base's own tensors in an attached model, under one name whether they are wrapped or not."""
+    return {
+        name.replace("base_model.model.", "").replace("base_layer.", ""): tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if not any(part in name for part in ("lora_", "diablo_"))
+    }
+
+
+def test_every_contract_says_all_three_things() -> None:
+    for name in options("method"):
+        assert set(contract_of(name)) == {"starts_at_base", "merges", "changes_base_at_start"}, name
+
+
+@every_method
+def test_attaching_changes_no_output(name: str) -> None:
+    assert contract_of(name)["starts_at_base"]
+    torch.testing.assert_close(logits(attached(name)), logits(fresh_base()), **TOLERANCE)
+
+
+@every_method
+def test_the_base_changes_at_the_start_only_where_the_contract_says_so(name: str) -> None:
+    before, after = fresh_base().state_dict(), base_weights(attached(name))
+    changed = any(not torch.equal(tensor, after[key]) for key, tensor in before.items())
+    assert changed == contract_of(name)["changes_base_at_start"]
+
+
+@training_methods
+def test_only_what_is_trained_changes(name: str) -> None:
+    model = attached(name)
+    trained = methods.trained_tensors(model)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    train_a_little(model)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[key]) == (key not in trained), key
+
+
+@every_method
+def test_trainable_parameters_equal_the_count_from_the_architecture(name: str) -> None:
+    config = config_of(name)
+    config["model"]["architecture"] = ARCHITECTURE
+    counted = count(config)
+    assert sum(tensor.numel() for tensor in methods.trained_tensors(attached(name)).values()) == counted.trainable
+    assert fresh_base().num_parameters() == counted.base
+    assert (counted.trainable == 0) == (name == "base")
+
+
+@every_method
+@pytest.mark.parametrize("merge", [True, False])
+def test_saved_and_loaded_on_a_fresh_base_gives_the_same_outputs(name: str, merge: bool, tmp_path: Path) -> None:
+    method = config_of(name)["method"]
+    model = attached(name)
+    initial = methods.initial_state(method, model)
+    if name != "base":
+        train_a_little(model)
+        assert not torch.allclose(logits(model), logits(fresh_base()), **TOLERANCE)
+    expected = logits(model)
+    methods.save(method, model, tmp_path / "adapter", initial)
+    torch.testing.assert_close(logits(model), expected, atol=0, rtol=0)  # saving leaves the live model alone
+    loaded = methods.load(method, fresh_base(), tmp_path / "adapter", merge=merge).eval()
+    torch.testing.assert_close(logits(loaded), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", [name for name in options("method") if contract_of(name)["merges"]])
+def test_merged_equals_unmerged_and_unmerge_restores(name: str) -> None:
+    model = attached(name)
+    train_a_little(model)
+    expected, weights = logits(model), base_weights(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected, **TOLERANCE)
+    model.merge_adapter()  # a second time is harmless
+    torch.testing.assert_close(logits(model), expected, **TOLERANCE)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), expected, **TOLERANCE)
+    for key, tensor in base_weights(model).items():
+        torch.testing.assert_close(tensor, weights[key], **TOLERANCE)
+
+
+@training_methods
+def test_gradients_under_accumulation_equal_those_of_the_whole_batch(name: str) -> None:
+    whole, parts = attached(name), attached(name)
+    whole(input_ids=batch(), labels=batch()).loss.backward()
+    for row in batch():
+        (parts(input_ids=row[None], labels=row[None]).loss / len(batch())).backward()
+    for (key, one), other in zip(
+        methods.trained_tensors(whole).items(), methods.trained_tensors(parts).values(), strict=True
+    ):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-6, rtol=1e-4, msg=key)
+
+
+@training_methods
+def test_gradients_under_checkpointing_are_the_same(name: str) -> None:
+    plain = attached(name).train()
+    saving = attached(name).train()
+    saving.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for model in (plain, saving):
+        model(input_ids=batch(), labels=batch()).loss.backward()
+    for one, other in zip(
+        methods.trained_tensors(plain).values(), methods.trained_tensors(saving).values(), strict=True
+    ):
+        assert torch.equal(one.grad, other.grad)
+
+
+@training_methods
+def test_trains_under_bf16_autocast_with_float32_parameters(name: str) -> None:
+    """As on a GPU: a bf16 base (float32 for full fine-tuning), what is trained in float32, autocast to bf16."""
+    dtype = torch.float32 if config_of(name)["method"]["trains"] == "all" else torch.bfloat16
+    model = attached(name, fresh_base(dtype)).train()
+    trained = methods.trained_tensors(model)
+    assert all(tensor.dtype == torch.float32 for tensor in trained.values())
+    before = copy.deepcopy({key: tensor.detach() for key, tensor in trained.items()})
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=batch(), labels=batch()).loss
+    loss.backward()
+    torch.optim.AdamW(trained.values(), lr=1e-2).step()
+    assert torch.isfinite(loss)
+    changed = [key for key, tensor in trained.items() if not torch.equal(tensor, before[key])]
+    # Where B starts at zero, A's first gradient is zero, and the other way round.
+    assert len(changed) >= len(trained) / 2
+
+
+def test_an_adapter_for_other_shapes_is_refused(tmp_path: Path) -> None:
+    from experiments.errors import UserError
+
+    method = config_of("diablo")["method"]
+    methods.save(method, attached("diablo"), tmp_path / "adapter", None)
+    from transformers import AutoModelForCausalLM
+
+    other: Any = AutoModelForCausalLM.from_config(build_config({**ARCHITECTURE, "intermediate_size": 64}))
+    with pytest.raises(UserError, match="does not fit the base model"):
+        methods.load(method, other, tmp_path / "adapter", merge=True)

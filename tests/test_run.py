@@ -1,0 +1,319 @@
+"""The stages of a run on the real pipeline: train, resume, evaluate, report; and what each refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eval.run import evaluate
+from experiments import checkpoint as checkpoints
+from experiments import trainer as trainer_module
+from experiments.plan import plan, write_runs
+from experiments.records import RunPaths, read_config, read_lines, write_config
+from experiments.train import train
+
+Fails = Callable[[Callable[[], object]], str]
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def planned(arguments: list[str]) -> RunPaths:
+    (run,) = write_runs(plan(arguments))
+    return run
+
+
+def files_of(run: RunPaths) -> dict[str, bytes]:
+    """What a run trained and measured, its clock fields left out."""
+    content = {path.name: path.read_bytes() for path in run.adapter.iterdir()}
+    steps = [{key: value for key, value in line.items() if key != "seconds"} for line in read_lines(run.metrics)]
+    return {**content, "metrics": json.dumps(steps).encode()}
+
+
+class Killed(BaseException):
+    """Stands for the process being gone: nothing may catch it."""
+
+
+def train_until(run: RunPaths, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train, and stop dead after so many optimizer steps."""
+    log = trainer_module.RunTrainer.log
+
+    def stopping(self: trainer_module.RunTrainer, *arguments: object, **more: object) -> None:
+        log(self, *arguments, **more)  # pyright: ignore[reportArgumentType]
+        if self.state.global_step == step:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module.RunTrainer, "log", stopping)
+        with pytest.raises(Killed):
+            train(run)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> RunPaths:
+    """One DiaBlo run, trained and scored; tests that change it work on a copy."""
+    from tests.conftest import SMALL
+
+    runs = tmp_path_factory.mktemp("finished")
+    run = planned([*SMALL, "method=diablo", f"runtime.runs_dir={runs}", f"runtime.cache_dir={cache_dir}"])
+    train(run)
+    evaluate(run)
+    return run
+
+
+def copied(run: RunPaths, folder: Path) -> RunPaths:
+    return RunPaths(Path(shutil.copytree(run.root, folder / run.root.name)))
+
+
+def test_a_finished_run_holds_what_the_design_says(finished: RunPaths) -> None:
+    record = train(finished)
+    assert {path.name for path in finished.root.iterdir()} == {
+        *("config.yaml", "adapter", "metrics.jsonl", "train.json", "eval")
+    }
+    assert set(record.adapter_files) >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert record.steps == 16 and record.rows == 64  # noqa: PT018  64 rows, batches of 8, 2 epochs
+    lines = list(read_lines(finished.metrics))
+    assert [line["step"] for line in lines] == list(range(1, 17))
+    assert all(len(line["gradient_norms"]) == len(record.tensors) == 15 for line in lines)
+    for line in lines:
+        assert line["gradient_norm"] == pytest.approx(sum(norm**2 for norm in line["gradient_norms"]) ** 0.5, rel=1e-5)
+    # Readable by others, whatever safetensors' own mode is.
+    assert (finished.adapter / "adapter_model.safetensors").stat().st_mode & 0o044 == 0o044
+
+
+def test_a_finished_run_is_left_as_it_is(finished: RunPaths) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.root.rglob("*") if path.is_file()}
+    train(finished)
+    evaluate(finished)
+    assert before == {path: path.stat().st_mtime_ns for path in finished.root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("method", ["diablo", "milora", "full"])
+def test_resumed_equals_uninterrupted_bit_for_bit(
+    method: str, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*small, f"method={method}", "recipe.learning_rate=1e-2", "recipe.adapter_dropout=0.1"]
+    whole = planned([*arguments, "recipe.micro_batch_size=4"])
+    train(whole)
+    # Killed inside an epoch, at its end, and again: two checkpoints away from the last one each time.
+    broken = planned(
+        [
+            *arguments,
+            "recipe.micro_batch_size=4",
+            "runtime.checkpoint_every=3",
+            f"runtime.runs_dir={tmp_path / 'broken'}",
+        ]
+    )
+    assert broken.root.name == whole.root.name
+    for step in (5, 8, 13):
+        train_until(broken, step, monkeypatch)
+    record = train(broken)
+    assert record.resumed_at == [3, 6, 12]
+    assert files_of(broken) == files_of(whole)
+    assert not broken.checkpoints.exists()
+
+
+def test_optimizer_and_random_states_resume_bit_for_bit(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last checkpoints of a resumed and of an uninterrupted training hold the same tensors."""
+    states = []
+    for name, stops in (("whole", [13]), ("broken", [5, 13])):
+        run = planned(
+            [*small, "recipe.adapter_dropout=0.1", "runtime.checkpoint_every=4", f"runtime.runs_dir={tmp_path / name}"]
+        )
+        for step in stops:
+            train_until(run, step, monkeypatch)
+        folder = checkpoints.folder(run.checkpoints, 12)
+        states.append({path.name: load_file(path) for path in sorted(folder.glob("*.safetensors"))})
+    whole, broken = states
+    assert set(whole) == {"optimizer.safetensors", "random-0.safetensors", "weights.safetensors"}
+    for name, tensors in whole.items():
+        assert all(torch.equal(tensor, broken[name][key]) for key, tensor in tensors.items())
+
+
+def test_a_damaged_checkpoint_is_passed_over(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = planned([*small, "runtime.checkpoint_every=4"])
+    train_until(run, 13, monkeypatch)
+    damaged = checkpoints.folder(run.checkpoints, 12) / "weights.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert train(run).resumed_at == [8]
+
+
+def test_a_checkpoint_of_other_data_is_not_resumed(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = planned([*small, "runtime.checkpoint_every=4"])
+    train_until(run, 5, monkeypatch)
+    manifest = checkpoints.folder(run.checkpoints, 4) / checkpoints.MANIFEST
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**content, "data_hash": "of other rows"}))
+    assert train(run).resumed_at == []
+
+
+def test_a_killed_process_resumes(small: list[str]) -> None:
+    """kill -9 in the middle of training, then the same command again."""
+    run = planned([*small, "recipe.epochs=40", "runtime.checkpoint_every=5"])
+    command = [sys.executable, "-m", "experiments.train", str(run.root)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while process.poll() is None and not list(run.checkpoints.glob("step-*")):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    assert not run.train_record.exists(), "finished before it could be killed"
+    record = train(run)
+    assert record.steps == 320
+    assert record.resumed_at
+    assert record.resumed_at[0] > 0
+    assert [line["step"] for line in read_lines(run.metrics)] == list(range(1, 321))
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = planned([*small, "runtime.checkpoint_every=4"])
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    publish = checkpoints.publish
+    calls: list[int] = []
+
+    def second_time_full(*arguments: object) -> None:
+        calls.append(1)
+        (full if len(calls) == 2 else publish)(*arguments)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "publish", second_time_full)
+        with pytest.raises(OSError, match="No space left"):
+            train(run)
+    assert train(run).resumed_at == [4]
+
+
+def test_other_generation_settings_get_their_own_folder(finished: RunPaths, tmp_path: Path) -> None:
+    run = copied(finished, tmp_path)
+    (first,) = evaluate(run)
+    (second,) = evaluate(run, ["evaluation.generation.max_new_tokens=4"])
+    folders = list((run.root / "eval" / "arith").iterdir())
+    assert len(folders) == 2
+    assert all(folder.name.startswith("plain-") for folder in folders)
+    assert (first.n, second.n) == (28, 28)
+    assert second.generation["generation"]["max_new_tokens"] == 4
+
+
+def test_scores_are_recomputed_from_samples(finished: RunPaths, tmp_path: Path) -> None:
+    run = copied(finished, tmp_path)
+    (score,) = run.root.glob("eval/*/*/score.json")
+    samples = score.with_name("samples.jsonl")
+    lines = samples.read_text().splitlines()
+    right = [json.loads(line) for line in lines[1:]]
+    for line in right[:7]:
+        line["completion"] = line["answer"]
+    samples.write_text("".join(f"{line}\n" for line in [lines[0], *(json.dumps(line) for line in right)]))
+    score.unlink()
+    (record,) = evaluate(run)
+    assert record.items == [1] * 7 + [0] * 21
+    assert record.correct == 7
+
+
+def test_evaluation_before_training_is_refused(small: list[str], fails_with: Fails) -> None:
+    run = planned(small)
+    assert "not trained yet: run `python -m experiments.train" in fails_with(lambda: evaluate(run))
+
+
+def test_a_changed_adapter_is_refused(finished: RunPaths, tmp_path: Path, fails_with: Fails) -> None:
+    run = copied(finished, tmp_path)
+    shutil.rmtree(run.root / "eval")
+    weights = run.adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    assert "not what training wrote" in fails_with(lambda: evaluate(run))
+    weights.unlink()
+    assert "missing" in fails_with(lambda: evaluate(run))
+
+
+def test_an_adapter_without_effect_is_not_scored(finished: RunPaths, tmp_path: Path, fails_with: Fails) -> None:
+    from experiments.records import file_hash
+
+    run = copied(finished, tmp_path)
+    shutil.rmtree(run.root / "eval")
+    weights = run.adapter / "adapter_model.safetensors"
+    from safetensors.torch import save_file
+
+    save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(weights).items()}, weights)
+    record = json.loads(run.train_record.read_text())
+    record["adapter_files"][weights.name] = file_hash(weights)
+    run.train_record.write_text(json.dumps(record))
+    assert "still computes what its base does" in fails_with(lambda: evaluate(run))
+
+
+def test_an_adapter_of_another_base_is_refused(finished: RunPaths, tmp_path: Path, fails_with: Fails) -> None:
+    """The same adapter files under a config whose base was pretrained otherwise."""
+    config = read_config(finished)
+    config["model"]["pretraining"]["seed"] = 9
+    from experiments.records import run_id
+
+    config["run_id"] = run_id(config)
+    other = RunPaths(tmp_path / config["run_id"])
+    shutil.copytree(finished.root, other.root)
+    shutil.rmtree(other.root / "eval")
+    write_config(other, config)
+    assert "was trained on a base model with hash" in fails_with(lambda: evaluate(other))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("recipe.micro_batch_size=3", "recipe.batch_size=8 is not a multiple of micro_batch_size 3"),
+        ("recipe.batch_size=80", "64 training rows do not fill one batch of 80"),
+        ("recipe.schedule=step", "choose one of linear, cosine, constant"),
+        ("runtime.wandb=maybe", "choose off, offline or online"),
+        ("runtime.device=cuda", "no CUDA device is visible"),
+        ("task.data.train=100000", "problems are too many"),
+        ("method.adapter.num_blocks=7", "num_blocks=7"),
+        ("method.adapter.target_modules=[nothing]", "nothing"),
+        ("+method.adapter.num_block=7", "did you mean num_blocks?"),
+        ("protocol.prompt='{instruction}'", "its prompt needs the field 'instruction'"),
+        ("model.architecture.hidden_size=100", "hidden_size"),
+    ],
+)
+def test_bad_settings_say_what_and_how(override: str, message: str, small: list[str], fails_with: Fails) -> None:
+    if "cuda" in override and torch.cuda.is_available():
+        pytest.skip("a CUDA device is visible")
+    arguments = small + ["recipe.micro_batch_size=80"] * override.startswith("recipe.batch_size")
+    run = planned([*arguments, override])
+    assert message in fails_with(lambda: train(run))
+
+
+def test_command_lines_print_one_line_and_status_one(small: list[str], tmp_path: Path) -> None:
+    commands = [
+        ["experiments.train", str(tmp_path / "none")],
+        ["eval.run", str(planned(small).root)],
+        ["experiments.plan", "method=nothing"],
+        ["experiments.reproduce", "nothing"],
+    ]
+    for command in commands:
+        done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: ")
+        assert len(done.stderr.splitlines()) == 1
+        debugged = subprocess.run(
+            [sys.executable, "-m", *command, "--debug"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert "Traceback" in debugged.stderr
+
+
+@pytest.mark.parametrize("module", ["experiments.plan", "experiments.train", "experiments.reproduce", "eval.run"])
+def test_help_answers_without_loading_torch(module: str) -> None:
+    code = (
+        f"import sys, {module} as module\n"
+        "try: module.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: python -m")
