@@ -107,7 +107,7 @@ def _load(config: Config, run: RunPaths, trained: TrainRecord) -> tuple[PreTrain
     from experiments.models import load_base, resolve_device, weights_hash
 
     base, tokenizer = load_base(config, str(resolve_device(config["runtime"]["device"])))
-    found = weights_hash(base)
+    found = weights_hash(base.state_dict())
     if found != trained.base_hash:
         raise UserError(
             f"{run.root.name} was trained on a base model with hash {trained.base_hash[:12]}, the one at hand has "
@@ -136,8 +136,8 @@ def _generate(
 ) -> None:
     """Completions of every row through lm-eval, written at once."""
     import datasets
+    from lm_eval import evaluator
     from lm_eval.api.task import ConfigurableTask
-    from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     evaluation, protocol = config["evaluation"], config["protocol"]
@@ -148,6 +148,7 @@ def _generate(
         task = ConfigurableTask(
             config={
                 **benchmark,
+                "metric_list": [{"metric": "bypass", "higher_is_better": True}],  # the score is ours
                 "custom_dataset": lambda **_: {benchmark["test_split"]: datasets.Dataset.from_list(rows)},
                 "doc_to_text": lambda row: prompt_text(protocol, row),
                 "generation_kwargs": {
@@ -161,17 +162,19 @@ def _generate(
         # PEFT's wrapper is not a PreTrainedModel, the model inside it is and carries the adapter's layers.
         causal = getattr(model, "base_model", model).model if hasattr(model, "peft_config") else model
         harness: Any = HFLM  # lm-eval's registry hides the class's signature
-        results: Any = simple_evaluate(
-            model=harness(
+        # `evaluate`, not `simple_evaluate`: that reads the 13,000 task files of lm-eval first, which takes longer than
+        # the generation here.
+        results: Any = evaluator.evaluate(
+            lm=harness(
                 pretrained=causal,
                 tokenizer=tokenizer,
                 batch_size=evaluation["batch_size"],
                 add_bos_token=protocol["bos"],
             ),
-            tasks=[task],
+            task_dict={benchmark["task"]: task},
             limit=evaluation["limit"],
-            predict_only=True,  # the score is ours
             bootstrap_iters=0,
+            log_samples=True,
         )
     samples = sorted(results["samples"][benchmark["task"]], key=lambda sample: sample["doc_id"])
     lines = [

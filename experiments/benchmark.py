@@ -19,7 +19,7 @@ Config = dict[str, Any]
 FLOOR = "floor"
 
 
-def measure_step_times(configs: Sequence[Config], folder: Path, rounds: int = 20, length: int = 64) -> Path:
+def measure_step_times(configs: Sequence[Config], folder: Path, rounds: int = 15, length: int = 64) -> Path:
     """Seconds per forward and backward pass of every method in `configs`, one file per set of methods and device.
 
     A file that is there is kept. Methods are told apart by their label; all configs must share one base model.

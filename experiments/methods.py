@@ -62,19 +62,16 @@ def trained_tensors(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def initial_state(method: Config, model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
-    """What saving needs from the start of training: A and B of methods that take them out of the base, else None."""
+def initial_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What saving needs from the start of training: A and B of methods that take them out of the base, else nothing."""
     from peft import PeftModel
 
-    from diablo.residual import changes_base, initial_factors
+    from diablo.residual import initial_factors
 
-    if method["trains"] == "adapter" and changes_base(peft_config(method["adapter"])):
-        assert isinstance(model, PeftModel)
-        return initial_factors(model)
-    return None
+    return initial_factors(model) if isinstance(model, PeftModel) else {}
 
 
-def save(method: Config, model: torch.nn.Module, folder: Path, initial: dict[str, torch.Tensor] | None) -> None:
+def save(method: Config, model: torch.nn.Module, folder: Path, initial: dict[str, torch.Tensor]) -> None:
     """Write what was trained. PEFT's two files for an adapter, the whole model for full fine-tuning."""
     from peft import PeftModel
     from transformers import PreTrainedModel

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label of tokens that the loss leaves out, as in transformers
@@ -63,6 +64,22 @@ def encode(
         labels = prompt if protocol["train_on_prompt"] else [IGNORED] * len(prompt)
         examples.append(Example([*prompt, *target], [*labels, *target], truncated))
     return examples
+
+
+def collate(examples: list[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Rows padded on the right to the longest: `input_ids`, `attention_mask` and `labels`, each (rows, tokens)."""
+    import torch
+
+    longest = max(len(example.input_ids) for example in examples)
+
+    def pad(lists: list[list[int]], value: int) -> torch.Tensor:
+        return torch.tensor([row + [value] * (longest - len(row)) for row in lists])
+
+    return {
+        "input_ids": pad([example.input_ids for example in examples], pad_token_id),
+        "attention_mask": pad([[1] * len(example.input_ids) for example in examples], 0),
+        "labels": pad([example.labels for example in examples], IGNORED),
+    }
 
 
 def _fill(protocol: dict[str, Any], part: str, row: dict[str, str]) -> str:

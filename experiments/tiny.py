@@ -10,7 +10,6 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +83,7 @@ def _pretrain(model: dict[str, Any], folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from experiments.models import build_config
+    from experiments.prompts import Example, collate
 
     settings = model["pretraining"]
     steps = settings["steps"]
@@ -99,23 +99,17 @@ def _pretrain(model: dict[str, Any], folder: Path) -> None:
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
         )
-        batches = _blocks(tokenizer, settings)
+        documents = arith.corpus(settings["seed"])
         for _ in tqdm(range(steps), desc=f"making the base model {model['name']}", unit="step", mininterval=1.0):
-            tokens = torch.tensor(list(itertools.islice(batches, settings["batch_size"])))
-            network(input_ids=tokens, labels=tokens).loss.backward()
+            rows = [
+                [BOS, *tokenizer.encode(document, add_special_tokens=False), EOS]
+                for document in itertools.islice(documents, settings["batch_size"])
+            ]
+            batch = collate([Example(row, row, truncated=False) for row in rows], PAD)
+            network(**batch).loss.backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
     network.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _blocks(tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any]) -> Iterator[list[int]]:
-    """The corpus as token blocks of equal length, documents one after the other between BOS and EOS."""
-    tokens: list[int] = []
-    for document in arith.corpus(settings["seed"]):
-        tokens += [BOS, *tokenizer.encode(document, add_special_tokens=False), EOS]
-        while len(tokens) >= settings["length"]:
-            yield tokens[: settings["length"]]
-            tokens = tokens[settings["length"] :]

@@ -49,8 +49,8 @@ def train(run: RunPaths, progress: str = "") -> TrainRecord:
     from experiments.data import load_rows, rows_hash
     from experiments.environment import environment
     from experiments.models import load_base, resolve_device, weights_hash
-    from experiments.prompts import encode
-    from experiments.trainer import Examples, RunTrainer, collate
+    from experiments.prompts import collate, encode
+    from experiments.trainer import Examples, RunTrainer
 
     device = resolve_device(config["runtime"]["device"])
     arguments = training_arguments(config, run, device.type)
@@ -58,10 +58,14 @@ def train(run: RunPaths, progress: str = "") -> TrainRecord:
         rows = load_rows(config["task"]["data"], "train", config["runtime"]["data_root"])
         base, tokenizer = load_base(config, str(arguments.device))
     base_parameters = base.num_parameters()
-    hashes: Any = {"config_hash": config_hash(config), "base_hash": weights_hash(base), "data_hash": rows_hash(rows)}
+    hashes: Any = {
+        "config_hash": config_hash(config),
+        "base_hash": weights_hash(base.state_dict()),
+        "data_hash": rows_hash(rows),
+    }
     set_seed(config["seed"])
     model: Any = methods.attach(config["method"], base)
-    initial = methods.initial_state(config["method"], model)
+    initial = methods.initial_state(model)
     steps, tokens, seconds, truncated, tensors, resumed_at = 0, 0, 0.0, 0, [], []
     if config["method"]["trains"] != "nothing":
         examples = encode(_protocol(config), tokenizer, rows)
@@ -74,7 +78,7 @@ def train(run: RunPaths, progress: str = "") -> TrainRecord:
             data_collator=partial(collate, pad_token_id=cast(int, tokenizer.pad_token_id)),
             metrics=run.metrics,
             checkpoint_folder=run.checkpoints,
-            meta=hashes,
+            meta={**hashes, "start_hash": weights_hash(initial)},  # another start, another base
             batch_size=config["recipe"]["batch_size"],
             progress=progress,
         )

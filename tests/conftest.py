@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,3 +58,15 @@ def fails_with() -> Callable[[Callable[[], object]], str]:
         return " ".join(str(caught.value).split())
 
     return run
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
+    """In CI everything the tests need is there, so a skip that says otherwise is a failure."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.skipped and os.environ.get("CI") and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2]
+        if "not installed" in reason or "no data" in reason:
+            report.outcome = "failed"
+            report.longrepr = f"{item.nodeid}: in CI this may not be skipped: {reason}"

@@ -130,7 +130,7 @@ def test_trainable_parameters_equal_the_count_from_the_architecture(name: str) -
 def test_saved_and_loaded_on_a_fresh_base_gives_the_same_outputs(name: str, merge: bool, tmp_path: Path) -> None:
     method = config_of(name)["method"]
     model = attached(name)
-    initial = methods.initial_state(method, model)
+    initial = methods.initial_state(model)
     if name != "base":
         train_a_little(model)
         assert not torch.allclose(logits(model), logits(fresh_base()), **TOLERANCE)
@@ -203,7 +203,7 @@ def test_an_adapter_for_other_shapes_is_refused(tmp_path: Path) -> None:
     from experiments.errors import UserError
 
     method = config_of("diablo")["method"]
-    methods.save(method, attached("diablo"), tmp_path / "adapter", None)
+    methods.save(method, attached("diablo"), tmp_path / "adapter", {})
     from transformers import AutoModelForCausalLM
 
     other: Any = AutoModelForCausalLM.from_config(build_config({**ARCHITECTURE, "intermediate_size": 64}))

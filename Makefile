@@ -1,0 +1,36 @@
+# Everything here works from a fresh clone with Python >= 3.11: the first target that needs it makes .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+# Two processes of one thread each are faster on small tensors than one process of two.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -q
+
+.PHONY: help quickstart test test-slow lint install clean
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
+
+quickstart: .venv/installed ## train, score and tabulate every method on a tiny model, in minutes on a laptop
+	$(BIN)/python -m experiments.reproduce quickstart
+
+test: .venv/installed ## the main tests (under 10 minutes on 2 cores)
+	$(PYTEST)
+
+test-slow: .venv/installed ## the longer ones (under 20 minutes more)
+	$(PYTEST) -m slow
+
+lint: .venv/installed ## format, lint and type checks
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+install: .venv/installed ## only make .venv and install what is pinned
+
+# torch comes first and alone: whatever asks for it next finds it there, and pip does not fetch another build.
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else f"Python {sys.version.split()[0]} is too old, 3.11 or newer is needed: make PYTHON=python3.12 …")'
+	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
+	$(BIN)/python -m pip install "$$(grep '^torch==' requirements.txt)"
+	$(BIN)/python -m pip install -r requirements.txt
+	@touch .venv/installed
+
+clean: ## remove .venv, runs and reports
+	rm -rf .venv runs report

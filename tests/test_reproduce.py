@@ -1,0 +1,132 @@
+"""The whole pipeline through its commands, as a user types them."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.benchmark import FLOOR, measure_step_times
+from experiments.plan import plan
+from experiments.records import read_json
+from experiments.reproduce import reproduce
+from tests.conftest import SMALL
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_quickstart_end_to_end(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run of the experiment, at a size that takes seconds: the page, the table, and nothing done twice."""
+    overrides = [
+        *SMALL,
+        "recipe.max_steps=2",
+        f"runtime.runs_dir={tmp_path / 'runs'}",
+        f"runtime.cache_dir={cache_dir}",
+    ]
+    page = reproduce("quickstart", overrides, tmp_path / "report")
+    text = page.read_text()
+    assert "http://" not in text.replace("http://www.w3.org", "")  # nothing is loaded from elsewhere
+    with (tmp_path / "report" / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["label"] for row in rows} == {
+        *("base", "full", "lora-r6", "dora-r6", "pissa-r6", "milora-r6", "diablo-N4", "diablo-N8", "diablo-N16")
+    }
+    for row in rows:
+        assert row["n"] == "28"
+        assert (row["step_time_ratio"] == "") == (row["label"] == "base")
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    reproduce("quickstart", overrides, tmp_path / "report")
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+
+
+def test_step_times_are_interleaved_and_kept(tmp_path: Path, cache_dir: Path) -> None:
+    configs = plan([*SMALL, "method=lora,diablo,base", f"runtime.cache_dir={cache_dir}"])
+    path = measure_step_times(configs, tmp_path, rounds=3, length=16)
+    content = read_json(path)
+    assert set(content["seconds"]) == {FLOOR, "lora-r6", "diablo-N8"}
+    assert all(len(times) == 3 and min(times) > 0 for times in content["seconds"].values())
+    before = path.stat().st_mtime_ns
+    assert measure_step_times(configs, tmp_path, rounds=3, length=16) == path
+    assert path.stat().st_mtime_ns == before
+
+
+def test_gsm8k_trains_and_scores_on_real_rows(data_root: Path, tmp_path: Path, cache_dir: Path) -> None:
+    """The real files through the real pipeline, a few steps and a few problems."""
+    page = reproduce(
+        "gsm8k_tiny",
+        [
+            *("model.pretraining.steps=4", "recipe.max_steps=2", "evaluation.limit=6"),
+            *("evaluation.generation.max_new_tokens=8", "runtime.device=cpu"),
+            *(f"runtime.runs_dir={tmp_path / 'runs'}", f"runtime.cache_dir={cache_dir}"),
+            f"runtime.data_root={data_root}",
+        ],
+        tmp_path / "report",
+    )
+    assert "lori" in page.read_text()
+    for record in (tmp_path / "runs").glob("*/train.json"):
+        assert read_json(record)["rows"] == 7473
+
+
+def commands_of_readme() -> list[str]:
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith("python -m experiments.plan") and "--dry-run" in line]
+
+
+@pytest.mark.parametrize("command", commands_of_readme())
+def test_readme_plans_are_real(command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *command.split()[1:]], cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ
+    )
+    assert done.returncode == 0, done.stderr
+    assert "trainable" in done.stdout
+
+
+def test_readme_maps_every_file() -> None:
+    """One line per file: what the tree of README names is what is there."""
+    text = (ROOT / "README.md").read_text()
+    tree = text[text.index("## Where things are") :]
+    for folder in ("diablo", "experiments", "eval", "analysis"):
+        for path in (ROOT / folder).glob("*.py"):
+            if path.name != "__init__.py":
+                assert re.search(rf"\b{re.escape(path.name)}\b", tree), f"{path.name} is not in README's map"
+
+
+@pytest.mark.slow
+def test_a_fresh_install_of_the_package_needs_no_hydra(tmp_path: Path) -> None:
+    """`pip install .` gives `import diablo`, which sees neither Hydra nor the rest of this repository."""
+    target = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(ROOT)], check=True
+    )
+    assert {path.name for path in target.iterdir() if path.is_dir() and "dist-info" not in path.name} == {"diablo"}
+    code = (
+        "import sys, diablo; print(diablo.__file__); "
+        "assert not {'hydra', 'omegaconf', 'experiments'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(target)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert str(target) in done.stdout
+
+
+@pytest.mark.slow
+def test_the_tiny_model_learns_the_task(tmp_path: Path) -> None:
+    """At full size: the base cannot do the task and full fine-tuning can. Says nothing of any other method."""
+    reproduce(
+        "quickstart", ["method=base,full", "seed=0", f"runtime.runs_dir={tmp_path / 'runs'}"], tmp_path / "report"
+    )
+    with (tmp_path / "report" / "table.csv").open() as file:
+        accuracy = {row["label"]: float(row["accuracy"]) for row in csv.DictReader(file)}
+    assert accuracy["base"] < 0.1
+    assert accuracy["full"] > 0.8
