@@ -15,6 +15,8 @@ import resource
 import shutil
 import statistics
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -82,7 +84,8 @@ def train(run: RunPaths, progress: str = "") -> TrainRecord:
             batch_size=config["recipe"]["batch_size"],
             progress=progress,
         )
-        trainer.resume()
+        with _wandb(config, run, arguments.should_save):
+            trainer.resume()
         steps, tokens = trainer.state.global_step, int(trainer.state.num_input_tokens_seen)
         seconds, tensors, resumed_at = trainer.train_seconds(), list(trainer.trained), trainer.resumed_at
         trainer.accelerator.free_memory()
@@ -128,7 +131,8 @@ def training_arguments(config: Config, run: RunPaths, device: str) -> TrainingAr
             f"recipe.batch_size={recipe['batch_size']} is not a multiple of micro_batch_size "
             f"{recipe['micro_batch_size']} × {world} processes: change recipe.micro_batch_size"
         )
-    _configure_wandb(config, run)
+    if runtime["wandb"] not in ("off", "offline", "online"):
+        raise UserError(f"runtime.wandb={runtime['wandb']}: choose off, offline or online")
     return TrainingArguments(
         output_dir=str(run.root),
         use_cpu=device == "cpu",
@@ -169,14 +173,23 @@ def _schedule(name: str) -> str:
     return known[name]
 
 
-def _configure_wandb(config: Config, run: RunPaths) -> None:
-    """One wandb run per run id, resumed when the training is."""
-    mode = config["runtime"]["wandb"]
-    if mode not in ("off", "offline", "online"):
-        raise UserError(f"runtime.wandb={mode}: choose off, offline or online")
-    if mode != "off":
-        os.environ.update(WANDB_MODE=mode, WANDB_DIR=str(run.root), WANDB_RUN_ID=config["run_id"], WANDB_RESUME="allow")
-        os.environ.setdefault("WANDB_PROJECT", "diablo")
+@contextmanager
+def _wandb(config: Config, run: RunPaths, main_process: bool) -> Iterator[None]:
+    """One wandb run per run id, resumed when the training is; Trainer's callback finds it and logs into it."""
+    if config["runtime"]["wandb"] == "off" or not main_process:
+        yield
+        return
+    import wandb
+
+    with wandb.init(
+        project="diablo",
+        id=config["run_id"],
+        resume="allow",
+        mode=config["runtime"]["wandb"],
+        dir=run.root,
+        config=config,
+    ):
+        yield
 
 
 def _protocol(config: Config) -> Config:

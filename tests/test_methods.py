@@ -32,7 +32,7 @@ ARCHITECTURE = {
     "max_position_embeddings": 64,
 }
 # Starting from a decomposition of W, and W - BA + BA, differ by float32 rounding.
-TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
+TOLERANCE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
 
 every_method = pytest.mark.parametrize("name", options("method"))
 training_methods = pytest.mark.parametrize("name", [name for name in options("method") if name != "base"])
@@ -178,6 +178,8 @@ def test_gradients_under_checkpointing_are_the_same(name: str) -> None:
     for one, other in zip(
         methods.trained_tensors(plain).values(), methods.trained_tensors(saving).values(), strict=True
     ):
+        assert one.grad is not None
+        assert other.grad is not None
         assert torch.equal(one.grad, other.grad)
 
 

@@ -194,6 +194,15 @@ def test_a_full_disk_keeps_the_last_checkpoint(small: list[str], monkeypatch: py
     assert train(run).resumed_at == [4]
 
 
+def test_wandb_mirrors_offline_one_run_each(small: list[str]) -> None:
+    for seed in (0, 1):
+        run = planned([*small, f"seed={seed}", "recipe.max_steps=2", "runtime.wandb=offline"])
+        train(run)
+        (mirrored,) = (run.root / "wandb").glob("offline-run-*")
+        assert mirrored.name.endswith(run.root.name)
+        assert list(mirrored.glob("*.wandb"))
+
+
 def test_other_generation_settings_get_their_own_folder(finished: RunPaths, tmp_path: Path) -> None:
     run = copied(finished, tmp_path)
     (first,) = evaluate(run)
