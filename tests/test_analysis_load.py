@@ -8,11 +8,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from analysis_runs import LAYERS, MODULES, change, score_file, step_times_file, write_run
 
 from analysis.load import find_runs, load_metrics, load_runs, load_step_times, records
 from experiments.errors import UserError
 from experiments.records import RunPaths
+from tests.analysis_runs import LAYERS, MODULES, change, score_file, step_times_file, write_run
 
 
 def test_a_run_becomes_a_row(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from analysis_runs import change, score_file, step_times_file, write_run
 
 from analysis.load import find_runs, load_metrics, load_runs, load_step_times, records
 from analysis.plots import Trace, accuracy_by_parameters, gradient_norms
@@ -20,6 +19,7 @@ from analysis.stats import wilson
 from analysis.tables import display, method_table, to_csv, to_markdown
 from experiments.errors import UserError
 from experiments.records import content_hash
+from tests.analysis_runs import change, score_file, step_times_file, write_run
 
 # The table
 

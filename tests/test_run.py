@@ -80,7 +80,7 @@ def test_a_finished_run_holds_what_the_design_says(finished: RunPaths) -> None:
     assert record.steps == 16 and record.rows == 64  # noqa: PT018  64 rows, batches of 8, 2 epochs
     lines = list(read_lines(finished.metrics))
     assert [line["step"] for line in lines] == list(range(1, 17))
-    assert all(len(line["gradient_norms"]) == len(record.tensors) == 15 for line in lines)
+    assert all(len(line["gradient_norms"]) == len(record.tensors) == 20 for line in lines)
     for line in lines:
         assert line["gradient_norm"] == pytest.approx(sum(norm**2 for norm in line["gradient_norms"]) ** 0.5, rel=1e-5)
     # Readable by others, whatever safetensors' own mode is.
@@ -286,7 +286,7 @@ def test_an_adapter_of_another_base_is_refused(finished: RunPaths, tmp_path: Pat
         ("method.adapter.target_modules=[nothing]", "nothing"),
         ("+method.adapter.num_block=7", "did you mean num_blocks?"),
         ("protocol.prompt='{instruction}'", "its prompt needs the field 'instruction'"),
-        ("model.architecture.hidden_size=100", "hidden_size"),
+        ("model.architecture.hidden_size=100", "model.architecture: "),
     ],
 )
 def test_bad_settings_say_what_and_how(override: str, message: str, small: list[str], fails_with: Fails) -> None:
