@@ -55,11 +55,13 @@ def evaluate(run: RunPaths, overrides: list[str] | None = None, progress: bool =
     records = []
     for name, benchmark in benchmarks.items():
         paths = run.evaluation(name, config["protocol"]["name"], generation_settings(config))
-        if not paths.samples.is_file():
-            model = model or _load(config, run, trained)
-            _generate(config, benchmark, *model, paths, progress)
-        if not paths.score.is_file():
-            _score(config, benchmark, trained, paths)
+        if not (paths.samples.is_file() and paths.score.is_file()):
+            rows = _rows(config, benchmark)
+            if not paths.samples.is_file():
+                model = model or _load(config, run, trained)
+                _generate(config, benchmark, rows, *model, paths, progress)
+            if not paths.score.is_file():
+                _score(config, benchmark, rows, trained, paths)
         records.append(read_record(paths.score, EvalRecord))
     return records
 
@@ -129,6 +131,7 @@ def _load(config: Config, run: RunPaths, trained: TrainRecord) -> tuple[PreTrain
 def _generate(
     config: Config,
     benchmark: Config,
+    rows: list[dict[str, str]],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     paths: EvalPaths,
@@ -142,7 +145,6 @@ def _generate(
 
     evaluation, protocol = config["evaluation"], config["protocol"]
     generation = dict(evaluation["generation"])
-    rows = _rows(config, benchmark)
     started = time.perf_counter()
     with _quiet(progress):
         task = ConfigurableTask(
@@ -190,7 +192,9 @@ def _generate(
     write_atomically(paths.samples, "".join(json.dumps(line) + "\n" for line in [header, *lines]))
 
 
-def _score(config: Config, benchmark: Config, trained: TrainRecord, paths: EvalPaths) -> None:
+def _score(
+    config: Config, benchmark: Config, rows: list[dict[str, str]], trained: TrainRecord, paths: EvalPaths
+) -> None:
     """`score.json` from `samples.jsonl`."""
     from experiments.data import rows_hash
     from experiments.environment import environment
@@ -223,7 +227,7 @@ def _score(config: Config, benchmark: Config, trained: TrainRecord, paths: EvalP
         seconds=header["seconds"],
         base_hash=trained.base_hash,
         adapter_files=trained.adapter_files,
-        data_hash=rows_hash(_rows(config, benchmark)),
+        data_hash=rows_hash(rows),
         environment=environment(str(resolve_device(config["runtime"]["device"]))),
     )
     write_record(paths.score, record)

@@ -22,7 +22,7 @@ from tests.conftest import SMALL
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_quickstart_end_to_end(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quickstart_end_to_end(tmp_path: Path, cache_dir: Path) -> None:
     """Every run of the experiment, at a size that takes seconds: the page, the table, and nothing done twice."""
     overrides = [
         *SMALL,

@@ -286,7 +286,7 @@ def test_an_adapter_of_another_base_is_refused(finished: RunPaths, tmp_path: Pat
         ("method.adapter.target_modules=[nothing]", "nothing"),
         ("+method.adapter.num_block=7", "did you mean num_blocks?"),
         ("protocol.prompt='{instruction}'", "its prompt needs the field 'instruction'"),
-        ("model.architecture.hidden_size=100", "model.architecture: "),
+        ("model.architecture.hidden_size=100", "model.architecture: Class validation error"),
     ],
 )
 def test_bad_settings_say_what_and_how(override: str, message: str, small: list[str], fails_with: Fails) -> None:
