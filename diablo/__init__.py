@@ -9,8 +9,19 @@ Importing this package makes PEFT know the methods; import it before loading a s
 """
 
 from diablo.config import DiabloConfig
+from diablo.in_place import refresh
 from diablo.layer import DiabloLayer, DiabloLinear
 from diablo.milora import MiloraConfig, MiloraModel
 from diablo.model import DiabloModel
+from diablo.suggest import suggest_num_blocks
 
-__all__ = ["DiabloConfig", "DiabloLayer", "DiabloLinear", "DiabloModel", "MiloraConfig", "MiloraModel"]
+__all__ = [
+    "DiabloConfig",
+    "DiabloLayer",
+    "DiabloLinear",
+    "DiabloModel",
+    "MiloraConfig",
+    "MiloraModel",
+    "refresh",
+    "suggest_num_blocks",
+]

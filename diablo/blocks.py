@@ -9,10 +9,9 @@ functions of this file and nowhere else: ``delta_weight`` and ``diagonal_blocks`
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -55,35 +54,104 @@ def num_parameters(in_features: int, out_features: int, num_blocks: int, allow_u
     return math.prod(block_shape(in_features, out_features, num_blocks, allow_uneven))
 
 
-def block_diagonal_product(x: Tensor, blocks: Tensor, out_features: int) -> Tensor:
-    """``x @ diag(D_1 … D_N)``, the second term of the paper's forward pass.
+def whole_blocks(shape: BlockShape, in_features: int, out_features: int) -> tuple[int, int, int]:
+    """How a split covers a layer: the number of blocks that lie inside it, and the sides of the one that is cut.
 
-    Args:
-        x: ``(..., in_features)``, any number of leading dimensions, which may be empty.
-        blocks: ``(num_blocks, d_in, d_out)``. ``x`` is padded with zeros to ``num_blocks * d_in``.
-        out_features: the product is cut to this length.
+    An even split cuts none, `(N, 0, 0)`. In an uneven one the block after the whole ones is cut to `(rows, columns)`,
+    either of which may be 0; those behind it lie outside, since they have no input or no output left.
+    """
+    num_blocks, d_in, d_out = shape
+    whole = min(num_blocks, in_features // d_in, out_features // d_out)
+    if whole == num_blocks:
+        return whole, 0, 0
+    return whole, min(d_in, in_features - whole * d_in), min(d_out, out_features - whole * d_out)
+
+
+def covered(blocks: Tensor, in_features: int, out_features: int) -> list[Tensor]:
+    """The entries of ``blocks`` that lie inside the layer, as one view or, in an uneven split, two.
 
     Returns:
-        ``(..., out_features)``.
+        ``(whole, d_in, d_out)`` and, where a block is cut, ``(1, rows, columns)``.
+    """
+    whole, rows, columns = whole_blocks(BlockShape(*blocks.shape), in_features, out_features)
+    parts = [blocks[:whole]]
+    if rows and columns:
+        parts.append(blocks[whole : whole + 1, :rows, :columns])
+    return parts
+
+
+def add_block_product_(y: Tensor, x: Tensor, blocks: Tensor) -> Tensor:
+    """``y += x @ diag(D_1 … D_N)`` in place: the second term of the paper's forward pass, into the first.
+
+    One strided batched product reads ``x`` and adds to ``y`` where they lie; nothing is padded, permuted or copied.
+    With ``blocks`` transposed to ``(num_blocks, d_out, d_in)`` it adds the branch's part of dX to the base layer's.
+
+    Args:
+        y: ``(tokens, out_features)``.
+        x: ``(tokens, in_features)``, of the dtype of ``y``.
+        blocks: ``(num_blocks, d_in, d_out)``, of the dtype of ``y``.
 
     Raises:
-        ValueError: the blocks are too small for ``x`` or for ``out_features``.
+        ValueError: the blocks are too small for ``x`` or for ``y``.
     """
     num_blocks, d_in, d_out = blocks.shape
-    padding = num_blocks * d_in - x.shape[-1]
-    if padding < 0 or out_features > num_blocks * d_out:
+    in_features, out_features = x.shape[1], y.shape[1]
+    if num_blocks * d_in < in_features or num_blocks * d_out < out_features:
         raise ValueError(
             f"blocks of shape {tuple(blocks.shape)} cover {num_blocks * d_in} inputs and {num_blocks * d_out} outputs, "
-            f"but x has {x.shape[-1]} and out_features={out_features}"
+            f"but x has {in_features} and y has {out_features}"
         )
-    leading = x.shape[:-1]
-    if padding:
-        x = F.pad(x, (0, padding))
-    # (N, tokens, d_in) is a strided view: the batched product reads it as it is. Only its result is copied, back to
-    # (tokens, N, d_out).
-    y = torch.bmm(x.reshape(-1, num_blocks, d_in).transpose(0, 1), blocks)
-    y = y.transpose(0, 1).reshape(*leading, num_blocks * d_out)
-    return y if out_features == num_blocks * d_out else y[..., :out_features]
+    whole, *cut = covered(blocks, in_features, out_features)
+    n = whole.shape[0]
+    if n:
+        x_blocks = x[:, : n * d_in].unflatten(1, (n, d_in)).transpose(0, 1)
+        if torch.compiler.is_compiling():
+            # The compiler cannot take an in-place product into a permuted view; it fuses this sum itself.
+            y[:, : n * d_out] += torch.bmm(x_blocks, whole).transpose(0, 1).flatten(1)
+        else:
+            y[:, : n * d_out].unflatten(1, (n, d_out)).transpose(0, 1).baddbmm_(x_blocks, whole)
+    for block in cut:
+        rows, columns = block.shape[1:]
+        part = y[:, n * d_out : n * d_out + columns]
+        part.addmm_(x[:, n * d_in : n * d_in + rows], block[0])
+    return y
+
+
+def block_gradient(x: Tensor, grad_y: Tensor, shape: BlockShape, dtype: torch.dtype) -> Tensor:
+    """``dD_i = X_iᵀ dY_i``, the paper's gradient: exactly the diagonal blocks of the full gradient of W.
+
+    Sums over tokens are taken in float32 (float64 for float64 inputs) and not rounded to the inputs' dtype.
+
+    Args:
+        x: ``(tokens, in_features)``.
+        grad_y: ``(tokens, out_features)``, of the dtype of ``x``.
+        dtype: of the result.
+
+    Returns:
+        ``(num_blocks, d_in, d_out)``, zero where an uneven split lies outside the layer.
+    """
+    whole, rows, columns = whole_blocks(shape, x.shape[1], grad_y.shape[1])
+    num_blocks, d_in, d_out = shape
+    narrow = x.dtype in (torch.float16, torch.bfloat16)
+    if narrow and x.device.type != "cuda":
+        x, grad_y, narrow = x.float(), grad_y.float(), False  # only CUDA's product gives float32 for 16-bit inputs
+    wide: dict[str, Any] = {"out_dtype": torch.float32} if narrow else {}
+    x_blocks = x[:, : whole * d_in].unflatten(1, (whole, d_in)) if whole else x.new_zeros(x.shape[0], 0, d_in)
+    y_blocks = grad_y[:, : whole * d_out].unflatten(1, (whole, d_out)) if whole else x.new_zeros(x.shape[0], 0, d_out)
+    # On the CPU the product with the shorter side first takes half the time of the other one.
+    if d_in <= d_out:
+        gradient = torch.bmm(x_blocks.permute(1, 2, 0), y_blocks.transpose(0, 1), **wide)
+    else:
+        gradient = torch.bmm(y_blocks.permute(1, 2, 0), x_blocks.transpose(0, 1), **wide).transpose(1, 2)
+    if whole == num_blocks:
+        return gradient.to(dtype)
+    result = gradient.new_zeros(shape, dtype=dtype)
+    result[:whole] = gradient
+    if rows and columns:
+        x_cut = x[:, whole * d_in :][:, :rows].T[None]
+        y_cut = grad_y[:, whole * d_out :][None, :, :columns]
+        result[whole, :rows, :columns] = torch.bmm(x_cut, y_cut, **wide)[0]
+    return result
 
 
 def delta_weight(blocks: Tensor, in_features: int, out_features: int) -> Tensor:
@@ -99,14 +167,21 @@ def delta_weight(blocks: Tensor, in_features: int, out_features: int) -> Tensor:
 
 
 def diagonal_blocks(weight: Tensor, shape: BlockShape) -> list[Tensor]:
-    """The parts of a weight that the blocks change, as views into it.
+    """The entries of a weight that the blocks change, as views into it that fit ``covered`` one by one.
 
     Args:
-        weight: ``(out_features, in_features)``.
+        weight: ``(out_features, in_features)``, with any strides.
 
     Returns:
-        N views in the paper's orientation, ``(d_in, d_out)`` each. In an uneven split the last ones are smaller, down
-        to empty: the rest of such a block lies outside the weight.
+        In the paper's orientation ``(whole, d_in, d_out)`` and, where an uneven split cuts a block,
+        ``(1, rows, columns)``.
     """
-    num_blocks, d_in, d_out = shape
-    return [weight[i * d_out : (i + 1) * d_out, i * d_in : (i + 1) * d_in].T for i in range(num_blocks)]
+    (out_features, in_features), (row, column) = weight.shape, weight.stride()
+    whole, rows, columns = whole_blocks(shape, in_features, out_features)
+    _, d_in, d_out = shape
+    step = d_out * row + d_in * column  # from one block's first entry to the next one's
+    strides, start = (step, column, row), weight.storage_offset()
+    parts = [weight.as_strided((whole, d_in, d_out), strides, start)]
+    if rows and columns:
+        parts.append(weight.as_strided((1, rows, columns), strides, start + whole * step))
+    return parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from peft import PeftConfig
 
@@ -23,9 +24,20 @@ class DiabloConfig(PeftConfig):
         ValueError: a value out of range, or `layers_to_transform` with a `target_modules` that is a string.
     """
 
-    num_blocks: int = field(
+    num_blocks: int | dict[str, int] = field(
         default=64,
-        metadata={"help": "N, the number of diagonal blocks. A layer gets in_features * out_features / N parameters."},
+        metadata={
+            "help": "N, the number of diagonal blocks. A layer gets in_features * out_features / N parameters. A "
+            "dictionary gives each layer the N of the name that its own name ends with, as suggest_num_blocks makes it."
+        },
+    )
+    mode: Literal["auto", "adapter", "in_place"] = field(
+        default="auto",
+        metadata={
+            "help": "How the blocks are computed with. 'in_place' trains them inside the weight, with one matrix "
+            "product as the frozen layer; it needs dropout 0, a plain nn.Linear and a single active adapter. 'adapter' "
+            "adds a side branch. 'auto' takes in_place where it can be had and the blocks' sides are at least 16."
+        },
     )
     target_modules: list[str] | str | None = field(
         default=None,
@@ -69,10 +81,17 @@ class DiabloConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = DIABLO
-        if isinstance(self.num_blocks, bool) or not isinstance(self.num_blocks, int) or self.num_blocks < 1:
+        counts = self.num_blocks.values() if isinstance(self.num_blocks, dict) else [self.num_blocks]
+        if not counts or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in counts):
             raise ValueError(f"num_blocks={self.num_blocks!r} must be a whole number of at least 1")
+        if self.mode not in ("auto", "adapter", "in_place"):
+            raise ValueError(f"mode={self.mode!r}: choose 'auto', 'adapter' or 'in_place'")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout!r} must be at least 0 and below 1")
+        if self.dropout and self.mode == "in_place":
+            raise ValueError(
+                f"mode='in_place' cannot drop the blocks' input: set mode='adapter' or dropout=0, not {self.dropout}"
+            )
         for name in ("layers_to_transform", "layers_pattern"):
             # PEFT matches a string against the whole name and would ignore these two without a word.
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
@@ -86,3 +105,16 @@ class DiabloConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+
+    def blocks_of(self, name: str) -> int:
+        """N of the layer of this name.
+
+        Raises:
+            ValueError: `num_blocks` is a dictionary without an entry for it.
+        """
+        if not isinstance(self.num_blocks, dict):
+            return self.num_blocks
+        fitting = [key for key in self.num_blocks if name == key or name.endswith(f".{key}")]
+        if not fitting:
+            raise ValueError(f"num_blocks has no entry for this layer, only {', '.join(sorted(self.num_blocks))}")
+        return self.num_blocks[max(fitting, key=len)]

@@ -1,4 +1,4 @@
-"""A linear layer with trainable diagonal blocks beside its frozen weight."""
+"""A linear layer with trainable diagonal blocks: beside its frozen weight, or inside it."""
 
 from __future__ import annotations
 
@@ -13,35 +13,59 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from diablo.blocks import BlockShape, block_diagonal_product, block_shape, delta_weight, diagonal_blocks
+from diablo.blocks import BlockShape, block_shape, covered, delta_weight, diagonal_blocks
 from diablo.config import DiabloConfig
+from diablo.in_place import InPlaceLayer, Overwrite, local_shard, take_blocks, watch
+from diablo.linear import add_blocks, block_linear
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SMALLEST_SIDE = 16  # of a block that `auto` trains in place: below it a batched product wastes most of its tiles
 
 
 def plain_weight(base_layer: nn.Module) -> Tensor:
-    """The weight of an ordinary floating-point layer, detached, in its own layout.
+    """The weight of an ordinary floating-point layer, detached, in its own layout; writing to it is seen by autograd.
 
     Raises:
-        TypeError: the weight is quantised, sharded or otherwise not the matrix that the layer multiplies with, so that
-            adding to it would give a wrong layer without an error.
+        TypeError: the weight is quantised or otherwise not the matrix that the layer multiplies with, so that adding to
+            it would give a wrong layer without an error.
     """
     weight = getattr(base_layer, "weight", None)
-    if weight is None or type(weight.data) is not torch.Tensor or weight.dtype not in FLOAT_DTYPES:
+    if weight is None or type(weight.data) not in (torch.Tensor, DTensor) or weight.dtype not in FLOAT_DTYPES:
         kind = "no weight" if weight is None else f"a weight of type {type(weight.data).__name__}, {weight.dtype}"
         raise TypeError(
             f"{type(base_layer).__name__} has {kind}, which cannot be changed in place: "
             "load or dequantise the base model in fp16, bf16 or fp32"
         )
-    return weight.data
+    return weight.detach()
 
 
-class DiabloLayer(BaseTunerLayer):
+def obstacle_to_in_place(layer: nn.Module, dropout: float) -> str | None:
+    """Why blocks cannot be trained inside the weight of a base layer; None if they can."""
+    if dropout:
+        return f"dropout={dropout}, which would have to drop the base layer's input too"
+    if (
+        type(layer) is not nn.Linear
+        or type(layer.weight.data) is not torch.Tensor
+        or layer.weight.dtype not in FLOAT_DTYPES
+    ):
+        kind = f"{type(layer).__name__} with {getattr(getattr(layer, 'weight', None), 'dtype', 'no weight')}"
+        return f"a base layer that is quantised or no plain nn.Linear ({kind})"
+    if layer.weight.is_meta:
+        return "a base weight on the meta device, which holds no values to write"
+    if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+        return "hooks on the base layer, which would not be called"
+    return None
+
+
+class DiabloLayer(BaseTunerLayer, InPlaceLayer):
     """The adapters of one layer, keyed by adapter name; [`DiabloLinear`] adds the forward pass.
 
-    `diablo_blocks[name]` is the paper's 𝒟: `(num_blocks, d_in, d_out)`, zero at the start.
+    `diablo_blocks[name]` is the paper's 𝒟: `(num_blocks, d_in, d_out)`, zero at the start. `forward_mode[name]` is
+    "in_place" or "adapter". The base weight holds W0, or W0 plus the update of the adapter named by `in_weight`, or of
+    the merged adapters.
     """
 
     adapter_layer_names = ("diablo_blocks",)
@@ -53,8 +77,9 @@ class DiabloLayer(BaseTunerLayer):
         self.diablo_dropout = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters = []
-        # The base weight's own values where merged adapters changed it, so that unmerging restores every bit.
-        self._replaced: dict[str, list[Tensor]] = {}
+        self.forward_mode: dict[str, str] = {}
+        self.in_weight: str | None = None
+        self._overwrites: dict[str, Overwrite] = {}
 
         base_layer = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)
@@ -65,13 +90,30 @@ class DiabloLayer(BaseTunerLayer):
             raise TypeError(f"the sizes of {type(base_layer).__name__} are unknown")
         self.in_features, self.out_features = in_features, out_features
 
-    def update_layer(self, adapter_name: str, config: DiabloConfig) -> None:
+    def update_layer(
+        self, adapter_name: str, config: DiabloConfig, name: str = "", weight_is_shared: bool = False
+    ) -> None:
         """Adds an adapter, or replaces the one of this name.
 
+        Args:
+            name: of the layer in the model; it decides N where `config.num_blocks` gives several.
+            weight_is_shared: another module of the model uses the same weight, so that it must not be changed.
+
         Raises:
-            ValueError: `config.num_blocks` does not divide the layer's sides.
+            ValueError: N does not divide the layer's sides, or `config.mode` is "in_place" where that cannot be done.
         """
-        shape = block_shape(self.in_features, self.out_features, config.num_blocks, config.allow_uneven)
+        self._leave_weight()
+        shape = block_shape(self.in_features, self.out_features, config.blocks_of(name), config.allow_uneven)
+        obstacle = obstacle_to_in_place(self.base_layer, config.dropout)
+        obstacle = obstacle or ("a base weight that other modules share" if weight_is_shared else None)
+        if config.mode == "in_place" and obstacle:
+            raise ValueError(f"mode='in_place' cannot be used with {obstacle}: use mode='adapter'")
+        even = shape.num_blocks * shape.d_in == self.in_features and shape.num_blocks * shape.d_out == self.out_features
+        suits = even and min(shape.d_in, shape.d_out) >= SMALLEST_SIDE and not obstacle
+        in_place = config.mode == "in_place" or (config.mode == "auto" and suits)
+        self.forward_mode[adapter_name] = "in_place" if in_place else "adapter"
+        self._overwrites[adapter_name] = Overwrite()
+
         blocks = torch.zeros(shape)
         if not config.init_weights:
             nn.init.normal_(blocks, std=shape.d_in**-0.5)
@@ -103,46 +145,102 @@ class DiabloLayer(BaseTunerLayer):
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name not in self.diablo_blocks:
                 continue
-            if self.quantization_backend is None:
-                self._merge_plain(adapter_name, safe_merge)
-            else:
+            if self.quantization_backend is not None:
                 self._add_quantized(adapter_name, 1, safe_merge)
+            else:
+                if self.in_weight != adapter_name:
+                    self._leave_weight()
+                # In place this writes the values that are there already: merging is then no more than a name.
+                if not self._write(adapter_name, check_finite=safe_merge):
+                    raise ValueError(_not_finite(adapter_name))
+                self.in_weight = None
             self.merged_adapters.append(adapter_name)
 
     def unmerge(self) -> None:
-        """Takes merged adapters out of the base weight: exactly, unless it is quantised (then to its rounding)."""
+        """Takes merged adapters out of the base weight: exactly, unless it is quantised (then to its rounding).
+
+        The weight is W0 afterwards, also in mode "in_place": the blocks are beside it until the next optimizer step,
+        or until the model is set to another adapter.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
             # Latest first: adapters overlap, and each one's record was taken after the earlier ones were merged.
             adapter_name = self.merged_adapters.pop()
-            if adapter_name in self._replaced:
-                for part, original in zip(
-                    self._weight_parts(adapter_name), self._replaced.pop(adapter_name), strict=True
-                ):
-                    part.copy_(original)
+            if self._overwrites[adapter_name].is_written:
+                self._overwrites[adapter_name].restore(self._weight_parts(adapter_name))
             else:
                 self._add_quantized(adapter_name, -1, check_finite=False)
 
-    def _weight_parts(self, adapter_name: str) -> list[Tensor]:
-        """Views of the base weight where this adapter adds to it, `(d_in, d_out)` each."""
-        weight = plain_weight(self.get_base_layer())
-        shape = BlockShape(*self.diablo_blocks[adapter_name].shape)
-        return diagonal_blocks(weight.T if self.fan_in_fan_out else weight, shape)
+    # The blocks inside the weight
 
-    def _merge_plain(self, adapter_name: str, check_finite: bool) -> None:
+    def trained_in_place(self) -> Tensor | None:
+        name = self._sole_adapter()
+        return self.diablo_blocks[name] if name is not None else None
+
+    def refresh(self, changed: bool = True) -> None:
+        """Write W0 + D into the base weight if the active adapter is trained in place, else put W0 back.
+
+        Merged adapters stay as they are. `changed`: the blocks have, or may have, new values.
+        """
+        if changed:
+            for overwrite in self._overwrites.values():
+                overwrite.version += 1
+        if self.merged:
+            return
+        name = None if self.disable_adapters else self._sole_adapter()
+        if name is not None and (self.diablo_blocks[name].is_meta or self.base_layer.weight.is_meta):
+            if self.in_weight is not None:
+                raise RuntimeError("the base weight was moved to the meta device with blocks in it: use mode='adapter'")
+            name = None  # values are still to be loaded
+        if self.in_weight != name:
+            self._leave_weight()
+        if name is None:
+            return
+        self._write(name)
+        self.in_weight = name
+
+    def refresh_for_unloading(self) -> None:
+        """Leave the base layer as it is to be without its adapters: merged, or as it was."""
+        if not self.merged:
+            self._leave_weight()
+
+    def _sole_adapter(self) -> str | None:
+        """The adapter that is active here, if it is the only one and trained in place."""
+        names = [name for name in self.active_adapters if name in self.diablo_blocks]
+        return names[0] if len(names) == 1 and self.forward_mode[names[0]] == "in_place" else None
+
+    def _write(self, adapter_name: str, check_finite: bool = False) -> bool:
         parts = self._weight_parts(adapter_name)
         blocks = self.diablo_blocks[adapter_name].detach()
-        # Added in the wider of the two dtypes and rounded once. Only the blocks' own entries of the weight are touched.
-        sums = [
-            (part + block[: part.shape[0], : part.shape[1]]).to(part.dtype)
-            for part, block in zip(parts, blocks, strict=True)
-        ]
-        if check_finite and not all(total.isfinite().all() for total in sums):
-            raise ValueError(_not_finite(adapter_name))
-        self._replaced[adapter_name] = [part.clone() for part in parts]
-        for part, total in zip(parts, sums, strict=True):
-            part.copy_(total)
+        if isinstance(blocks, DTensor) or isinstance(self.get_base_layer().weight, DTensor):
+            _, first, count = local_shard(plain_weight(self.get_base_layer()), self._shape(adapter_name).num_blocks)
+            update = take_blocks([blocks], first, count)
+        else:
+            update = covered(blocks, self.in_features, self.out_features)
+        return self._overwrites[adapter_name].add(parts, update, check_finite)
+
+    def _leave_weight(self) -> None:
+        """Put W0 back where an adapter is trained in place."""
+        if self.in_weight is not None:
+            self._overwrites[self.in_weight].restore(self._weight_parts(self.in_weight))
+            self.in_weight = None
+
+    def _shape(self, adapter_name: str) -> BlockShape:
+        return BlockShape(*self.diablo_blocks[adapter_name].shape)
+
+    def _weight_parts(self, adapter_name: str, weight: Tensor | None = None) -> list[Tensor]:
+        """Views of the base weight (or a copy of it) where this adapter adds to it, in the shapes of `covered`."""
+        weight = plain_weight(self.get_base_layer()) if weight is None else weight
+        shape = self._shape(adapter_name)
+        if not isinstance(weight, DTensor):
+            return diagonal_blocks(weight.T if self.fan_in_fan_out else weight, shape)
+        rows, first, count = local_shard(weight, shape.num_blocks)
+        overwrite = self._overwrites[adapter_name]
+        if overwrite.originals is not None and overwrite.originals[0].shape[0] != count:
+            overwrite.originals = [overwrite.originals[0][first : first + count].clone()]  # taken before it was sharded
+        columns = rows[:, first * shape.d_in : (first + count) * shape.d_in]
+        return diagonal_blocks(columns, BlockShape(count, shape.d_in, shape.d_out))
 
     def _add_quantized(self, adapter_name: str, sign: int, check_finite: bool) -> None:
         weight = self.get_base_weight()
@@ -157,35 +255,103 @@ def _not_finite(adapter_name: str) -> str:
 
 
 class DiabloLinear(nn.Module, DiabloLayer):
-    """`y = base(x) + dropout(x) @ diag(D_1 … D_N)` (arXiv 2506.03230, section 3), without a scaling factor."""
+    """`y = x W0 + dropout(x) diag(D_1 … D_N)` (arXiv 2506.03230, section 3), without a scaling factor.
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: DiabloConfig, **quantization: Any) -> None:
+    Mode "in_place" computes it as one product with a weight that holds W0 + D, "adapter" as two. What is saved, copied
+    or moved is always W0 and D.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: DiabloConfig,
+        name: str = "",
+        weight_is_shared: bool = False,
+        **quantization: Any,
+    ) -> None:
         super().__init__()
         DiabloLayer.__init__(self, base_layer, **quantization)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
+        self.update_layer(adapter_name, config, name, weight_is_shared)
+        self.register_load_state_dict_post_hook(_after_loading)
+        watch(self)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`x` is `(..., in_features)`, the result `(..., out_features)` in the base layer's output dtype."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return result
-        if self.quantization_backend is not None:
-            result = self.quantization_backend.maybe_clone_base_result(result)
-        base_dtype = result.dtype
-        for adapter_name in self.active_adapters:
-            if adapter_name not in self.diablo_blocks:
-                continue
-            blocks = self.diablo_blocks[adapter_name]
-            # The blocks are fp32 even over a bf16 base (PEFT casts them): their product and the sum are taken in fp32.
-            dropped = self.diablo_dropout[adapter_name](self._cast_input_dtype(x, blocks.dtype))
-            result = result + block_diagonal_product(dropped, blocks, self.out_features)
-        return result.to(base_dtype)
+        names = [] if self.disable_adapters or self.merged else self.active_adapters
+        names = [name for name in names if name in self.diablo_blocks]
+        trains = torch.is_grad_enabled() and any(self.diablo_blocks[name].requires_grad for name in names)
+        if not names or (self.in_weight is not None and not trains):
+            return self.base_layer(x, *args, **kwargs)
+        first, *others = names
+        base: Any = self.base_layer
+        blocks, dropout = self.diablo_blocks[first], self._dropout(first)
+        if self.in_weight is not None:
+            return block_linear(x, base.weight, base.bias, blocks, self._overwrites[first])
+        if obstacle_to_in_place(base, 0.0) is None:
+            result = block_linear(x, base.weight, base.bias, blocks, None, dropout)
+        else:
+            result = base(x, *args, **kwargs)
+            if self.quantization_backend is not None:
+                result = self.quantization_backend.maybe_clone_base_result(result)
+            result = add_blocks(result, x, blocks, dropout)
+        for name in others:
+            result = add_blocks(result, x, self.diablo_blocks[name], self._dropout(name))
+        return result
+
+    def _dropout(self, adapter_name: str) -> float:
+        module = self.diablo_dropout[adapter_name]
+        return module.p if self.training and isinstance(module, nn.Dropout) else 0.0
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)
+        self.refresh(changed=False)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self.refresh(changed=False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._leave_weight()
+        super().delete_adapter(adapter_name)
+        self.forward_mode.pop(adapter_name, None)
+        self._overwrites.pop(adapter_name, None)
+        self.refresh(changed=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DiabloLinear:
+        # W0 and D move each on its own; what was W0 + D would otherwise be rounded twice.
+        self._leave_weight()
+        super()._apply(fn, recurse)
+        self.refresh()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # of a copy, or of a layer that was unpickled
+        watch(self)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """W0 and D, also where the weight holds W0 + D: a copy of such a weight is given, with W0's values."""
+        result = super().state_dict(*args, **kwargs)
+        if self.in_weight is not None:
+            key = kwargs.get("prefix", args[1] if len(args) > 1 else "") + "base_layer.weight"
+            weight = result[key].detach().clone()
+            self._overwrites[self.in_weight].put_originals(self._weight_parts(self.in_weight, weight))
+            result[key] = weight
+        return result
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._leave_weight()  # the base layer's weight is loaded after this and takes W0's place
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)
 
     def __repr__(self) -> str:
         return "diablo." + super().__repr__()
+
+
+def _after_loading(layer: DiabloLinear, _: Any) -> None:
+    layer.refresh()

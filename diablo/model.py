@@ -40,7 +40,7 @@ class DiabloModel(BaseTuner):
         assert isinstance(peft_config, DiabloConfig)
         try:
             if isinstance(target, DiabloLayer):
-                target.update_layer(adapter_name, peft_config)
+                target.update_layer(adapter_name, peft_config, current_key, self._is_shared(target))
                 return
             quantization = get_quantization_kwargs(self)
             base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
@@ -49,15 +49,35 @@ class DiabloModel(BaseTuner):
                 raise ValueError(
                     f"DiaBlo adapts linear layers, not {type(base_layer).__name__}: take it out of target_modules"
                 )
-            layer = DiabloLinear(target, adapter_name, peft_config, **quantization)
+            layer = DiabloLinear(
+                target, adapter_name, peft_config, current_key, self._is_shared(target), **quantization
+            )
         except ValueError as error:
             raise ValueError(f"{current_key}: {error}") from None
         self._replace_module(parent, target_name, layer, target)
+
+    def _is_shared(self, target: nn.Module) -> bool:
+        """Whether another module holds the same weight, as an output layer tied to the embedding does."""
+        weight = getattr(target.get_base_layer() if isinstance(target, BaseTunerLayer) else target, "weight", None)
+        holders = [name for name, tensor in self.model.named_parameters(remove_duplicate=False) if tensor is weight]
+        return len(holders) > 1
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        forced = [name for name in names if getattr(self.peft_config.get(name), "mode", None) == "in_place"]
+        if forced and len(names) > 1:
+            raise ValueError(
+                f"adapters {', '.join(names)} cannot be active at once: mode='in_place' of {forced[0]} allows one; "
+                "use mode='adapter' or 'auto'"
+            )
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(new_module, DiabloLayer):
             super()._replace_module(parent, child_name, new_module, child)
         else:
+            if isinstance(child, DiabloLayer):
+                child.refresh_for_unloading()
             # Unloading puts the complete base layer back. PEFT's version would copy `weight`, which HQQ's layers lack.
             setattr(parent, child_name, new_module)
 

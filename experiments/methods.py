@@ -52,9 +52,28 @@ def attach(method: Config, base: PreTrainedModel) -> torch.nn.Module:
 
     on_meta = next(base.parameters()).is_meta
     try:
-        return peft.get_peft_model(base, peft_config(method["adapter"]), low_cpu_mem_usage=on_meta)
+        return peft.get_peft_model(base, peft_config(_sized(method, base)), low_cpu_mem_usage=on_meta)
     except ValueError as error:
         raise UserError(f"{method['label']} on {base.config.model_type}: {error}") from None
+
+
+def _sized(method: Config, base: PreTrainedModel) -> Config:
+    """The adapter's fields, with the number of blocks that the method's budget allows where that is left to us."""
+    adapter, budget = method["adapter"], method.get("budget")
+    if (adapter.get("num_blocks") == "auto") != (budget is not None):
+        raise UserError("method.adapter.num_blocks=auto and method.budget=… (such as 0.005) belong together: give both")
+    if budget is None:
+        return adapter
+    from diablo import suggest_num_blocks
+
+    targets = adapter["target_modules"]
+    return {**adapter, "num_blocks": suggest_num_blocks(base, budget, target_modules=targets)}
+
+
+def forward_modes(model: torch.nn.Module) -> dict[str, str]:
+    """How each layer computed with its adapter, for methods that can do it in several ways: layer name -> mode."""
+    modules = model.named_modules()
+    return {name: mode["default"] for name, module in modules if (mode := getattr(module, "forward_mode", None))}
 
 
 def trained_tensors(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

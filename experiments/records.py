@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from experiments.errors import UserError
 
-SCHEMA = 1  # raised when a record changes its meaning
+SCHEMA = 2  # raised when a record changes its meaning
 NOT_IN_THE_ID = ("run_id", "runtime", "evaluation")  # settings that cannot change what is trained
 
 
@@ -92,6 +92,7 @@ class TrainRecord:
     peak_memory_bytes: int  # device memory on CUDA, resident memory of the process elsewhere
     resumed_at: list[int]  # the step at which each resumed attempt began
     tensors: list[str]  # names of the trained tensors, in the order of `gradient_norms` in metrics.jsonl
+    forward_modes: dict[str, str]  # layer -> how it was computed with, of methods that have more than one way
     world_size: int
     environment: dict[str, Any]
     schema: int = SCHEMA

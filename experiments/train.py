@@ -110,6 +110,7 @@ def train(run: RunPaths, progress: str = "") -> TrainRecord:
         peak_memory_bytes=_peak_memory(torch.device(arguments.device)),
         resumed_at=resumed_at,
         tensors=tensors,
+        forward_modes=methods.forward_modes(model),
         world_size=arguments.world_size,
         environment=environment(str(arguments.device)),
     )

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from diablo import refresh
 from experiments import checkpoint as checkpoints
 from experiments.methods import trained_tensors
 from experiments.prompts import Example
@@ -175,6 +176,7 @@ class RunTrainer(Trainer):
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(weights[name])
+        refresh(cast(torch.nn.Module, self.model))  # what is trained inside a weight is written there
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

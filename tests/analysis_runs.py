@@ -82,6 +82,7 @@ def write_run(
             step_seconds=0.03,
             peak_memory_bytes=10**9,
             resumed_at=[],
+            forward_modes={},
             tensors=tensors,
             world_size=1,
             environment={"torch": "2.13.0", "device": "cpu", "commit": "0" * 40, "dirty": False},

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from diablo.blocks import (
     BlockShape,
-    block_diagonal_product,
+    add_block_product_,
+    block_gradient,
     block_shape,
+    covered,
     delta_weight,
     diagonal_blocks,
     num_parameters,
@@ -84,45 +86,57 @@ def test_a_split_that_does_not_divide_is_refused_with_the_nearest_that_do(
 
 
 @settings(deadline=None)
-@given(
-    in_features=sizes,
-    out_features=sizes,
-    num_blocks=st.integers(1, 12),
-    leading=st.lists(st.integers(0, 3), max_size=3),
-)
-def test_product_and_delta_weight_equal_the_dense_definition(
-    in_features: int, out_features: int, num_blocks: int, leading: list[int]
+@given(in_features=sizes, out_features=sizes, num_blocks=st.integers(1, 12), tokens=st.integers(0, 5))
+def test_product_gradient_and_delta_weight_equal_the_dense_definition(
+    in_features: int, out_features: int, num_blocks: int, tokens: int
 ) -> None:
     blocks = random_blocks(in_features, out_features, num_blocks)
     dense = dense_by_definition(blocks, in_features, out_features)
     torch.testing.assert_close(delta_weight(blocks, in_features, out_features), dense.T, rtol=0, atol=0)
-    x = torch.randn(*leading, in_features, dtype=torch.float64)
-    y = block_diagonal_product(x, blocks, out_features)
-    assert y.shape == (*leading, out_features)
-    torch.testing.assert_close(y, x @ dense, rtol=1e-12, atol=1e-12)
+    x = torch.randn(tokens, in_features, dtype=torch.float64)
+    y = torch.randn(tokens, out_features, dtype=torch.float64)
+    expected = y + x @ dense
+    backward = x + y @ dense.T
+    gradient = block_gradient(x, y, BlockShape(*blocks.shape), torch.float64)
+    full = x.T @ y  # the paper's orientation, (in, out)
+    torch.testing.assert_close(
+        delta_weight(gradient, in_features, out_features).T,
+        full * dense_by_definition(torch.ones_like(blocks), in_features, out_features),
+        rtol=1e-12,
+        atol=1e-12,
+    )
+    torch.testing.assert_close(
+        add_block_product_(x.clone(), y, blocks.transpose(1, 2)), backward, rtol=1e-12, atol=1e-12
+    )
+    torch.testing.assert_close(add_block_product_(y, x, blocks), expected, rtol=1e-12, atol=1e-12)
 
 
 @settings(deadline=None)
-@given(in_features=sizes, out_features=sizes, num_blocks=st.integers(1, 12))
+@given(in_features=sizes, out_features=sizes, num_blocks=st.integers(1, 12), transposed=st.booleans())
 def test_diagonal_blocks_are_views_of_exactly_the_changed_entries(
-    in_features: int, out_features: int, num_blocks: int
+    in_features: int, out_features: int, num_blocks: int, transposed: bool
 ) -> None:
     blocks = random_blocks(in_features, out_features, num_blocks)
-    weight = torch.zeros(out_features, in_features, dtype=torch.float64)
-    for part, block in zip(diagonal_blocks(weight, BlockShape(*blocks.shape)), blocks, strict=True):
-        part.copy_(block[: part.shape[0], : part.shape[1]])
+    if transposed:  # as Conv1D keeps its weight
+        weight = torch.zeros(in_features, out_features, dtype=torch.float64).T
+    else:
+        weight = torch.zeros(out_features, in_features, dtype=torch.float64)
+    parts = diagonal_blocks(weight, BlockShape(*blocks.shape))
+    for part, block in zip(parts, covered(blocks, in_features, out_features), strict=True):
+        part.copy_(block)
     torch.testing.assert_close(weight, delta_weight(blocks, in_features, out_features), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("in_features", "out_features", "num_blocks"), [(12, 8, 4), (10, 7, 3), (6, 6, 1)])
-def test_gradients_equal_finite_differences(in_features: int, out_features: int, num_blocks: int) -> None:
-    blocks = random_blocks(in_features, out_features, num_blocks).requires_grad_()
-    x = torch.randn(2, 3, in_features, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, blocks: block_diagonal_product(x, blocks, out_features), (x, blocks))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_gradient_of_16_bit_inputs_is_summed_in_float32(dtype: torch.dtype) -> None:
+    x, y = torch.randn(4096, 32).to(dtype), torch.randn(4096, 48).to(dtype)
+    gradient = block_gradient(x, y, BlockShape(3, 11, 16), torch.float32)
+    exact = block_gradient(x.double(), y.double(), BlockShape(3, 11, 16), torch.float64)
+    assert gradient.dtype == torch.float32
+    torch.testing.assert_close(gradient.double(), exact, rtol=1e-4, atol=1e-3)  # 16 bits would be off by 0.1
 
 
-@pytest.mark.parametrize(("x_features", "out_features"), [(13, 8), (12, 9)])
-def test_blocks_that_do_not_cover_the_layer_are_refused(x_features: int, out_features: int) -> None:
-    blocks = torch.zeros(4, 3, 2)
-    with pytest.raises(ValueError, match=f"cover 12 inputs and 8 outputs, but x has {x_features}"):
-        block_diagonal_product(torch.zeros(1, x_features), blocks, out_features)
+@pytest.mark.parametrize(("x_features", "y_features"), [(13, 8), (12, 9)])
+def test_blocks_that_do_not_cover_the_layer_are_refused(x_features: int, y_features: int) -> None:
+    with pytest.raises(ValueError, match=f"cover 12 inputs and 8 outputs, but x has {x_features} and y has"):
+        add_block_product_(torch.zeros(1, y_features), torch.zeros(1, x_features), torch.zeros(4, 3, 2))

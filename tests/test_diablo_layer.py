@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import pytest
 import torch
 from peft import get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from diablo import DiabloConfig, DiabloLinear
 
 
-def test_one_block_trains_like_the_full_weight() -> None:
+@pytest.mark.parametrize("mode", ["adapter", "in_place"])
+def test_one_block_trains_like_the_full_weight(mode: Literal["adapter", "in_place"]) -> None:
     full = nn.Linear(6, 4, dtype=torch.float64)
-    layer = DiabloLinear(copy.deepcopy(full), "default", DiabloConfig(num_blocks=1))
+    layer = DiabloLinear(copy.deepcopy(full), "default", DiabloConfig(num_blocks=1, mode=mode))
     x = torch.randn(5, 6, dtype=torch.float64)
     steps = (torch.optim.AdamW([full.weight], lr=0.1, weight_decay=0.0),)
     steps += (torch.optim.AdamW(layer.diablo_blocks.parameters(), lr=0.1, weight_decay=0.0),)
@@ -25,6 +28,7 @@ def test_one_block_trains_like_the_full_weight() -> None:
             module(x).square().sum().backward()
             optimizer.step()
     assert isinstance(layer.base_layer, nn.Linear)
+    layer.enable_adapters(False)
     trained = layer.base_layer.weight + layer.get_delta_weight("default")
     torch.testing.assert_close(trained, full.weight, rtol=1e-9, atol=1e-9)
 
@@ -48,10 +52,27 @@ def test_dropout_drops_the_adapter_s_input_only() -> None:
     blocks = layer.diablo_blocks["default"]
     undropped = base(x) + x @ torch.block_diag(*blocks)
     torch.testing.assert_close(layer.eval()(x), undropped)
+    identity = DiabloLinear(nn.Linear(8, 8), "default", DiabloConfig(num_blocks=1, dropout=0.5))
+    identity.diablo_blocks["default"].data.copy_(torch.eye(8))
     torch.manual_seed(3)
-    dropped = nn.functional.dropout(x, 0.5)
+    dropped = identity.train()(x) - identity.base_layer(x)
+    kept = dropped.abs() > 1e-6
+    assert 0.4 < kept.float().mean() < 0.6
+    torch.testing.assert_close(dropped[kept], 2 * x[kept])
     torch.manual_seed(3)
-    torch.testing.assert_close(layer.train()(x), base(x) + dropped @ torch.block_diag(*blocks))
+    torch.testing.assert_close(layer.train()(x), base(x) + dropped @ torch.block_diag(*blocks), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", [nn.Linear(8, 4), Conv1D(4, 8)], ids=["fused", "on top of the base layer's output"])
+def test_the_backward_pass_drops_what_the_forward_pass_dropped(base: nn.Module) -> None:
+    layer = DiabloLinear(base.double(), "default", DiabloConfig(num_blocks=2, dropout=0.5, init_weights=False)).double()
+    x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+
+    def run(x: Tensor, blocks: Tensor) -> Tensor:
+        torch.manual_seed(3)  # the same mask at every evaluation
+        return torch.func.functional_call(layer.train(), {"diablo_blocks.default": blocks}, (x,))
+
+    assert torch.autograd.gradcheck(run, (x, layer.diablo_blocks["default"]))
 
 
 def test_merging_touches_the_blocks_own_entries_only() -> None:

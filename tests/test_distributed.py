@@ -7,14 +7,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import set_seed
 
+from experiments import methods
 from experiments.plan import plan, write_runs
 from experiments.records import RunPaths, TrainRecord, read_lines, read_record
 from experiments.train import train
+from tests.test_methods import batch, config_of, fresh_base
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -54,10 +58,11 @@ GRADIENTS = """
 import json, os, sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from experiments import methods
-from tests.test_methods import ARCHITECTURE, attached, batch
+from tests.test_methods import batch
+from tests.test_distributed import in_mode
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-model = DistributedDataParallel(attached("diablo"))
+model = DistributedDataParallel(in_mode(sys.argv[2]))
 rows = torch.cat([batch(), batch().flip(0)])[rank::2]
 for part, sync in ((rows[:1], False), (rows[1:2], False), (rows[2:], True)):
     with model.no_sync() if not sync else torch.enable_grad():
@@ -68,16 +73,20 @@ dist.destroy_process_group()
 """
 
 
-def test_gradients_are_equal_on_both_ranks_and_to_the_joined_batch(tmp_path: Path) -> None:
-    """With accumulation under no_sync, as Trainer does it."""
-    from experiments import methods
-    from tests.test_methods import attached, batch
+def in_mode(mode: str) -> Any:
+    """DiaBlo in one forward mode, its blocks not zero."""
+    set_seed(1)
+    method = config_of("diablo")["method"]
+    method["adapter"] |= {"mode": mode, "init_weights": False}
+    return methods.attach(method, fresh_base()).eval()
 
-    script = tmp_path / "gradients.py"
-    script.write_text(GRADIENTS)
+
+def run_script(script: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The code in two gloo processes."""
+    script.write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    done = subprocess.run(
-        [*command, "--nproc_per_node=2", str(script), str(tmp_path)],
+    return subprocess.run(
+        [*command, "--nproc_per_node=2", str(script), str(script.parent), *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -85,11 +94,70 @@ def test_gradients_are_equal_on_both_ranks_and_to_the_joined_batch(tmp_path: Pat
         check=False,
         timeout=240,
     )
+
+
+@pytest.mark.parametrize("mode", ["adapter", "in_place"])
+def test_gradients_are_equal_on_both_ranks_and_to_the_joined_batch(mode: str, tmp_path: Path) -> None:
+    """With accumulation under no_sync, as Trainer does it."""
+    done = run_script(tmp_path / "gradients.py", GRADIENTS, mode)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
-    model = attached("diablo")
+    model = in_mode(mode)
     rows = torch.cat([batch(), batch().flip(0)])
     model(input_ids=rows, labels=rows).loss.backward()
     for name, tensor in methods.trained_tensors(model).items():
         torch.testing.assert_close(torch.tensor(first[name]), tensor.grad, atol=1e-6, rtol=1e-4)
+
+
+SHARDED = """
+import sys, torch, torch.distributed as dist
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from experiments import methods
+from tests.test_distributed import in_mode
+from tests.test_methods import batch
+dist.init_process_group("gloo")
+rank, model = dist.get_rank(), in_mode(sys.argv[2])
+mesh = init_device_mesh("cpu", (2,))
+for layer in model.get_base_model().model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(model, mesh=mesh)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+rows = torch.cat([batch(), batch().flip(0)])[rank::2]
+for _ in range(3):
+    model(input_ids=rows, labels=rows).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+logits = model(input_ids=batch()).logits
+state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+if rank == 0:
+    save_file({"logits": logits.detach(), **{k: v.clone() for k, v in state.items()}}, f"{sys.argv[1]}/state.safetensors")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("mode", ["adapter", "in_place"])
+def test_a_model_sharded_by_fsdp2_trains_as_one_process_does(mode: str, tmp_path: Path) -> None:
+    """In place, each process writes the blocks of its own rows; what is gathered is W0 and D."""
+    done = run_script(tmp_path / "sharded.py", SHARDED, mode)
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = load_file(tmp_path / "state.safetensors")
+    model = in_mode(mode)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    rows = torch.cat([batch(), batch().flip(0)])
+    for _ in range(3):
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(state.pop("logits"), model(input_ids=batch()).logits, atol=1e-4, rtol=1e-3)
+    expected = model.state_dict()
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if "diablo_" in name:
+            torch.testing.assert_close(state[name], tensor, atol=1e-4, rtol=1e-3)
+        else:
+            assert torch.equal(state[name], tensor), name

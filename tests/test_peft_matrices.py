@@ -14,8 +14,16 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-# Tests of PEFT's that DiaBlo is allowed to fail, with the reason. None is needed.
-ALLOWED_FAILURES: dict[str, str] = {}
+# Tests of PEFT's that DiaBlo is allowed to fail, with the reason. Only what mode "in_place" cannot do by its nature.
+ALLOWED_FAILURES: dict[str, dict[str, str]] = {
+    "auto": {},
+    "adapter": {},
+    "in_place": {
+        "test_only_params_are_updated": "asserts that the base weight does not change while training",
+        "test_active_adapter": "activates two adapters at once, which this mode refuses",
+        "test_merge_layers_is_deterministic_in_train_mode": "asks for dropout, which this mode refuses",
+    },
+}
 FILES = ("tests/test_custom_models.py", "tests/test_decoder_models.py", "tests/test_config.py")
 
 
@@ -43,11 +51,13 @@ def peft_sources() -> Path:
     return sources
 
 
-def test_peft_matrices(peft_sources: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ALLOWED_FAILURES)
+def test_peft_matrices(mode: str, peft_sources: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, (peft_sources, REPOSITORY / "tests", REPOSITORY))),
         "PEFT_MATRICES_MODELS": str(tmp_path / "models"),
+        "PEFT_MATRICES_MODE": mode,
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
@@ -63,6 +73,7 @@ def test_peft_matrices(peft_sources: Path, tmp_path: Path) -> None:
         result = "failed" if result in ("failure", "error") else result
         outcomes[result].append(f"{case.get('classname')}::{case.get('name')}")
     print({result: len(names) for result, names in outcomes.items()})
-    assert set(outcomes["failed"]) <= ALLOWED_FAILURES.keys(), run.stdout[-8000:]
-    # A matrix that collected nothing would fail nothing.
-    assert len(outcomes["passed"]) >= 550
+    failed = {name.rpartition("::")[2].partition("[")[0] for name in outcomes["failed"]}
+    assert failed == ALLOWED_FAILURES[mode].keys(), run.stdout[-8000:]
+    # A matrix that collected nothing would fail nothing. In place, the cases with dropout or Conv1D are not run.
+    assert len(outcomes["passed"]) >= (400 if mode == "in_place" else 550)

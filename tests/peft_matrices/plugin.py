@@ -53,13 +53,14 @@ TWO_ADAPTER_CASES = [
     _pair("DiaBlo other N", {"target_modules": ["lin0"]}, {"target_modules": ["lin0"], "num_blocks": 5}),
 ]
 
-# Endings for both architectures: Llama's grouped-query projections are rectangular, GPT-2's layers are Conv1D.
+# Endings for both architectures: Llama's grouped-query projections are rectangular, GPT-2's layers are Conv1D. With two
+# blocks mode "auto" trains Llama's q_proj and down_proj in place, and k_proj, whose blocks are narrow, from the side.
 DECODER_CASES = [
     (
         DiabloConfig,
         {
             "task_type": "CAUSAL_LM",
-            "num_blocks": 4,
+            "num_blocks": 2,
             "target_modules": ["q_proj", "k_proj", "down_proj", "c_attn", "c_proj"],
         },
     )
@@ -97,15 +98,34 @@ def _stub_diffusers() -> None:
     sys.modules["diffusers"] = stub
 
 
+def _with_mode(settings: dict) -> dict:
+    """The settings with the forward mode that this run of the matrices forces."""
+    return {**settings, "mode": os.environ["PEFT_MATRICES_MODE"]}
+
+
+def _can_be_forced(settings: dict) -> bool:
+    """Bad input for mode "in_place": dropout, and a layer that is no `nn.Linear`."""
+    refused = settings.get("dropout") or settings["target_modules"] == ["conv1d"]
+    return os.environ["PEFT_MATRICES_MODE"] != "in_place" or not refused
+
+
 def pytest_configure(config: pytest.Config) -> None:
     _stub_diffusers()
+    models = _decoder_models()
+    if os.environ["PEFT_MATRICES_MODE"] == "in_place":
+        models.remove(str(Path(os.environ["PEFT_MATRICES_MODELS"]) / "tiny-conv1d"))
     cases = {
         "tests.test_custom_models": {
-            "TEST_CASES": CUSTOM_MODEL_CASES,
-            "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES": TWO_ADAPTER_CASES,
+            "TEST_CASES": [(*case[:3], _with_mode(case[3])) for case in CUSTOM_MODEL_CASES if _can_be_forced(case[3])],
+            "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES": [
+                (*case[:3], _with_mode(case[3]), _with_mode(case[4])) for case in TWO_ADAPTER_CASES
+            ],
             "ALL_PEFT_CONFIG_CLASSES": [DiabloConfig],
         },
-        "tests.test_decoder_models": {"PEFT_DECODER_MODELS_TO_TEST": _decoder_models(), "ALL_CONFIGS": DECODER_CASES},
+        "tests.test_decoder_models": {
+            "PEFT_DECODER_MODELS_TO_TEST": models,
+            "ALL_CONFIGS": [(kind, _with_mode(settings)) for kind, settings in DECODER_CASES],
+        },
         "tests.test_config": {"LAYER_INDEXING_CONFIG_CLASSES": [(DiabloConfig, {})]},
     }
     for module_name, lists in cases.items():

@@ -1,0 +1,132 @@
+"""Training entries of a frozen weight where they lie.
+
+The trained tensor stays a float32 parameter of its own. The frozen weight W holds round(W0 + D) at the trained entries,
+so that the layer is one matrix product, and its own values there are kept to be put back bit for bit. W is rewritten
+when D has changed: after an optimizer's step, on loading, on switching adapters, on moving to another device or dtype.
+It is never written inside a forward or backward pass.
+
+Optimizers are watched by one hook for the whole process, so a training loop needs no line for it. Who changes D in
+another way (by hand, or with an optimizer that is no `torch.optim.Optimizer`) calls `refresh(model)` afterwards.
+"""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+class Overwrite:
+    """Other values in parts of a weight, and the weight's own values to put back.
+
+    `parts` are views of the weight, given at every call: the weight may have moved since the last one.
+    `version` counts changes of the values. A backward pass needs the weight as its forward pass saw it, and compares.
+    """
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.originals: list[Tensor] | None = None
+
+    @property
+    def is_written(self) -> bool:
+        return self.originals is not None
+
+    @torch.no_grad()
+    def add(self, parts: Sequence[Tensor], update: Sequence[Tensor], check_finite: bool = False) -> bool:
+        """Write original + update, added in the wider of the two dtypes and rounded once, to nearest.
+
+        Returns:
+            Whether all values are finite; with `check_finite` the weight is left as it was if they are not.
+        """
+        originals = self.originals or [part.clone() for part in parts]
+        sums = [(original + values).to(original.dtype) for original, values in zip(originals, update, strict=True)]
+        if check_finite and not all(bool(total.isfinite().all()) for total in sums):
+            return False
+        self.originals = originals
+        for part, total in zip(parts, sums, strict=True):
+            part.copy_(total)
+        return True
+
+    @torch.no_grad()
+    def restore(self, parts: Sequence[Tensor]) -> None:
+        """Put the weight's own values back."""
+        if self.originals is not None:
+            self.put_originals(parts)
+        self.originals = None
+
+    @torch.no_grad()
+    def put_originals(self, parts: Sequence[Tensor]) -> None:
+        """The weight's own values into `parts`, which may belong to a copy of the weight."""
+        assert self.originals is not None
+        for part, original in zip(parts, self.originals, strict=True):
+            part.copy_(original)
+
+
+class InPlaceLayer(ABC):
+    """A layer that may train entries of its weight in place: which tensor is trained, and how to write it."""
+
+    @abstractmethod
+    def trained_in_place(self) -> Tensor | None:
+        """The parameter whose update is in the weight, or would be were the adapter enabled; None if there is none."""
+
+    @abstractmethod
+    def refresh(self, changed: bool = True) -> None:
+        """Bring the weight to what the layer computes with now. `changed`: the trained tensor may have new values."""
+
+
+_watched: weakref.WeakSet[InPlaceLayer] = weakref.WeakSet()
+
+
+def watch(layer: InPlaceLayer) -> None:
+    """From now on `layer` is refreshed after every step of an optimizer that holds its trained tensor."""
+    _watched.add(layer)
+
+
+def refresh(model: nn.Module) -> None:
+    """Rewrite the weights that `model` trains in place, after their trained tensors were changed by hand."""
+    for module in model.modules():
+        if isinstance(module, InPlaceLayer):
+            module.refresh()
+
+
+def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if not _watched:
+        return
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for layer in list(_watched):
+        if id(layer.trained_in_place()) in stepped:
+            layer.refresh()
+
+
+register_optimizer_step_post_hook(_after_step)
+
+
+def local_shard(weight: Tensor, num_blocks: int) -> tuple[Tensor, int, int]:
+    """This process's rows of a weight that FSDP2 shards by rows, and which blocks they hold.
+
+    Returns:
+        The rows, the first block and the number of blocks: the whole weight and all blocks where nothing is sharded.
+
+    Raises:
+        RuntimeError: the shards do not hold whole blocks.
+    """
+    if not isinstance(weight, DTensor):
+        return weight, 0, num_blocks
+    world, rank = weight.device_mesh.size(), weight.device_mesh.get_local_rank()
+    if weight.device_mesh.ndim != 1 or weight.placements != (Shard(0),) or num_blocks % world:
+        raise RuntimeError(
+            f"a weight sharded as {weight.placements} over {world} processes does not hold whole blocks of "
+            f"num_blocks={num_blocks} on each: use mode='adapter', or an N that the number of processes divides"
+        )
+    return weight.to_local(), rank * num_blocks // world, num_blocks // world
+
+
+def take_blocks(tensors: Iterable[Tensor], first: int, count: int) -> list[Tensor]:
+    """The blocks `first … first + count` of tensors of shape `(num_blocks, …)`; of a sharded tensor its local part."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor[first : first + count] for tensor in tensors]

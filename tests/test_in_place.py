@@ -1,0 +1,528 @@
+"""Blocks that are trained inside the weight: the same numbers as beside it, W0 never lost, D never counted twice."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+import diablo
+from diablo import DiabloConfig, DiabloLinear
+from diablo.blocks import delta_weight
+from tests.test_diablo_tuner import adapted, attach, tiny_llama, tokens, train
+
+Mode = Literal["auto", "adapter", "in_place"]
+
+
+def layer_of(mode: Mode, base: nn.Module, num_blocks: int = 2, **settings: Any) -> DiabloLinear:
+    torch.manual_seed(5)
+    config = DiabloConfig(num_blocks=num_blocks, mode=mode, init_weights=False, **settings)
+    return DiabloLinear(copy.deepcopy(base), "default", config)
+
+
+def blocks_of(layer: DiabloLinear) -> nn.Parameter:
+    return layer.diablo_blocks["default"]
+
+
+def weight_of(layer: DiabloLinear) -> Tensor:
+    assert isinstance(layer.base_layer, nn.Linear)
+    return layer.base_layer.weight
+
+
+def bits(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def rounded_sum(layer: DiabloLinear, original: Tensor) -> Tensor:
+    """round(W0 + D) by definition, from a dense D."""
+    return (original + layer.get_delta_weight("default")).to(original.dtype)
+
+
+# The same numbers
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    in_features=st.integers(1, 40),
+    out_features=st.integers(1, 40),
+    num_blocks=st.integers(1, 8),
+    leading=st.lists(st.integers(0, 3), max_size=3),
+    bias=st.booleans(),
+)
+def test_both_modes_equal_the_dense_layer_and_its_gradients(
+    in_features: int, out_features: int, num_blocks: int, leading: list[int], bias: bool
+) -> None:
+    base = nn.Linear(in_features, out_features, bias=bias, dtype=torch.float64)
+    x = torch.randn(*leading, in_features, dtype=torch.float64)
+    for mode in ("adapter", "in_place"):
+        layer = layer_of(mode, base, num_blocks, allow_uneven=True)
+        dense = (base.weight + layer.get_delta_weight("default")).detach().requires_grad_()
+        x_dense, x_ours = x.clone().requires_grad_(), x.clone().requires_grad_()
+        expected = nn.functional.linear(x_dense, dense, base.bias)
+        upstream = torch.randn_like(expected)
+        expected.backward(upstream)
+        result = layer(x_ours)
+        result.backward(upstream)
+        close: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
+        torch.testing.assert_close(result, expected, **close)
+        torch.testing.assert_close(x_ours.grad, x_dense.grad, **close)
+        gradient, full = blocks_of(layer).grad, dense.grad
+        assert gradient is not None
+        assert full is not None
+        inside = delta_weight(torch.ones_like(gradient), in_features, out_features)
+        torch.testing.assert_close(delta_weight(gradient, in_features, out_features), full * inside, **close)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("mode", ["adapter", "in_place"])
+def test_the_gradient_is_the_diagonal_of_the_full_one_within_rounding(
+    mode: Mode, dtype: torch.dtype, tolerance: float
+) -> None:
+    torch.manual_seed(0)
+    base = nn.Linear(64, 96).to(dtype)
+    layer = layer_of(mode, base, 4)
+    full = base.double().weight
+    layer.diablo_blocks["default"].data = blocks_of(layer).data.float()
+    x = torch.randn(128, 64).to(dtype)
+    upstream = torch.randn(128, 96).to(dtype)
+    layer(x).backward(upstream)
+    nn.functional.linear(x.double(), full).backward(upstream.double())
+    gradient = blocks_of(layer).grad
+    assert gradient is not None
+    assert gradient.dtype == torch.float32
+    assert full.grad is not None
+    for i in range(4):
+        block = full.grad[i * 24 : (i + 1) * 24, i * 16 : (i + 1) * 16].T
+        assert (gradient[i] - block).norm() <= tolerance * block.norm()
+
+
+def test_fifty_steps_in_place_equal_fifty_beside_the_weight() -> None:
+    """Weight decay included: it acts on D, not on the weight, in both modes."""
+    models = [attach(tiny_llama(torch.float64), mode=mode) for mode in ("adapter", "in_place")]
+    for model in models:
+        for layer in adapted(model).values():
+            layer.double()
+    losses = []
+    for model in models:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+        history = []
+        for step in range(50):
+            loss = model(input_ids=tokens(2, 5 + step % 3), labels=tokens(2, 5 + step % 3)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            history.append(loss.item())
+        losses.append(history)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-9)
+    assert losses[0][-1] < 0.5 * losses[0][0]
+    for name, layer in adapted(models[0]).items():
+        other = adapted(models[1])[name]
+        assert (layer.forward_mode["default"], other.forward_mode["default"]) == ("adapter", "in_place")
+        torch.testing.assert_close(blocks_of(layer), blocks_of(other), rtol=0, atol=1e-9)
+
+
+# Optimizers
+
+
+def eight_bit(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    return bitsandbytes.optim.AdamW8bit(parameters, lr=1e-2, min_8bit_size=1)
+
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
+    "AdamW plain": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=False),
+    "SGD": lambda p: torch.optim.SGD(p, lr=1e-1, momentum=0.9),
+    "AdamW 8-bit": eight_bit,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_weight_holds_the_rounded_sum_after_every_step(optimizer: str, dtype: torch.dtype) -> None:
+    base = nn.Linear(64, 64, dtype=dtype)
+    layer = layer_of("in_place", base, 2)
+    layer.diablo_blocks["default"] = nn.Parameter(torch.zeros(2, 32, 32))
+    layer.refresh()
+    adam = OPTIMIZERS[optimizer]([blocks_of(layer)])
+    for _ in range(4):
+        layer(torch.randn(8, 64, dtype=dtype)).square().sum().backward()
+        adam.step()
+        adam.zero_grad()
+        assert torch.equal(weight_of(layer), rounded_sum(layer, base.weight))
+    off_diagonal = torch.block_diag(*torch.ones(2, 32, 32)).T == 0
+    assert bits(weight_of(layer)[off_diagonal]) == bits(base.weight[off_diagonal])
+    assert not torch.equal(weight_of(layer), base.weight)
+    layer.merge()
+    layer.unmerge()
+    assert bits(weight_of(layer)) == bits(base.weight)
+
+
+def test_a_step_of_another_optimizer_writes_nothing() -> None:
+    layer, other = layer_of("in_place", nn.Linear(8, 8)), nn.Linear(2, 2)
+    version = weight_of(layer)._version
+    other(torch.ones(2)).sum().backward()
+    torch.optim.SGD(other.parameters(), lr=1.0).step()
+    assert weight_of(layer)._version == version
+
+
+@pytest.mark.parametrize(("learning_rate", "bound"), [(5e-4, 0.01), (1e-4, None), (2e-5, None)])
+def test_updates_below_the_spacing_of_bf16_are_not_lost(learning_rate: float, bound: float | None) -> None:
+    """1,401 Adam steps, as many as the authors' GSM8K recipe takes, on a bf16 weight of LLaMA's size.
+
+    Blocks kept in bf16 with bf16 moments, as in that recipe, are the comparison.
+    """
+    torch.manual_seed(0)
+    base = nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
+    with torch.no_grad():
+        base.weight.copy_(0.02 * torch.randn(64, 64))
+    layer = layer_of("in_place", base, 1)
+    layer.diablo_blocks["default"] = nn.Parameter(torch.zeros(1, 64, 64))
+    layer.refresh()
+    exact = nn.Parameter(torch.zeros(1, 64, 64, dtype=torch.float64))
+    lossy = nn.Parameter(torch.zeros(1, 64, 64, dtype=torch.bfloat16))
+    trained = (blocks_of(layer), exact, lossy)
+    optimizers = [torch.optim.AdamW([parameter], lr=learning_rate, weight_decay=0.0) for parameter in trained]
+    for _ in range(1401):
+        gradient = torch.randn(1, 64, 64)
+        for parameter, optimizer in zip(trained, optimizers, strict=True):
+            parameter.grad = gradient.to(parameter.dtype)
+            optimizer.step()
+    change = (weight_of(layer).double() - base.weight.double()).T
+    error = ((change - exact[0]).norm() / exact.norm()).item()
+    in_bf16 = ((lossy.double() - exact).norm() / exact.norm()).item()
+    print(f"lr {learning_rate:g}: in place {error:.2%}, blocks and moments in bf16 {in_bf16:.2%}")
+    if bound is not None:
+        assert error <= bound
+    assert error < in_bf16
+
+
+# Circumstances of training
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant: bool) -> None:
+    plain, checkpointed = (attach(tiny_llama(), mode="in_place", init_weights=False).train() for _ in range(2))
+    for left, right in zip(adapted(plain).values(), adapted(checkpointed).values(), strict=True):
+        blocks_of(right).data.copy_(blocks_of(left))
+    diablo.refresh(checkpointed)
+    checkpointed.enable_input_require_grads()
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    for model in (plain, checkpointed):
+        model(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()
+    for name, layer in adapted(plain).items():
+        gradient = blocks_of(adapted(checkpointed)[name]).grad
+        expected = blocks_of(layer).grad
+        assert gradient is not None
+        assert expected is not None
+        assert torch.equal(gradient, expected)
+
+
+def test_accumulated_gradients_equal_those_of_the_whole_batch() -> None:
+    whole, parts = (attach(tiny_llama(torch.float64), mode="in_place") for _ in range(2))
+    whole(input_ids=tokens(4), labels=tokens(4)).loss.backward()
+    for row in tokens(4):
+        (parts(input_ids=row[None], labels=row[None]).loss / 4).backward()
+    for left, right in zip(adapted(whole).values(), adapted(parts).values(), strict=True):
+        torch.testing.assert_close(blocks_of(left).grad, blocks_of(right).grad, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("mode", ["adapter", "in_place"])
+def test_autocast_computes_in_bf16_and_keeps_float32_gradients(mode: Mode) -> None:
+    layer = layer_of(mode, nn.Linear(64, 64), 2)
+    x = torch.randn(4, 64, requires_grad=True)
+    exact = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = layer(x)
+        assert result.dtype == torch.bfloat16
+        assert (result.float() - exact).norm() < 0.02 * exact.norm()
+        result.float().square().sum().backward()  # inside autocast, as some training loops do
+    gradient = blocks_of(layer).grad
+    assert gradient is not None
+    assert gradient.dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", ["adapter", "in_place"])
+def test_compiles_without_a_graph_break_and_sees_every_step(mode: Mode) -> None:
+    base = nn.Linear(32, 64)
+    layers = [layer_of(mode, base, 2) for _ in range(2)]
+    compiled = torch.compile(layers[1], fullgraph=True, backend="aot_eager")
+    optimizers = [torch.optim.SGD([blocks_of(layer)], lr=0.1) for layer in layers]
+    x = torch.randn(3, 5, 32)
+    for _ in range(3):
+        outputs = [layers[0](x), compiled(x)]
+        torch.testing.assert_close(outputs[0], outputs[1])
+        for output, optimizer in zip(outputs, optimizers, strict=True):
+            output.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(blocks_of(layers[0]), blocks_of(layers[1]))
+
+
+def test_a_reference_pass_between_forward_and_backward_changes_no_gradient() -> None:
+    """Preference training (DPO) runs the base model, adapters disabled, before it goes backward."""
+    model = attach(tiny_llama(), mode="in_place", init_weights=False)
+    frozen = tiny_llama()(tokens()).logits
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    expected = {name: blocks_of(layer).grad for name, layer in adapted(model).items()}
+    model.zero_grad()
+    loss = model(input_ids=tokens(), labels=tokens()).loss
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(model(tokens()).logits, frozen)
+    loss.backward()
+    for name, layer in adapted(model).items():
+        assert torch.equal(blocks_of(layer).grad, expected[name])  # pyright: ignore[reportArgumentType]
+
+
+def test_a_backward_pass_through_other_weights_is_refused() -> None:
+    layer = layer_of("in_place", nn.Linear(8, 8))
+    optimizer = torch.optim.AdamW([blocks_of(layer)], fused=True)
+    stale = layer(torch.randn(2, 8, requires_grad=True)).sum()
+    layer(torch.randn(2, 8)).sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"not those of the forward pass .* mode='adapter'"):
+        stale.backward()
+    stale = layer(torch.randn(2, 8, requires_grad=True)).sum()
+    layer.enable_adapters(False)
+    with pytest.raises(RuntimeError, match="not those of the forward pass"):
+        stale.backward()
+
+
+def test_evaluation_computes_with_the_training_weights() -> None:
+    model = attach(tiny_llama(torch.bfloat16), mode="in_place")
+    train(model)
+    trained = model(tokens()).logits
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(tokens()).logits, trained)
+    model.merge_adapter()
+    assert torch.equal(model(tokens()).logits, trained)
+    assert torch.equal(model.merge_and_unload()(tokens()).logits, trained)
+
+
+# W0 and D, each once
+
+
+@pytest.fixture
+def in_mid_training() -> Any:
+    model = attach(tiny_llama(torch.bfloat16), mode="in_place")
+    train(model)
+    assert {layer.in_weight for layer in adapted(model).values()} == {"default"}
+    return model
+
+
+def base_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name.removeprefix("base_model.model.").replace("base_layer.", ""): tensor
+        for name, tensor in state.items()
+        if "diablo_" not in name
+    }
+
+
+def assert_holds_the_base(state: dict[str, Tensor]) -> None:
+    fresh = tiny_llama(torch.bfloat16).state_dict()
+    assert {name: bits(tensor) for name, tensor in base_names(state).items()} == {
+        name: bits(tensor) for name, tensor in fresh.items()
+    }
+
+
+def test_a_state_dict_holds_w0_and_goes_on_holding_it(in_mid_training: Any) -> None:
+    trained = in_mid_training(tokens()).logits
+    state = in_mid_training.state_dict()
+    assert_holds_the_base(state)
+    assert torch.equal(in_mid_training(tokens()).logits, trained)
+    train(in_mid_training, 1)
+    assert_holds_the_base(state)
+
+
+def test_saved_and_loaded_on_a_fresh_base_computes_the_same(in_mid_training: Any, tmp_path: Path) -> None:
+    trained = in_mid_training(tokens()).logits
+    in_mid_training.save_pretrained(str(tmp_path))
+    for low_cpu_mem_usage in (False, True):
+        base = tiny_llama(torch.bfloat16)
+        loaded = PeftModel.from_pretrained(base, str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage)
+        assert torch.equal(loaded(tokens()).logits, trained)
+        assert_holds_the_base(loaded.state_dict())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_full_state_dict_loads_into_another_model_in_place(in_mid_training: Any, assign: bool) -> None:
+    other = attach(tiny_llama(torch.bfloat16), mode="in_place", init_weights=False)
+    other.load_state_dict(in_mid_training.state_dict(), assign=assign)
+    assert torch.equal(other(tokens()).logits, in_mid_training(tokens()).logits)
+    assert_holds_the_base(other.state_dict())
+
+
+def copy_by_pickle(model: PeftModel) -> PeftModel:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy_by_pickle])
+def test_a_copy_trains_on_by_itself(in_mid_training: Any, copied: Callable[[PeftModel], PeftModel]) -> None:
+    before = in_mid_training(tokens()).logits
+    other = copied(in_mid_training)
+    assert_holds_the_base(other.state_dict())
+    assert torch.equal(other(tokens()).logits, before)
+    train(other, 3)
+    assert torch.equal(in_mid_training(tokens()).logits, before)
+    assert not torch.equal(other(tokens()).logits, before)
+    assert_holds_the_base(other.state_dict())
+    with other.disable_adapter():
+        assert torch.equal(other(tokens()).logits, tiny_llama(torch.bfloat16)(tokens()).logits)
+
+
+@pytest.mark.parametrize("leave", ["disable", "unmerge", "switch", "delete", "unload"])
+def test_the_weight_is_restored_bit_for_bit(in_mid_training: Any, leave: str) -> None:
+    model: Any = in_mid_training
+    weights = {name: p for name, p in model.named_parameters() if "diablo_" not in name}  # the live weights
+    model.add_adapter("other", DiabloConfig(num_blocks=4, target_modules=["lm_head"], mode="in_place"))
+    if leave == "disable":
+        model.base_model.disable_adapter_layers()
+    elif leave == "unmerge":
+        model.merge_adapter()
+        model.unmerge_adapter()
+    elif leave == "switch":
+        model.set_adapter("other")
+    elif leave == "delete":
+        model.delete_adapter("default")
+    else:
+        model.unload()
+    assert_holds_the_base({name: tensor.detach() for name, tensor in weights.items()})
+
+
+def test_adapters_switched_in_mid_training_keep_their_own_updates() -> None:
+    model = attach(tiny_llama(), mode="in_place")
+    model.add_adapter("other", DiabloConfig(num_blocks=8, target_modules=["q_proj", "v_proj"], mode="in_place"))
+    alone = {
+        name: attach(tiny_llama(), mode="in_place", **settings)
+        for name, settings in (("default", {}), ("other", {"num_blocks": 8, "target_modules": ["q_proj", "v_proj"]}))
+    }
+    optimizers = {}
+    for _ in range(2):
+        for name in ("default", "other"):
+            model.set_adapter(name)
+            for owner in (model, alone[name]):
+                trainable = [p for p in owner.parameters() if p.requires_grad]
+                optimizer = optimizers.setdefault((name, id(owner)), torch.optim.SGD(trainable, lr=0.1))
+                owner(input_ids=tokens(), labels=tokens()).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        assert torch.equal(model(tokens()).logits, alone[name](tokens()).logits)
+
+
+def test_moving_to_another_dtype_moves_w0_and_d_each_on_its_own(in_mid_training: Any) -> None:
+    layer = next(iter(adapted(in_mid_training).values()))
+    original = tiny_llama(torch.bfloat16).get_parameter("model.layers.0.self_attn.q_proj.weight")
+    for dtype in (torch.float32, torch.float64):
+        in_mid_training.to(dtype)
+        assert torch.equal(weight_of(layer), rounded_sum(layer, original.to(dtype)))
+    in_mid_training.to(torch.bfloat16)
+    assert_holds_the_base(in_mid_training.state_dict())
+
+
+def test_blocks_changed_by_hand_are_written_by_refresh() -> None:
+    base: Any = nn.Sequential(nn.Linear(32, 32))
+    original = base[0].weight.detach().clone()
+    config = DiabloConfig(num_blocks=2, target_modules=["0"])
+    model: Any = get_peft_model(base, config)  # pyright: ignore[reportArgumentType]
+    layer: Any = base[0]
+    assert layer.in_weight == "default"
+    blocks_of(layer).data.fill_(0.5)
+    diablo.refresh(model)
+    assert torch.equal(weight_of(layer), rounded_sum(layer, original))
+
+
+# Which mode
+
+
+@pytest.mark.parametrize(
+    ("base", "settings", "mode"),
+    [
+        (nn.Linear(64, 32), {"num_blocks": 2}, "in_place"),
+        (nn.Linear(64, 16), {"num_blocks": 2}, "adapter"),  # blocks of 32 × 8
+        (nn.Linear(64, 32), {"num_blocks": 2, "dropout": 0.1}, "adapter"),
+        (nn.Linear(64, 65), {"num_blocks": 2, "allow_uneven": True}, "adapter"),
+        (nn.Linear(64, 32), {"num_blocks": 2, "mode": "adapter"}, "adapter"),
+        (nn.Linear(64, 16), {"num_blocks": 2, "mode": "in_place"}, "in_place"),
+        (nn.Linear(64, 32, device="meta"), {"num_blocks": 2}, "adapter"),
+    ],
+)
+def test_auto_takes_in_place_where_it_can_be_had(base: nn.Module, settings: dict, mode: str) -> None:
+    layer = DiabloLinear(base, "default", DiabloConfig(**settings))
+    assert layer.forward_mode == {"default": mode}
+    assert layer.in_weight == ("default" if mode == "in_place" else None)
+
+
+def test_a_weight_that_other_modules_share_is_left_alone() -> None:
+    tied = tiny_llama()
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    model = attach(tied, target_modules=["lm_head"], num_blocks=2)
+    assert [layer.forward_mode["default"] for layer in adapted(model).values()] == ["adapter"]
+    tied = tiny_llama()
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    with pytest.raises(
+        ValueError, match=r"lm_head: mode='in_place' cannot be used with a base weight that other modules"
+    ):
+        attach(tied, target_modules=["lm_head"], mode="in_place")
+
+
+def test_two_active_adapters_are_added_from_the_side_in_auto_and_refused_in_place() -> None:
+    for mode in ("auto", "in_place"):
+        model: Any = attach(tiny_llama(), mode=mode, init_weights=False, num_blocks=2)
+        model.add_adapter("other", DiabloConfig(num_blocks=2, target_modules=["q_proj"], init_weights=False))
+        layer = adapted(model)["base_model.model.model.layers.0.self_attn.q_proj"]
+        x = torch.randn(3, 32)
+        with model.disable_adapter():
+            frozen = layer.base_layer(x)
+        expected = frozen + sum(x @ layer.get_delta_weight(name).T for name in ("default", "other"))
+        if mode == "auto":
+            model.base_model.set_adapter(["default", "other"])
+            torch.testing.assert_close(layer(x), expected)
+        else:
+            with pytest.raises(ValueError, match=r"default, other cannot be active at once.*mode='adapter'"):
+                model.base_model.set_adapter(["default", "other"])
+
+
+class Quantised(Tensor):
+    pass
+
+
+def quantised_linear() -> nn.Linear:
+    base = nn.Linear(4, 4, bias=False)
+    base.weight = nn.Parameter(base.weight.detach().as_subclass(Quantised), requires_grad=False)
+    return base
+
+
+@pytest.mark.parametrize(
+    ("base", "settings", "message"),
+    [
+        (
+            nn.Linear(4, 4),
+            {"dropout": 0.1},
+            r"mode='in_place' cannot drop .*: set mode='adapter' or dropout=0, not 0.1",
+        ),
+        (quantised_linear(), {}, "base layer that is quantised .*: use mode='adapter'"),
+        (nn.Linear(4, 4, device="meta"), {}, "base weight on the meta device.*: use mode='adapter'"),
+        (nn.Linear(4, 4), {"mode": "inplace"}, "mode='inplace': choose 'auto', 'adapter' or 'in_place'"),
+    ],
+)
+def test_what_cannot_be_trained_in_place_is_refused(base: nn.Module, settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        DiabloLinear(base, "default", DiabloConfig(num_blocks=2, **{"mode": "in_place", **settings}))
+    assert "\n" not in str(caught.value)
