@@ -123,7 +123,7 @@ def load_metrics(directory: Path) -> pd.DataFrame:
 
 
 def load_step_times(path: Path) -> StepTimes:
-    """Step times as `experiments.benchmark` measured them: in every round the frozen floor and each method once.
+    """Step times as `experiments.timing` measured them: in every round the frozen floor and each method once.
 
     A ratio is taken within its round, so that a machine that slows down for a while slows both. UserError when the file
     is not such a measurement.

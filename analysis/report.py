@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m analysis.report", description="Tables and figures from runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="run directories, or folders of them")
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write into (default: report)")
-    parser.add_argument("--step-times", type=Path, metavar="FILE", help="measurement of experiments.benchmark")
+    parser.add_argument("--step-times", type=Path, metavar="FILE", help="measurement of experiments.timing")
     parser.add_argument("--title", default="Fine-tuning methods compared", help="heading of the page")
     parser.add_argument(
         "--note", action="append", default=[], metavar="TEXT", help="a paragraph for the page; repeatable"
@@ -49,7 +49,7 @@ def write_report(
 ) -> Path:
     """Write the report of these runs into `out` and return the path of its `index.html`.
 
-    `step_times` is a measurement of `experiments.benchmark`, or None for blank cells. `notes` are paragraphs of plain
+    `step_times` is a measurement of `experiments.timing`, or None for blank cells. `notes` are paragraphs of plain
     text that say what the records cannot, such as how the learning rates were chosen. UserError when no run can be
     read.
     """

@@ -23,7 +23,7 @@ def suggest_num_blocks(
 
     All layers get the same N where it fits their shape, else the next larger one that does. The sides of the blocks
     are multiples of `multiple_of`, as matrix units want them. Where no such N meets the budget, that is halved until
-    one does, and a warning says so: LLaMA2's 11008 = 2⁸ · 43 allows no more than 16 blocks with sides in multiples of 16.
+    one does, and a warning says so: LLaMA2's 11008 = 2⁸ · 43 allows at most 16 blocks with sides in multiples of 16.
 
     Args:
         model: the base model, which may be on the meta device.

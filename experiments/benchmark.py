@@ -1,84 +1,276 @@
-"""Step times of methods against the frozen floor, measured side by side.
+"""Speed and memory of DiaBlo beside its rivals, in one run.
 
-One round times one forward and backward pass of every entry in turn, so that a machine whose speed drifts slows all of
-them alike; a method's ratio is taken within each round. The floor is the frozen base with the gradient of its input: no
-method that trains something inside the layers can do with less.
+    python -m experiments.benchmark                                  # the CPU, or the GPU if there is one
+    python -m experiments.benchmark --suites models --models llama2_7b llama3_8b --tokens 4096 8192 16384
+    python -m experiments.benchmark --authors-repo ../DiaBlo         # a checkout of ziyangjoy/DiaBlo, for its own layer
+
+Three suites: `layers` (single linear layers at the shapes of real models), `models` (whole models, random weights) and
+`curve` (N against rank at equal budgets). Every case measures all methods in turn, round by round; a ratio to the
+frozen floor is taken within a round. Writes `benchmark.json`, `.md` (the table), `.png` and `.svg` into --out.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import time
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.records import SCHEMA, content_hash, write_atomically
+from experiments.errors import UserError, run_command
+from experiments.records import SCHEMA, write_atomically
 
-Config = dict[str, Any]
-FLOOR = "floor"
+SUITES = ("layers", "models", "curve")
+SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (4096, 1024), (4096, 14336))
+TARGETS = {
+    "q k v up down": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
+    "all seven": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+LLAMA_100M = {  # on the CPU: 110 M parameters
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "tie_word_embeddings": True,
+}
+BLOCKS = {"llama_100m": 32, "llama2_7b": 64, "llama3_8b": 64}
+CURVE = (16, 32, 64, 128, 256)
 
 
-def measure_step_times(configs: Sequence[Config], folder: Path, rounds: int = 15, length: int = 64) -> Path:
-    """Seconds per forward and backward pass of every method in `configs`, one file per set of methods and device.
-
-    A file that is there is kept. Methods are told apart by their label; all configs must share one base model.
-    """
+def measure_layer(
+    options: Any, labels: tuple[str, ...], m: int, n: int, tokens: int, num_blocks: int
+) -> dict[str, Any]:
+    """One linear layer m → n: forward, dX and the gradient of what is trained."""
     import torch
-    from tqdm import trange
+    from torch import nn
 
-    from experiments import methods
-    from experiments.environment import device_name
-    from experiments.models import load_base, resolve_device
+    from experiments import benchmark_cases as cases
+    from experiments.timing import interleaved
 
-    by_label = {config["method"]["label"]: config for config in configs if config["method"]["trains"] != "nothing"}
-    first = next(iter(by_label.values()))
-    device = resolve_device(first["runtime"]["device"])
-    batch = (first["recipe"]["micro_batch_size"], length)
-    described = {
-        "schema": SCHEMA,
-        "model": first["model"]["name"],
-        "device": device_name(str(device)),
-        "batch": list(batch),
+    base = nn.Sequential(nn.Linear(m, n, bias=False, device=options.device, dtype=options.dtype))
+    x = torch.randn(tokens, m, device=options.device, dtype=options.dtype, requires_grad=True)
+    upstream = torch.randn(tokens, n, device=options.device, dtype=options.dtype)
+    rank = cases.matched_rank([(m, n)], num_blocks)
+    work, parameters = {}, {}
+    for label in labels:
+        layer = cases.attach(label, cases.sharing(base), ["0"], num_blocks, rank, options.authors_repo).train()
+        parameters[label] = sum(p.numel() for p in layer.parameters() if p.requires_grad)
+        work[label] = partial(_layer_pass, layer, x, upstream)
+    seconds = interleaved(work, options.rounds, options.device, title=f"{m}×{n}, N={num_blocks}")
+    costs = {label: cases.layer_cost(label, tokens, m, n, num_blocks, rank, x.element_size()) for label in labels}
+    return {
+        "shape": [m, n],
+        "tokens": tokens,
+        "num_blocks": num_blocks,
+        "rank": rank,
+        "entries": {
+            label: {
+                "parameters": parameters[label],
+                "seconds": seconds[label],
+                "operations": costs[label].operations,
+                "bytes": costs[label].bytes,
+                "peak_bytes": cases.peak_bytes(work[label], options.device),
+            }
+            for label in labels
+        },
     }
-    path = folder / f"step_times-{content_hash([described, sorted(by_label), rounds])[:16]}.json"
-    if path.is_file():
-        return path
-    entries: dict[str, Any] = {FLOOR: load_base(first, str(device))[0].requires_grad_(False).train()}
-    for label, config in by_label.items():
-        entries[label] = methods.attach(config["method"], load_base(config, str(device))[0]).train()
-    tokens = torch.randint(first["model"]["architecture"]["vocab_size"], batch, device=device)
-    seconds: dict[str, list[float]] = {label: [] for label in entries}
-    warmup = 3
-    for number in trange(warmup + rounds, desc="step times, interleaved", unit="round", leave=False):
-        for label, model in entries.items():
-            took = _step(model, tokens, needs_input_gradient=label == FLOOR)
-            if number >= warmup:
-                seconds[label].append(took)
-    write_atomically(path, json.dumps({**described, "seconds": seconds}) + "\n")
-    return path
 
 
-def _step(model: Any, tokens: Any, needs_input_gradient: bool) -> float:
-    """One forward and backward pass. The optimizer's step is left out: its cost is the parameter count's."""
+def _layer_pass(layer: Any, x: Any, upstream: Any) -> None:
+    x.grad = None
+    layer.zero_grad()
+    layer(x).backward(upstream)
+
+
+def measure_model(
+    options: Any, labels: tuple[str, ...], name: str, targets: str, tokens: int, checkpointing: bool
+) -> dict[str, Any]:
+    """A whole model: forward and backward pass, and separately the whole step with AdamW and what it triggers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from experiments import benchmark_cases as cases
+    from experiments.models import build_config
+    from experiments.timing import forward_backward, interleaved
+
+    length = min(options.length, tokens)
+    with torch.device(options.device):
+        base = AutoModelForCausalLM.from_config(build_config(architecture(name)), dtype=options.dtype)
+        ids = torch.randint(base.config.vocab_size, (tokens // length, length))
+    base.config.use_cache = False
+    linears = {n: m for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
+    shapes = [(m.in_features, m.out_features) for n, m in linears.items() if n.rpartition(".")[2] in TARGETS[targets]]
+    num_blocks = options.num_blocks or BLOCKS.get(name, 64)
+    rank = cases.matched_rank(shapes, num_blocks)
+    passes, steps, parameters, operations = {}, {}, {}, {}
+    for label in labels:
+        model = cases.attach(
+            label, cases.sharing(base), TARGETS[targets], num_blocks, rank, options.authors_repo
+        ).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        trained = [p for p in model.parameters() if p.requires_grad]
+        parameters[label] = sum(p.numel() for p in trained)
+        passes[label] = partial(forward_backward, model, ids, label == cases.FLOOR)
+        # A rate so small that no weight runs away: the weights are shared.
+        optimizer = torch.optim.AdamW(trained, lr=1e-7, fused=True) if trained else None
+        steps[label] = partial(_step, passes[label], optimizer)
+        cost = sum(
+            cases.layer_cost(
+                label if n.rpartition(".")[2] in TARGETS[targets] else full_or_floor(label),
+                tokens, m.in_features, m.out_features, num_blocks, rank, 2,
+            ).operations
+            for n, m in linears.items()
+        )  # fmt: skip
+        operations[label] = cost
+    title = f"{name}, {targets}, {tokens} tokens" + (", checkpointing" if checkpointing else "")
+    both = {**{f"pass {label}": work for label, work in passes.items()}, **{f"step {k}": w for k, w in steps.items()}}
+    seconds = interleaved(both, options.rounds, options.device, warmup=2, title=title)
+    return {
+        "model": name,
+        "targets": targets,
+        "tokens": tokens,
+        "length": length,
+        "checkpointing": checkpointing,
+        "num_blocks": num_blocks,
+        "rank": rank,
+        "base_parameters": base.num_parameters(),
+        "entries": {
+            label: {
+                "parameters": parameters[label],
+                "seconds": seconds[f"pass {label}"],
+                "step_seconds": seconds[f"step {label}"],
+                "operations": operations[label],
+                "peak_bytes": cases.peak_bytes(passes[label], options.device),
+            }
+            for label in labels
+        },
+    }
+
+
+def full_or_floor(label: str) -> str:
+    """What a layer costs that a method does not target."""
+    from experiments.benchmark_cases import FLOOR, FULL
+
+    return FULL if label == FULL else FLOOR
+
+
+def _step(passes: Any, optimizer: Any) -> None:
+    passes()
+    if optimizer is not None:
+        optimizer.step()
+
+
+def architecture(name: str) -> dict[str, Any]:
+    """The `model.architecture` of a file in configs/model, or the CPU's model."""
+    import yaml
+
+    from experiments.plan import CONFIGS
+
+    if name == "llama_100m":
+        return dict(LLAMA_100M)
+    path = CONFIGS / "model" / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"--models {name}: no file {path.name} in configs/model, and not llama_100m")
+    return yaml.safe_load(path.read_text())["architecture"]
+
+
+def machine_rates(options: Any) -> dict[str, float]:
+    """Operations per second of a large product here, and bytes per second of a copy, those read and those written."""
     import torch
 
-    model.zero_grad()
-    embeddings = model.get_input_embeddings()(tokens)
-    if needs_input_gradient:
-        embeddings = embeddings.detach().requires_grad_()
-    _synchronize(tokens.device)
-    started = time.perf_counter()
-    model(inputs_embeds=embeddings, labels=tokens).loss.backward()
-    _synchronize(tokens.device)
-    took = time.perf_counter() - started
-    if needs_input_gradient:
-        assert isinstance(embeddings.grad, torch.Tensor)
-    return took
+    from experiments.timing import interleaved
+
+    side = 8192 if options.device.startswith("cuda") else 2048
+    a = torch.randn(side, side, device=options.device, dtype=options.dtype)
+    b, source = torch.empty_like(a), torch.randn(2**26, device=options.device)
+    target = torch.empty_like(source)
+    seconds = interleaved(
+        {"product": lambda: torch.mm(a, a, out=b), "copy": lambda: target.copy_(source)},
+        max(options.rounds, 10), options.device, title="this machine",
+    )  # fmt: skip
+    return {
+        "operations_per_second": 2 * side**3 / min(seconds["product"]),
+        "bytes_per_second": 2 * source.nbytes / min(seconds["copy"]),
+    }
 
 
-def _synchronize(device: Any) -> None:
+def run(options: Any) -> Path:
+    """All suites asked for; returns the path of the table."""
     import torch
 
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    from experiments.benchmark_cases import ADAPTER, AUTHORS, FLOOR, IN_PLACE, LABELS, LORA
+    from experiments.benchmark_report import write_report
+    from experiments.environment import environment
+    from experiments.models import resolve_device
+
+    options.device = str(resolve_device(options.device))
+    cuda = options.device.startswith("cuda")
+    options.dtype = torch.bfloat16 if cuda else torch.float32
+    options.tokens = options.tokens or ([4096, 8192, 16384] if cuda else [512])
+    models = options.models or (["llama2_7b", "llama3_8b"] if cuda else ["llama_100m"])
+    torch.manual_seed(0)
+    labels = LABELS if options.authors_repo is None else (*LABELS, AUTHORS)
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "rounds": options.rounds,
+        "environment": environment(options.device),
+        "rates": machine_rates(options),
+        **{suite: [] for suite in SUITES},
+    }
+    if "layers" in options.suites:
+        for tokens in options.tokens:
+            for m, n in options.shapes or SHAPES:
+                result["layers"].append(measure_layer(options, labels, m, n, tokens, options.num_blocks or 64))
+    if "curve" in options.suites:
+        few = tuple(label for label in labels if label in (FLOOR, LORA, ADAPTER, IN_PLACE, AUTHORS))
+        m, n = (options.shapes or SHAPES)[0]
+        for num_blocks in (k for k in CURVE if m % k == 0 and n % k == 0):
+            result["curve"].append(measure_layer(options, few, m, n, options.tokens[0], num_blocks))
+    if "models" in options.suites:
+        for name in models:
+            for targets in TARGETS if cuda else ["q k v up down"]:
+                for tokens in options.tokens if cuda else [max(options.tokens)]:
+                    for checkpointing in (False, True) if cuda else (False,):
+                        result["models"].append(measure_model(options, labels, name, targets, tokens, checkpointing))
+                        if cuda:
+                            torch.cuda.empty_cache()
+    write_atomically(options.out / "benchmark.json", json.dumps(result, indent=1) + "\n")
+    return write_report(result, options.out)
+
+
+def shape(text: str) -> tuple[int, int]:
+    try:
+        m, n = (int(side) for side in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write in_features x out_features, such as 4096x11008") from None
+    return m, n
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--suites", nargs="+", choices=SUITES, default=list(SUITES))
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="files of configs/model, or llama_100m")
+    parser.add_argument("--shapes", nargs="+", type=shape, metavar="INxOUT", help="of the layers suite")
+    parser.add_argument("--tokens", nargs="+", type=int, help="tokens per pass; default 512 on the CPU, 4096 … on CUDA")
+    parser.add_argument("--length", type=int, default=512, help="tokens per row of the models suite")
+    parser.add_argument("--num-blocks", type=int, help="N; default 64, 32 for llama_100m")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--authors-repo", type=Path, help="checkout of ziyangjoy/DiaBlo; its layer is imported and timed"
+    )
+    parser.add_argument("--out", type=Path, default=Path("report") / "benchmark")
+    print(run(parser.parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -31,7 +31,7 @@ def reproduce(name: str, overrides: list[str], out: Path | None = None) -> Path:
     # These three come late and only here: experiments is what eval and analysis stand on.
     from analysis.report import write_report
     from eval.run import evaluate
-    from experiments.benchmark import measure_step_times
+    from experiments.timing import measure_step_times
     from experiments.train import train
 
     failures = []

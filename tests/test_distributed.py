@@ -116,7 +116,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from experiments import methods
+from diablo.in_place import local_shard
 from tests.test_distributed import in_mode
 from tests.test_methods import batch
 dist.init_process_group("gloo")
@@ -134,7 +134,14 @@ for _ in range(3):
 logits = model(input_ids=batch()).logits
 state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 if rank == 0:
-    save_file({"logits": logits.detach(), **{k: v.clone() for k, v in state.items()}}, f"{sys.argv[1]}/state.safetensors")
+    state = {"logits": logits.detach(), **{name: tensor.clone() for name, tensor in state.items()}}
+    save_file(state, f"{sys.argv[1]}/state.safetensors")
+    try:
+        local_shard(model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight, 3)
+    except RuntimeError as error:
+        assert "mode='adapter'" in str(error)
+    else:
+        raise AssertionError("three blocks were given to two processes")
 dist.barrier()
 dist.destroy_process_group()
 """

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from eval.run import evaluate
-from experiments.benchmark import FLOOR, measure_step_times
 from experiments.plan import plan, write_runs
 from experiments.records import read_json
 from experiments.reproduce import reproduce
+from experiments.timing import FLOOR, measure_step_times
 from experiments.train import train
 from tests.conftest import SMALL
 

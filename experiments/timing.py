@@ -1,0 +1,96 @@
+"""Times measured side by side, and the step times of a run's methods against the frozen floor.
+
+One round times every entry once, in turn, so that a machine whose speed drifts slows all of them alike; a method's
+ratio is taken within each round. The floor is the frozen base with the gradient of its input: no method that trains
+something inside the layers can do with less.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from experiments.records import content_hash, write_atomically
+
+Config = dict[str, Any]
+FLOOR = "floor"
+STEP_TIMES_SCHEMA = 1
+
+
+def measure_step_times(configs: Sequence[Config], folder: Path, rounds: int = 15, length: int = 64) -> Path:
+    """Seconds per forward and backward pass of every method in `configs`, one file per set of methods and device.
+
+    A file that is there is kept. Methods are told apart by their label; all configs must share one base model.
+    """
+    import torch
+
+    from experiments import methods
+    from experiments.environment import device_name
+    from experiments.models import load_base, resolve_device
+
+    by_label = {config["method"]["label"]: config for config in configs if config["method"]["trains"] != "nothing"}
+    first = next(iter(by_label.values()))
+    device = resolve_device(first["runtime"]["device"])
+    batch = (first["recipe"]["micro_batch_size"], length)
+    described = {
+        "schema": STEP_TIMES_SCHEMA,
+        "model": first["model"]["name"],
+        "device": device_name(str(device)),
+        "batch": list(batch),
+    }
+    path = folder / f"step_times-{content_hash([described, sorted(by_label), rounds])[:16]}.json"
+    if path.is_file():
+        return path
+    entries: dict[str, Any] = {FLOOR: load_base(first, str(device))[0].requires_grad_(False).train()}
+    for label, config in by_label.items():
+        entries[label] = methods.attach(config["method"], load_base(config, str(device))[0]).train()
+    tokens = torch.randint(first["model"]["architecture"]["vocab_size"], batch, device=device)
+    passes = {label: partial(forward_backward, model, tokens, label == FLOOR) for label, model in entries.items()}
+    seconds = interleaved(passes, rounds, str(device))
+    write_atomically(path, json.dumps({**described, "seconds": seconds}) + "\n")
+    return path
+
+
+def interleaved(
+    entries: Mapping[str, Callable[[], object]], rounds: int, device: str, warmup: int = 3, title: str = "step times"
+) -> dict[str, list[float]]:
+    """Seconds of every entry in every round. Each round begins with another entry.
+
+    Rounds of warm-up are not counted. An entry's work is finished, on a GPU too, before the next one begins.
+    """
+    from tqdm import trange
+
+    labels = list(entries)
+    seconds: dict[str, list[float]] = {label: [] for label in labels}
+    for number in trange(warmup + rounds, desc=f"{title}, interleaved", unit="round", leave=False):
+        first = number % len(labels)
+        for label in labels[first:] + labels[:first]:
+            synchronize(device)
+            started = time.perf_counter()
+            entries[label]()
+            synchronize(device)
+            if number >= warmup:
+                seconds[label].append(time.perf_counter() - started)
+    return seconds
+
+
+def forward_backward(model: Any, tokens: Any, needs_input_gradient: bool) -> None:
+    """One forward and backward pass over `tokens`, `(rows, length)`. The floor needs its input's gradient asked for."""
+    model.zero_grad()
+    embeddings = model.get_input_embeddings()(tokens)
+    if needs_input_gradient:
+        embeddings = embeddings.detach().requires_grad_()
+    model(inputs_embeds=embeddings, labels=tokens).loss.backward()
+    if needs_input_gradient:
+        assert embeddings.grad is not None
+
+
+def synchronize(device: str) -> None:
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
