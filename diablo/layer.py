@@ -322,9 +322,17 @@ class DiabloLinear(nn.Module, DiabloLayer):
         self.refresh(changed=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> DiabloLinear:
-        # W0 and D move each on its own; what was W0 + D would otherwise be rounded twice.
+        # W0 and D move each on its own, since W0 + D would be rounded twice; W0's blocks go with a merged weight.
         self._leave_weight()
+        exact = {name: blocks.detach() for name, blocks in self.diablo_blocks.items()}
         super()._apply(fn, recurse)
+        for name, before in exact.items():
+            # Trained blocks stay in float32 whatever the base is cast to: 16 bits would lose most of their updates.
+            blocks = self.diablo_blocks[name]
+            if blocks.dtype.itemsize < 4 <= before.dtype.itemsize:
+                blocks.data = before.to(blocks.device)
+        for overwrite in self._overwrites.values():
+            overwrite.originals = overwrite.originals and [fn(original) for original in overwrite.originals]
         self.refresh()
         return self
 

@@ -42,7 +42,7 @@ def block_linear(
     """
     dtype = compute_dtype(x, weight.dtype)
     bias = None if bias is None else bias.to(dtype)
-    return _BlockLinear.apply(x.to(dtype), weight.to(dtype), bias, blocks, in_weight, dropout, _seed(dropout))  # pyright: ignore
+    return _BlockLinear.apply(x, weight.to(dtype), bias, blocks, in_weight, dropout, _seed(dropout))  # pyright: ignore
 
 
 def add_blocks(result: Tensor, x: Tensor, blocks: Tensor, dropout: float = 0.0) -> Tensor:
@@ -54,7 +54,7 @@ def add_blocks(result: Tensor, x: Tensor, blocks: Tensor, dropout: float = 0.0) 
     """
     if result._base is not None or not (result.requires_grad and result.grad_fn is not None):
         result = result.clone()  # a view, or somebody's own tensor
-    return _AddBlocks.apply(result, x.to(result.dtype), blocks, dropout, _seed(dropout))  # pyright: ignore
+    return _AddBlocks.apply(result, x, blocks, dropout, _seed(dropout))  # pyright: ignore
 
 
 def compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -78,9 +78,11 @@ class _BlockLinear(torch.autograd.Function):
         seed: int,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            y = F.linear(x, weight, bias)
+            # x is kept as it came, so that layers with one input (q, k and v) keep one x, also where it is cast here.
+            narrow = x.to(weight.dtype)
+            y = F.linear(narrow, weight, bias)
             if in_weight is None:
-                add_block_product_(_rows(y), _drop(_rows(x), dropout, seed), blocks.to(x.dtype))
+                add_block_product_(_rows(y), _drop(_rows(narrow), dropout, seed), blocks.to(y.dtype))
         ctx.dropout, ctx.seed, ctx.in_weight = dropout, seed, in_weight
         if in_weight is None or torch.compiler.is_compiling():
             ctx.save_for_backward(x, blocks, weight)
@@ -105,19 +107,19 @@ class _BlockLinear(torch.autograd.Function):
                 "the blocks in the weight are not those of the forward pass any more: an optimizer stepped or adapters "
                 "were switched in between; use mode='adapter' for that"
             )
-        rows, grad_rows = _rows(x), _rows(grad_y)
+        rows, grad_rows = _rows(x).to(weight.dtype), _rows(grad_y)
         grad_x = grad_blocks = None
         with torch.autocast(x.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
                 grad_x = grad_rows @ weight
                 if ctx.in_weight is None:
-                    transposed = blocks.to(x.dtype).transpose(1, 2)
+                    transposed = blocks.to(weight.dtype).transpose(1, 2)
                     if ctx.dropout:
                         branch = add_block_product_(torch.zeros_like(grad_x), grad_rows, transposed)
                         grad_x += _drop(branch, ctx.dropout, ctx.seed)
                     else:
                         add_block_product_(grad_x, grad_rows, transposed)
-                grad_x = grad_x.view(x.shape)
+                grad_x = grad_x.view(x.shape).to(x.dtype)
             if ctx.needs_input_grad[3]:
                 dropped = _drop(rows, ctx.dropout, ctx.seed)
                 grad_blocks = block_gradient(dropped, grad_rows, BlockShape(*blocks.shape), blocks.dtype)
@@ -128,7 +130,8 @@ class _AddBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, result: Tensor, x: Tensor, blocks: Tensor, dropout: float, seed: int) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            add_block_product_(_rows(result), _drop(_rows(x), dropout, seed), blocks.to(x.dtype))
+            rows = _rows(x).to(result.dtype)
+            add_block_product_(_rows(result), _drop(rows, dropout, seed), blocks.to(result.dtype))
         ctx.dropout, ctx.seed = dropout, seed
         ctx.save_for_backward(x, blocks)
         ctx.mark_dirty(result)
@@ -141,12 +144,13 @@ class _AddBlocks(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         (grad_y,) = grad_outputs
         x, blocks = ctx.saved_tensors
-        rows, grad_rows = _rows(x), _rows(grad_y)
+        rows, grad_rows = _rows(x).to(grad_y.dtype), _rows(grad_y)
         grad_x = grad_blocks = None
         with torch.autocast(x.device.type, enabled=False):
             if ctx.needs_input_grad[1]:
-                branch = add_block_product_(torch.zeros_like(rows), grad_rows, blocks.to(x.dtype).transpose(1, 2))
-                grad_x = _drop(branch, ctx.dropout, ctx.seed).view(x.shape)
+                transposed = blocks.to(grad_y.dtype).transpose(1, 2)
+                branch = add_block_product_(torch.zeros_like(rows), grad_rows, transposed)
+                grad_x = _drop(branch, ctx.dropout, ctx.seed).view(x.shape).to(x.dtype)
             if ctx.needs_input_grad[2]:
                 dropped = _drop(rows, ctx.dropout, ctx.seed)
                 grad_blocks = block_gradient(dropped, grad_rows, BlockShape(*blocks.shape), blocks.dtype)

@@ -60,7 +60,7 @@ def measure_layer(
         parameters[label] = sum(p.numel() for p in layer.parameters() if p.requires_grad)
         work[label] = partial(_layer_pass, layer, x, upstream)
     seconds = interleaved(work, options.rounds, options.device, title=f"{m}×{n}, N={num_blocks}")
-    costs = {label: cases.layer_cost(label, tokens, m, n, num_blocks, rank, x.element_size()) for label in labels}
+    costs = {label: cases.layer_cost(label, tokens, m, n, num_blocks, rank, options.element) for label in labels}
     return {
         "shape": [m, n],
         "tokens": tokens,
@@ -105,7 +105,7 @@ def measure_model(
     shapes = [(m.in_features, m.out_features) for n, m in linears.items() if n.rpartition(".")[2] in TARGETS[targets]]
     num_blocks = options.num_blocks or BLOCKS.get(name, 64)
     rank = cases.matched_rank(shapes, num_blocks)
-    passes, steps, parameters, operations = {}, {}, {}, {}
+    passes, steps, parameters, costs = {}, {}, {}, {}
     for label in labels:
         model = cases.attach(
             label, cases.sharing(base), TARGETS[targets], num_blocks, rank, options.authors_repo
@@ -118,14 +118,12 @@ def measure_model(
         # A rate so small that no weight runs away: the weights are shared.
         optimizer = torch.optim.AdamW(trained, lr=1e-7, fused=True) if trained else None
         steps[label] = partial(_step, passes[label], optimizer)
-        cost = sum(
-            cases.layer_cost(
-                label if n.rpartition(".")[2] in TARGETS[targets] else full_or_floor(label),
-                tokens, m.in_features, m.out_features, num_blocks, rank, 2,
-            ).operations
-            for n, m in linears.items()
-        )  # fmt: skip
-        operations[label] = cost
+        costs[label] = cases.Cost(0, 0)
+        for layer, m in linears.items():
+            own = layer.rpartition(".")[2] in TARGETS[targets] or label == cases.FULL
+            costs[label] += cases.layer_cost(
+                label if own else cases.FLOOR, tokens, m.in_features, m.out_features, num_blocks, rank, options.element
+            )
     title = f"{name}, {targets}, {tokens} tokens" + (", checkpointing" if checkpointing else "")
     both = {**{f"pass {label}": work for label, work in passes.items()}, **{f"step {k}": w for k, w in steps.items()}}
     seconds = interleaved(both, options.rounds, options.device, warmup=2, title=title)
@@ -143,19 +141,13 @@ def measure_model(
                 "parameters": parameters[label],
                 "seconds": seconds[f"pass {label}"],
                 "step_seconds": seconds[f"step {label}"],
-                "operations": operations[label],
+                "operations": costs[label].operations,
+                "bytes": costs[label].bytes,
                 "peak_bytes": cases.peak_bytes(passes[label], options.device),
             }
             for label in labels
         },
     }
-
-
-def full_or_floor(label: str) -> str:
-    """What a layer costs that a method does not target."""
-    from experiments.benchmark_cases import FLOOR, FULL
-
-    return FULL if label == FULL else FLOOR
 
 
 def _step(passes: Any, optimizer: Any) -> None:
@@ -210,6 +202,7 @@ def run(options: Any) -> Path:
     options.device = str(resolve_device(options.device))
     cuda = options.device.startswith("cuda")
     options.dtype = torch.bfloat16 if cuda else torch.float32
+    options.element = options.dtype.itemsize
     options.tokens = options.tokens or ([4096, 8192, 16384] if cuda else [512])
     models = options.models or (["llama2_7b", "llama3_8b"] if cuda else ["llama_100m"])
     torch.manual_seed(0)

@@ -62,15 +62,15 @@ def layer_table(case: dict[str, Any], rates: dict[str, float]) -> list[str]:
     return [*lines, ""]
 
 
-def model_table(case: dict[str, Any]) -> list[str]:
+def model_table(case: dict[str, Any], rates: dict[str, float]) -> list[str]:
     lines = [
         f"**{case['model']}** ({case['base_parameters']:,} parameters), {case['targets']}, {case['tokens']:,} tokens "
         f"in rows of {case['length']}, N = {case['num_blocks']}, r = {case['rank']}"
         + (", gradient checkpointing" if case["checkpointing"] else ""),
         "",
         "| method | trainable | pass ÷ floor (25–75 %) | step with AdamW ÷ floor's pass | tokens/s | "
-        "min/epoch | paper | Tflop in linear layers | peak MB |",
-        "|---|---:|---|---|---:|---:|---:|---:|---:|",
+        "min/epoch | paper | Tflop | GB moved | limit ÷ pass | peak MB |",
+        "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for label, entry in case["entries"].items():
         middle, low, high = ratio(case, label)
@@ -79,7 +79,9 @@ def model_table(case: dict[str, Any]) -> list[str]:
         lines.append(
             f"| {label} | {entry['parameters']:,} | {middle:.3f} ({low:.3f}–{high:.3f}) | "
             f"{step:.3f} ({step_low:.3f}–{step_high:.3f}) | {speed:,.0f} | {COMMONSENSE_TOKENS / speed / 60:,.0f} | "
-            f"{PAPER_MINUTES.get(label, '')} | {entry['operations'] / 1e12:.2f} | {entry['peak_bytes'] / 1e6:,.0f} |"
+            f"{PAPER_MINUTES.get(label, '')} | {entry['operations'] / 1e12:.2f} | {entry['bytes'] / 1e9:.1f} | "
+            f"{limit_seconds(entry, rates) / float(np.median(entry['seconds'])):.0%} | "
+            f"{entry['peak_bytes'] / 1e6:,.0f} |"
         )
     return [*lines, ""]
 
@@ -110,13 +112,13 @@ def write_report(result: dict[str, Any], out: Path) -> Path:
         f"{result['rounds']} interleaved rounds, medians. The floor is the frozen model: forward, and the gradient of "
         f"its input. This machine reaches {rates['operations_per_second'] / 1e9:,.0f} Gflop/s in a large product and "
         f"{rates['bytes_per_second'] / 1e9:,.1f} GB/s in a copy; `limit ÷ time` says how near a pass is to the least "
-        "time that those two allow for the operations and bytes beside it. Peak is memory beyond weights and optimizer."
-        f" `min/epoch` is from the step, for the {COMMONSENSE_TOKENS / 1e6:.1f} M tokens of one epoch of "
-        "commonsense_170k; the paper's minutes are of its own models and hardware.",
+        "time that those two allow for the operations and bytes beside it (of a model: its linear layers). Peak is "
+        f"memory beyond weights and optimizer. `min/epoch` is from the step, for the {COMMONSENSE_TOKENS / 1e6:.1f} M "
+        "tokens of one epoch of commonsense_170k; the paper's minutes are of its own models and hardware.",
         "",
     ]
     if result["models"]:
-        lines += ["## Whole models", "", *[line for case in result["models"] for line in model_table(case)]]
+        lines += ["## Whole models", "", *[line for case in result["models"] for line in model_table(case, rates)]]
     if result["layers"]:
         lines += ["## Single layers", "", *[line for case in result["layers"] for line in layer_table(case, rates)]]
     if result["curve"]:

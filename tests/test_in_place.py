@@ -448,6 +448,52 @@ def test_blocks_changed_by_hand_are_written_by_refresh() -> None:
     assert torch.equal(weight_of(layer), rounded_sum(layer, original))
 
 
+def test_a_merged_model_can_be_moved_and_unmerged() -> None:
+    model = attach(tiny_llama(torch.bfloat16), init_weights=False)
+    model.merge_adapter()
+    model.to(torch.float32)
+    model.unmerge_adapter()
+    model.to(torch.bfloat16)
+    assert_holds_the_base(model.state_dict())
+
+
+@pytest.mark.parametrize("mode", ["adapter", "in_place"])
+def test_blocks_stay_in_float32_whatever_the_base_is_cast_to(mode: Mode) -> None:
+    base: Any = nn.Sequential(nn.Linear(32, 32, dtype=torch.bfloat16))
+    config = DiabloConfig(num_blocks=2, target_modules=["0"], mode=mode, init_weights=False)
+    model: Any = get_peft_model(base, config)  # pyright: ignore[reportArgumentType]
+    blocks = blocks_of(base[0])
+    before = blocks.detach().clone()
+    model.half().bfloat16()
+    assert base[0].base_layer.weight.dtype == torch.bfloat16
+    assert blocks.dtype == torch.float32
+    assert torch.equal(blocks, before)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("settings", [{"mode": "adapter", "dropout": 0.1}, {"mode": "adapter"}, {"mode": "in_place"}])
+def test_layers_with_one_input_keep_it_once_and_nothing_else(settings: dict) -> None:
+    """No dropped copy, no cast copy: q, k and v share one x, also under autocast."""
+    layers = [layer_of(base=nn.Linear(64, 64), **settings) for _ in range(3)]
+    parameters = {p.untyped_storage().data_ptr() for layer in layers for p in layer.parameters()}
+    x = torch.randn(4, 64, requires_grad=True)
+    for autocast in (False, True):
+        kept: dict[int, Tensor] = {}
+
+        def pack(tensor: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        keeping = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with keeping, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            for layer in layers:
+                layer.train()(x)
+        activations = [t for pointer, t in kept.items() if pointer not in parameters and t.shape != (64, 64)]
+        assert [tensor.shape for tensor in activations] == [x.shape]
+
+
 # Which mode
 
 

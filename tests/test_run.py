@@ -87,6 +87,25 @@ def test_a_finished_run_holds_what_the_design_says(finished: RunPaths) -> None:
     assert (finished.adapter / "adapter_model.safetensors").stat().st_mode & 0o044 == 0o044
 
 
+def test_the_record_says_how_each_layer_computed(small: list[str]) -> None:
+    record = train(planned([*small, "method=diablo", "method.adapter.num_blocks=4", "recipe.max_steps=1"]))
+    layer = "base_model.model.model.layers.0."
+    assert len(record.forward_modes) == 20
+    assert record.forward_modes[f"{layer}self_attn.q_proj"] == "in_place"  # blocks of 24 × 24
+    assert record.forward_modes[f"{layer}self_attn.k_proj"] == "adapter"  # blocks of 24 × 12
+    record = train(planned([*small, "method=lora", "recipe.max_steps=1"]))
+    assert record.forward_modes == {}
+
+
+def test_the_number_of_blocks_can_be_left_to_a_budget(small: list[str], fails_with: Callable) -> None:
+    automatic = [*small, "method=diablo", "method.adapter.num_blocks=auto", "recipe.max_steps=1"]
+    record = train(planned([*automatic, "method.budget=0.2"]))
+    assert 0.1 * record.base_parameters < record.trainable_parameters <= 0.2 * record.base_parameters
+    message = "method.adapter.num_blocks=auto and method.budget=… (such as 0.005) belong together: give both"
+    assert message in fails_with(lambda: train(planned(automatic)))
+    assert message in fails_with(lambda: train(planned([*small, "method=diablo", "method.budget=0.07"])))
+
+
 def test_a_finished_run_is_left_as_it_is(finished: RunPaths) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.root.rglob("*") if path.is_file()}
     train(finished)
@@ -94,11 +113,20 @@ def test_a_finished_run_is_left_as_it_is(finished: RunPaths) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in finished.root.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("method", ["diablo", "milora", "full"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        ["method=diablo", "recipe.adapter_dropout=0.1"],
+        ["method=diablo", "method.adapter.mode=in_place"],
+        ["method=milora", "recipe.adapter_dropout=0.1"],
+        ["method=full"],
+    ],
+    ids=" ".join,
+)
 def test_resumed_equals_uninterrupted_bit_for_bit(
-    method: str, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: list[str], small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = [*small, f"method={method}", "recipe.learning_rate=1e-2", "recipe.adapter_dropout=0.1"]
+    arguments = [*small, *method, "recipe.learning_rate=1e-2"]
     whole = planned([*arguments, "recipe.micro_batch_size=4"])
     train(whole)
     # Killed inside an epoch, at its end, and again: two checkpoints away from the last one each time.
