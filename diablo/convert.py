@@ -64,7 +64,7 @@ def from_authors(checkpoint: Path, out: Path, base: str) -> DiabloConfig:
     targets = sorted({name.rpartition(".")[2] for name in asked})
     indices = _layer_indices(checkpoint, targets, set(asked), layers)
     all_layers = not indices or len(indices) == model.config.num_hidden_layers
-    by_target = {target: {n for name, n in asked.items() if name.endswith(f".{target}")} for target in targets}
+    by_target = {target: {n for name, n in asked.items() if name.rpartition(".")[2] == target} for target in targets}
     if any(len(values) > 1 for values in by_target.values()):
         raise ValueError(f"{checkpoint}: layers of one name have different N: {by_target}")
     numbers = {target: values.pop() for target, values in by_target.items()}

@@ -5,8 +5,9 @@ so that the layer is one matrix product, and its own values there are kept to be
 when D has changed: after an optimizer's step, on loading, on switching adapters, on moving to another device or dtype.
 It is never written inside a forward or backward pass.
 
-Optimizers are watched by one hook for the whole process, so a training loop needs no line for it. Who changes D in
-another way (by hand, or with an optimizer that is no `torch.optim.Optimizer`) calls `refresh(model)` afterwards.
+Optimizers are watched by one hook for the whole process, so a training loop needs no line for it. At its next forward
+pass a layer also notices a D that was replaced, or changed in sight of autograd: transformers loads adapters like that.
+What is in nobody's sight, a write through `.data` or by DeepSpeed's partitioned optimizers, needs `refresh(model)`.
 """
 
 from __future__ import annotations
@@ -86,6 +87,11 @@ _watched: weakref.WeakSet[InPlaceLayer] = weakref.WeakSet()
 def watch(layer: InPlaceLayer) -> None:
     """From now on `layer` is refreshed after every step of an optimizer that holds its trained tensor."""
     _watched.add(layer)
+
+
+def unwatch(layer: InPlaceLayer) -> None:
+    """The layer is taken out of its model and must not write to the weight any more."""
+    _watched.discard(layer)
 
 
 def refresh(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from diablo.blocks import BlockShape, block_shape, covered, delta_weight, diagonal_blocks
 from diablo.config import DiabloConfig
-from diablo.in_place import InPlaceLayer, Overwrite, local_shard, take_blocks, watch
+from diablo.in_place import InPlaceLayer, Overwrite, local_shard, take_blocks, unwatch, watch
 from diablo.linear import add_blocks, block_linear
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -80,6 +80,7 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         self.forward_mode: dict[str, str] = {}
         self.in_weight: str | None = None
         self._overwrites: dict[str, Overwrite] = {}
+        self._written: tuple[int, int] | None = None  # which blocks are in the weight, and their version
 
         base_layer = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)
@@ -114,7 +115,9 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         self.forward_mode[adapter_name] = "in_place" if in_place else "adapter"
         self._overwrites[adapter_name] = Overwrite()
 
-        blocks = torch.zeros(shape)
+        # In the base's dtype, which PEFT expects; get_peft_model makes it float32 unless it is told not to.
+        dtype = getattr(getattr(self.get_base_layer(), "weight", None), "dtype", torch.float32)
+        blocks = torch.zeros(shape, dtype=dtype if dtype in FLOAT_DTYPES else torch.float32)
         if not config.init_weights:
             nn.init.normal_(blocks, std=shape.d_in**-0.5)
         self.diablo_blocks[adapter_name] = nn.Parameter(blocks)
@@ -150,6 +153,7 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
             else:
                 if self.in_weight != adapter_name:
                     self._leave_weight()
+                    self._values_changed()
                 # In place this writes the values that are there already: merging is then no more than a name.
                 if not self._write(adapter_name, check_finite=safe_merge):
                     raise ValueError(_not_finite(adapter_name))
@@ -164,6 +168,7 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        self._values_changed()
         while self.merged_adapters:
             # Latest first: adapters overlap, and each one's record was taken after the earlier ones were merged.
             adapter_name = self.merged_adapters.pop()
@@ -184,8 +189,7 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         Merged adapters stay as they are. `changed`: the blocks have, or may have, new values.
         """
         if changed:
-            for overwrite in self._overwrites.values():
-                overwrite.version += 1
+            self._values_changed()
         if self.merged:
             return
         name = None if self.disable_adapters else self._sole_adapter()
@@ -199,11 +203,35 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
             return
         self._write(name)
         self.in_weight = name
+        blocks, weight = self.diablo_blocks[name], self.base_layer.weight
+        # FSDP2 shows other tensors in the forward pass than outside it, which says nothing of their values.
+        sharded = isinstance(blocks, DTensor) or isinstance(weight, DTensor)
+        self._written = None if sharded else (id(blocks), blocks._version)
 
-    def refresh_for_unloading(self) -> None:
-        """Leave the base layer as it is to be without its adapters: merged, or as it was."""
+    def prepare_unloading(self) -> None:
+        """Leave the base layer as it is to be without its adapters, merged or as it was, for good."""
         if not self.merged:
             self._leave_weight()
+        unwatch(self)
+
+    def _values_changed(self) -> None:
+        """A backward pass that is still to come may not use the weight any more."""
+        for overwrite in self._overwrites.values():
+            overwrite.version += 1
+
+    def _check_weight(self) -> None:
+        """Before a forward pass in place: the weight must hold the blocks that there are.
+
+        Raises:
+            RuntimeError: the base layer has got hooks, or lost its values, since the adapter was attached.
+        """
+        name = self.in_weight
+        assert name is not None
+        blocks = self.diablo_blocks[name]
+        if self._written is not None and self._written != (id(blocks), blocks._version):
+            self.refresh()  # loaded by assignment, or changed by hand
+        if obstacle := obstacle_to_in_place(self.base_layer, 0.0):
+            raise RuntimeError(f"the layer trains in place and got {obstacle} since: use mode='adapter'")
 
     def _sole_adapter(self) -> str | None:
         """The adapter that is active here, if it is the only one and trained in place."""
@@ -281,14 +309,19 @@ class DiabloLinear(nn.Module, DiabloLayer):
         """`x` is `(..., in_features)`, the result `(..., out_features)` in the base layer's output dtype."""
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if self.in_weight is not None and not torch.compiler.is_compiling():
+            self._check_weight()
         names = [] if self.disable_adapters or self.merged else self.active_adapters
         names = [name for name in names if name in self.diablo_blocks]
-        trains = torch.is_grad_enabled() and any(self.diablo_blocks[name].requires_grad for name in names)
-        if not names or (self.in_weight is not None and not trains):
+        if not names or (self.in_weight is not None and not torch.is_grad_enabled()):
             return self.base_layer(x, *args, **kwargs)
         first, *others = names
         base: Any = self.base_layer
         blocks, dropout = self.diablo_blocks[first], self._dropout(first)
+        if blocks.is_meta and not x.is_meta:
+            raise RuntimeError(
+                "the adapter's blocks are on the meta device: offload the base model before attaching it"
+            )
         if self.in_weight is not None:
             return block_linear(x, base.weight, base.bias, blocks, self._overwrites[first])
         if obstacle_to_in_place(base, 0.0) is None:
@@ -305,6 +338,20 @@ class DiabloLinear(nn.Module, DiabloLayer):
     def _dropout(self, adapter_name: str) -> float:
         module = self.diablo_dropout[adapter_name]
         return module.p if self.training and isinstance(module, nn.Dropout) else 0.0
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT casts to the base's dtype here, also what it has just loaded: blocks would lose bits that were saved.
+        exact = self.diablo_blocks[adapter_name].detach()
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        self._keep_width({adapter_name: exact})
+        self.refresh()
+
+    def _keep_width(self, exact: dict[str, Tensor]) -> None:
+        """Blocks stay in float32 whatever the base is cast to: in 16 bits they would lose most of their updates."""
+        for name, before in exact.items():
+            blocks = self.diablo_blocks[name]
+            if blocks.dtype.itemsize < 4 <= before.dtype.itemsize:
+                blocks.data = before.to(blocks.device)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode)
@@ -326,11 +373,7 @@ class DiabloLinear(nn.Module, DiabloLayer):
         self._leave_weight()
         exact = {name: blocks.detach() for name, blocks in self.diablo_blocks.items()}
         super()._apply(fn, recurse)
-        for name, before in exact.items():
-            # Trained blocks stay in float32 whatever the base is cast to: 16 bits would lose most of their updates.
-            blocks = self.diablo_blocks[name]
-            if blocks.dtype.itemsize < 4 <= before.dtype.itemsize:
-                blocks.data = before.to(blocks.device)
+        self._keep_width(exact)
         for overwrite in self._overwrites.values():
             overwrite.originals = overwrite.originals and [fn(original) for original in overwrite.originals]
         self.refresh()
@@ -341,13 +384,16 @@ class DiabloLinear(nn.Module, DiabloLayer):
         watch(self)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """W0 and D, also where the weight holds W0 + D: a copy of such a weight is given, with W0's values."""
+        """W0 and D, also where the weight holds W0 + D.
+
+        A copy of such a weight is given, with W0's values: for a moment the adapted weights take their memory twice.
+        """
         result = super().state_dict(*args, **kwargs)
         if self.in_weight is not None:
             key = kwargs.get("prefix", args[1] if len(args) > 1 else "") + "base_layer.weight"
             weight = result[key].detach().clone()
             self._overwrites[self.in_weight].put_originals(self._weight_parts(self.in_weight, weight))
-            result[key] = weight
+            result[key] = nn.Parameter(weight, requires_grad=False) if kwargs.get("keep_vars") else weight
         return result
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

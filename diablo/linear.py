@@ -41,6 +41,8 @@ def block_linear(
         `(..., out_features)`.
     """
     dtype = compute_dtype(x, weight.dtype)
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight, bias)  # the error that the frozen layer gives
     bias = None if bias is None else bias.to(dtype)
     return _BlockLinear.apply(x, weight.to(dtype), bias, blocks, in_weight, dropout, _seed(dropout))  # pyright: ignore
 

@@ -77,7 +77,7 @@ class DiabloModel(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
         else:
             if isinstance(child, DiabloLayer):
-                child.refresh_for_unloading()
+                child.prepare_unloading()
             # Unloading puts the complete base layer back. PEFT's version would copy `weight`, which HQQ's layers lack.
             setattr(parent, child_name, new_module)
 

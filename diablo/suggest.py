@@ -6,7 +6,10 @@ import math
 import warnings
 from collections import Counter
 
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import (
+    _maybe_include_all_linear_layers,  # what "all-linear" leaves out  # pyright: ignore[reportPrivateUsage]
+    check_target_module_exists,
+)
 from torch import nn
 
 from diablo.config import DiabloConfig
@@ -71,13 +74,13 @@ def _shapes(model: nn.Module, target_modules: list[str] | str | None) -> dict[st
         )
         if target_modules is None:
             raise ValueError("target_modules must be given for an architecture that the paper does not name")
-    config = DiabloConfig(target_modules=target_modules)
-    every = target_modules == "all-linear"
+    # With this task a classifier's head is left out of "all-linear", as an output embedding always is.
+    config = DiabloConfig(target_modules=target_modules, task_type="SEQ_CLS")
+    config = _maybe_include_all_linear_layers(config, model)
     layers = {
         name: (module.in_features, module.out_features)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and (module is not getattr(model, "lm_head", None) if every else check_target_module_exists(config, name))
+        if isinstance(module, nn.Linear) and check_target_module_exists(config, name)
     }
     if not layers:
         raise ValueError(f"target_modules={target_modules!r} names no linear layer of {type(model).__name__}")

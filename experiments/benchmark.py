@@ -54,10 +54,11 @@ def measure_layer(
     x = torch.randn(tokens, m, device=options.device, dtype=options.dtype, requires_grad=True)
     upstream = torch.randn(tokens, n, device=options.device, dtype=options.dtype)
     rank = cases.matched_rank([(m, n)], num_blocks)
-    work, parameters = {}, {}
+    work, parameters, layers = {}, {}, {}
     for label in labels:
         layer = cases.attach(label, cases.sharing(base), ["0"], num_blocks, rank, options.authors_repo).train()
         parameters[label] = sum(p.numel() for p in layer.parameters() if p.requires_grad)
+        layers[label] = layer
         work[label] = partial(_layer_pass, layer, x, upstream)
     seconds = interleaved(work, options.rounds, options.device, title=f"{m}×{n}, N={num_blocks}")
     costs = {label: cases.layer_cost(label, tokens, m, n, num_blocks, rank, options.element) for label in labels}
@@ -72,7 +73,7 @@ def measure_layer(
                 "seconds": seconds[label],
                 "operations": costs[label].operations,
                 "bytes": costs[label].bytes,
-                "peak_bytes": cases.peak_bytes(work[label], options.device),
+                "peak_bytes": cases.peak_bytes(work[label], [x, *layers[label].parameters()], options.device),
             }
             for label in labels
         },
@@ -80,9 +81,13 @@ def measure_layer(
 
 
 def _layer_pass(layer: Any, x: Any, upstream: Any) -> None:
+    import torch
+
     x.grad = None
     layer.zero_grad()
-    layer(x).backward(upstream)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.dtype == torch.bfloat16):
+        y = layer(x)
+    y.backward(upstream)
 
 
 def measure_model(
@@ -105,18 +110,17 @@ def measure_model(
     shapes = [(m.in_features, m.out_features) for n, m in linears.items() if n.rpartition(".")[2] in TARGETS[targets]]
     num_blocks = options.num_blocks or BLOCKS.get(name, 64)
     rank = cases.matched_rank(shapes, num_blocks)
-    passes, steps, parameters, costs = {}, {}, {}, {}
+    passes, steps, trained, costs = {}, {}, {}, {}
     for label in labels:
         model = cases.attach(
             label, cases.sharing(base), TARGETS[targets], num_blocks, rank, options.authors_repo
         ).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        trained = [p for p in model.parameters() if p.requires_grad]
-        parameters[label] = sum(p.numel() for p in trained)
-        passes[label] = partial(forward_backward, model, ids, label == cases.FLOOR)
+        trained[label] = [p for p in model.parameters() if p.requires_grad]
+        passes[label] = partial(forward_backward, model, ids)
         # A rate so small that no weight runs away: the weights are shared.
-        optimizer = torch.optim.AdamW(trained, lr=1e-7, fused=True) if trained else None
+        optimizer = torch.optim.AdamW(trained[label], lr=1e-7, fused=True) if trained[label] else None
         steps[label] = partial(_step, passes[label], optimizer)
         costs[label] = cases.Cost(0, 0)
         for layer, m in linears.items():
@@ -138,12 +142,12 @@ def measure_model(
         "base_parameters": base.num_parameters(),
         "entries": {
             label: {
-                "parameters": parameters[label],
+                "parameters": sum(p.numel() for p in trained[label]),
                 "seconds": seconds[f"pass {label}"],
                 "step_seconds": seconds[f"step {label}"],
                 "operations": costs[label].operations,
                 "bytes": costs[label].bytes,
-                "peak_bytes": cases.peak_bytes(passes[label], options.device),
+                "peak_bytes": cases.peak_bytes(passes[label], trained[label], options.device),
             }
             for label in labels
         },

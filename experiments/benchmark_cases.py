@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 from diablo import DiabloConfig
 from experiments.errors import UserError
@@ -133,8 +133,10 @@ def _attach_authors(base: nn.Module, targets: list[str], num_blocks: int, author
     return base
 
 
-def peak_bytes(work: Any, device: str) -> int:
-    """The most memory that `work` holds beyond what was there before: activations, gradients and scratch space."""
+def peak_bytes(work: Callable[[], object], leaves: Iterable[Tensor], device: str) -> int:
+    """The most memory that `work` holds beyond weights: activations, the gradients of `leaves`, and scratch space."""
+    for leaf in leaves:
+        leaf.grad = None  # of the pass before: freeing it would be counted against this one
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -42,14 +42,15 @@ def measure_step_times(configs: Sequence[Config], folder: Path, rounds: int = 15
         "device": device_name(str(device)),
         "batch": list(batch),
     }
-    path = folder / f"step_times-{content_hash([described, sorted(by_label), rounds])[:16]}.json"
+    methods_measured = {label: config["method"] for label, config in by_label.items()}
+    path = folder / f"step_times-{content_hash([described, methods_measured, rounds])[:16]}.json"
     if path.is_file():
         return path
     entries: dict[str, Any] = {FLOOR: load_base(first, str(device))[0].requires_grad_(False).train()}
     for label, config in by_label.items():
         entries[label] = methods.attach(config["method"], load_base(config, str(device))[0]).train()
     tokens = torch.randint(first["model"]["architecture"]["vocab_size"], batch, device=device)
-    passes = {label: partial(forward_backward, model, tokens, label == FLOOR) for label, model in entries.items()}
+    passes = {label: partial(forward_backward, model, tokens) for label, model in entries.items()}
     seconds = interleaved(passes, rounds, str(device))
     write_atomically(path, json.dumps({**described, "seconds": seconds}) + "\n")
     return path
@@ -78,15 +79,20 @@ def interleaved(
     return seconds
 
 
-def forward_backward(model: Any, tokens: Any, needs_input_gradient: bool) -> None:
-    """One forward and backward pass over `tokens`, `(rows, length)`. The floor needs its input's gradient asked for."""
+def forward_backward(model: Any, tokens: Any) -> None:
+    """One forward and backward pass over `tokens`, `(rows, length)`, down to the gradient of the embeddings.
+
+    Under bf16 autocast if the model is bf16, as training runs it: PEFT's own methods keep their factors in float32.
+    """
+    import torch
+
     model.zero_grad()
     embeddings = model.get_input_embeddings()(tokens)
-    if needs_input_gradient:
+    if not embeddings.requires_grad:
         embeddings = embeddings.detach().requires_grad_()
-    model(inputs_embeds=embeddings, labels=tokens).loss.backward()
-    if needs_input_gradient:
-        assert embeddings.grad is not None
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=embeddings.dtype == torch.bfloat16):
+        loss = model(inputs_embeds=embeddings, labels=tokens).loss
+    loss.backward()
 
 
 def synchronize(device: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from diablo import suggest_num_blocks
 from diablo.convert import from_authors, to_authors
@@ -72,6 +72,11 @@ def test_a_checkpoint_of_some_layers_adapts_those(base: Path, tmp_path: Path) ->
     from_authors(tmp_path / "a.chkpt", tmp_path / "ours", str(base))
     loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "ours"))
     assert {name.split("layers.")[1][0] for name in adapted(loaded)} == {"1"}
+
+
+def test_a_layer_outside_the_decoder_is_converted_too(base: Path, tmp_path: Path) -> None:
+    torch.save({"lm_head.block_A": torch.ones(4, 8, 16)}, tmp_path / "a.chkpt")
+    assert from_authors(tmp_path / "a.chkpt", tmp_path / "ours", str(base)).num_blocks == 4
 
 
 class Code:
@@ -158,6 +163,13 @@ def test_a_budget_below_the_finest_split_is_refused_with_the_numbers() -> None:
         suggest_num_blocks(tiny_llama(), budget=1e-6)
     with pytest.raises(ValueError, match=r"target_modules=\['nothing'\] names no linear layer"):
         suggest_num_blocks(tiny_llama(), target_modules=["nothing"])
+
+
+def test_all_linear_means_what_peft_means_by_it() -> None:
+    model = LlamaForSequenceClassification(tiny_llama().config)  # its classifier, 32 → 2, is left out
+    assert set(suggest_num_blocks(model, budget=0.9, multiple_of=8, target_modules="all-linear")) == {
+        *TARGETS, "o_proj", "gate_proj",
+    }  # fmt: skip
 
 
 def test_layers_of_one_name_and_two_shapes_are_told_apart() -> None:

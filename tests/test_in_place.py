@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 import diablo
 from diablo import DiabloConfig, DiabloLinear
@@ -492,6 +493,103 @@ def test_layers_with_one_input_keep_it_once_and_nothing_else(settings: dict) -> 
                 layer.train()(x)
         activations = [t for pointer, t in kept.items() if pointer not in parameters and t.shape != (64, 64)]
         assert [tensor.shape for tensor in activations] == [x.shape]
+
+
+# What others do to a layer
+
+
+def test_an_adapter_that_transformers_loads_is_computed_with(in_mid_training: Any, tmp_path: Path) -> None:
+    """It sets parameters one by one instead of loading a state dict."""
+    in_mid_training.save_pretrained(str(tmp_path / "adapter"))
+    tiny_llama(torch.bfloat16).save_pretrained(tmp_path / "base")
+    trained = in_mid_training(tokens()).logits
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model.load_adapter(str(tmp_path / "adapter"))
+    # transformers leaves the blocks in the base's dtype, so that they were rounded once more than ours
+    torch.testing.assert_close(model(tokens()).logits, trained, rtol=0, atol=0.05 * trained.abs().max().item())
+    assert (trained - tiny_llama(torch.bfloat16)(tokens()).logits).abs().max() > 0.2 * trained.abs().max()
+
+
+def test_blocks_changed_in_sight_of_autograd_are_seen_at_the_next_forward_pass() -> None:
+    base = nn.Linear(32, 32)
+    layer = layer_of("in_place", base)
+    x = torch.randn(3, 32)
+    with torch.no_grad():
+        blocks_of(layer).add_(1.0)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, rounded_sum(layer, base.weight), base.bias))
+    layer.diablo_blocks["default"] = nn.Parameter(torch.ones(2, 16, 16))
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, rounded_sum(layer, base.weight), base.bias))
+
+
+def test_loading_keeps_every_bit_of_the_blocks(in_mid_training: Any, tmp_path: Path) -> None:
+    in_mid_training.save_pretrained(str(tmp_path))
+    for low_cpu_mem_usage in (False, True):
+        base = tiny_llama(torch.bfloat16)
+        loaded = PeftModel.from_pretrained(base, str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage)
+        for name, layer in adapted(loaded).items():
+            assert torch.equal(blocks_of(layer), blocks_of(adapted(in_mid_training)[name]))
+
+
+@pytest.mark.parametrize("mode", ["adapter", "in_place"])
+def test_a_model_that_is_offloaded_after_attaching_is_refused(mode: Mode) -> None:
+    from accelerate import cpu_offload
+
+    model = attach(tiny_llama(), mode=mode, init_weights=False)
+    cpu_offload(model.base_model, execution_device=torch.device("cpu"))
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"mode='adapter'|offload the base model before attaching"):
+        model(tokens())
+
+
+def test_a_hook_that_comes_later_is_refused_and_not_passed_over() -> None:
+    layer = layer_of("in_place", nn.Linear(32, 32))
+    layer.base_layer.register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"got hooks on the base layer, .* since: use mode='adapter'"):
+        layer(torch.randn(1, 32))
+
+
+def test_an_unloaded_layer_writes_no_more() -> None:
+    model: Any = attach(tiny_llama(), mode="in_place")
+    layers = list(adapted(model).values())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    base = model.unload()
+    optimizer.step()
+    assert layers
+    assert torch.equal(base(tokens()).logits, tiny_llama()(tokens()).logits)
+
+
+def test_a_merge_of_another_adapter_makes_an_open_backward_pass_fail() -> None:
+    layer = layer_of("in_place", nn.Linear(8, 8))
+    layer.update_layer("other", DiabloConfig(num_blocks=4, init_weights=False))
+    x = torch.randn(2, 8, requires_grad=True)
+    renamed = layer(x).sum()
+    layer.merge(adapter_names=["default"])
+    renamed.backward()  # the weight is still the same
+    layer.unmerge()
+    layer.refresh()
+    stale = layer(x).sum()
+    layer.merge(adapter_names=["default", "other"])
+    with pytest.raises(RuntimeError, match="not those of the forward pass"):
+        stale.backward()
+
+
+def test_a_frozen_adapter_in_place_passes_gradients_on_through_a_reference_pass() -> None:
+    layer = layer_of("in_place", nn.Linear(8, 8), inference_mode=True)
+    assert not blocks_of(layer).requires_grad
+    x = torch.randn(2, 8, requires_grad=True)
+    output = layer(x).sum()
+    layer.enable_adapters(False)
+    layer.enable_adapters(True)
+    output.backward()
+    torch.testing.assert_close(x.grad, weight_of(layer).sum(0).expand(2, 8))
+
+
+@pytest.mark.parametrize("mode", ["adapter", "in_place"])
+def test_an_input_of_another_dtype_is_refused_in_training_as_without_gradients(mode: Mode) -> None:
+    layer = layer_of(mode, nn.Linear(32, 32, dtype=torch.bfloat16))
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients), pytest.raises(RuntimeError, match="same dtype"):
+            layer(torch.randn(2, 32))
 
 
 # Which mode
