@@ -10,7 +10,8 @@ Importing this package makes PEFT know the methods; import it before loading a s
 
 from diablo.config import DiabloConfig
 from diablo.in_place import refresh
-from diablo.layer import DiabloLayer, DiabloLinear
+from diablo.layer import DiabloLayer
+from diablo.linear import DiabloLinear
 from diablo.milora import MiloraConfig, MiloraModel
 from diablo.model import DiabloModel
 from diablo.suggest import suggest_num_blocks

@@ -1,4 +1,4 @@
-"""A linear layer with trainable diagonal blocks: beside its frozen weight, or inside it."""
+"""The adapters of one linear layer: diagonal blocks beside its frozen weight, or inside it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from peft.tuners.tuners_utils import (
     _get_in_out_features,  # also reads the sizes of quantised layers  # pyright: ignore[reportPrivateUsage]
     check_adapters_to_merge,
 )
-from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from diablo.blocks import BlockShape, block_shape, covered, delta_weight, diagonal_blocks
 from diablo.config import DiabloConfig
-from diablo.in_place import InPlaceLayer, Overwrite, local_shard, take_blocks, unwatch, watch
-from diablo.linear import add_blocks, block_linear
+from diablo.in_place import InPlaceLayer, Overwrite, local_shard, take_blocks, unwatch
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SMALLEST_SIDE = 16  # of a block that `auto` trains in place: below it a batched product wastes most of its tiles
@@ -61,7 +60,7 @@ def obstacle_to_in_place(layer: nn.Module, dropout: float) -> str | None:
 
 
 class DiabloLayer(BaseTunerLayer, InPlaceLayer):
-    """The adapters of one layer, keyed by adapter name; [`DiabloLinear`] adds the forward pass.
+    """The adapters of one layer, keyed by adapter name; `DiabloLinear` adds the forward pass.
 
     `diablo_blocks[name]` is the paper's 𝒟: `(num_blocks, d_in, d_out)`, zero at the start. `forward_mode[name]` is
     "in_place" or "adapter". The base weight holds W0, or W0 plus the update of the adapter named by `in_weight`, or of
@@ -280,132 +279,3 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
 
 def _not_finite(adapter_name: str) -> str:
     return f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
-
-
-class DiabloLinear(nn.Module, DiabloLayer):
-    """`y = x W0 + dropout(x) diag(D_1 … D_N)` (arXiv 2506.03230, section 3), without a scaling factor.
-
-    Mode "in_place" computes it as one product with a weight that holds W0 + D, "adapter" as two. What is saved, copied
-    or moved is always W0 and D.
-    """
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: DiabloConfig,
-        name: str = "",
-        weight_is_shared: bool = False,
-        **quantization: Any,
-    ) -> None:
-        super().__init__()
-        DiabloLayer.__init__(self, base_layer, **quantization)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, name, weight_is_shared)
-        self.register_load_state_dict_post_hook(_after_loading)
-        watch(self)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`x` is `(..., in_features)`, the result `(..., out_features)` in the base layer's output dtype."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if self.in_weight is not None and not torch.compiler.is_compiling():
-            self._check_weight()
-        names = [] if self.disable_adapters or self.merged else self.active_adapters
-        names = [name for name in names if name in self.diablo_blocks]
-        if not names or (self.in_weight is not None and not torch.is_grad_enabled()):
-            return self.base_layer(x, *args, **kwargs)
-        first, *others = names
-        base: Any = self.base_layer
-        blocks, dropout = self.diablo_blocks[first], self._dropout(first)
-        if blocks.is_meta and not x.is_meta:
-            raise RuntimeError(
-                "the adapter's blocks are on the meta device: offload the base model before attaching it"
-            )
-        if self.in_weight is not None:
-            return block_linear(x, base.weight, base.bias, blocks, self._overwrites[first])
-        if obstacle_to_in_place(base, 0.0) is None:
-            result = block_linear(x, base.weight, base.bias, blocks, None, dropout)
-        else:
-            result = base(x, *args, **kwargs)
-            if self.quantization_backend is not None:
-                result = self.quantization_backend.maybe_clone_base_result(result)
-            result = add_blocks(result, x, blocks, dropout)
-        for name in others:
-            result = add_blocks(result, x, self.diablo_blocks[name], self._dropout(name))
-        return result
-
-    def _dropout(self, adapter_name: str) -> float:
-        module = self.diablo_dropout[adapter_name]
-        return module.p if self.training and isinstance(module, nn.Dropout) else 0.0
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT casts to the base's dtype here, also what it has just loaded: blocks would lose bits that were saved.
-        exact = self.diablo_blocks[adapter_name].detach()
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        self._keep_width({adapter_name: exact})
-        self.refresh()
-
-    def _keep_width(self, exact: dict[str, Tensor]) -> None:
-        """Blocks stay in float32 whatever the base is cast to: in 16 bits they would lose most of their updates."""
-        for name, before in exact.items():
-            blocks = self.diablo_blocks[name]
-            if blocks.dtype.itemsize < 4 <= before.dtype.itemsize:
-                blocks.data = before.to(blocks.device)
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        super().set_adapter(adapter_names, inference_mode)
-        self.refresh(changed=False)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        super().enable_adapters(enabled)
-        self.refresh(changed=False)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        self._leave_weight()
-        super().delete_adapter(adapter_name)
-        self.forward_mode.pop(adapter_name, None)
-        self._overwrites.pop(adapter_name, None)
-        self.refresh(changed=False)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> DiabloLinear:
-        # W0 and D move each on its own, since W0 + D would be rounded twice; W0's blocks go with a merged weight.
-        self._leave_weight()
-        exact = {name: blocks.detach() for name, blocks in self.diablo_blocks.items()}
-        super()._apply(fn, recurse)
-        self._keep_width(exact)
-        for overwrite in self._overwrites.values():
-            overwrite.originals = overwrite.originals and [fn(original) for original in overwrite.originals]
-        self.refresh()
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # of a copy, or of a layer that was unpickled
-        watch(self)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """W0 and D, also where the weight holds W0 + D.
-
-        A copy of such a weight is given, with W0's values: for a moment the adapted weights take their memory twice.
-        """
-        result = super().state_dict(*args, **kwargs)
-        if self.in_weight is not None:
-            key = kwargs.get("prefix", args[1] if len(args) > 1 else "") + "base_layer.weight"
-            weight = result[key].detach().clone()
-            self._overwrites[self.in_weight].put_originals(self._weight_parts(self.in_weight, weight))
-            result[key] = nn.Parameter(weight, requires_grad=False) if kwargs.get("keep_vars") else weight
-        return result
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._leave_weight()  # the base layer's weight is loaded after this and takes W0's place
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def extra_repr(self) -> str:
-        return quantization_extra_repr(self)
-
-    def __repr__(self) -> str:
-        return "diablo." + super().__repr__()
-
-
-def _after_loading(layer: DiabloLinear, _: Any) -> None:
-    layer.refresh()

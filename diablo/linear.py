@@ -1,178 +1,143 @@
-"""The forward and backward pass of a linear layer with diagonal blocks, as autograd functions.
-
-`block_linear` is the layer itself, for a plain weight: one product forward and one for dX, whether the blocks are in
-the weight already (in place) or added from the side. `add_blocks` puts the side branch on a layer that computes its
-own product, such as a quantised one. Neither keeps anything but x: a dropped x is made again in the backward pass.
-"""
+"""The adapted linear layer as a module: its forward pass, and what is saved, loaded, copied and moved of it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from peft.utils import quantization_extra_repr
+from torch import Tensor, nn
 
-from diablo.blocks import BlockShape, add_block_product_, block_gradient
-from diablo.in_place import Overwrite
+from diablo.config import DiabloConfig
+from diablo.functional import add_blocks, block_linear
+from diablo.in_place import watch
+from diablo.layer import DiabloLayer, obstacle_to_in_place
 
 
-def block_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    blocks: Tensor,
-    in_weight: Overwrite | None = None,
-    dropout: float = 0.0,
-) -> Tensor:
-    """`x @ (W0 + D)`, with the gradient of x and of the blocks; weight and bias are frozen.
+class DiabloLinear(nn.Module, DiabloLayer):
+    """`y = x W0 + dropout(x) diag(D_1 … D_N)` (arXiv 2506.03230, section 3), without a scaling factor.
 
-    The product is taken in the weight's dtype, or autocast's; the gradient of the blocks is summed in float32.
-
-    Args:
-        x: `(..., in_features)`.
-        weight: `(out_features, in_features)`; holds W0 + D if `in_weight` is given, else W0.
-        blocks: `(num_blocks, d_in, d_out)`.
-        in_weight: what put the blocks into the weight.
-        dropout: probability with which an input of the side branch is dropped; 0 with `in_weight`.
-
-    Returns:
-        `(..., out_features)`.
+    Mode "in_place" computes it as one product with a weight that holds W0 + D, "adapter" as two. What is saved, copied
+    or moved is always W0 and D.
     """
-    dtype = compute_dtype(x, weight.dtype)
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        return F.linear(x, weight, bias)  # the error that the frozen layer gives
-    bias = None if bias is None else bias.to(dtype)
-    return _BlockLinear.apply(x, weight.to(dtype), bias, blocks, in_weight, dropout, _seed(dropout))  # pyright: ignore
 
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: DiabloConfig,
+        name: str = "",
+        weight_is_shared: bool = False,
+        **quantization: Any,
+    ) -> None:
+        super().__init__()
+        DiabloLayer.__init__(self, base_layer, **quantization)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, name, weight_is_shared)
+        self.register_load_state_dict_post_hook(_after_loading)
+        watch(self)
 
-def add_blocks(result: Tensor, x: Tensor, blocks: Tensor, dropout: float = 0.0) -> Tensor:
-    """`result + dropout(x) @ D` for a layer that has computed `result` from `x` itself.
-
-    Args:
-        result: `(..., out_features)`; its memory is used for the sum where nothing else sees it.
-        x: `(..., in_features)`.
-    """
-    if result._base is not None or not (result.requires_grad and result.grad_fn is not None):
-        result = result.clone()  # a view, or somebody's own tensor
-    return _AddBlocks.apply(result, x, blocks, dropout, _seed(dropout))  # pyright: ignore
-
-
-def compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a matrix product: autocast's where that is on and applies, else the weight's."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, dtype):
-        return torch.get_autocast_dtype(device)
-    return dtype
-
-
-class _BlockLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        blocks: Tensor,
-        in_weight: Overwrite | None,
-        dropout: float,
-        seed: int,
-    ) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            # x is kept as it came, so that layers with one input (q, k and v) keep one x, also where it is cast here.
-            narrow = x.to(weight.dtype)
-            y = F.linear(narrow, weight, bias)
-            if in_weight is None:
-                add_block_product_(_rows(y), _drop(_rows(narrow), dropout, seed), blocks.to(y.dtype))
-        ctx.dropout, ctx.seed, ctx.in_weight = dropout, seed, in_weight
-        if in_weight is None or torch.compiler.is_compiling():
-            ctx.save_for_backward(x, blocks, weight)
-        else:
-            # A reference pass with the adapter disabled may lie between forward and backward (preference training does
-            # that): the weight is then written twice and holds the same bits again, which autograd's own check would
-            # not see. The version of its values is checked instead.
-            ctx.save_for_backward(x, blocks)
-            ctx.weight, ctx.version = weight, in_weight.version
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grad_outputs: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        (grad_y,) = grad_outputs
-        x, blocks, *saved = ctx.saved_tensors
-        weight = saved[0] if saved else ctx.weight
-        if not saved and not (ctx.in_weight.is_written and ctx.in_weight.version == ctx.version):
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`x` is `(..., in_features)`, the result `(..., out_features)` in the base layer's output dtype."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.in_weight is not None and not torch.compiler.is_compiling():
+            self._check_weight()
+        names = [] if self.disable_adapters or self.merged else self.active_adapters
+        names = [name for name in names if name in self.diablo_blocks]
+        if not names or (self.in_weight is not None and not torch.is_grad_enabled()):
+            return self.base_layer(x, *args, **kwargs)
+        first, *others = names
+        base: Any = self.base_layer
+        blocks, dropout = self.diablo_blocks[first], self._dropout(first)
+        if blocks.is_meta and not x.is_meta:
             raise RuntimeError(
-                "the blocks in the weight are not those of the forward pass any more: an optimizer stepped or adapters "
-                "were switched in between; use mode='adapter' for that"
+                "the adapter's blocks are on the meta device: offload the base model before attaching it"
             )
-        rows, grad_rows = _rows(x).to(weight.dtype), _rows(grad_y)
-        grad_x = grad_blocks = None
-        with torch.autocast(x.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                grad_x = grad_rows @ weight
-                if ctx.in_weight is None:
-                    transposed = blocks.to(weight.dtype).transpose(1, 2)
-                    if ctx.dropout:
-                        branch = add_block_product_(torch.zeros_like(grad_x), grad_rows, transposed)
-                        grad_x += _drop(branch, ctx.dropout, ctx.seed)
-                    else:
-                        add_block_product_(grad_x, grad_rows, transposed)
-                grad_x = grad_x.view(x.shape).to(x.dtype)
-            if ctx.needs_input_grad[3]:
-                dropped = _drop(rows, ctx.dropout, ctx.seed)
-                grad_blocks = block_gradient(dropped, grad_rows, BlockShape(*blocks.shape), blocks.dtype)
-        return grad_x, None, None, grad_blocks, None, None, None
-
-
-class _AddBlocks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, result: Tensor, x: Tensor, blocks: Tensor, dropout: float, seed: int) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            rows = _rows(x).to(result.dtype)
-            add_block_product_(_rows(result), _drop(rows, dropout, seed), blocks.to(result.dtype))
-        ctx.dropout, ctx.seed = dropout, seed
-        ctx.save_for_backward(x, blocks)
-        ctx.mark_dirty(result)
+        if self.in_weight is not None:
+            return block_linear(x, base.weight, base.bias, blocks, self._overwrites[first])
+        if obstacle_to_in_place(base, 0.0) is None:
+            result = block_linear(x, base.weight, base.bias, blocks, None, dropout)
+        else:
+            result = base(x, *args, **kwargs)
+            if self.quantization_backend is not None:
+                result = self.quantization_backend.maybe_clone_base_result(result)
+            result = add_blocks(result, x, blocks, dropout)
+        for name in others:
+            result = add_blocks(result, x, self.diablo_blocks[name], self._dropout(name))
         return result
 
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grad_outputs: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        (grad_y,) = grad_outputs
-        x, blocks = ctx.saved_tensors
-        rows, grad_rows = _rows(x).to(grad_y.dtype), _rows(grad_y)
-        grad_x = grad_blocks = None
-        with torch.autocast(x.device.type, enabled=False):
-            if ctx.needs_input_grad[1]:
-                transposed = blocks.to(grad_y.dtype).transpose(1, 2)
-                branch = add_block_product_(torch.zeros_like(rows), grad_rows, transposed)
-                grad_x = _drop(branch, ctx.dropout, ctx.seed).view(x.shape).to(x.dtype)
-            if ctx.needs_input_grad[2]:
-                dropped = _drop(rows, ctx.dropout, ctx.seed)
-                grad_blocks = block_gradient(dropped, grad_rows, BlockShape(*blocks.shape), blocks.dtype)
-        return grad_y, grad_x, grad_blocks, None, None
+    def _dropout(self, adapter_name: str) -> float:
+        module = self.diablo_dropout[adapter_name]
+        return module.p if self.training and isinstance(module, nn.Dropout) else 0.0
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT casts to the base's dtype here, also what it has just loaded: blocks would lose bits that were saved.
+        exact = self.diablo_blocks[adapter_name].detach()
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        self._keep_width({adapter_name: exact})
+        self.refresh()
+
+    def _keep_width(self, exact: dict[str, Tensor]) -> None:
+        """Blocks stay in float32 whatever the base is cast to: in 16 bits they would lose most of their updates."""
+        for name, before in exact.items():
+            blocks = self.diablo_blocks[name]
+            if blocks.dtype.itemsize < 4 <= before.dtype.itemsize:
+                blocks.data = before.to(blocks.device)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)
+        self.refresh(changed=False)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self.refresh(changed=False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._leave_weight()
+        super().delete_adapter(adapter_name)
+        self.forward_mode.pop(adapter_name, None)
+        self._overwrites.pop(adapter_name, None)
+        self.refresh(changed=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DiabloLinear:
+        # W0 and D move each on its own, since W0 + D would be rounded twice; W0's blocks go with a merged weight.
+        self._leave_weight()
+        exact = {name: blocks.detach() for name, blocks in self.diablo_blocks.items()}
+        super()._apply(fn, recurse)
+        self._keep_width(exact)
+        for overwrite in self._overwrites.values():
+            overwrite.originals = overwrite.originals and [fn(original) for original in overwrite.originals]
+        self.refresh()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # of a copy, or of a layer that was unpickled
+        watch(self)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """W0 and D, also where the weight holds W0 + D.
+
+        A copy of such a weight is given, with W0's values: for a moment the adapted weights take their memory twice.
+        """
+        result = super().state_dict(*args, **kwargs)
+        if self.in_weight is not None:
+            key = kwargs.get("prefix", args[1] if len(args) > 1 else "") + "base_layer.weight"
+            weight = result[key].detach().clone()
+            self._overwrites[self.in_weight].put_originals(self._weight_parts(self.in_weight, weight))
+            result[key] = nn.Parameter(weight, requires_grad=False) if kwargs.get("keep_vars") else weight
+        return result
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._leave_weight()  # the base layer's weight is loaded after this and takes W0's place
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+    def __repr__(self) -> str:
+        return "diablo." + super().__repr__()
 
 
-def _rows(x: Tensor) -> Tensor:
-    """`(..., features)` as `(tokens, features)`, a view wherever the memory allows one."""
-    return x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(0, x.shape[-1])
-
-
-def _seed(dropout: float) -> int:
-    """A seed from PyTorch's default generator, so that its state decides the mask as it does for `nn.Dropout`."""
-    return int(torch.randint(2**62, ())) if dropout else 0
-
-
-def _drop(x: Tensor, probability: float, seed: int) -> Tensor:
-    """Inverted dropout with the mask of `seed`: the same call gives the same mask, so that it need not be kept."""
-    if not probability:
-        return x
-    generator = torch.Generator(x.device).manual_seed(seed)
-    keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - probability, generator=generator)
-    return (x * keep).mul_(1 / (1 - probability))
+def _after_loading(layer: DiabloLinear, _: Any) -> None:
+    layer.refresh()

@@ -9,7 +9,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from diablo.config import DIABLO, DiabloConfig
-from diablo.layer import DiabloLayer, DiabloLinear
+from diablo.layer import DiabloLayer
+from diablo.linear import DiabloLinear
 from diablo.register import register
 
 # The paper's choice for LLaMA (section 4): neither the output projection nor the gate.

@@ -150,6 +150,11 @@ def draw(result: dict[str, Any], out: Path) -> None:
             else:
                 names = ["{}×\n{}".format(*case["shape"]) for case in panel]
                 _draw_cases(axes, panel, names, f"in × out features, {panel[0]['tokens']:,} tokens")
+        handles = {h.get_label(): h for axes in figure.axes for h in axes.get_legend_handles_labels()[0]}
+        if handles:
+            figure.legend(
+                handles=list(handles.values()), loc="outside lower center", ncols=8, frameon=False, fontsize=8
+            )
         figure.savefig(out / "benchmark.png", dpi=160)
         figure.savefig(out / "benchmark.svg", metadata={"Date": None})
 
@@ -179,7 +184,6 @@ def _draw_cases(axes: Any, cases: Sequence[dict[str, Any]], names: list[str], ti
         )
     axes.set_xticks(range(len(cases)), names)
     axes.set_title(title, fontsize=9)
-    axes.legend(fontsize=7, frameon=False)
 
 
 if __name__ == "__main__":

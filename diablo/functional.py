@@ -1,0 +1,178 @@
+"""The forward and backward pass of a linear layer with diagonal blocks, as autograd functions.
+
+`block_linear` is the layer itself, for a plain weight: one product forward and one for dX, whether the blocks are in
+the weight already (in place) or added from the side. `add_blocks` puts the side branch on a layer that computes its
+own product, such as a quantised one. Neither keeps anything but x: a dropped x is made again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from diablo.blocks import BlockShape, add_block_product_, block_gradient
+from diablo.in_place import Overwrite
+
+
+def block_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    blocks: Tensor,
+    in_weight: Overwrite | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """`x @ (W0 + D)`, with the gradient of x and of the blocks; weight and bias are frozen.
+
+    The product is taken in the weight's dtype, or autocast's; the gradient of the blocks is summed in float32.
+
+    Args:
+        x: `(..., in_features)`.
+        weight: `(out_features, in_features)`; holds W0 + D if `in_weight` is given, else W0.
+        blocks: `(num_blocks, d_in, d_out)`.
+        in_weight: what put the blocks into the weight.
+        dropout: probability with which an input of the side branch is dropped; 0 with `in_weight`.
+
+    Returns:
+        `(..., out_features)`.
+    """
+    dtype = compute_dtype(x, weight.dtype)
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight, bias)  # the error that the frozen layer gives
+    bias = None if bias is None else bias.to(dtype)
+    return _BlockLinear.apply(x, weight.to(dtype), bias, blocks, in_weight, dropout, _seed(dropout))  # pyright: ignore
+
+
+def add_blocks(result: Tensor, x: Tensor, blocks: Tensor, dropout: float = 0.0) -> Tensor:
+    """`result + dropout(x) @ D` for a layer that has computed `result` from `x` itself.
+
+    Args:
+        result: `(..., out_features)`; its memory is used for the sum where nothing else sees it.
+        x: `(..., in_features)`.
+    """
+    if result._base is not None or not (result.requires_grad and result.grad_fn is not None):
+        result = result.clone()  # a view, or somebody's own tensor
+    return _AddBlocks.apply(result, x, blocks, dropout, _seed(dropout))  # pyright: ignore
+
+
+def compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a matrix product: autocast's where that is on and applies, else the weight's."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, dtype):
+        return torch.get_autocast_dtype(device)
+    return dtype
+
+
+class _BlockLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        blocks: Tensor,
+        in_weight: Overwrite | None,
+        dropout: float,
+        seed: int,
+    ) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            # x is kept as it came, so that layers with one input (q, k and v) keep one x, also where it is cast here.
+            narrow = x.to(weight.dtype)
+            y = F.linear(narrow, weight, bias)
+            if in_weight is None:
+                add_block_product_(_rows(y), _drop(_rows(narrow), dropout, seed), blocks.to(y.dtype))
+        ctx.dropout, ctx.seed, ctx.in_weight = dropout, seed, in_weight
+        if in_weight is None or torch.compiler.is_compiling():
+            ctx.save_for_backward(x, blocks, weight)
+        else:
+            # A reference pass with the adapter disabled may lie between forward and backward (preference training does
+            # that): the weight is then written twice and holds the same bits again, which autograd's own check would
+            # not see. The version of its values is checked instead.
+            ctx.save_for_backward(x, blocks)
+            ctx.weight, ctx.version = weight, in_weight.version
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        (grad_y,) = grad_outputs
+        x, blocks, *saved = ctx.saved_tensors
+        weight = saved[0] if saved else ctx.weight
+        if not saved and not (ctx.in_weight.is_written and ctx.in_weight.version == ctx.version):
+            raise RuntimeError(
+                "the blocks in the weight are not those of the forward pass any more: an optimizer stepped or adapters "
+                "were switched in between; use mode='adapter' for that"
+            )
+        rows, grad_rows = _rows(x).to(weight.dtype), _rows(grad_y)
+        grad_x = grad_blocks = None
+        with torch.autocast(x.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                grad_x = grad_rows @ weight
+                if ctx.in_weight is None:
+                    transposed = blocks.to(weight.dtype).transpose(1, 2)
+                    if ctx.dropout:
+                        branch = add_block_product_(torch.zeros_like(grad_x), grad_rows, transposed)
+                        grad_x += _drop(branch, ctx.dropout, ctx.seed)
+                    else:
+                        add_block_product_(grad_x, grad_rows, transposed)
+                grad_x = grad_x.view(x.shape).to(x.dtype)
+            if ctx.needs_input_grad[3]:
+                dropped = _drop(rows, ctx.dropout, ctx.seed)
+                grad_blocks = block_gradient(dropped, grad_rows, BlockShape(*blocks.shape), blocks.dtype)
+        return grad_x, None, None, grad_blocks, None, None, None
+
+
+class _AddBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, x: Tensor, blocks: Tensor, dropout: float, seed: int) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            rows = _rows(x).to(result.dtype)
+            add_block_product_(_rows(result), _drop(rows, dropout, seed), blocks.to(result.dtype))
+        ctx.dropout, ctx.seed = dropout, seed
+        ctx.save_for_backward(x, blocks)
+        ctx.mark_dirty(result)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        (grad_y,) = grad_outputs
+        x, blocks = ctx.saved_tensors
+        rows, grad_rows = _rows(x).to(grad_y.dtype), _rows(grad_y)
+        grad_x = grad_blocks = None
+        with torch.autocast(x.device.type, enabled=False):
+            if ctx.needs_input_grad[1]:
+                transposed = blocks.to(grad_y.dtype).transpose(1, 2)
+                branch = add_block_product_(torch.zeros_like(rows), grad_rows, transposed)
+                grad_x = _drop(branch, ctx.dropout, ctx.seed).view(x.shape).to(x.dtype)
+            if ctx.needs_input_grad[2]:
+                dropped = _drop(rows, ctx.dropout, ctx.seed)
+                grad_blocks = block_gradient(dropped, grad_rows, BlockShape(*blocks.shape), blocks.dtype)
+        return grad_y, grad_x, grad_blocks, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`(..., features)` as `(tokens, features)`, a view wherever the memory allows one."""
+    return x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(0, x.shape[-1])
+
+
+def _seed(dropout: float) -> int:
+    """A seed from PyTorch's default generator, so that its state decides the mask as it does for `nn.Dropout`."""
+    return int(torch.randint(2**62, ())) if dropout else 0
+
+
+def _drop(x: Tensor, probability: float, seed: int) -> Tensor:
+    """Inverted dropout with the mask of `seed`: the same call gives the same mask, so that it need not be kept."""
+    if not probability:
+        return x
+    generator = torch.Generator(x.device).manual_seed(seed)
+    keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - probability, generator=generator)
+    return (x * keep).mul_(1 / (1 - probability))
