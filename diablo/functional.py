@@ -84,14 +84,15 @@ class _BlockLinear(torch.autograd.Function):
             narrow = x.to(weight.dtype)
             y = F.linear(narrow, weight, bias)
             if in_weight is None:
-                add_block_product_(_rows(y), _drop(_rows(narrow), dropout, seed), blocks.to(y.dtype))
+                rows = _rows(narrow)
+                add_block_product_(_rows(y), _drop(rows, _mask(rows, dropout, seed), dropout), blocks.to(y.dtype))
         ctx.dropout, ctx.seed, ctx.in_weight = dropout, seed, in_weight
         if in_weight is None or torch.compiler.is_compiling():
             ctx.save_for_backward(x, blocks, weight)
         else:
             # A reference pass with the adapter disabled may lie between forward and backward (preference training does
-            # that): the weight is then written twice and holds the same bits again, which autograd's own check would
-            # not see. The version of its values is checked instead.
+            # that). The weight is then written twice and holds the same bits again, which autograd's own check would
+            # refuse all the same: the version of its values is checked instead.
             ctx.save_for_backward(x, blocks)
             ctx.weight, ctx.version = weight, in_weight.version
         return y
@@ -110,21 +111,23 @@ class _BlockLinear(torch.autograd.Function):
                 "were switched in between; use mode='adapter' for that"
             )
         rows, grad_rows = _rows(x).to(weight.dtype), _rows(grad_y)
+        mask = _mask(rows, ctx.dropout, ctx.seed)
         grad_x = grad_blocks = None
         with torch.autocast(x.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
                 grad_x = grad_rows @ weight
                 if ctx.in_weight is None:
                     transposed = blocks.to(weight.dtype).transpose(1, 2)
-                    if ctx.dropout:
-                        branch = add_block_product_(torch.zeros_like(grad_x), grad_rows, transposed)
-                        grad_x += _drop(branch, ctx.dropout, ctx.seed)
-                    else:
+                    if mask is None:
                         add_block_product_(grad_x, grad_rows, transposed)
+                    else:
+                        branch = add_block_product_(torch.zeros_like(grad_x), grad_rows, transposed)
+                        grad_x += _drop(branch, mask, ctx.dropout)
                 grad_x = grad_x.view(x.shape).to(x.dtype)
             if ctx.needs_input_grad[3]:
-                dropped = _drop(rows, ctx.dropout, ctx.seed)
-                grad_blocks = block_gradient(dropped, grad_rows, BlockShape(*blocks.shape), blocks.dtype)
+                grad_blocks = block_gradient(
+                    _drop(rows, mask, ctx.dropout), grad_rows, BlockShape(*blocks.shape), blocks.dtype
+                )
         return grad_x, None, None, grad_blocks, None, None, None
 
 
@@ -133,7 +136,7 @@ class _AddBlocks(torch.autograd.Function):
     def forward(ctx: Any, result: Tensor, x: Tensor, blocks: Tensor, dropout: float, seed: int) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             rows = _rows(x).to(result.dtype)
-            add_block_product_(_rows(result), _drop(rows, dropout, seed), blocks.to(result.dtype))
+            add_block_product_(_rows(result), _drop(rows, _mask(rows, dropout, seed), dropout), blocks.to(result.dtype))
         ctx.dropout, ctx.seed = dropout, seed
         ctx.save_for_backward(x, blocks)
         ctx.mark_dirty(result)
@@ -147,15 +150,17 @@ class _AddBlocks(torch.autograd.Function):
         (grad_y,) = grad_outputs
         x, blocks = ctx.saved_tensors
         rows, grad_rows = _rows(x).to(grad_y.dtype), _rows(grad_y)
+        mask = _mask(rows, ctx.dropout, ctx.seed)
         grad_x = grad_blocks = None
         with torch.autocast(x.device.type, enabled=False):
             if ctx.needs_input_grad[1]:
                 transposed = blocks.to(grad_y.dtype).transpose(1, 2)
                 branch = add_block_product_(torch.zeros_like(rows), grad_rows, transposed)
-                grad_x = _drop(branch, ctx.dropout, ctx.seed).view(x.shape).to(x.dtype)
+                grad_x = _drop(branch, mask, ctx.dropout).view(x.shape).to(x.dtype)
             if ctx.needs_input_grad[2]:
-                dropped = _drop(rows, ctx.dropout, ctx.seed)
-                grad_blocks = block_gradient(dropped, grad_rows, BlockShape(*blocks.shape), blocks.dtype)
+                grad_blocks = block_gradient(
+                    _drop(rows, mask, ctx.dropout), grad_rows, BlockShape(*blocks.shape), blocks.dtype
+                )
         return grad_y, grad_x, grad_blocks, None, None
 
 
@@ -169,10 +174,14 @@ def _seed(dropout: float) -> int:
     return int(torch.randint(2**62, ())) if dropout else 0
 
 
-def _drop(x: Tensor, probability: float, seed: int) -> Tensor:
-    """Inverted dropout with the mask of `seed`: the same call gives the same mask, so that it need not be kept."""
+def _mask(x: Tensor, probability: float, seed: int) -> Tensor | None:
+    """Which entries dropout keeps, as ones and zeros. One seed gives one mask, so that none need be kept meanwhile."""
     if not probability:
-        return x
+        return None
     generator = torch.Generator(x.device).manual_seed(seed)
-    keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - probability, generator=generator)
-    return (x * keep).mul_(1 / (1 - probability))
+    return torch.empty_like(x).bernoulli_(1 - probability, generator=generator)
+
+
+def _drop(x: Tensor, mask: Tensor | None, probability: float) -> Tensor:
+    """Inverted dropout. The scale is no part of the mask: in 16 bits it would be rounded, for all entries alike."""
+    return x if mask is None else (x * mask).mul_(1 / (1 - probability))
