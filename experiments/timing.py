@@ -60,8 +60,10 @@ def measure_step_times(configs: Sequence[Config], folder: Path, rounds: int = 15
 def interleaved(
     entries: Mapping[str, Callable[[], object]], rounds: int, device: str, warmup: int = 3, title: str = "step times"
 ) -> dict[str, list[float]]:
-    """Seconds of every entry in every round. Each round has an order of its own, drawn by a fixed seed: always after full
-    fine-tuning, which leaves caches and allocator in another state, an entry was seen to take 5 % longer.
+    """Seconds of every entry in every round, each round in an order of its own, drawn with a fixed seed.
+
+    An entry that always follows full fine-tuning, which leaves caches and allocator in another state, was seen to take
+    5 % longer.
 
     Rounds of warm-up are not counted. An entry's work is finished, on a GPU too, before the next one begins.
     """
