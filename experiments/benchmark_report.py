@@ -153,7 +153,11 @@ def draw(result: dict[str, Any], out: Path) -> None:
         handles = {h.get_label(): h for axes in figure.axes for h in axes.get_legend_handles_labels()[0]}
         if handles:
             figure.legend(
-                handles=list(handles.values()), loc="outside lower center", ncols=8, frameon=False, fontsize=8
+                handles=list(handles.values()),
+                loc="outside lower center",
+                ncols=2 * len(panels),
+                frameon=False,
+                fontsize=8,
             )
         figure.savefig(out / "benchmark.png", dpi=160)
         figure.savefig(out / "benchmark.svg", metadata={"Date": None})
