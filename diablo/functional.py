@@ -125,9 +125,7 @@ class _BlockLinear(torch.autograd.Function):
                         grad_x += _drop(branch, mask, ctx.dropout)
                 grad_x = grad_x.view(x.shape).to(x.dtype)
             if ctx.needs_input_grad[3]:
-                grad_blocks = block_gradient(
-                    _drop(rows, mask, ctx.dropout), grad_rows, BlockShape(*blocks.shape), blocks.dtype
-                )
+                grad_blocks = _grad_blocks(ctx, rows, grad_rows, mask, blocks)
         return grad_x, None, None, grad_blocks, None, None, None
 
 
@@ -158,10 +156,13 @@ class _AddBlocks(torch.autograd.Function):
                 branch = add_block_product_(torch.zeros_like(rows), grad_rows, transposed)
                 grad_x = _drop(branch, mask, ctx.dropout).view(x.shape).to(x.dtype)
             if ctx.needs_input_grad[2]:
-                grad_blocks = block_gradient(
-                    _drop(rows, mask, ctx.dropout), grad_rows, BlockShape(*blocks.shape), blocks.dtype
-                )
+                grad_blocks = _grad_blocks(ctx, rows, grad_rows, mask, blocks)
         return grad_y, grad_x, grad_blocks, None, None
+
+
+def _grad_blocks(ctx: Any, rows: Tensor, grad_rows: Tensor, mask: Tensor | None, blocks: Tensor) -> Tensor:
+    """dD, of what the forward pass left of x."""
+    return block_gradient(_drop(rows, mask, ctx.dropout), grad_rows, BlockShape(*blocks.shape), blocks.dtype)
 
 
 def _rows(x: Tensor) -> Tensor:

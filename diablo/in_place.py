@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -131,8 +131,3 @@ def local_shard(weight: Tensor, num_blocks: int) -> tuple[Tensor, int, int]:
             f"num_blocks={num_blocks} on each: use mode='adapter', or an N that the number of processes divides"
         )
     return weight.to_local(), rank * num_blocks // world, num_blocks // world
-
-
-def take_blocks(tensors: Iterable[Tensor], first: int, count: int) -> list[Tensor]:
-    """The blocks `first … first + count` of tensors of shape `(num_blocks, …)`; of a sharded tensor its local part."""
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor[first : first + count] for tensor in tensors]

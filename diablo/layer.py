@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from diablo.blocks import BlockShape, block_shape, covered, delta_weight, diagonal_blocks
 from diablo.config import DiabloConfig
-from diablo.in_place import InPlaceLayer, Overwrite, local_shard, take_blocks, unwatch
+from diablo.in_place import InPlaceLayer, Overwrite, local_shard, unwatch
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SMALLEST_SIDE = 16  # of a block that `auto` trains in place: below it a batched product wastes most of its tiles
@@ -242,7 +242,7 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         blocks = self.diablo_blocks[adapter_name].detach()
         if isinstance(blocks, DTensor) or isinstance(self.get_base_layer().weight, DTensor):
             _, first, count = local_shard(plain_weight(self.get_base_layer()), self._shape(adapter_name).num_blocks)
-            update = take_blocks([blocks], first, count)
+            update = [blocks.to_local() if isinstance(blocks, DTensor) else blocks[first : first + count]]
         else:
             update = covered(blocks, self.in_features, self.out_features)
         return self._overwrites[adapter_name].add(parts, update, check_finite)
