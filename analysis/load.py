@@ -6,8 +6,9 @@ missing (NaN, None), it never becomes a zero.
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -33,10 +34,10 @@ SIZES = {"num_blocks": "N", "r": "r"}  # the setting that sizes an adapter -> th
 RUN_COLUMNS = ("run_id", "path", "model", "method", "label", "size", "size_number", "task", "seed", "learning_rate")
 TRAIN_COLUMNS = ("trainable_parameters", "base_parameters", "percent_of_base", "steps", "train_seconds")
 HASH_COLUMNS = ("base_hash", "train_data_hash", "environment")
-EVAL_COLUMNS = ("benchmark", "protocol", "evaluation", "n", "correct", "accuracy", "standard_error")
-COUNT_COLUMNS = ("no_match", "fallback", "dropped", "items", "test_data_hash", "eval_environment")
+EVAL_COLUMNS = ("benchmark", "metric", "protocol", "evaluation", "n", "accuracy", "standard_error", "beside")
+COUNT_COLUMNS = ("no_match", "fallback", "dropped", "cut_prompts", "items", "test_data_hash", "eval_environment")
 COLUMNS = [*RUN_COLUMNS, "setting", *TRAIN_COLUMNS, *HASH_COLUMNS, *EVAL_COLUMNS, *COUNT_COLUMNS]
-WHOLE_NUMBERS = ["seed", "trainable_parameters", "base_parameters", "steps", "n", "correct", *COUNT_COLUMNS[:3]]
+WHOLE_NUMBERS = ["seed", "trainable_parameters", "base_parameters", "steps", "n", *COUNT_COLUMNS[:4]]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Runs:
 
     `frame` has a row per run and evaluation, with the columns `COLUMNS`: `setting` is a hash of the config without its
     seed, so rows of one setting differ in nothing but the seed; `evaluation` is the folder under `eval/`, which names
-    benchmark, protocol and generation settings; `items` is an (n,) array of 1 and 0; `percent_of_base` is in percent,
+    benchmark, protocol and settings; `items` is an (n,) array of 1 and 0, or of shares where a row has several
+    completions, and a list of such arrays for the mean over a task's benchmarks; `percent_of_base` is in percent,
     `accuracy` in [0, 1], `train_seconds` in seconds. A planned evaluation without a score has a row with `benchmark`
     alone. `problems` has a line for everything that was left out or is not there yet.
     """
@@ -90,6 +92,8 @@ def load_runs(directories: Iterable[Path]) -> Runs:
         trained, training = _training(run, problems)
         evaluations = list(_evaluations(run, trained, problems))
         scored = {evaluation["benchmark"] for evaluation in evaluations}
+        if (config.get("evaluation") or {}).get("mean"):
+            evaluations += _means(evaluations, planned)
         for benchmark in planned:
             if benchmark not in scored:
                 evaluations.append({"benchmark": benchmark})
@@ -206,34 +210,62 @@ def _evaluations(run: RunPaths, trained: TrainRecord | None, problems: list[str]
     for path in sorted(run.root.glob("eval/*/*/score.json")):
         try:
             record = read_record(path, EvalRecord)
-            items = np.array(record.items, dtype=np.int8)
+            items = np.array(record.items, dtype=float)
             _check_score(path, run, record, items, trained)
         except UNREADABLE as error:
             problems.append(_line(path, error))
             continue
         yield {
             "benchmark": record.benchmark,
+            "metric": record.metric,
             "protocol": record.protocol,
             "evaluation": path.parent.relative_to(run.root / "eval").as_posix(),
             "n": record.n,
-            "correct": record.correct,
-            "accuracy": record.correct / record.n,
+            "accuracy": record.accuracy,
             "standard_error": record.standard_error,
+            "beside": record.beside,
             "no_match": record.no_match,
             "fallback": record.fallback,
             "dropped": record.dropped,
+            "cut_prompts": record.cut_prompts,
             "items": items,
             "test_data_hash": record.data_hash,
             "eval_environment": record.environment,
         }
 
 
+def _means(evaluations: list[dict[str, Any]], planned: Sequence[str]) -> list[dict[str, Any]]:
+    """The plain mean over all planned benchmarks, of every protocol that has one score of each."""
+    means = []
+    for protocol in sorted({evaluation["protocol"] for evaluation in evaluations}):
+        parts = [row for row in evaluations if row["protocol"] == protocol and row["benchmark"] in planned]
+        if sorted(row["benchmark"] for row in parts) == sorted(planned):
+            parts.sort(key=lambda row: planned.index(row["benchmark"]))
+            means.append(
+                {
+                    "benchmark": f"mean of {len(parts)}",
+                    "metric": parts[0]["metric"],
+                    "protocol": protocol,
+                    "evaluation": "mean: " + ", ".join(row["evaluation"] for row in parts),
+                    "n": sum(row["n"] for row in parts),
+                    "accuracy": float(np.mean([row["accuracy"] for row in parts])),
+                    "standard_error": float(np.sqrt(sum(row["standard_error"] ** 2 for row in parts))) / len(parts),
+                    "beside": {},
+                    **{count: sum(row[count] for row in parts) for count in COUNT_COLUMNS[:4]},
+                    "items": [row["items"] for row in parts],
+                    "test_data_hash": content_hash([row["test_data_hash"] for row in parts]),
+                    "eval_environment": parts[0]["eval_environment"],
+                }
+            )
+    return means
+
+
 def _check_score(path: Path, run: RunPaths, record: EvalRecord, items: np.ndarray, trained: TrainRecord | None) -> None:
     """UserError unless the score is this run's, adds up, and was made with the weights that the training recorded."""
     if record.run_id != run.root.name:
         raise UserError(f"{path}: the score of {record.run_id}: evaluate the run again")
-    if record.n == 0 or len(items) != record.n or items.sum() != record.correct:
-        raise UserError(f"{path}: n={record.n}, correct={record.correct} do not fit its items: evaluate the run again")
+    if record.n == 0 or len(items) != record.n or not math.isclose(items.mean(), record.accuracy, abs_tol=1e-9):
+        raise UserError(f"{path}: n and accuracy do not fit its items: evaluate the run again")
     if trained is not None:
         for name in trained.adapter_files.keys() & record.adapter_files.keys():
             if trained.adapter_files[name] != record.adapter_files[name]:

@@ -1,4 +1,4 @@
-"""Intervals for accuracies. Pure functions of arrays of right (1) and wrong (0) answers.
+"""Intervals for accuracies. Pure functions of arrays of right (1) and wrong (0) answers, or of shares between.
 
 The seeds of one method answer the *same* test items, so their answers are not independent and counts may not simply be
 added up over seeds. Below `SEEDS_FOR_AN_INTERVAL` seeds nothing can be said about the spread over seeds: the interval
@@ -8,6 +8,7 @@ is over test items only, and says so. From there on it covers seeds and items.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -30,22 +31,32 @@ class Interval:
     over: str  # what was drawn anew: "test items", or "seeds and test items"
 
 
-def accuracy_interval(items: NDArray[np.int8]) -> Interval:
-    """The mean accuracy of one method with its 95 % interval.
+def accuracy_interval(*parts: NDArray[np.float64]) -> Interval:
+    """The mean accuracy of one method with its 95 % interval; of several benchmarks the plain mean of their accuracies.
 
-    `items`: (seeds, n), 1 where that seed's run answered that test item right, 0 where not; the columns are the same
-    test items in every row. ValueError when there is no seed or no item.
+    `parts`: one (seeds, n) array per benchmark, 1 where that seed's run answered that test item right, 0 where not; the
+    columns are the same test items in every row, the rows the same seeds in every part. ValueError when there is no
+    seed or no item.
     """
-    if items.ndim != 2 or items.size == 0:
-        raise ValueError(f"items must be (seeds, n) with at least one of each, got shape {items.shape}")
-    seeds_agree = bool((items == items[0]).all())  # then the seeds add no variance, and no information
-    if len(items) >= SEEDS_FOR_AN_INTERVAL and not seeds_agree:
-        low, high = bootstrap_seeds_and_items(items)
-        over = "seeds and test items"
-    else:
-        low, high = wilson(float(items.mean()), effective_items(items))
-        over = "test items"
-    return Interval(float(items.mean()), low, high, over)
+    for items in parts:
+        if items.ndim != 2 or items.size == 0:
+            raise ValueError(f"items must be (seeds, n) with at least one of each, got shape {items.shape}")
+    mean = float(np.mean([items.mean() for items in parts]))
+    seeds_agree = all((items == items[0]).all() for items in parts)  # then the seeds add no variance, no information
+    if len(parts[0]) >= SEEDS_FOR_AN_INTERVAL and not seeds_agree:
+        return Interval(mean, *bootstrap_seeds_and_items(*parts), "seeds and test items")
+    return Interval(mean, *wilson(mean, _worth(mean, parts)), "test items")
+
+
+def _worth(mean: float, parts: Sequence[NDArray[np.float64]]) -> float:
+    """How many independent answers the mean over `parts` is worth: their variances add up, over the parts squared."""
+    if len(parts) == 1:
+        return effective_items(parts[0])
+    variance = (
+        sum(float(items.mean()) * (1 - float(items.mean())) / effective_items(items) for items in parts)
+        / len(parts) ** 2
+    )
+    return mean * (1 - mean) / variance if variance else float(sum(items.shape[1] for items in parts))
 
 
 def wilson(mean: float, n: float) -> tuple[float, float]:
@@ -59,7 +70,7 @@ def wilson(mean: float, n: float) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def effective_items(items: NDArray[np.int8]) -> float:
+def effective_items(items: NDArray[np.float64]) -> float:
     """How many independent right-or-wrong answers the mean of `items`, (seeds, n), is worth for drawing new items.
 
     The usual design-effect correction: the mean over n items of the per-item means m_i has the variance Var(m_i) / n; a
@@ -76,18 +87,19 @@ def effective_items(items: NDArray[np.int8]) -> float:
     return n * independent / max(variance, independent / seeds)
 
 
-def bootstrap_seeds_and_items(items: NDArray[np.int8]) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean of `items`, (seeds, n), under a hierarchical bootstrap.
+def bootstrap_seeds_and_items(*parts: NDArray[np.float64]) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean of the means of `parts`, (seeds, n) each, by a hierarchical bootstrap.
 
     Each replicate draws seeds with replacement, then test items with replacement, the same items for all the seeds it
     drew: the seeds did answer the same items (Owen 2007, "The pigeonhole bootstrap"). The generator is fixed, so the
     same answers always give the same interval.
     """
     generator = np.random.default_rng(0)
-    seeds, n = items.shape
+    seeds = len(parts[0])
     means = np.empty(DRAWS)
     for draw in range(DRAWS):
-        item_means = items[generator.integers(seeds, size=seeds)].mean(axis=0)
-        means[draw] = item_means[generator.integers(n, size=n)].mean()
+        drawn = generator.integers(seeds, size=seeds)
+        item_means = [items[drawn].mean(axis=0) for items in parts]
+        means[draw] = np.mean([row[generator.integers(len(row), size=len(row))].mean() for row in item_means])
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

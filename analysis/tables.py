@@ -15,7 +15,8 @@ import pandas as pd
 from analysis.load import StepTimes, records
 from analysis.stats import accuracy_interval
 
-SECTION = ["model", "task", "benchmark", "protocol", "evaluation", "test_data_hash", "n"]  # what one table compares
+# What one table compares.
+SECTION = ["model", "task", "benchmark", "metric", "protocol", "evaluation", "test_data_hash", "n"]
 ROW_ORDER = ["model", "task", "benchmark", "evaluation", "method", "size_number", "learning_rate"]
 STEP_TIME_COLUMNS = ["step_time_ratio", "step_time_low", "step_time_high"]
 COLUMNS = [
@@ -61,7 +62,7 @@ def display(table: pd.DataFrame) -> pd.DataFrame:
             "Trainable": table["trainable_parameters"].map(lambda count: _text(count, "{:,}")),
             "% of base": table["percent_of_base"].map(lambda percent: _text(percent, "{:.3f}")),
             "Learning rate": table["learning_rate"].map(lambda rate: _text(rate, "{:g}")),
-            "Accuracy, %": table["accuracy"].map(_percent),
+            "Score, %": table["accuracy"].map(_percent),
             "95 % interval": [
                 _range(_percent(low), _percent(high)) for low, high in zip(table["low"], table["high"], strict=True)
             ],
@@ -100,7 +101,8 @@ def by_section(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """The rows that may be compared with each other (one model, task, evaluation and test set), with their title."""
     for _, section in table.groupby(SECTION, sort=False, dropna=False):
         first = section.iloc[0]
-        benchmark = f"{first['benchmark']} (protocol {first['protocol']}, {first['n']} items)"
+        metric = f"{first['metric']}, " if first["metric"] != "accuracy" else ""
+        benchmark = f"{first['benchmark']} ({metric}protocol {first['protocol']}, {first['n']} items)"
         scored = benchmark if pd.notna(first["protocol"]) else "not scored yet"
         yield f"{first['model']} trained on {first['task']}, scored on {scored}", section
 
@@ -119,7 +121,8 @@ def _accuracy(scored: pd.DataFrame) -> dict[str, Any]:
     """The cells of the runs of one setting that have a score, one run per seed."""
     if scored.empty:
         return {"interval_over": "", "by_seed": {}, "seeds": 0}
-    interval = accuracy_interval(np.stack(list(scored["items"])))
+    by_run = [items if isinstance(items, list) else [items] for items in scored["items"]]  # a mean has several parts
+    interval = accuracy_interval(*(np.stack(part) for part in zip(*by_run, strict=True)))
     return {
         "accuracy": interval.mean,
         "low": interval.low,

@@ -1,29 +1,65 @@
-"""Reading answers: pure functions of a completion's text, each named by the protocols that use it."""
+"""Scores: pure functions of completions. A protocol names the text that is read, its parser and when it is right."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+from eval.equality import (
+    diablo,
+    hendrycks,
+    metamath,
+    milora,
+    milora_number,
+    milora_with_self_comparison,
+    near_number,
+    same_number,
+    same_text,
+)
+from eval.parsers import (
+    Reading,
+    exact_after_phrase,
+    final_answer,
+    final_answer_expression,
+    first_letter,
+    first_option,
+    hash_marks,
+    last_number,
+    metamath_expression,
+    metamath_number,
+    option_after_phrase,
+)
+from eval.refusals import judged, refusal_keywords
 from experiments.errors import UserError, nearest
 
-NUMBER = r"-?\d+\.?\d*"
-PHRASE = "The final answer is: "
+RESPONSE = "### Response:"
+Named = TypeVar("Named")
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What a parser found: the answer's text or None, and whether it took its second rule to find it."""
+class Rules:
+    """How a protocol reads and judges an answer, by name; `options` are the benchmark's, where answers are options."""
 
-    answer: str | None
-    fallback: bool = False
+    searched: str
+    parser: str
+    equality: str
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model was given, what it wrote, and the right answer."""
+
+    prompt: str
+    completion: str
+    answer: str
 
 
 @dataclass(frozen=True)
 class Score:
-    """`items` is 1 or 0 for every completion; the counts say how many had no answer or needed the second rule."""
+    """`items` is 1 or 0 for every sample; the counts say how many had no answer or needed the parser's second rule."""
 
     items: list[int]
     no_match: int
@@ -39,47 +75,78 @@ class Score:
         return math.sqrt(self.accuracy * (1 - self.accuracy) / len(self.items))
 
 
-def hash_marks(completion: str) -> Reading:
-    """The number after the first "####", as openai/grade-school-math dataset.py reads it; commas are dropped."""
-    match = re.search(r"#### (-?[\d.,]+)", completion)
-    return Reading(match[1].replace(",", "").rstrip(".") or None) if match else Reading(None)
+def completion_only(prompt: str, completion: str) -> str:
+    return completion
 
 
-def final_answer(completion: str) -> Reading:
-    """The first number after the first "The final answer is: "; without the phrase the last number of the completion.
-
-    juzhengz/LoRI and ziyangjoy/DiaBlo evaluate_gsm8k.py, commas dropped first. They also search the question.
-    """
-    text = completion.replace(",", "")
-    before, phrase, after = text.partition(PHRASE)
-    if phrase:
-        match = re.search(NUMBER, after)
-        return Reading(match[0] if match else None)
-    numbers = re.findall(NUMBER, before)
-    return Reading(numbers[-1], fallback=True) if numbers else Reading(None)
+def whole(prompt: str, completion: str) -> str:
+    return prompt + completion
 
 
-PARSERS: dict[str, Callable[[str], Reading]] = {"hash_marks": hash_marks, "final_answer": final_answer}
+def after_first_response(prompt: str, completion: str) -> str:
+    """What follows the first "### Response:", up to a second one: LLM-Adapters evaluate.py."""
+    pieces = (prompt + completion).split(RESPONSE, maxsplit=2)
+    return pieces[min(1, len(pieces) - 1)]
 
 
-def score(parser: str, completions: Sequence[str], answers: Sequence[str]) -> Score:
-    """Completions against the rows' own answers (GSM8K's format). Equal as numbers is right; no answer is wrong."""
-    if parser not in PARSERS:
-        raise UserError(f"evaluation.parser={parser}: {nearest(parser, PARSERS)}")
-    readings = [PARSERS[parser](completion) for completion in completions]
-    golds = [hash_marks(answer).answer for answer in answers]
+def after_last_response(prompt: str, completion: str) -> str:
+    return (prompt + completion).split(RESPONSE)[-1]
+
+
+# Which text is read, from prompt and completion.
+SEARCHED: dict[str, Callable[[str, str], str]] = {
+    "completion": completion_only,
+    "whole": whole,
+    "after_first_response": after_first_response,
+    "after_last_response": after_last_response,
+}
+# The answer, from that text and the benchmark's options.
+PARSERS: dict[str, Callable[[str, Sequence[str]], Reading]] = {
+    "hash_marks": hash_marks,
+    "final_answer": final_answer,
+    "last_number": last_number,
+    "metamath_number": metamath_number,
+    "metamath_expression": metamath_expression,
+    "final_answer_expression": final_answer_expression,
+    "first_option": first_option,
+    "option_after_phrase": option_after_phrase,
+    "exact_after_phrase": exact_after_phrase,
+    "first_letter": first_letter,
+    "refusal_keywords": refusal_keywords,
+    "judged": judged,
+}
+# Whether it is right, from the answer that was read and the right one.
+EQUALITIES: dict[str, Callable[[str, str], bool]] = {
+    "same_text": same_text,
+    "same_number": same_number,
+    "near_number": near_number,
+    "metamath_integer": same_number,  # metamath_number has rounded
+    "milora_number": milora_number,
+    "hendrycks": hendrycks,
+    "metamath": metamath,
+    "diablo": diablo,
+    "milora": milora,
+    "milora_with_self_comparison": milora_with_self_comparison,
+}
+
+
+def score(rules: Rules, samples: Sequence[Sample]) -> Score:
+    """Every sample read and judged. What cannot be read is wrong, whatever the right answer."""
+    searched = _named("searched", rules.searched, SEARCHED)
+    parser = _named("parser", rules.parser, PARSERS)
+    equal = _named("equality", rules.equality, EQUALITIES)
+    readings = [parser(searched(sample.prompt, sample.completion), rules.options) for sample in samples]
     return Score(
-        items=[int(_equal(reading.answer, gold)) for reading, gold in zip(readings, golds, strict=True)],
+        items=[
+            int(reading.answer is not None and sample.answer != "" and equal(reading.answer, sample.answer))
+            for reading, sample in zip(readings, samples, strict=True)
+        ],
         no_match=sum(reading.answer is None for reading in readings),
         fallback=sum(reading.fallback for reading in readings),
     )
 
 
-def _equal(answer: str | None, gold: str | None) -> bool:
-    """Two answers that could not be read are not equal."""
-    if answer is None or gold is None:
-        return False
-    try:
-        return float(answer) == float(gold)
-    except ValueError:  # "1.2.3" is not a number
-        return False
+def _named(setting: str, name: str, known: Mapping[str, Named]) -> Named:
+    if name not in known:
+        raise UserError(f"evaluation.{setting}={name}: {nearest(name, known)}")
+    return known[name]

@@ -1,8 +1,9 @@
 """Generated word problems in GSM8K's format: the task `arith`, and the corpus that the base model `tiny` learns from.
 
-A problem is a row of `question` and `answer`; the answer works step by step with calculator marks and ends in
-`#### 42`, as in GSM8K (openai/grade-school-math). The fine-tuning splits use `TEMPLATES` and the pretraining corpus
-uses `CORPUS_TEMPLATES`: no template is in both, and no problem (a template with its numbers) is in two splits.
+A problem is a row of `instruction` (the question), `input` (empty), `output` (its steps with calculator marks, ending
+in `#### 42`, as in GSM8K, openai/grade-school-math) and `answer` ("42"). The fine-tuning splits use `TEMPLATES` and the
+pretraining corpus uses `CORPUS_TEMPLATES`: no template is in both, and no problem (a template with its numbers) is in
+two splits.
 """
 
 from __future__ import annotations
@@ -176,7 +177,7 @@ def write(template: Template, numbers: dict[str, int], rng: random.Random) -> tu
 
 
 def generate(sizes: dict[str, int], seed: int) -> dict[str, list[dict[str, str]]]:
-    """The splits of `arith`: rows of `question` and `answer`, the same for the same sizes and seed.
+    """The splits of `arith`: rows of instruction, input, output and answer, the same for the same sizes and seed.
 
     Every template's problems are shuffled and dealt out in turn, so that no two splits share one, whatever its names.
     """
@@ -190,7 +191,8 @@ def generate(sizes: dict[str, int], seed: int) -> dict[str, list[dict[str, str]]
             if not pools[turn]:
                 raise ValueError(f"arith: {sum(sizes.values())} problems are too many, template {turn} has no more")
             question, lines, result = write(TEMPLATES[turn], pools[turn].pop(), rng)
-            rows.append({"question": question, "answer": "\n".join([*lines, f"#### {result}"])})
+            output = "\n".join([*lines, f"#### {result}"])
+            rows.append({"instruction": question, "input": "", "output": output, "answer": str(result)})
     return splits
 
 

@@ -1,133 +1,207 @@
-"""Training and test rows: from the Hugging Face hub, from local files under a data root, or generated.
+"""Training and test rows: from local files under a data root, from the Hugging Face hub, or generated.
 
-    python -m experiments.data          # which data sets are to be had here
+    python -m experiments.data check          # which data sets are to be had here, and how to get the others
 
-A row is a flat object of strings. Every row is checked for its fields when it is read.
+`experiments.sources` has the table of data sets. Every field of every row is checked when a file is read.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import gzip
+import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+import os
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 from experiments import arith
 from experiments.errors import UserError, nearest, run_command
-from experiments.records import content_hash
-
-Row = dict[str, str]
-
-
-@dataclass(frozen=True)
-class Source:
-    """A data set's places: on the hub, and its files under a data root (JSON lines, or gzip of them)."""
-
-    hub: str
-    configuration: str
-    revision: str
-    files: dict[str, str]  # split -> path under the data root
-    rows: dict[str, int]  # split -> how many there must be
-    fields: tuple[str, ...]
-
-
-SOURCES = {
-    "gsm8k": Source(
-        hub="openai/gsm8k",
-        configuration="main",
-        revision="e53f048856ff4f594e959d75785d2c2d37b678ee",
-        files={"train": "gsm8k/train.jsonl.gz", "test": "gsm8k/test.jsonl.gz"},
-        rows={"train": 7473, "test": 1319},
-        fields=("question", "answer"),
-    ),
-}
+from experiments.sources import HUBS, SOURCES, Hub, Maker, Row, Split
 
 
 def load_rows(data: dict[str, Any], split: str, data_root: str | None) -> list[Row]:
-    """The rows of a task's `data` config, in their own order."""
-    name = data["source"]
-    if name == "arith":
+    """The rows of a task's `data` config in their own order; of several sources one after the other.
+
+    With a data root they come from its files, without one from the hub.
+    """
+    source = data["source"]
+    if source == "arith":
         sizes = {part: data[part] for part in arith.SPLITS}
         try:
             return arith.generate(sizes, data["seed"])[split]
         except (ValueError, KeyError) as error:
             raise UserError(f"task.data of arith: {error}") from None
-    if name not in SOURCES:
-        raise UserError(f"task.data.source={name}: no loader for it yet: {nearest(name, [*SOURCES, 'arith'])}")
-    source = SOURCES[name]
-    if split not in source.files:
-        raise UserError(f"{name} has no split {split!r}: {nearest(split, source.files)}")
-    rows = _from_files(name, source, split, Path(data_root)) if data_root else _from_hub(name, source, split)
-    if len(rows) != source.rows[split]:
-        raise UserError(f"{name} {split}: {len(rows)} rows, there must be {source.rows[split]}: the file is not whole")
-    return rows
+    names = [source] if isinstance(source, str) else source
+    if "arith" in names:
+        raise UserError("task.data.source: arith is generated and cannot be joined with other data sets")
+    return [row for name in names for row in _load(name, split, data_root)]
 
 
 def rows_hash(rows: list[Row]) -> str:
-    return content_hash(rows)
+    """`records.content_hash` of the rows, without their text in memory a second time."""
+    digest = hashlib.sha256()
+    for index, row in enumerate(rows):
+        text = json.dumps(row, sort_keys=True, separators=(",", ":"))
+        digest.update(f"{',' if index else '['}{text}".encode())
+    digest.update(b"]" if rows else b"[]")
+    return digest.hexdigest()
 
 
-def read_rows(path: Path, fields: tuple[str, ...]) -> list[Row]:
-    """Rows of a JSON-lines file, plain or gzipped, with just the fields asked for."""
-    rows = []
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-                rows.append({field: row[field] for field in fields})
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: not valid JSON ({error})") from None
-            except (KeyError, TypeError):
-                raise UserError(f"{path}, line {number}: a row needs {' and '.join(fields)}") from None
-            if not all(isinstance(value, str) for value in rows[-1].values()):
-                raise UserError(f"{path}, line {number}: {' and '.join(fields)} must be text")
+def read_rows(path: Path, make: Maker, columns: tuple[str, ...] | None = None) -> list[Row]:
+    """The rows that `make` makes of a file's records. `columns` are those of a CSV file without a header."""
+    return _made(((f"{path}, {place}", record) for place, record in _records(path, columns)), make)
+
+
+def _load(name: str, split: str, data_root: str | None) -> list[Row]:
+    if name not in SOURCES:
+        raise UserError(f"task.data.source={name}: no such data set: {nearest(name, [*SOURCES, 'arith'])}")
+    if split not in SOURCES[name]:
+        raise UserError(f"{name} has no split {split!r}: {nearest(split, SOURCES[name])}")
+    part = SOURCES[name][split]
+    if data_root:
+        path = _local_file(part, data_root)
+        if path is None:
+            raise UserError(_missing(name, split, data_root))
+        rows = read_rows(path, part.make, part.columns)
+    elif name in HUBS:
+        path = HUBS[name].name
+        rows = _from_hub(HUBS[name], name, split)
+    else:
+        raise UserError(_missing(name, split, None))
+    if len(rows) not in part.rows:
+        expected = " or ".join(f"{count:,}" for count in part.rows)
+        raise UserError(f"{name} {split}: {len(rows):,} rows, there must be {expected}: {path} is not whole")
     return rows
 
 
-def _from_files(name: str, source: Source, split: str, root: Path) -> list[Row]:
-    path = root / source.files[split]
-    plain = path.with_suffix("")
-    for candidate in (path, plain):
-        if candidate.is_file():
-            return read_rows(candidate, source.fields)
-    raise UserError(
-        f"{name} {split}: no {path} (nor {plain.name}): point runtime.data_root or DIABLO_DATA_ROOT at a folder that "
-        f"holds it, or leave both unset to load {source.hub} from the hub"
+def _local_file(part: Split, data_root: str) -> Path | None:
+    path = Path(data_root) / part.file
+    return next((file for file in (path, path.with_name(f"{path.name}.gz")) if file.is_file()), None)
+
+
+def _missing(name: str, split: str, data_root: str | None) -> str:
+    part = SOURCES[name][split]
+    if data_root is None:
+        return (
+            f"{name} {split} is not on the hub in this form: point runtime.data_root or DIABLO_DATA_ROOT at a folder "
+            f"with {part.file} (or .gz): {_how(part)}"
+        )
+    hub = f", or leave both unset to load {HUBS[name].name} from the hub" if name in HUBS else ""
+    return (
+        f"{name} {split}: no {part.file} (nor .gz) in {data_root}: {_how(part)}, or point runtime.data_root or "
+        f"DIABLO_DATA_ROOT at a folder that holds it{hub}"
     )
 
 
-def _from_hub(name: str, source: Source, split: str) -> list[Row]:
+def _how(part: Split) -> str:
+    return part.how.format(url=part.url, file=part.file)
+
+
+def _records(path: Path, columns: tuple[str, ...] | None) -> Iterator[tuple[str, Any]]:
+    """The records of a file, each with its place. Of JSON lines and CSV one is in memory at a time."""
+    form = path.name.removesuffix(".gz").rpartition(".")[2]
+    opener = gzip.open if path.suffix == ".gz" else open
+    place = ""
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            if form == "csv":
+                for number, record in enumerate(csv.DictReader(file, columns, strict=True), start=1):
+                    place = f"row {number}"
+                    yield place, record
+            elif form == "jsonl":
+                for number, line in enumerate(file, start=1):
+                    place = f"line {number}"
+                    if line.strip():
+                        yield place, json.loads(line)
+            else:
+                records = json.load(file)
+                if not isinstance(records, list):
+                    raise UserError(f"{path}: a JSON list of rows is needed, it holds {records!r:.40}")
+                for index, record in enumerate(records):
+                    yield f"row {index + 1}", record
+                    records[index] = None  # the row that was made of it is kept instead
+    except json.JSONDecodeError as error:
+        place = place or f"line {error.lineno}, column {error.colno}"
+        raise UserError(f"{path}, {place}: not valid JSON ({error.msg}): is the file whole?") from None
+    except (csv.Error, UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        after = f", after {place}" if place else ""
+        raise UserError(f"{path}{after}: cannot be read ({error}): is the file whole?") from None
+
+
+def _made(records: Iterable[tuple[str, Any]], make: Maker) -> list[Row]:
+    rows = []
+    for place, record in records:
+        try:
+            if not isinstance(record, dict):
+                raise ValueError(f"a row must be an object, it is {record!r:.40}")
+            row = make(record)
+        except ValueError as error:
+            raise UserError(f"{place}: {error}") from None
+        if row is not None:
+            rows.append(row)
+    return rows
+
+
+def _from_hub(hub: Hub, name: str, split: str) -> list[Row]:
     import datasets
 
-    try:
-        loaded = datasets.load_dataset(source.hub, source.configuration, split=split, revision=source.revision)
-    except Exception as error:  # datasets, huggingface_hub and the HTTP client each raise their own
-        raise UserError(
-            f"{name} {split}: cannot load {source.hub} from the hub ({str(error).splitlines()[0]}): connect, or point "
-            f"runtime.data_root or DIABLO_DATA_ROOT at a folder with {source.files[split]}"
-        ) from None
-    return [{field: row[field] for field in source.fields} for row in cast(Iterable[Row], loaded)]
+    part = SOURCES[name][split]
+    rows = []
+    for configuration in hub.configurations:
+        try:
+            loaded = datasets.load_dataset(hub.name, configuration, split=split, revision=hub.revision)
+        except Exception as error:  # datasets, huggingface_hub and the HTTP client each raise their own
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise UserError(
+                f"{name} {split}: cannot load {hub.name} from the hub ({reason}): connect, or point "
+                f"runtime.data_root or DIABLO_DATA_ROOT at a folder with {part.file} (or .gz)"
+            ) from None
+        records = enumerate(cast(Iterable[Any], loaded), start=1)
+        rows += _made(((f"{hub.name} {configuration} {split}, row {n}", record) for n, record in records), part.make)
+    return rows
 
 
-def main(arguments: list[str]) -> None:
-    import os
+def check(data_root: str | None, hub: bool) -> int:
+    """Print what every data set has here, and how to get what is missing. 1 if a file that is there is broken."""
+    line = "{:16}  {:5}  {:>7}  {:16}  {}".format
+    print(line("data set", "split", "rows", "sha256 of rows", "place"))
+    print(line("arith", "any", "", "", "generated"))
+    absent, broken = [], []
+    for name, split in ((name, split) for name, splits in SOURCES.items() for split in splits):
+        part = SOURCES[name][split]
+        path = _local_file(part, data_root) if data_root else None
+        if path is None and not (hub and name in HUBS):
+            print(line(name, split, "", "", "not local"))
+            online = f"; without a data root a run loads {HUBS[name].name} from the hub" if name in HUBS else ""
+            absent.append(f"  {name} {split}: {_how(part)}{online}")
+            continue
+        try:
+            rows = _load(name, split, data_root if path else None)
+        except UserError as error:
+            print(line(name, split, "", "", "broken" if path else "not to be had from the hub"))
+            (broken if path else absent).append(f"  {error}")
+            continue
+        place = path.relative_to(data_root or "") if path else f"hub: {HUBS[name].name}"
+        print(line(name, split, f"{len(rows):,}", rows_hash(rows)[:16], place))
+    if broken:
+        print("\nbroken:", *broken, sep="\n")
+    if absent:
+        print(f"\nnot here; files belong under the data root ({data_root or 'DIABLO_DATA_ROOT, not set'}):")
+        print(*absent, sep="\n")
+    return 1 if broken else 0
 
+
+def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.data", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("command", nargs="?", choices=["check"], default="check", help="list every data set (default)")
     parser.add_argument("--data-root", default=os.environ.get("DIABLO_DATA_ROOT"), help="default: $DIABLO_DATA_ROOT")
-    root = parser.parse_intermixed_args(arguments).data_root
-    print("arith        generated, nothing to download")
-    for name, source in SOURCES.items():
-        for split in source.files:
-            try:
-                rows = load_rows({"source": name}, split, root)
-                place = root or source.hub
-                print(f"{name:12} {split:6} {len(rows):>8,} rows  sha256 {rows_hash(rows)[:16]}  from {place}")
-            except UserError as error:
-                print(f"{name:12} {split:6}  missing: {error}")
+    parser.add_argument("--hub", action="store_true", help="also load what is not local from the Hugging Face hub")
+    options = parser.parse_intermixed_args(arguments)
+    return check(options.data_root, options.hub)
 
 
 if __name__ == "__main__":

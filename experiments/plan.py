@@ -104,7 +104,7 @@ def resolve(overrides: Iterable[Override]) -> Config:
     groups, values = [], []
     for override in overrides:
         (groups if override.key_or_group in GROUPS else values).append(override)
-    composed = copy.deepcopy(_compose(tuple(str(override.input_line) for override in groups)))
+    composed = copy.deepcopy(_compose(_lines(groups)))
     for override in values:
         _set(composed, override)
     return _freeze(composed)
@@ -112,7 +112,13 @@ def resolve(overrides: Iterable[Override]) -> Config:
 
 def resolve_with_hydra(overrides: Iterable[Override]) -> Config:
     """As `resolve`, with everything composed by Hydra: ten times slower, and what `resolve` must agree with."""
-    return _freeze(_compose.__wrapped__(tuple(str(override.input_line) for override in overrides)))
+    return _freeze(_compose.__wrapped__(_lines(overrides)))
+
+
+def protocol_evaluation(task: str, protocol: str) -> Config:
+    """The `evaluation` section of another protocol of a task."""
+    (overrides,) = sweep([f"task={task}", f"protocol={protocol}", "recipe.learning_rate=0"])
+    return resolve(overrides)["evaluation"]
 
 
 def set_values(config: Config, overrides: Iterable[str]) -> Config:
@@ -125,8 +131,46 @@ def set_values(config: Config, overrides: Iterable[str]) -> Config:
 
 
 def options(group: str) -> list[str]:
-    """The names a group offers: its files."""
-    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+    """The names a group offers: its files. Those of a protocol are `<family>/<protocol>`."""
+    folder = CONFIGS / group
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+def protocols(task: str) -> list[str]:
+    """The names of the protocols that a task can be trained by, its own first."""
+    family, _, own = _own_protocol(task).partition("/")
+    names = [name.split("/")[1] for name in options("protocol") if name.startswith(f"{family}/")]
+    return [own, *(name for name in names if name != own)]
+
+
+def _own_protocol(task: str) -> str:
+    """What a task file's defaults say: `<family>/<protocol>`."""
+    if task not in options("task"):
+        raise UserError(f"no task {task!r}: {nearest(task, options('task'))}")
+    return _default(f"task/{task}", "override /protocol")
+
+
+def _default(file: str, key: str) -> str:
+    """What a config file's defaults list says for a group."""
+    defaults = yaml.safe_load((CONFIGS / f"{file}.yaml").read_text())["defaults"]
+    return next(entry[key] for entry in defaults if key in entry)
+
+
+def _lines(overrides: Iterable[Override]) -> tuple[str, ...]:
+    """Overrides as Hydra takes them; `protocol=diablo` means the `diablo` of the task's family."""
+    overrides = list(overrides)
+    chosen = {override.key_or_group: override for override in overrides}
+    lines = []
+    for override in overrides:
+        line = str(override.input_line)
+        if override.key_or_group == "protocol":
+            task = str(chosen["task"].value()) if "task" in chosen else _default("run", "task")
+            name = str(override.value())
+            if name not in protocols(task):
+                raise UserError(f"task {task} has no protocol {name!r}: it has {', '.join(protocols(task))}")
+            line = f"protocol={_own_protocol(task).split('/')[0]}/{name}"
+        lines.append(line)
+    return tuple(lines)
 
 
 @lru_cache(maxsize=256)

@@ -1,14 +1,15 @@
 """A protocol's text: the prompt and target of a row, and their tokens. Training and evaluation both come here.
 
-A protocol is data (`configs/protocol/*.yaml`): how a row becomes a prompt and a target, which tokens the loss sees, and
-how a row that is too long is cut.
+A protocol is data (`configs/protocol/<task>/<name>.yaml`; every field is explained in `configs/run.yaml`): how a row
+becomes a prompt and a target, which tokens the loss sees, how a row that is too long is cut, and how a test is asked,
+read and judged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from experiments.errors import UserError
 
@@ -28,42 +29,96 @@ class Example:
     truncated: bool
 
 
-def prompt_text(protocol: dict[str, Any], row: dict[str, str]) -> str:
-    """What the model is given, in training and in evaluation."""
-    return _fill(protocol, "prompt", row)
+def prompt_text(rules: dict[str, Any], row: dict[str, str]) -> str:
+    """What the model is given. `rules`: a run's `protocol` section in training, its `evaluation` section in a test."""
+    if rules.get("split_query"):
+        instruction, _, rest = row["instruction"].partition("\n")
+        row = {**row, "instruction": instruction, "input": rest}
+    part = "prompt_with_input" if row.get("input") else "prompt"
+    if rules[part] is None:
+        raise UserError(f"protocol {_name(rules)} has no {part}, which the row {row} needs: choose another protocol")
+    text = _fill(rules, part, row)
+    return text.strip() if rules.get("strip_prompt") else text
 
 
 def target_text(protocol: dict[str, Any], row: dict[str, str]) -> str:
-    """What the model is to write, without the end of sequence."""
+    """What the model is to write, without the protocol's ending and the end of sequence."""
     text = _fill(protocol, "target", row)
     for old, new in protocol["replace"].items():
         text = text.replace(old, new)
     return text
 
 
+def select_rows(protocol: dict[str, Any], rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows that the protocol trains on: all, or of those with one prompt the last, in the first one's place."""
+    kept = protocol["repeated_prompts"]
+    if kept not in ("all", "last"):
+        raise UserError(f"protocol.repeated_prompts={kept}: choose all or last")
+    return list({prompt_text(protocol, row): row for row in rows}.values()) if kept == "last" else list(rows)
+
+
 def encode(
     protocol: dict[str, Any], tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, str]]
 ) -> list[Example]:
-    """Rows as tokens: [BOS] prompt, target, end of sequence.
+    """Rows as tokens: [BOS] prompt, target, ending, end of sequence; cut to `max_length` tokens.
 
-    A row over `max_length` first has its prompt cut to its first `max_prompt_length` tokens, then its target, which
-    then lacks its end of sequence.
+    With `joined` the three texts are tokenised as one, so that tokens may span their borders, and as many tokens count
+    as the prompt's as the prompt alone has. Else each is tokenised alone, and a row that is too long first has its
+    prompt cut to its first `max_prompt_length` tokens, then its target to `max_target_length` or to what is left.
     """
-    prompts = tokenizer([prompt_text(protocol, row) for row in rows], add_special_tokens=False)["input_ids"]
-    targets = tokenizer([target_text(protocol, row) for row in rows], add_special_tokens=False)["input_ids"]
-    bos = [tokenizer.bos_token_id] if protocol["bos"] else []
-    longest = protocol["max_length"]
+    prompts = [prompt_text(protocol, row) for row in rows]
+    answers = [target_text(protocol, row) + protocol["ending"] for row in rows]
+    if protocol["joined"]:
+        return _encode_joined(protocol, tokenizer, prompts, answers)
+    longest, longest_prompt, longest_target = (
+        protocol[key] for key in ("max_length", "max_prompt_length", "max_target_length")
+    )
+    bos = _bos(protocol, tokenizer)
     examples = []
-    for prompt, target in zip(prompts, targets, strict=True):
+    for prompt, target in zip(_tokens(tokenizer, prompts), _tokens(tokenizer, answers), strict=True):
         prompt, target = [*bos, *prompt], [*target, tokenizer.eos_token_id]
         truncated = len(prompt) + len(target) > longest
-        if truncated and protocol["max_prompt_length"] is not None:
-            prompt = prompt[: protocol["max_prompt_length"]]
-        target = target[: max(0, longest - len(prompt))]
+        if truncated and longest_prompt is not None:
+            prompt = prompt[:longest_prompt]
         prompt = prompt[:longest]
-        labels = prompt if protocol["train_on_prompt"] else [IGNORED] * len(prompt)
-        examples.append(Example([*prompt, *target], [*labels, *target], truncated))
+        left = longest - len(prompt)
+        if len(target) > left:
+            target = target[: left if longest_target is None else min(left, longest_target)]
+        examples.append(_example(protocol, [*prompt, *target], len(prompt), truncated))
     return examples
+
+
+def _encode_joined(
+    protocol: dict[str, Any], tokenizer: PreTrainedTokenizerBase, prompts: list[str], answers: list[str]
+) -> list[Example]:
+    if protocol["max_prompt_length"] is not None or protocol["max_target_length"] is not None:
+        raise UserError(
+            f"protocol {protocol['name']}: with joined tokens only max_length can be set, not max_prompt_length or "
+            f"max_target_length"
+        )
+    longest, bos = protocol["max_length"], _bos(protocol, tokenizer)
+    hidden = [prompt + protocol["ending"] for prompt in prompts] if protocol["mask_counts_ending"] else prompts
+    texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    examples = []
+    for tokens, prompt in zip(_tokens(tokenizer, texts), _tokens(tokenizer, hidden), strict=True):
+        tokens = [*bos, *tokens, tokenizer.eos_token_id]
+        prompt_length = min(len(bos) + len(prompt), longest, len(tokens))
+        examples.append(_example(protocol, tokens[:longest], prompt_length, len(tokens) > longest))
+    return examples
+
+
+def _example(protocol: dict[str, Any], tokens: list[int], prompt_length: int, truncated: bool) -> Example:
+    labels = tokens if protocol["train_on_prompt"] else [IGNORED] * prompt_length + tokens[prompt_length:]
+    return Example(tokens, labels, truncated)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+
+def _bos(protocol: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    bos = cast("int | None", tokenizer.bos_token_id)
+    return [bos] if protocol["bos"] and bos is not None else []
 
 
 def collate(examples: list[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -82,11 +137,15 @@ def collate(examples: list[Example], pad_token_id: int) -> dict[str, torch.Tenso
     }
 
 
-def _fill(protocol: dict[str, Any], part: str, row: dict[str, str]) -> str:
+def _name(rules: dict[str, Any]) -> str:
+    return rules.get("name") or rules.get("protocol") or "without a name"
+
+
+def _fill(rules: dict[str, Any], part: str, row: dict[str, str]) -> str:
     try:
-        return protocol[part].format_map(row)
+        return rules[part].format_map(row)
     except KeyError as error:
         raise UserError(
-            f"protocol {protocol['name']}: its {part} needs the field {error}, the row has {', '.join(row)}: "
+            f"protocol {_name(rules)}: its {part} needs the field {error}, the row has {', '.join(row)}: "
             f"choose a protocol that fits the data"
         ) from None

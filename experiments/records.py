@@ -1,8 +1,8 @@
 """Run directories: where each file lies, what a record holds, and how files are written. Standard library only.
 
 A run is a directory named by its run id. `config.yaml` comes first; training adds `adapter/`, `metrics.jsonl` and
-`train.json`; evaluation adds `eval/<benchmark>/<protocol>-<8 hex>/` with `samples.jsonl` and `score.json`. A stage is
-finished when its record (`train.json`, `score.json`) is there, and the record is always written last.
+`train.json`; evaluation adds `eval/<benchmark>/<protocol>-<8 hex>/` with `plan.json`, `samples.jsonl` and `score.json`.
+A stage is finished when its record (`train.json`, `score.json`) is there, and the record is always written last.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from experiments.errors import UserError
 
-SCHEMA = 2  # raised when a record changes its meaning
+SCHEMA = 3  # raised when a record changes its meaning
 NOT_IN_THE_ID = ("run_id", "runtime", "evaluation")  # settings that cannot change what is trained
 
 
@@ -52,8 +52,12 @@ class RunPaths:
         return self.root / "checkpoints"
 
     def evaluation(self, benchmark: str, protocol: str, settings: dict[str, Any]) -> EvalPaths:
-        """The folder of one evaluation: other generation settings, another folder."""
+        """The folder of one evaluation: other settings, another folder."""
         return EvalPaths(self.root / "eval" / benchmark / f"{protocol}-{content_hash(settings)[:8]}")
+
+    def evaluations(self) -> list[EvalPaths]:
+        """All evaluations that were begun, by name."""
+        return [EvalPaths(path.parent) for path in sorted(self.root.glob("eval/*/*/plan.json"))]
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,24 @@ class EvalPaths:
     root: Path
 
     @property
+    def plan(self) -> Path:
+        """What is asked, in which order and how it is read: written first and frozen."""
+        return self.root / "plan.json"
+
+    @property
+    def chunks(self) -> Path:
+        """The parts of an unfinished generation."""
+        return self.root / "chunks"
+
+    @property
     def samples(self) -> Path:
+        """A first line about the generation, then every completion."""
         return self.root / "samples.jsonl"
+
+    @property
+    def judgements(self) -> Path:
+        """What a judging model wrote about every completion, of protocols that have a judge."""
+        return self.root / "judgements.jsonl"
 
     @property
     def score(self) -> Path:
@@ -107,24 +127,31 @@ class EvalRecord:
     benchmark_version: float
     protocol: str
     protocol_version: int
-    parser: str
-    n: int
-    correct: int
-    accuracy: float
-    standard_error: float
+    searched: str  # which text was read: the completion, or the prompt too
+    parser: str  # how an answer was read from it
+    equality: str  # when it was right
+    metric: str  # what `accuracy` is: accuracy, pass@1, safety rate (share of safe answers) or refusal rate
+    n: int  # rows scored
+    samples: int  # completions per row
+    accuracy: float  # mean of `items`
+    standard_error: float  # of `accuracy`, over rows
+    beside: dict[str, float]  # other figures of the same completions
     no_match: int  # completions in which the parser found no answer; they count as wrong
     fallback: int  # completions read by the parser's second rule
-    dropped: int  # rows the protocol leaves out
-    items: list[int]  # 1 or 0 for every row, in the benchmark's order
+    dropped: int  # rows that the protocol or `limit` leaves out
+    cut_prompts: int  # prompts that lost their beginning because prompt and completion do not fit the model's context
+    items: list[float]  # 1 or 0 for every row, in the benchmark's order; with several samples the share that is right
     generation: dict[str, Any]
     backend: str
     dtype: str
     batch_size: int
-    seconds: float
+    seconds: float  # of generation
+    identity: bool  # the adapter changed nothing on a probe: what was scored is the base
     base_hash: str
     adapter_files: dict[str, str]
     data_hash: str
-    environment: dict[str, Any]
+    samples_hash: str  # sha256 of samples.jsonl
+    environment: dict[str, Any]  # where the completions were made
     schema: int = SCHEMA
 
 

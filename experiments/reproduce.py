@@ -50,7 +50,9 @@ def reproduce(name: str, overrides: list[str], out: Path | None = None) -> Path:
         print(f"{title}  {results}  ({took:.1f} s)", flush=True)
     if len(failures) == len(runs):
         raise UserError(f"no run of {name} finished; the first: {failures[0]}")
-    step_times = measure_step_times(configs, runs[0].root.parent / "step_times")
+    # A label stands for one method only within a task: another task adapts other modules.
+    one_task = len({config["task"]["name"] for config in configs}) == 1
+    step_times = measure_step_times(configs, runs[0].root.parent / "step_times") if one_task else None
     page = write_report(
         [run.root for run in runs],
         out or Path("report") / name,

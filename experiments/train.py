@@ -51,13 +51,15 @@ def train(run: RunPaths, progress: str = "") -> TrainRecord:
     from experiments.data import load_rows, rows_hash
     from experiments.environment import environment
     from experiments.models import load_base, resolve_device, weights_hash
-    from experiments.prompts import collate, encode
-    from experiments.trainer import Examples, RunTrainer
+    from experiments.prompts import collate, select_rows
+    from experiments.tokens import tokenised
+    from experiments.trainer import RunTrainer
 
     device = resolve_device(config["runtime"]["device"])
     arguments = training_arguments(config, run, device.type)
+    trains = config["method"]["trains"] != "nothing"
     with arguments.main_process_first(local=False):  # one process makes or downloads what the others then find
-        rows = load_rows(config["task"]["data"], "train", config["runtime"]["data_root"])
+        rows = load_rows(config["task"]["data"], "train", config["runtime"]["data_root"]) if trains else []
         base, tokenizer = load_base(config, str(arguments.device))
     base_parameters = base.num_parameters()
     hashes: Any = {
@@ -69,14 +71,16 @@ def train(run: RunPaths, progress: str = "") -> TrainRecord:
     model: Any = methods.attach(config["method"], base)
     initial = methods.initial_state(model)
     steps, tokens, seconds, truncated, tensors, resumed_at = 0, 0, 0.0, 0, [], []
-    if config["method"]["trains"] != "nothing":
-        examples = encode(_protocol(config), tokenizer, rows)
+    if trains:
+        with arguments.main_process_first(local=False):
+            cache = Path(config["runtime"]["cache_dir"])
+            examples = tokenised(config["protocol"], tokenizer, select_rows(config["protocol"], rows), cache)
         _check_batches(config, len(examples))
-        truncated = sum(example.truncated for example in examples)
+        truncated = examples.truncated
         trainer = RunTrainer(
             model=model,
             args=arguments,
-            train_dataset=Examples(examples),
+            train_dataset=examples,
             data_collator=partial(collate, pad_token_id=cast(int, tokenizer.pad_token_id)),
             metrics=run.metrics,
             checkpoint_folder=run.checkpoints,
@@ -142,6 +146,7 @@ def training_arguments(config: Config, run: RunPaths, device: str) -> TrainingAr
         num_train_epochs=recipe["epochs"],
         max_steps=recipe["max_steps"] or -1,
         per_device_train_batch_size=recipe["micro_batch_size"],
+        train_sampling_strategy="group_by_length" if recipe["group_by_length"] else "random",
         gradient_accumulation_steps=accumulation,
         learning_rate=recipe["learning_rate"],
         lr_scheduler_type=_schedule(recipe["schedule"]),
@@ -191,14 +196,6 @@ def _wandb(config: Config, run: RunPaths, main_process: bool) -> Iterator[None]:
         config=config,
     ):
         yield
-
-
-def _protocol(config: Config) -> Config:
-    if config.get("protocol") is None:
-        raise UserError(
-            f"task {config['task']['name']} has no protocol yet: it can be planned and counted, not trained"
-        )
-    return config["protocol"]
 
 
 def _check_batches(config: Config, rows: int) -> None:

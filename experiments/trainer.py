@@ -7,49 +7,59 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from diablo import refresh
 from experiments import checkpoint as checkpoints
 from experiments.methods import trained_tensors
-from experiments.prompts import Example
+from experiments.tokens import Examples
+
+WINDOW = 100  # micro-batches sorted together: padding under 2 %, and still other neighbours for a row each epoch
 
 
 class EpochSampler(Sampler[int]):
     """A permutation of the rows for each epoch that depends on the seed and the epoch alone.
 
     The rows that do not fill a last batch are left out, others each epoch, so that every step sees a full batch however
-    many processes share it.
+    many processes share it. `group_by_length` reorders an epoch's rows: those of similar length (`lengths`, in tokens)
+    share a micro-batch, and the micro-batches come in random order, so that a step sees short and long rows.
     """
 
-    def __init__(self, rows: int, batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
-        self.rows, self.batch_size, self.seed, self.epoch = rows, batch_size, seed, epoch
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        *,
+        batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        epoch: Callable[[], int],
+        group_by_length: bool,
+    ) -> None:
+        self.lengths = torch.tensor(lengths)
+        self.batch_size, self.micro_batch_size, self.group_by_length = batch_size, micro_batch_size, group_by_length
+        self.seed, self.epoch = seed, epoch
 
     def __len__(self) -> int:
-        return self.rows // self.batch_size * self.batch_size
+        return len(self.lengths) // self.batch_size * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
-        yield from torch.randperm(self.rows, generator=generator)[: len(self)].tolist()
-
-
-class Examples(Dataset[Example]):
-    def __init__(self, examples: list[Example]) -> None:
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
+        order = torch.randperm(len(self.lengths), generator=generator)[: len(self)]
+        if self.group_by_length:
+            windows = order.split(WINDOW * self.micro_batch_size)
+            ordered = [window[self.lengths[window].argsort(stable=True)] for window in windows]
+            batches = torch.cat(ordered).view(len(order) // self.micro_batch_size, self.micro_batch_size)
+            order = batches[torch.randperm(len(batches), generator=generator)].flatten()
+        yield from order.tolist()
 
 
 class RunTrainer(Trainer):
@@ -85,9 +95,16 @@ class RunTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         assert isinstance(self.train_dataset, Examples)
-        rows = len(self.train_dataset)
-        steps = max(1, rows // self.batch_size)
-        return EpochSampler(rows, self.batch_size, self.args.seed, lambda: self.state.global_step // steps)
+        lengths = self.train_dataset.lengths
+        steps = max(1, len(lengths) // self.batch_size)
+        return EpochSampler(
+            lengths,
+            batch_size=self.batch_size,
+            micro_batch_size=self.args.per_device_train_batch_size,
+            seed=self.args.seed,
+            epoch=lambda: self.state.global_step // steps,
+            group_by_length=self.args.train_sampling_strategy == "group_by_length",
+        )
 
     # Metrics
 

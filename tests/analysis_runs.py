@@ -32,8 +32,10 @@ def write_run(
     items: list[int] | None = None,
     steps: int = 3,
     model: str = "tiny",
+    mean_with: str | None = None,
 ) -> Path:
-    """A finished run as the real stages leave it, with invented numbers. `items=None` leaves it without a score."""
+    """A finished run as the real stages leave it, with invented numbers. `items=None` leaves it without a score,
+    `mean_with` plans another benchmark and the mean of both."""
     generator = np.random.default_rng(seed)
     key, letter = ("num_blocks", "N") if method == "diablo" else ("r", "r")
     adapter = None if method in ("full", "base") else {key: size, "target_modules": ["q_proj", "down_proj"]}
@@ -49,7 +51,7 @@ def write_run(
         "protocol": {"name": "plain"},
         "recipe": {"learning_rate": learning_rate, "epochs": 1, "batch_size": 16},
         "seed": seed,
-        "evaluation": {"benchmarks": ["arith"]},
+        "evaluation": {"benchmarks": ["arith", *([mean_with] if mean_with else [])], "mean": mean_with is not None},
         "runtime": {"device": "cpu"},
     }
     identity = run_id(config)
@@ -105,23 +107,30 @@ def write_run(
                 benchmark_version=1.0,
                 protocol="plain",
                 protocol_version=1,
-                parser="gsm8k",
+                searched="completion",
+                parser="hash_marks",
+                equality="same_number",
+                metric="accuracy",
                 n=len(items),
-                correct=sum(items),
+                samples=1,
                 accuracy=accuracy,
                 standard_error=(accuracy * (1 - accuracy) / len(items)) ** 0.5,
+                beside={},
                 no_match=1,
                 fallback=0,
                 dropped=0,
-                items=items,
+                cut_prompts=0,
+                items=[float(item) for item in items],
                 generation={"max_new_tokens": 64},
                 backend="hf",
                 dtype="float32",
                 batch_size=64,
                 seconds=1.0,
+                identity=False,
                 base_hash=content_hash(model),
                 adapter_files=adapter_files,
                 data_hash=content_hash("arith test"),
+                samples_hash=content_hash("samples"),
                 environment={"torch": "2.13.0", "device": "cpu"},
             ),
         )

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from experiments.records import RunPaths
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -30,6 +32,27 @@ SMALL = [
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
+
+
+def planned(arguments: list[str]) -> RunPaths:
+    """The directory of the one run that the arguments plan."""
+    from experiments.plan import plan, write_runs
+
+    (run,) = write_runs(plan(arguments))
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> RunPaths:
+    """One DiaBlo run, trained and scored; tests that change it work on a copy."""
+    from eval.run import evaluate
+    from experiments.train import train
+
+    runs = tmp_path_factory.mktemp("finished")
+    run = planned([*SMALL, "method=diablo", f"runtime.runs_dir={runs}", f"runtime.cache_dir={cache_dir}"])
+    train(run)
+    evaluate(run)
+    return run
 
 
 @pytest.fixture

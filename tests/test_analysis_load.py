@@ -36,7 +36,6 @@ def test_a_run_becomes_a_row(tmp_path: Path) -> None:
         "benchmark": "arith",
         "protocol": "plain",
         "n": 4,
-        "correct": 3,
         "accuracy": 0.75,
         "no_match": 1,
     }
@@ -79,7 +78,7 @@ DAMAGES = {
     "another schema": lambda run: change(score_file(run), schema=99),
     "a field too many": lambda run: change(score_file(run), unheard_of=1),
     "items that are no numbers": lambda run: change(score_file(run), items=["a", None]),
-    "items that do not add up": lambda run: change(score_file(run), correct=4),
+    "items that do not add up": lambda run: change(score_file(run), accuracy=0.4),
     "another run's score": lambda run: change(score_file(run), run_id="tiny-lora-r7-arith-s9-00000000"),
     "another run's training record": lambda run: change(run / "train.json", run_id="another"),
     "a score of other weights": lambda run: change(
@@ -169,3 +168,20 @@ def test_a_file_that_is_no_measurement_is_refused(tmp_path: Path, text: str) -> 
     path.write_text(text)
     with pytest.raises(UserError, match=r"times\.json"):
         load_step_times(path)
+
+
+def test_the_mean_over_benchmarks_needs_them_all(tmp_path: Path) -> None:
+    """Two planned benchmarks: the mean is there once both are scored, and weighs them alike."""
+    run = RunPaths(write_run(tmp_path, items=[1, 1, 1, 0], mean_with="other"))
+    frame = load_runs([run.root]).frame
+    assert "mean of 2" not in set(frame["benchmark"])
+    first = score_file(run.root)
+    second = run.evaluation("other", "plain", {}).score
+    second.parent.mkdir(parents=True)
+    second.write_text(first.read_text())
+    change(second, benchmark="other", items=[0.0, 1.0], n=2, accuracy=0.5, no_match=2, standard_error=0.3)
+    change(first, standard_error=0.4)
+    (row,) = records(load_runs([run.root]).frame.query("benchmark == 'mean of 2'"))
+    assert (row["accuracy"], row["n"], row["no_match"], row["protocol"]) == (0.625, 6, 3, "plain")
+    assert row["standard_error"] == pytest.approx(0.25)  # half of sqrt(0.3² + 0.4²)
+    assert [list(part) for part in row["items"]] == [[1, 1, 1, 0], [0, 1]]

@@ -39,7 +39,7 @@ def test_table_values(tmp_path: Path) -> None:
         "Trainable": "12,345",
         "% of base": "1.234",
         "Learning rate": "0.001",
-        "Accuracy, %": "75.0",
+        "Score, %": "75.0",
         "95 % interval": "30.1–95.4",
         "Interval over": "test items",
         "Each seed, %": "s0 75.0 · s1 75.0",
@@ -61,7 +61,7 @@ def test_rows_are_sorted_by_name_and_size_and_cells_do_not_mix(tmp_path: Path) -
     ):
         write_run(tmp_path, method, size=size, learning_rate=rate, items=items)
     table = display(method_table(load_runs(find_runs([tmp_path])).frame))
-    assert table[["Method", "N / r", "Learning rate", "Accuracy, %"]].to_numpy().tolist() == [
+    assert table[["Method", "N / r", "Learning rate", "Score, %"]].to_numpy().tolist() == [
         ["diablo", "N=4", "0.001", "0.0"],
         ["diablo", "N=4", "0.003", "100.0"],
         ["diablo", "N=16", "0.001", "50.0"],
@@ -73,7 +73,7 @@ def test_rows_are_sorted_by_name_and_size_and_cells_do_not_mix(tmp_path: Path) -
 def test_what_is_missing_is_blank(tmp_path: Path) -> None:
     write_run(tmp_path, "lora")
     (row,) = records(display(method_table(load_runs(find_runs([tmp_path])).frame)))
-    blank = ("Accuracy, %", "95 % interval", "Interval over", "Each seed, %", "Step time ÷ frozen")
+    blank = ("Score, %", "95 % interval", "Interval over", "Each seed, %", "Step time ÷ frozen")
     assert [row[name] for name in blank] == [""] * 5
     assert row["Seeds"] == "0 of 1"
 

@@ -10,7 +10,7 @@ from analysis.stats import accuracy_interval, bootstrap_seeds_and_items, effecti
 
 
 def answers(*rows: list[int]) -> np.ndarray:
-    return np.array(rows, dtype=np.int8)
+    return np.array(rows, dtype=np.float64)
 
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 10), (1, 10), (5, 10), (10, 10), (871, 1319)])
@@ -49,7 +49,7 @@ def test_disagreement_is_never_worth_more_than_independent_answers() -> None:
 @pytest.mark.parametrize("right", [0, 1])
 @pytest.mark.parametrize("seeds", [1, 3, 6])
 def test_all_right_or_all_wrong_has_wilsons_width(right: int, seeds: int) -> None:
-    interval = accuracy_interval(np.full((seeds, 20), right, dtype=np.int8))
+    interval = accuracy_interval(np.full((seeds, 20), right, dtype=np.float64))
     assert (interval.low, interval.high) == pytest.approx(wilson(float(right), 20))
     assert (interval.mean, interval.over) == (right, "test items")
 
@@ -76,14 +76,30 @@ def test_the_bootstrap_draws_the_same_items_for_all_seeds() -> None:
 
 
 def test_the_same_answers_give_the_same_interval() -> None:
-    items = np.random.default_rng(1).integers(0, 2, size=(5, 50), dtype=np.int8)
+    items = np.random.default_rng(1).integers(0, 2, size=(5, 50)).astype(np.float64)
     assert accuracy_interval(items) == accuracy_interval(items)
+
+
+def test_the_mean_of_two_benchmarks_by_hand() -> None:
+    """Accuracies 1/2 on 4 items and 3/4 on 8: the mean is 5/8 and its variance (1/16 + 3/128) / 4 = 11/512."""
+    interval = accuracy_interval(answers([1, 1, 0, 0]), answers([1, 1, 1, 1, 1, 1, 0, 0]))
+    assert interval.mean == pytest.approx(5 / 8)
+    assert (interval.low, interval.high) == pytest.approx(wilson(5 / 8, (5 / 8 * 3 / 8) / (11 / 512)))
+
+
+def test_a_mean_weighs_benchmarks_alike_whatever_their_size() -> None:
+    items = [np.ones((6, 1000)), np.zeros((6, 10))]
+    items[1][0] = 1  # seeds that do not all agree
+    interval = accuracy_interval(*items)
+    assert interval.mean == pytest.approx((1 + 1 / 6) / 2)
+    assert interval.over == "seeds and test items"
+    assert interval.low == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (5,)])
 def test_nothing_to_average_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="at least one"):
-        accuracy_interval(np.zeros(shape, dtype=np.int8))
+        accuracy_interval(np.zeros(shape, dtype=np.float64))
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 4])
@@ -96,6 +112,6 @@ def test_coverage_over_new_items(seeds: int) -> None:
     inside = 0
     for _ in range(2000):
         difficulty = generator.beta(3, 1, size=200)  # mean 0.75
-        interval = accuracy_interval((generator.random((seeds, 200)) < difficulty).astype(np.int8))
+        interval = accuracy_interval((generator.random((seeds, 200)) < difficulty).astype(np.float64))
         inside += interval.low <= 0.75 <= interval.high
     assert 0.935 <= inside / 2000 <= 0.965

@@ -1,4 +1,4 @@
-"""Rows, prompts and scores: pure functions of text, checked against cases worked out by hand."""
+"""Rows and prompts, checked against cases worked out by hand."""
 
 from __future__ import annotations
 
@@ -7,35 +7,21 @@ import itertools
 import json
 import operator
 import re
-import string
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.scoring import Reading, final_answer, hash_marks, score
 from experiments import arith
-from experiments.data import SOURCES, load_rows, read_rows
-from experiments.plan import plan
-from experiments.prompts import IGNORED, encode, prompt_text, target_text
-from experiments.tiny import BOS, EOS, make_tokenizer
+from experiments.data import load_rows, main, read_rows, rows_hash
+from experiments.records import content_hash
+from experiments.sources import SOURCES, llm_adapters
 
 Fails = Callable[[Callable[[], object]], str]
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 SIZES = {"train": 140, "heldout": 28, "test": 42}
-
-
-def protocol(name: str) -> dict[str, Any]:
-    (config,) = plan(["task=gsm8k", f"protocol={name}"])
-    return config["protocol"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return make_tokenizer(720, seed=0)
 
 
 # Generated problems
@@ -53,15 +39,15 @@ def test_splits_share_no_problem_whatever_the_names() -> None:
         return re.sub("|".join([*arith.NAMES, *arith.THINGS]), "_", question)
 
     splits = arith.generate({"train": 1456, "heldout": 140, "test": 392}, 0)
-    problems = [bare(row["question"]) for rows in splits.values() for row in rows]
+    problems = [bare(row["instruction"]) for rows in splits.values() for row in rows]
     assert len(set(problems)) == len(problems) == 1988
 
 
 def test_answers_follow_from_their_steps() -> None:
     """Every calculator mark is right, uses numbers of the question or of steps before, and the last is the answer."""
     for row in itertools.chain(*arith.generate(SIZES, 3).values()):
-        *steps, last = row["answer"].split("\n")
-        known = set(re.findall(r"\d+", row["question"]))
+        *steps, last = row["output"].split("\n")
+        known = set(re.findall(r"\d+", row["instruction"]))
         assert len(steps) >= 2
         result = ""
         for step in steps:
@@ -71,6 +57,7 @@ def test_answers_follow_from_their_steps() -> None:
             assert OPERATIONS[sign](int(left), int(right)) == int(result)
             known.add(result)
         assert last == f"#### {result}"
+        assert (row["input"], row["answer"]) == ("", result)
 
 
 def test_the_corpus_never_shows_a_fine_tuning_sentence() -> None:
@@ -91,178 +78,158 @@ def test_too_many_problems_are_refused(fails_with: Fails) -> None:
 # Files
 
 
-def write(path: Path, lines: list[str]) -> Path:
-    with gzip.open(path, "wt") as file:
-        file.write("\n".join(lines) + "\n")
+ROW = {"instruction": "q", "input": "", "output": "o", "answer": "a"}
+LINE = json.dumps(ROW)
+
+
+def write(path: Path, content: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
     return path
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_every_form_gives_the_same_rows(name: str, suffix: str, tmp_path: Path) -> None:
+    content = {
+        "rows.jsonl": f"\ufeff{LINE}\r\n\n{LINE}",
+        "rows.json": f"[{LINE},\n{LINE}]",
+        "rows.csv": 'answer,input,instruction,output,more\na,,q,o,x\n"a","",q,o,"x\ny"\n',
+    }[name]
+    assert read_rows(write(tmp_path / f"{name}{suffix}", content), llm_adapters) == [ROW, ROW]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
 @pytest.mark.parametrize(
-    ("bad", "message"),
+    ("name", "content", "message"),
     [
-        ("{", "line 2: not valid JSON"),
-        ('{"question": "q"}', "line 2: a row needs question and answer"),
-        ("[1]", "line 2: a row needs question and answer"),
-        ('{"question": "q", "answer": 3}', "line 2: question and answer must be text"),
+        ("r.jsonl", LINE + "\n{", ", line 2: not valid JSON (Expecting property name"),
+        ("r.jsonl", LINE + "\n[1]", ", line 2: a row must be an object, it is [1]"),
+        ("r.jsonl", LINE + '\n{"instruction": "q"}', ", line 2: the field 'input' is missing, there are instruction"),
+        ("r.jsonl", json.dumps(ROW | {"answer": 3}), ", line 1: the field 'answer' must be text, it is 3"),
+        ("r.json", f"[{LINE},\n{LINE[:9]}", ", line 2, column 2: not valid JSON (Unterminated string"),
+        ("r.json", f"[{LINE}, null]", ", row 2: a row must be an object, it is None"),
+        (
+            "r.json",
+            f"[{LINE}, {json.dumps(ROW | {'input': None})}]",
+            ", row 2: the field 'input' must be text, it is None",
+        ),
+        ("r.json", LINE, ": a JSON list of rows is needed, it holds {'instruction'"),
+        ("r.json", "", ", line 1, column 1: not valid JSON (Expecting value): is the file whole?"),
+        (
+            "r.csv",
+            "instruction,input,output\nq,,o",
+            ", row 1: the field 'answer' is missing, there are instruction, input",
+        ),
+        ("r.csv", "instruction,input,output,answer\nq,,o,a\nq", ", row 2: the field 'input' must be text, it is None"),
+        ("r.csv", 'instruction,input,output,answer\nq,,o,a\nq,,o,"a', ", after row 1: cannot be read (unexpected end"),
     ],
 )
-def test_a_bad_row_is_named_by_file_and_line(bad: str, message: str, tmp_path: Path, fails_with: Fails) -> None:
-    path = write(tmp_path / "rows.jsonl.gz", ['{"question": "q", "answer": "#### 1"}', bad])
-    said = fails_with(lambda: read_rows(path, ("question", "answer")))
-    assert message in said
-    assert str(path) in said
+def test_a_bad_row_is_named_by_file_place_and_field(
+    name: str, content: str, message: str, suffix: str, tmp_path: Path, fails_with: Fails
+) -> None:
+    path = write(tmp_path / f"{name}{suffix}", content)
+    assert fails_with(lambda: read_rows(path, llm_adapters)).startswith(f"{path}{message}")
+
+
+WHOLE = gzip.compress("\n".join([LINE] * 500).encode())
+
+
+@pytest.mark.parametrize(
+    "content", [WHOLE[: len(WHOLE) // 2], WHOLE[:5], b"not gzip", WHOLE[:30] + b"\0" * 40 + WHOLE[70:]]
+)
+def test_a_broken_gzip_file_is_named(content: bytes, tmp_path: Path, fails_with: Fails) -> None:
+    path = tmp_path / "cut.jsonl.gz"
+    path.write_bytes(content)
+    said = fails_with(lambda: read_rows(path, llm_adapters))
+    assert said.startswith(f"{path}")
+    assert said.endswith("is the file whole?")
+
+
+def test_half_a_file_is_refused(tmp_path: Path, fails_with: Fails) -> None:
+    path = tmp_path / "cut.jsonl"
+    path.write_bytes(f'{LINE}\n{{"instruction": "é'.encode()[:-1])  # ends inside a letter
+    assert "cannot be read ('utf-8' codec" in fails_with(lambda: read_rows(path, llm_adapters))
+    path = write(tmp_path / "gsm8k/test.jsonl", '{"question": "q", "answer": "#### 1"}\n' * 2)
+    said = fails_with(lambda: load_rows({"source": "gsm8k"}, "test", str(tmp_path)))
+    assert said == f"gsm8k test: 2 rows, there must be 1,319: {path} is not whole"
 
 
 def test_missing_data_says_what_to_do(tmp_path: Path, fails_with: Fails) -> None:
     said = fails_with(lambda: load_rows({"source": "gsm8k"}, "train", str(tmp_path)))
+    assert f"no gsm8k/train.jsonl (nor .gz) in {tmp_path}: save https://raw.githubusercontent.com/openai/" in said
     assert "point runtime.data_root or DIABLO_DATA_ROOT at a folder that holds it" in said
-    assert "openai/gsm8k" in said
+    assert said.endswith("leave both unset to load openai/gsm8k from the hub")
+    said = fails_with(lambda: load_rows({"source": "svamp"}, "test", str(tmp_path)))
+    assert "save https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/" in said
+    assert "from the hub" not in said
+    said = fails_with(lambda: load_rows({"source": "svamp"}, "test", None))
+    assert "svamp test is not on the hub in this form: point runtime.data_root or DIABLO_DATA_ROOT at" in said
 
 
-def test_half_a_file_is_refused(tmp_path: Path, fails_with: Fails) -> None:
-    (tmp_path / "gsm8k").mkdir()
-    write(tmp_path / SOURCES["gsm8k"].files["test"], ['{"question": "q", "answer": "#### 1"}'])
-    assert "1 rows, there must be 1319" in fails_with(lambda: load_rows({"source": "gsm8k"}, "test", str(tmp_path)))
+def test_a_hub_out_of_reach_says_what_to_do(fails_with: Fails) -> None:
+    said = fails_with(lambda: load_rows({"source": "human_eval"}, "test", None))
+    assert "human_eval test: cannot load openai/openai_humaneval from the hub" in said
+    assert "at a folder with human_eval/HumanEval.jsonl (or .gz)" in said
 
 
-def test_a_task_without_a_loader_says_so(fails_with: Fails) -> None:
-    assert "no loader for it yet" in fails_with(lambda: load_rows({"source": "metamathqa"}, "train", None))
-
-
-def test_real_gsm8k(data_root: Path) -> None:
-    train = load_rows({"source": "gsm8k"}, "train", str(data_root))
-    test = load_rows({"source": "gsm8k"}, "test", str(data_root))
-    assert (len(train), len(test)) == (7473, 1319)
-    golds = [hash_marks(row["answer"]).answer for row in [*train, *test]]
-    assert all(gold is not None and float(gold) == int(float(gold)) for gold in golds)
-    assert not {row["question"] for row in train} & {row["question"] for row in test}
-
-
-# Prompts
-
-
-def test_lori_prompt_and_target() -> None:
-    row = {"question": "How many?", "answer": "1+1=<<1+1=2>>2\n#### 2"}
-    lori = protocol("lori")
-    assert prompt_text(lori, row) == (
-        "How many?\nAnswer the above question. First think step by step and then answer the final number.\n"
+def test_wrong_names_are_mended(fails_with: Fails) -> None:
+    assert "did you mean metamathqa" in fails_with(lambda: load_rows({"source": "metamath"}, "train", None))
+    assert "gsm8k has no split 'tset': did you mean test?" in fails_with(
+        lambda: load_rows({"source": "gsm8k"}, "tset", None)
     )
-    assert target_text(lori, row) == "1+1=<<1+1=2>>2\nThe final answer is:  2"  # two spaces, as released
+    assert "svamp has no split 'train': known: test" in fails_with(
+        lambda: load_rows({"source": "svamp"}, "train", None)
+    )
+    assert "cannot be joined" in fails_with(lambda: load_rows({"source": ["gsm8k", "arith"]}, "train", None))
 
 
-@pytest.mark.parametrize("name", ["plain", "lori"])
-def test_tokens_are_the_prompts_and_the_targets(name: str, tokenizer: Any) -> None:
-    used = protocol(name)
-    rows = arith.generate(SIZES, 0)["train"]
-    for row, example in zip(rows, encode(used, tokenizer, rows), strict=True):
-        assert len(example.input_ids) == len(example.labels)
-        trained = [token for token in example.labels if token != IGNORED]
-        assert trained[-1] == EOS
-        assert tokenizer.decode(trained[:-1]) == target_text(used, row)
-        prompt = example.input_ids[: -len(trained)]
-        assert (prompt[0] == BOS) == used["bos"]
-        assert tokenizer.decode(prompt, skip_special_tokens=True) == prompt_text(used, row)
-        # What evaluation feeds the model is what it was trained on.
-        assert tokenizer(prompt_text(used, row), add_special_tokens=used["bos"])["input_ids"] == prompt
+def test_several_sources_come_one_after_the_other(data_root: Path) -> None:
+    names = ["arc_challenge", "openbookqa"]
+    first, second = (load_rows({"source": name}, "train", str(data_root)) for name in names)
+    assert load_rows({"source": names}, "train", str(data_root)) == [*first, *second]
+    assert (len(first), len(second)) == (1119, 4957)
 
 
-@given(
-    question=st.text(max_size=200),
-    answer=st.text(max_size=200),
-    max_length=st.integers(1, 80),
-    max_prompt=st.none() | st.integers(1, 40),
-    on_prompt=st.booleans(),
-)
-def test_any_text_fits_any_length(
-    question: str, answer: str, max_length: int, max_prompt: int | None, on_prompt: bool
+@given(st.lists(st.dictionaries(st.text(), st.text(), max_size=3), max_size=4))
+def test_rows_hash_is_the_content_hash(rows: list[dict[str, str]]) -> None:
+    assert rows_hash(rows) == content_hash(rows)
+
+
+def test_the_check_lists_what_is_here_what_is_broken_and_how_to_get_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    used = protocol("plain") | {
-        "max_length": max_length,
-        "max_prompt_length": max_prompt,
-        "train_on_prompt": on_prompt,
-    }
-    (example,) = encode(used, TOKENIZER, [{"question": question, "answer": answer}])
-    (whole,) = encode(used | {"max_length": 10**6}, TOKENIZER, [{"question": question, "answer": answer}])
-    assert len(example.input_ids) == len(example.labels) <= max_length
-    assert example.truncated == (len(whole.input_ids) > max_length)
-    if not example.truncated:
-        assert example == whole
-    for token, label in zip(example.input_ids, example.labels, strict=True):
-        assert label in (token, IGNORED)
-        assert not (on_prompt and label == IGNORED)
+    write(tmp_path / "hex_phi/hex_phi.jsonl", '{"instruction": "q", "category": "c"}\n' * 300)
+    assert main(["--data-root", str(tmp_path)]) == 0
+    write(tmp_path / "gsm8k/test.jsonl.gz", '{"question": "q"}')
+    assert main(["check", "--data-root", str(tmp_path)]) == 1
+    once, again = capsys.readouterr().out.split("data set ")[1:]
+    assert "broken" not in once
+    table, broken, absent = again.split("\n\n")
+    lines = table.splitlines()
+    assert max(map(len, lines)) < 100
+    assert [line.split() for line in lines if line.startswith(("gsm8k", "hex_phi", "svamp"))] == [
+        ["gsm8k", "train", "not", "local"],
+        ["gsm8k", "test", "broken"],
+        ["svamp", "test", "not", "local"],
+        ["hex_phi", "test", "300", rows_hash([HEX_PHI] * 300)[:16], "hex_phi/hex_phi.jsonl"],
+    ]
+    assert broken.splitlines()[1:] == [
+        f"  {tmp_path / 'gsm8k/test.jsonl.gz'}, line 1: the field 'answer' is missing, there are question"
+    ]
+    splits = sum(len(splits) for splits in SOURCES.values())
+    assert len(absent.splitlines()) == 1 + splits - 2
+    assert sum(line.endswith("from the hub") for line in absent.splitlines()) == 5  # gsm8k's test is broken
 
 
-TOKENIZER = make_tokenizer(300, seed=0)
-
-
-def test_a_protocol_that_does_not_fit_names_the_field(fails_with: Fails) -> None:
-    assert "needs the field 'question', the row has query" in fails_with(
-        lambda: prompt_text(protocol("plain"), {"query": "q"})
-    )
-
-
-# Scores. The last column is worked out by hand from the rule.
-
-HASH_MARKS = [
-    ("2+2=<<2+2=4>>4\n#### 4", "4"),
-    ("#### 1,234,567", "1234567"),
-    ("#### -3", "-3"),
-    ("#### 18.50", "18.50"),
-    ("#### 18.", "18"),
-    ("#### 4 apples #### 5", "4"),
-    ("####4", None),
-    ("The answer is 4.", None),
-    ("#### x", None),
-    ("#### .", None),
-    ("", None),
-]
-FINAL_ANSWER = [
-    ("so The final answer is:  72", Reading("72")),
-    ("The final answer is: 1,234,567 dollars", Reading("1234567")),
-    ("The final answer is: 5 The final answer is: 6", Reading("5")),
-    ("The final answer is: none", Reading(None)),
-    ("12 apples and 7 pears", Reading("7", fallback=True)),
-    ("in 2 days. It costs $3.50.", Reading("3.50", fallback=True)),
-    ("no number", Reading(None)),
-    ("The final answer is:72", Reading("72", fallback=True)),
-    ("minus -4", Reading("-4", fallback=True)),
-]
-
-
-@pytest.mark.parametrize(("text", "answer"), HASH_MARKS)
-def test_hash_marks(text: str, answer: str | None) -> None:
-    assert hash_marks(text) == Reading(answer)
-
-
-@pytest.mark.parametrize(("text", "reading"), FINAL_ANSWER)
-def test_final_answer(text: str, reading: Reading) -> None:
-    assert final_answer(text) == reading
-
-
-def test_score_counts() -> None:
-    golds = ["#### 4", "#### 4", "#### 1,000", "#### 7", "broken"]
-    scored = score("final_answer", ["The final answer is: 4.0", "none", "1000", "8", "none"], golds)
-    assert scored.items == [1, 0, 1, 0, 0]  # two answers that cannot be read are not equal
-    assert (scored.no_match, scored.fallback) == (2, 2)
-    assert scored.accuracy == pytest.approx(0.4)
-    assert scored.standard_error == pytest.approx((0.4 * 0.6 / 5) ** 0.5)
-
-
-@given(st.text(alphabet=string.digits + "#-., ax\n", max_size=60))
-def test_parsers_never_raise(text: str) -> None:
-    for parser in ("hash_marks", "final_answer"):
-        assert score(parser, [text], ["#### 4"]).items[0] in (0, 1)
-
-
-def test_an_unknown_parser_is_named(fails_with: Fails) -> None:
-    assert "did you mean hash_marks?" in fails_with(lambda: score("hash_mark", ["x"], ["#### 1"]))
+HEX_PHI = {"instruction": "q", "input": "", "output": "", "answer": "safe", "category": "c"}
 
 
 def test_benchmark_files_are_complete() -> None:
-    from eval.run import TASKS, read_benchmark
+    from eval.benchmarks import TASKS, read_benchmark
 
     for path in TASKS.glob("*.yaml"):
         benchmark = read_benchmark(path.stem)
-        assert benchmark["task"] == path.stem
-        assert benchmark["metadata"]["source"] in {*SOURCES, "arith"}
-        json.dumps(benchmark)
+        assert benchmark.task["task"] == path.stem
+        assert benchmark.source == "arith" or benchmark.split in SOURCES[benchmark.source]
+        json.dumps(benchmark.task)

@@ -49,7 +49,7 @@ def test_sweep_grammar() -> None:
         ["method=dora", "model=llama3_8b", "task=metamathqa", "method.adapter.r=16", "recipe.learning_rate=1e-4"],
         ["method=diablo", "method.adapter.num_blocks=16", "+method.adapter.allow_uneven=true", "recipe.epochs=1"],
         ["method=lora", "method.adapter.target_modules=[q_proj,o_proj]", "recipe.max_grad_norm=0.5"],
-        ["task=gsm8k", "protocol=plain", "protocol.max_length=128"],
+        ["task=gsm8k", "protocol=diablo_release", "protocol.max_length=128"],
     ],
 )
 def test_merging_single_values_equals_composing_everything(arguments: list[str]) -> None:

@@ -57,21 +57,30 @@ def test_step_times_are_interleaved_and_kept(tmp_path: Path, cache_dir: Path) ->
     assert path.stat().st_mtime_ns == before
 
 
-def test_gsm8k_trains_and_scores_on_real_rows(data_root: Path, tmp_path: Path, cache_dir: Path) -> None:
-    """The real files through the real pipeline, a few steps and a few problems."""
+def test_every_task_trains_and_scores_on_real_rows(data_root: Path, tmp_path: Path, cache_dir: Path) -> None:
+    """The real files of five tasks through the real pipeline: a few steps, a few rows of each benchmark, one page."""
     page = reproduce(
-        "gsm8k_tiny",
+        "real_data_tiny",
         [
-            *("model.pretraining.steps=4", "recipe.max_steps=2", "evaluation.limit=6"),
-            *("evaluation.generation.max_new_tokens=8", "runtime.device=cpu"),
+            *("model.pretraining.steps=4", "recipe.max_steps=2", "evaluation.limit=4", "runtime.device=cpu"),
+            *("evaluation.generation.max_new_tokens=8", "evaluation.full_batches_of=null"),
             *(f"runtime.runs_dir={tmp_path / 'runs'}", f"runtime.cache_dir={cache_dir}"),
             f"runtime.data_root={data_root}",
         ],
         tmp_path / "report",
     )
-    assert "lori" in page.read_text()
-    for record in (tmp_path / "runs").glob("*/train.json"):
-        assert read_json(record)["rows"] == 7473
+    with (tmp_path / "report" / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["benchmark"] for row in rows} == {
+        *("boolq", "piqa", "social_i_qa", "hellaswag_sample", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
+        *("gsm8k", "math", "svamp", "mawps", "aqua", "human_eval", "advbench", "xstest_unsafe", "xstest_safe"),
+        *("mean of 8", "mean of 4"),
+    }
+    assert all(row["accuracy"] for row in rows)
+    for protocol in ("diablo", "pyreft", "lori"):
+        assert f"protocol {protocol}" in page.read_text()
+    records = [read_json(path) for path in (tmp_path / "runs").glob("*/train.json")]
+    assert sorted(record["rows"] for record in records) == sorted(2 * [74265, 7473, 9371, 6552, 7483])
 
 
 def commands_of_readme() -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,17 +15,12 @@ from safetensors.torch import load_file
 from eval.run import evaluate
 from experiments import checkpoint as checkpoints
 from experiments import trainer as trainer_module
-from experiments.plan import plan, write_runs
-from experiments.records import RunPaths, read_config, read_lines, write_config
+from experiments.records import RunPaths, read_lines
 from experiments.train import train
+from tests.conftest import planned
 
 Fails = Callable[[Callable[[], object]], str]
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def planned(arguments: list[str]) -> RunPaths:
-    (run,) = write_runs(plan(arguments))
-    return run
 
 
 def files_of(run: RunPaths) -> dict[str, bytes]:
@@ -53,22 +47,6 @@ def train_until(run: RunPaths, step: int, monkeypatch: pytest.MonkeyPatch) -> No
         patch.setattr(trainer_module.RunTrainer, "log", stopping)
         with pytest.raises(Killed):
             train(run)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> RunPaths:
-    """One DiaBlo run, trained and scored; tests that change it work on a copy."""
-    from tests.conftest import SMALL
-
-    runs = tmp_path_factory.mktemp("finished")
-    run = planned([*SMALL, "method=diablo", f"runtime.runs_dir={runs}", f"runtime.cache_dir={cache_dir}"])
-    train(run)
-    evaluate(run)
-    return run
-
-
-def copied(run: RunPaths, folder: Path) -> RunPaths:
-    return RunPaths(Path(shutil.copytree(run.root, folder / run.root.name)))
 
 
 def test_a_finished_run_holds_what_the_design_says(finished: RunPaths) -> None:
@@ -231,76 +209,6 @@ def test_wandb_mirrors_offline_one_run_each(small: list[str]) -> None:
         assert list(mirrored.glob("*.wandb"))
 
 
-def test_other_generation_settings_get_their_own_folder(finished: RunPaths, tmp_path: Path) -> None:
-    run = copied(finished, tmp_path)
-    (first,) = evaluate(run)
-    (second,) = evaluate(run, ["evaluation.generation.max_new_tokens=4"])
-    folders = list((run.root / "eval" / "arith").iterdir())
-    assert len(folders) == 2
-    assert all(folder.name.startswith("plain-") for folder in folders)
-    assert (first.n, second.n) == (28, 28)
-    assert second.generation["generation"]["max_new_tokens"] == 4
-
-
-def test_scores_are_recomputed_from_samples(finished: RunPaths, tmp_path: Path) -> None:
-    run = copied(finished, tmp_path)
-    (score,) = run.root.glob("eval/*/*/score.json")
-    samples = score.with_name("samples.jsonl")
-    lines = samples.read_text().splitlines()
-    right = [json.loads(line) for line in lines[1:]]
-    for line in right[:7]:
-        line["completion"] = line["answer"]
-    samples.write_text("".join(f"{line}\n" for line in [lines[0], *(json.dumps(line) for line in right)]))
-    score.unlink()
-    (record,) = evaluate(run)
-    assert record.items == [1] * 7 + [0] * 21
-    assert record.correct == 7
-
-
-def test_evaluation_before_training_is_refused(small: list[str], fails_with: Fails) -> None:
-    run = planned(small)
-    assert "not trained yet: run `python -m experiments.train" in fails_with(lambda: evaluate(run))
-
-
-def test_a_changed_adapter_is_refused(finished: RunPaths, tmp_path: Path, fails_with: Fails) -> None:
-    run = copied(finished, tmp_path)
-    shutil.rmtree(run.root / "eval")
-    weights = run.adapter / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-8])
-    assert "not what training wrote" in fails_with(lambda: evaluate(run))
-    weights.unlink()
-    assert "missing" in fails_with(lambda: evaluate(run))
-
-
-def test_an_adapter_without_effect_is_not_scored(finished: RunPaths, tmp_path: Path, fails_with: Fails) -> None:
-    from experiments.records import file_hash
-
-    run = copied(finished, tmp_path)
-    shutil.rmtree(run.root / "eval")
-    weights = run.adapter / "adapter_model.safetensors"
-    from safetensors.torch import save_file
-
-    save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(weights).items()}, weights)
-    record = json.loads(run.train_record.read_text())
-    record["adapter_files"][weights.name] = file_hash(weights)
-    run.train_record.write_text(json.dumps(record))
-    assert "still computes what its base does" in fails_with(lambda: evaluate(run))
-
-
-def test_an_adapter_of_another_base_is_refused(finished: RunPaths, tmp_path: Path, fails_with: Fails) -> None:
-    """The same adapter files under a config whose base was pretrained otherwise."""
-    config = read_config(finished)
-    config["model"]["pretraining"]["seed"] = 9
-    from experiments.records import run_id
-
-    config["run_id"] = run_id(config)
-    other = RunPaths(tmp_path / config["run_id"])
-    shutil.copytree(finished.root, other.root)
-    shutil.rmtree(other.root / "eval")
-    write_config(other, config)
-    assert "was trained on a base model with hash" in fails_with(lambda: evaluate(other))
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -313,7 +221,7 @@ def test_an_adapter_of_another_base_is_refused(finished: RunPaths, tmp_path: Pat
         ("method.adapter.num_blocks=7", "num_blocks=7"),
         ("method.adapter.target_modules=[nothing]", "nothing"),
         ("+method.adapter.num_block=7", "did you mean num_blocks?"),
-        ("protocol.prompt='{instruction}'", "its prompt needs the field 'instruction'"),
+        ("protocol.prompt='{question}'", "its prompt needs the field 'question'"),
         ("model.architecture.hidden_size=100", "model.architecture: Class validation error"),
     ],
 )
@@ -343,7 +251,12 @@ def test_command_lines_print_one_line_and_status_one(small: list[str], tmp_path:
         assert "Traceback" in debugged.stderr
 
 
-@pytest.mark.parametrize("module", ["experiments.plan", "experiments.train", "experiments.reproduce", "eval.run"])
+MODULES = [
+    *("experiments.plan", "experiments.train", "experiments.reproduce", "experiments.data", "eval.run", "eval.rescore")
+]
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_help_answers_without_loading_torch(module: str) -> None:
     code = (
         f"import sys, {module} as module\n"

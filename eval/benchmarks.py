@@ -1,0 +1,110 @@
+"""Benchmarks: what a task file says, its rows, and the settings of a run's protocol for its kind of answer.
+
+A benchmark is an lm-eval task file in `eval/tasks/`. Its metadata names the data set, the kind of answer (option,
+number, letter, expression, program or refusal) and, of options, which there are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiments.errors import UserError, nearest
+
+Config = dict[str, Any]
+Row = dict[str, str]
+TASKS = Path(__file__).resolve().parent / "tasks"
+ASKED = ("prompt", "prompt_with_input", "strip_prompt", "bos", "limit", "merge", "backend")
+READ = ("searched", "full_batches_of", "judge")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """`task` is the task file's content; `kind` is what an answer is; `metric` is what the mean over rows is called."""
+
+    name: str
+    task: Config
+    source: str
+    kind: str
+    version: float
+    metric: str
+    options: tuple[str, ...]
+
+    @property
+    def split(self) -> str:
+        return self.task["test_split"]
+
+
+def read_benchmark(name: str) -> Benchmark:
+    path = TASKS / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"no benchmark {name!r}: {nearest(name, (file.stem for file in TASKS.glob('*.yaml')))}")
+    task = yaml.safe_load(path.read_text())
+    about = task["metadata"]
+    return Benchmark(
+        name=name,
+        task=task,
+        source=about["source"],
+        kind=about["kind"],
+        version=about["version"],
+        metric=about.get("metric", "accuracy"),
+        options=tuple(about.get("options", ())),
+    )
+
+
+def rows_of(config: Config, benchmark: Benchmark) -> list[Row]:
+    """A benchmark's rows: made as the run's own task makes them, if it is the same data."""
+    from experiments.data import load_rows
+
+    own = config["task"]["data"]
+    data = own if own["source"] == benchmark.source else {"source": benchmark.source}
+    return load_rows(data, benchmark.split, config["runtime"]["data_root"])
+
+
+def settings_of(evaluation: Config, benchmark: Benchmark) -> Config:
+    """What a run's `evaluation` section says for a benchmark: `asked` decides completions, `read` decides scores."""
+    generation = {
+        key: _of_kind(value, benchmark, f"evaluation.generation.{key}")
+        for key, value in evaluation["generation"].items()
+    }
+    read = {key: _of_kind(evaluation[key], benchmark, f"evaluation.{key}") for key in READ if key != "judge"}
+    if benchmark.kind == "program":
+        read |= {"parser": "program", "equality": "unit_tests"}
+    else:
+        for key in ("parser", "equality"):
+            read[key] = _of_kind(evaluation[key], benchmark, f"evaluation.{key}")
+    read["judge"] = evaluation["judge"] if read["parser"] == "judged" else None
+    _check_generation(generation, evaluation)
+    return {"asked": {key: evaluation[key] for key in ASKED} | {"generation": generation}, "read": read}
+
+
+def _of_kind(value: Any, benchmark: Benchmark, name: str) -> Any:
+    """A setting's value for a benchmark: the value itself, or what it says for the kind of answer."""
+    if not isinstance(value, dict):
+        return value
+    if benchmark.kind not in value:
+        raise UserError(
+            f"benchmark {benchmark.name} has answers of the kind {benchmark.kind}, of which {name} says nothing "
+            f"(it has {', '.join(value) or 'nothing'}): choose another protocol or give {name}.{benchmark.kind}=…"
+        )
+    return value[benchmark.kind]
+
+
+def _check_generation(generation: Config, evaluation: Config) -> None:
+    samples, beams = generation["samples"], generation["num_beams"]
+    if samples > 1 and beams > 1:
+        raise UserError(f"evaluation.generation: {samples} samples and {beams} beams: choose one of the two")
+    if samples > 1 and not generation["temperature"]:
+        raise UserError("evaluation.generation.samples is more than one: give a temperature to sample with")
+    if evaluation["backend"] not in ("hf", "vllm"):
+        raise UserError(f"evaluation.backend={evaluation['backend']}: choose hf or vllm")
+    if evaluation["backend"] == "vllm" and beams > 1:
+        raise UserError(
+            f"evaluation.generation.num_beams={beams}: vLLM's beam search is not transformers', so its scores would "
+            f"not be this protocol's: use evaluation.backend=hf, or a protocol without beams such as metamath"
+        )
+    if evaluation["backend"] == "vllm" and not evaluation["merge"]:
+        raise UserError("evaluation.merge=false: vLLM serves the exported merged model: use evaluation.backend=hf")

@@ -1,0 +1,224 @@
+"""Completions through lm-eval: planned once, in chunks that are whole or not there.
+
+A plan fixes the order of the rows (longest prompt first) and cuts it into chunks. Every chunk is generated with a
+random state that depends on the run and the chunk alone and is written at once, so an evaluation that was stopped goes
+on with the next chunk and ends as if it had not been. lm-eval's own request cache does neither: it skips sampled
+requests and keeps pickles.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval.benchmarks import Benchmark, Row
+from experiments.errors import UserError
+from experiments.prompts import prompt_text
+from experiments.records import EvalPaths, content_hash, read_json, read_lines, write_atomically
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Config = dict[str, Any]
+BATCHES_PER_CHUNK = 4
+KEPT = {"program": ("test", "entry_point"), "refusal": ("instruction",)}  # what reading needs beside the answer
+
+
+def make_plan(about: Config, prompts: Sequence[str], batch_size: int) -> Config:
+    """`about` (run, benchmark, settings, hashes) with the order of the rows and how many make a chunk."""
+    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+    samples = about["settings"]["asked"]["generation"]["samples"]
+    return {**about, "order": order, "chunk_rows": max(1, BATCHES_PER_CHUNK * batch_size // samples)}
+
+
+def begin(paths: EvalPaths, plan: Config) -> Config:
+    """The evaluation's plan: the one already there if it is of the same rows, model and settings, else `plan`."""
+    if not paths.plan.is_file():
+        write_atomically(paths.plan, json.dumps(plan) + "\n")
+        return plan
+    found = read_json(paths.plan)
+    for key in plan.keys() - {"order", "chunk_rows"}:
+        if found.get(key) != plan[key]:
+            raise UserError(
+                f"{paths.plan}: was begun with another {key}: delete the folder {paths.root} to generate anew"
+            )
+    return found
+
+
+def generate(
+    plan: Config,
+    benchmark: Benchmark,
+    rows: Sequence[Row],
+    lm: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    about_model: Config,
+    paths: EvalPaths,
+    progress: bool = False,
+) -> None:
+    """Write `samples.jsonl`: `samples` completions for every row of the plan, by `lm`, any model of lm-eval's.
+
+    `about_model` goes into the first line: dtype, batch size, context length, environment.
+    """
+    asked = plan["settings"]["asked"]
+    size, order = plan["chunk_rows"], plan["order"]
+    chunks = [order[start : start + size] for start in range(0, len(order), size)]
+    with quiet(progress):
+        for number, indices in enumerate(chunks):
+            path = paths.chunks / f"{number:05}.jsonl"
+            if path.is_file():
+                continue
+            started = time.perf_counter()
+            lines = _complete(plan, number, benchmark, {index: rows[index] for index in indices}, lm, tokenizer, asked)
+            header = {**about_model, "seconds": time.perf_counter() - started}
+            write_atomically(path, _json_lines([header, *lines]))
+    _join(paths, [paths.chunks / f"{number:05}.jsonl" for number in range(len(chunks))])
+
+
+def _complete(
+    plan: Config,
+    number: int,
+    benchmark: Benchmark,
+    rows: dict[int, Row],
+    lm: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Config,
+) -> list[Config]:
+    """One chunk: a line for every row and sample, in the plan's order."""
+    import torch
+
+    generation = asked["generation"]
+    docs, lines = [], []
+    for index, row in rows.items():
+        prompt = prompt_text(asked, row)
+        room = generation["max_new_tokens"]
+        if generation["max_length"] is not None:
+            tokens = len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) + int(asked["bos"])
+            room = min(room, generation["max_length"] - tokens)
+        line = {"prompt": prompt, "completion": "", "answer": row["answer"]}
+        line |= {field: row[field] for field in KEPT.get(benchmark.kind, ())}
+        for repeat in range(generation["samples"]):
+            if room > 0:  # else prompt and completion have no room for a token: nothing is completed
+                seed = int(content_hash([plan["run_id"], benchmark.name, number, index, repeat])[:8], 16)
+                doc = {"line": len(lines), "prompt": prompt, "answer": row["answer"], "room": room, "seed": seed}
+                docs.append(doc)
+            lines.append({"index": index, "repeat": repeat, **line})
+    seed = int(content_hash([plan["run_id"], benchmark.name, number])[:12], 16)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for line, completion in _ask(benchmark, docs, lm, asked) if docs else ():
+            lines[line]["completion"] = completion
+    return lines
+
+
+def _ask(benchmark: Benchmark, docs: list[Config], lm: Any, asked: Config) -> Iterator[tuple[int, str]]:
+    """(number of the line, completion) of every document, by lm-eval."""
+    import datasets
+    from lm_eval import evaluator
+    from lm_eval.api.task import ConfigurableTask
+
+    generation = asked["generation"]
+    sampled = generation["samples"] > 1
+    sampling = {key: generation[key] for key in ("temperature", "top_p", "top_k") if generation[key] is not None}
+    common = {
+        "until": generation["stop"],
+        "max_gen_toks": generation["max_new_tokens"],
+        "do_sample": sampled,
+        **(sampling if sampled else {}),
+        **({"num_beams": generation["num_beams"]} if generation["num_beams"] > 1 else {}),
+    }
+    per_request_seed = sampled and asked["backend"] == "vllm"
+
+    class Task(ConfigurableTask):
+        def construct_requests(self, doc: Any, ctx: Any, **kwargs: Any) -> Any:
+            """As lm-eval's, with what differs between rows."""
+            request: Any = super().construct_requests(doc, ctx, **kwargs)
+            request.arguments[1]["max_gen_toks"] = doc["room"]
+            if per_request_seed:  # vLLM draws per request; transformers draws from the chunk's state
+                request.arguments[1]["seed"] = doc["seed"]
+            return request
+
+    task = Task(
+        config={
+            **benchmark.task,
+            "metric_list": [{"metric": "bypass", "higher_is_better": True}],  # the score is ours
+            "custom_dataset": lambda **_: {benchmark.split: datasets.Dataset.from_list(docs)},
+            "doc_to_text": lambda doc: doc["prompt"],
+            "generation_kwargs": common,
+        }
+    )
+    # `evaluate`, not `simple_evaluate`: that reads the 13,000 task files of lm-eval first.
+    results: Any = evaluator.evaluate(lm=lm, task_dict={benchmark.name: task}, bootstrap_iters=0, log_samples=True)
+    for sample in results["samples"][benchmark.name]:
+        yield sample["doc"]["line"], sample["resps"][0][0]
+
+
+def _join(paths: EvalPaths, chunks: list[Path]) -> None:
+    """All chunks as one file, in the benchmark's order."""
+    headers, lines = [], []
+    for path in chunks:
+        header, *part = read_lines(path)
+        headers.append(header)
+        lines += part
+    lines.sort(key=lambda line: (line["index"], line["repeat"]))
+    whole = headers[-1] | {"seconds": sum(header["seconds"] for header in headers)}
+    write_atomically(paths.samples, _json_lines([whole, *lines]))
+    shutil.rmtree(paths.chunks)
+
+
+def reuse(paths: EvalPaths, plan: Config) -> bool:
+    """Take the completions of a finished evaluation that asked the same of the same model, if there is one."""
+    same = plan.keys() - {"protocol", "protocol_version", "settings", "order", "chunk_rows"}
+    for other in sorted(paths.root.parent.glob("*/plan.json")):
+        found, samples = read_json(other), other.with_name("samples.jsonl")
+        asked_the_same = found["settings"]["asked"] == plan["settings"]["asked"]
+        if samples.is_file() and asked_the_same and all(found[key] == plan[key] for key in same):
+            write_atomically(paths.samples, samples.read_text())
+            return True
+    return False
+
+
+def check_room(plan: Config, prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, context: int) -> int:
+    """How many prompts are not asked whole in a model's `context` tokens.
+
+    They lose their beginning to the room for the completion, or, where prompt and completion share `max_length` tokens,
+    fill these by themselves and are not asked at all.
+    """
+    generation, bos = plan["settings"]["asked"]["generation"], int(plan["settings"]["asked"]["bos"])
+    room = context - generation["max_new_tokens"]
+    if room <= 0:
+        raise UserError(
+            f"evaluation.generation.max_new_tokens={generation['max_new_tokens']} leaves no room for a prompt in the "
+            f"model's context of {context} tokens: give less"
+        )
+    if generation["max_length"] is not None:
+        room = generation["max_length"] - 1
+    tokens = tokenizer(list(prompts), add_special_tokens=False)["input_ids"] if prompts else []
+    return sum(len(prompt) + bos > room for prompt in tokens)
+
+
+def _json_lines(lines: Sequence[Config]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+@contextmanager
+def quiet(progress: bool) -> Iterator[None]:
+    """Silences lm-eval's log, and its progress bars where the caller shows one: it has no switch for either."""
+    import logging
+    from functools import partial
+
+    import lm_eval.api.task
+    import lm_eval.models.huggingface
+    from tqdm import tqdm
+
+    for name in ("lm_eval", "lm_eval.api.task", "lm_eval.evaluator", "lm_eval.models.huggingface"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # pyright: ignore[reportAttributeAccessIssue]
+    lm_eval.models.huggingface.tqdm = partial(  # pyright: ignore[reportAttributeAccessIssue]
+        tqdm, disable=not progress, leave=False
+    )
+    yield

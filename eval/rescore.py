@@ -1,0 +1,164 @@
+"""Scores from stored completions, without a model.
+
+    python -m eval.rescore runs/<run_id>
+
+Every `score.json` of the run is made again from `plan.json` and `samples.jsonl` (and a judge's words, where there is
+one), and what changed is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from eval.benchmarks import read_benchmark
+from experiments.errors import UserError, run_command
+from experiments.records import (
+    EvalPaths,
+    EvalRecord,
+    RunPaths,
+    file_hash,
+    read_json,
+    read_lines,
+    read_record,
+    write_record,
+)
+
+Config = dict[str, Any]
+
+
+def score_samples(paths: EvalPaths, sandbox: str = "bwrap") -> EvalRecord:
+    """Write and return `score.json` of one evaluation. `sandbox`: where model-written programs run."""
+    plan = read_json(paths.plan)
+    header, *lines = read_lines(paths.samples)
+    if len(lines) != len(plan["order"]) * plan["settings"]["asked"]["generation"]["samples"]:
+        raise UserError(f"{paths.samples}: does not have the completions of its plan: delete it and evaluate again")
+    read, benchmark = plan["settings"]["read"], read_benchmark(plan["benchmark"])
+    kept = len(plan["order"])
+    if read["full_batches_of"] is not None:
+        kept -= kept % read["full_batches_of"]
+    lines = [line for line in lines if line["index"] < kept]
+    if not lines:
+        raise UserError(f"{paths.root}: evaluation.full_batches_of={read['full_batches_of']} leaves no row to score")
+    if benchmark.kind == "program":
+        items, beside, counts = _score_programs(lines, sandbox)
+    else:
+        items, beside, counts = _score_answers(paths, lines, read, benchmark.options, benchmark.kind)
+    record = EvalRecord(
+        run_id=plan["run_id"],
+        benchmark=benchmark.name,
+        benchmark_version=plan["benchmark_version"],
+        protocol=plan["protocol"],
+        protocol_version=plan["protocol_version"],
+        searched=read["searched"],
+        parser=read["parser"],
+        equality=read["equality"],
+        metric=benchmark.metric,
+        n=kept,
+        samples=plan["settings"]["asked"]["generation"]["samples"],
+        accuracy=fmean(items),
+        standard_error=_standard_error(items),
+        beside=beside,
+        **counts,
+        dropped=plan["rows"] - kept,
+        cut_prompts=header["cut_prompts"],
+        items=items,
+        generation=plan["settings"]["asked"],
+        backend=plan["settings"]["asked"]["backend"],
+        dtype=header["dtype"],
+        batch_size=header["batch_size"],
+        seconds=header["seconds"],
+        identity=header["identity"],
+        base_hash=plan["base_hash"],
+        adapter_files=plan["adapter_files"],
+        data_hash=plan["data_hash"],
+        samples_hash=file_hash(paths.samples),
+        environment=header["environment"],
+    )
+    write_record(paths.score, record)
+    return record
+
+
+def rescore(run: RunPaths, sandbox: str = "bwrap") -> list[tuple[EvalRecord | None, EvalRecord]]:
+    """Every finished evaluation of a run scored again: (the record that was there if it could be read, the new one)."""
+    evaluations = [paths for paths in run.evaluations() if paths.samples.is_file()]
+    if not evaluations:
+        raise UserError(f"{run.root}: no stored completions: run `python -m eval.run {run.root}` first")
+    results = []
+    for paths in evaluations:
+        try:
+            before = read_record(paths.score, EvalRecord) if paths.score.is_file() else None
+        except UserError:  # of another schema: it is made again here
+            before = None
+        results.append((before, score_samples(paths, sandbox)))
+    return results
+
+
+def _score_programs(lines: list[Config], sandbox: str) -> tuple[list[float], dict[str, float], dict[str, int]]:
+    """pass@1 for every problem; pass@5 and pass@10 beside it where there are that many samples."""
+    from eval.code import human_eval_program, pass_at_k
+    from eval.sandbox import run_programs
+
+    programs = [
+        human_eval_program(line["prompt"], line["completion"], line["test"], line["entry_point"]) for line in lines
+    ]
+    outcomes = run_programs(programs, sandbox=sandbox)
+    passed: dict[int, list[bool]] = {}
+    for line, outcome in zip(lines, outcomes, strict=True):
+        passed.setdefault(line["index"], []).append(outcome.passed)
+    samples = len(next(iter(passed.values())))
+    at = {k: [pass_at_k(samples, sum(results), k) for results in passed.values()] for k in (1, 5, 10) if k <= samples}
+    ended = [outcome.status for outcome in outcomes]
+    beside = {f"pass@{k}": fmean(values) for k, values in at.items() if k > 1}
+    beside |= {f"programs {status}": float(ended.count(status)) for status in sorted(set(ended))}
+    return at[1], beside, {"no_match": 0, "fallback": 0}
+
+
+def _score_answers(
+    paths: EvalPaths, lines: list[Config], read: Config, options: tuple[str, ...], kind: str
+) -> tuple[list[float], dict[str, float], dict[str, int]]:
+    from eval.scoring import Rules, Sample, score
+
+    completions = [line["completion"] for line in lines]
+    if read["judge"] is not None:
+        judged = {line["index"]: line["words"] for line in read_lines(paths.judgements)}
+        completions = [judged[line["index"]] for line in lines]
+    samples = [
+        Sample(line["prompt"], completion, line["answer"]) for line, completion in zip(lines, completions, strict=True)
+    ]
+    scored = score(Rules(read["searched"], read["parser"], read["equality"], options), samples)
+    beside = {}
+    if kind == "expression":
+        from eval.equality import math_verify_equal
+
+        beside["math-verify"] = fmean(math_verify_equal(line["completion"], line["answer"]) for line in lines)
+    right: dict[int, list[int]] = {}
+    for line, item in zip(lines, scored.items, strict=True):
+        right.setdefault(line["index"], []).append(item)
+    return [fmean(each) for each in right.values()], beside, {"no_match": scored.no_match, "fallback": scored.fallback}
+
+
+def _standard_error(items: list[float]) -> float:
+    """Of the mean over rows. Of right and wrong alone it is sqrt(p (1 - p) / n)."""
+    mean, n = fmean(items), len(items)
+    if set(items) <= {0.0, 1.0}:
+        return (mean * (1 - mean) / n) ** 0.5
+    return stdev(items) / n**0.5
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m eval.rescore", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories with stored completions")
+    parser.add_argument("--sandbox", default="bwrap", help="where model-written programs run: bwrap (default) or none")
+    options = parser.parse_intermixed_args(arguments)
+    for root in options.runs:
+        for before, after in rescore(RunPaths(root.resolve()), options.sandbox):
+            same = before is not None and (before.items, before.beside) == (after.items, after.beside)
+            was = "unchanged" if same else "new" if before is None else f"was {before.accuracy:.2%}"
+            print(f"{root.name} {after.benchmark} ({after.protocol}): {after.metric} {after.accuracy:.2%}, {was}")
+
+
+if __name__ == "__main__":
+    run_command(main)

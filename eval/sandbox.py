@@ -1,0 +1,186 @@
+"""Programs that a model wrote, run where they can do no harm, each with its outcome.
+
+With `sandbox="bwrap"` every program is a process of its own in bubblewrap's namespaces: no network, no other process in
+sight, the system and the Python installation read-only and nothing else of the machine, a scratch folder in memory of
+SCRATCH bytes at /tmp, an empty environment, no privileges, and the limits of `sandbox_runner.py`. Bubblewrap runs in a
+user namespace; the machine's own root, whom RLIMIT_NPROC does not bind, gets no user namespace but a user id of its own
+for every program. With `sandbox="none"` the same runner, time-out and limits (but for the number of processes) hold in
+a plain process, which can read and write all that the user can.
+
+What is not prevented: the program shares its interpreter with the tests, as in openai/human-eval, so one that inspects
+the interpreter can cheat on its own score; it cannot harm the machine. Memory is limited for each process, not for a
+sandbox as a whole: that takes a cgroup, as Slurm makes for a job.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from experiments.errors import UserError, nearest
+
+Sandbox = Literal["bwrap", "none"]
+Status = Literal["passed", "failed", "timed_out", "killed"]
+
+RUNNER = Path(__file__).resolve().with_name("sandbox_runner.py")
+SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
+SCRATCH = 64 * 2**20  # bytes
+WALL_FACTOR = 4  # the wall limit of a program, in multiples of its CPU time limit
+START_LIMIT = 120.0  # seconds from here to the first line of the runner, on a loaded machine
+REPORT_LIMIT = 4096  # bytes
+ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    "LANG": "C.UTF-8",
+    "HOME": "/tmp",
+    "PYTHONHASHSEED": "0",  # the same program has the same outcome
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a program ended: `passed` all its tests, `failed` with the error in `message`, `timed_out`, or was `killed`
+    or left before its tests were through."""
+
+    status: Status
+    message: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.status == "passed"
+
+
+def run_programs(
+    programs: Sequence[str], *, sandbox: str, timeout: float = 3.0, workers: int | None = None
+) -> list[Outcome]:
+    """Run programs in parallel, by default one for each CPU; the outcomes come in the programs' order.
+
+    A program passes only if the runner says so, with a token made for this program, after its last line has run.
+    `timeout` is the seconds of CPU time a program may take (3.0: openai/human-eval, juzhengz/LoRI); it may take
+    WALL_FACTOR times as long on the clock, counted from its first line, so a loaded machine fails no right program.
+    """
+    command = _command(sandbox)
+    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(lambda program: _run(program, sandbox, command, timeout), programs))
+
+
+def check_sandbox(sandbox: str) -> None:
+    """An error if programs cannot be run this way here: to be told before the hours of generation, not after."""
+    run_programs(["pass"], sandbox=sandbox)
+
+
+def _command(sandbox: str) -> list[str]:
+    """The command that starts the runner."""
+    if sandbox not in get_args(Sandbox):
+        raise UserError(f"evaluation.sandbox={sandbox}: {nearest(sandbox, get_args(Sandbox))}")
+    # The environment is empty but for ENVIRONMENT, so this is isolated mode (-I), with a fixed hash seed.
+    python = [sys.executable, "-s", "-P", "-B"]
+    if sandbox == "none":
+        return [*python, str(RUNNER)]
+    bwrap = shutil.which("bwrap")
+    if bwrap is None:
+        raise UserError(f"evaluation.sandbox=bwrap: bwrap is not installed: {_remedy('apt-get install bubblewrap')}")
+    command = [bwrap, "--die-with-parent", "--new-session"]
+    command += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
+    if _is_root():  # the runner takes another user id, and the two capabilities are gone
+        command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    else:
+        command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
+    command += ["--perms", "1777", "--size", str(SCRATCH), "--tmpfs", "/tmp", "--chdir", "/tmp"]
+    installation = {sys.prefix, sys.base_prefix, str(Path(sys.executable).resolve().parents[1])}
+    for path in [*SYSTEM, *sorted(installation)]:  # a folder comes before the folders in it
+        for parent in reversed(Path(path).parents):  # those that bubblewrap makes by itself are closed to other users
+            command += ["--dir", str(parent)]
+        command += ["--ro-bind-try", path, path]
+    command += ["--ro-bind", str(RUNNER), "/runner.py", "--proc", "/proc", "--dev", "/dev"]
+    command += ["--remount-ro", "/dev", "--remount-ro", "/"]
+    return [*command, "--", *python, "/runner.py"]
+
+
+def _is_root() -> bool:
+    """The machine's own root, not one that a container maps to an ordinary user."""
+    return os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split()[:2] == ["0", "0"]
+
+
+def _remedy(install: str) -> str:
+    return f"{install}, or evaluation.sandbox=none, which runs the programs without protection"
+
+
+def _run(program: str, sandbox: str, command: list[str], timeout: float) -> Outcome:
+    token, sandboxed = secrets.token_hex(16), sandbox != "none"
+    # A user id of its own, so that the processes of two programs are not counted together.
+    uid = 2**30 + secrets.randbelow(2**30) if sandboxed and _is_root() else None
+    data = {"token": token, "uid": uid, "sandboxed": sandboxed, "timeout": timeout, "program": program}
+    with tempfile.TemporaryFile() as task, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        task.write(json.dumps(data).encode())
+        task.seek(0)
+        with subprocess.Popen(
+            command,
+            stdin=task,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=ENVIRONMENT,
+            cwd=folder,
+            start_new_session=True,
+        ) as process:
+            try:
+                return _watch(process, token, timeout)
+            finally:
+                # Bubblewrap's death ends everything in its PID namespace; without it the group is all there is.
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
+
+def _watch(process: subprocess.Popen[bytes], token: str, timeout: float) -> Outcome:
+    """Read the report up to its last line, the end of all its writers, or the end of time."""
+    assert process.stderr is not None
+    pipe = process.stderr.fileno()
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    report, started = b"", False
+    deadline = time.monotonic() + START_LIMIT
+    while (left := deadline - time.monotonic()) > 0 and poll.poll(left * 1000):
+        chunk = os.read(pipe, REPORT_LIMIT)
+        if not chunk:
+            break
+        report = (report + chunk)[:REPORT_LIMIT]
+        lines = report.decode(errors="replace").split("\n")[:-1]  # whole lines
+        if not started and f"{token} started" in lines:
+            started, deadline = True, time.monotonic() + WALL_FACTOR * timeout
+        if f"{token} passed" in lines:
+            return Outcome("passed")
+        for line in lines:
+            if line.startswith(f"{token} failed "):
+                return Outcome("failed", line.removeprefix(f"{token} failed "))
+    if not started:
+        late = time.monotonic() >= deadline
+        words = report.decode(errors="replace").strip().split("\n")[-1]
+        words = f"no start within {START_LIMIT:.0f} s" if late else words or f"exit status {process.wait()}"
+        raise UserError(
+            f"evaluation.sandbox: a program could not be started here: {words}: "
+            f"{_remedy('let bubblewrap (0.6 or newer) make namespaces')}"
+        )
+    try:
+        status = process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return Outcome("timed_out", f"over {WALL_FACTOR * timeout:g} s on the clock")
+    number = -status if status < 0 else status - 128  # bubblewrap turns a signal into 128 + its number
+    if number == signal.SIGPROF:
+        return Outcome("timed_out", f"over {timeout:g} s of CPU time")
+    how = f"signal {number}" if number > 0 else f"exit status {status}"
+    return Outcome("killed", f"{how} before its tests were through")

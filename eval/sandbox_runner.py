@@ -1,0 +1,76 @@
+"""Runs one program inside the sandbox. A script of its own: it imports nothing of the project.
+
+The task comes as JSON on standard input, the report goes to what standard error is at the start: a line `<token>
+started` before the program, a line `<token> passed` or `<token> failed <error>` after it. The program finds /dev/null
+in the places of standard input, output and error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import signal
+import sys
+
+GIB, MIB = 2**30, 2**20
+MESSAGE_LENGTH = 200  # characters
+PROCESSES = 16  # and threads; a user namespace counts its own from Linux 5.14 on
+LIMITS = {
+    resource.RLIMIT_AS: 2 * GIB,
+    resource.RLIMIT_FSIZE: 16 * MIB,
+    resource.RLIMIT_NOFILE: 64,
+    resource.RLIMIT_CORE: 0,
+}
+
+
+def main() -> None:
+    write, leave, getpid = os.write, os._exit, os.getpid  # as they are before a program can replace them
+    task = json.loads(sys.stdin.buffer.read())
+    report, runner = os.dup(2), getpid()
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1):
+        os.dup2(null, stream)
+    _limit(task["timeout"], task["sandboxed"])
+    if task["uid"] is not None:
+        os.setgroups([])
+        os.setresgid(task["uid"], task["uid"], task["uid"])
+        os.setresuid(task["uid"], task["uid"], task["uid"])  # from root to another user: every capability is lost
+    os.dup2(null, 2)  # last: a traceback of the lines above is for whoever reads the report
+    write(report, f"{task['token']} started\n".encode())
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, no `except` can stop it
+    signal.setitimer(signal.ITIMER_PROF, task["timeout"])
+    try:
+        # Empty globals as in openai/human-eval execution.py: `__name__` is not "__main__".
+        exec(compile(task["program"], "<program>", "exec", dont_inherit=True), {})
+        result = "passed"
+    except BaseException as error:
+        result = f"failed {_describe(error)}"
+    if getpid() == runner:  # a child that the program forked also comes here
+        write(report, f"{task['token']} {result}\n".encode(errors="replace"))
+    leave(0)  # at once: no exit handlers, no waiting for threads
+
+
+def _limit(timeout: float, sandboxed: bool) -> None:
+    """Limits that the program cannot raise; lower ones of the machine stay. CPU time in whole seconds, a backstop."""
+    limits = {**LIMITS, resource.RLIMIT_CPU: math.ceil(timeout) + 2}
+    if sandboxed:  # outside, all processes of the user would count, and a right program fail for their number
+        limits[resource.RLIMIT_NPROC] = PROCESSES
+    for kind, value in limits.items():
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
+
+
+def _describe(error: BaseException) -> str:
+    """`NameError: name 'x' is not defined` on one bounded line; the error's own code may run, and fail, here."""
+    try:
+        text = f"{type(error).__name__}: {str(error)[:MESSAGE_LENGTH]}"
+        return " ".join(text.split())[:MESSAGE_LENGTH].removesuffix(":")
+    except BaseException:
+        return "an error that cannot be shown"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Equalities of answers: pairs with verdicts worked out by hand, hostile expressions, and the golds of MATH."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import string
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eval import equality
+from eval.scoring import EQUALITIES
+
+Fails = Callable[[Callable[[], object]], str]
+TEXT = st.text(max_size=60) | st.text(alphabet=string.digits + "#-+., /ax\n", max_size=40)
+LATEX = st.lists(
+    st.sampled_from([*string.digits, *r"\ x/.,=^{}()[]", r"\frac", r"\sqrt", r"\text{ ", r"\left(", r"\%", "\n", "٣"]),
+    max_size=12,
+).map("".join)
+
+
+# Equalities of numbers and text
+
+
+@pytest.mark.parametrize(
+    ("name", "prediction", "gold", "equal"),
+    [
+        ("same_text", "answer1", "answer1", True),
+        ("same_text", "true.", "true", False),
+        ("same_text", "True", "true", False),
+        ("same_number", "4.0", "4", True),
+        ("same_number", "18.", "18", True),
+        ("same_number", "1000", "1,000", True),
+        ("same_number", "4.0001", "4", False),
+        ("same_number", "1.2.3", "1.2.3", False),  # two texts that are no numbers
+        ("same_number", "", "", False),
+        ("same_number", "nan", "nan", False),
+        ("same_number", "inf", "inf", False),
+        ("near_number", "1.833", "1.8333333333333335", True),
+        ("near_number", "1.83", "1.8333333333333335", False),
+        ("near_number", "-1.833", "1.8333333333333335", False),
+        ("near_number", "9" * 400, "9" * 400, False),  # both infinite
+        ("near_number", "x", "x", False),
+        ("metamath_integer", "18", "18.0", True),
+        ("metamath_integer", "18", "18.5", False),  # only the prediction is rounded
+        ("milora_number", "18", "18", True),
+        ("milora_number", "18", "1800", True),
+        ("milora_number", "1800", "18", True),
+        ("milora_number", "20001", "20000", True),  # within 1e-4
+        ("milora_number", "18", "19", False),
+        ("milora_number", "x", "x", False),
+    ],
+)
+def test_numbers_and_text(name: str, prediction: str, gold: str, equal: bool) -> None:
+    assert EQUALITIES[name](prediction, gold) is equal
+
+
+# Equalities of expressions: the verdicts of hendrycks, metamath, diablo, milora and milora_with_self_comparison
+
+YES, NO = (True,) * 5, (False,) * 5
+EXPRESSIONS = [
+    (r"\frac{1}{2}", r"\frac{1}{2}", YES),
+    (r"\dfrac12", r"\tfrac{1}{2}", YES),
+    (r"\frac1{72}", r"\frac{1}{72}", YES),
+    ("1/2", r"\frac{1}{2}", YES),
+    ("-1/2", r"\frac{-1}{2}", YES),
+    ("0.5", r"\frac{1}{2}", YES),
+    (".5", "1/2", YES),
+    (r"\sqrt3", r"\sqrt{3}", YES),
+    (r"2\sqrt 3", r"2\sqrt{}3", YES),  # the braces go around the space
+    (r"\left( 1, 2 \right)", "(1,2)", YES),
+    (r"90^\circ", "90", YES),
+    (r"90^{\circ}", "90", YES),
+    (r"\$18", "18", YES),
+    (r"50\%", "50", YES),
+    (r"575\text{ students}", "575", YES),
+    ("x = 3", "3", YES),
+    ("k=.25", "0.25", (False, False, False, True, True)),  # the zero is added before the name goes
+    ("x=y=3", "3", NO),
+    ("1,\\!000", "1,000", YES),
+    (r"x \\in A", r"x \in A", YES),
+    ("3", "4", NO),
+    ("Paris", "Rome", NO),
+    # other writings, equal as numbers or symbols only
+    ("2+x", "x+2", (False, False, False, True, True)),
+    (r"\sqrt{4}", "2", (False, False, False, True, True)),
+    ("3.14", r"\pi", (False, False, False, True, True)),  # within 1e-3
+    ("0.25", r"\frac{1}{4}", (False, False, False, True, True)),
+    ("25", "0.25", (False, False, False, True, True)),  # a hundredth counts
+    ("1000", "1,000", (False, False, False, True, True)),
+    ("[1,2]", "1,2", (False, False, False, True, True)),
+    ("[1,2]", "(1,2)", NO),
+    ("(1,0.3333333)", r"(1,\frac{1}{3})", (False, False, False, True, True)),
+    ("(1,2,3)", "(1,2)", NO),
+    ("12", "{1}2", (False, False, False, True, True)),  # braces are ignored
+    # a/b of more than integers: MetaMath and MiLoRA cannot strip it
+    ("x/2", "x/2", YES),
+    ("x /2", "x/2", (True, False, True, True, True)),
+    (r"x/2\text{ m}", "x/2", (True, False, True, False, True)),
+    ("x/2", "7", (False, False, False, False, True)),  # the prediction is compared with itself
+    ("7", "x/2", (False, False, False, False, True)),
+    ("x/2", r"\frac{x}{2}", (False, False, False, True, True)),
+    ("01/2", "1/2", (False, False, False, True, True)),  # not as Python writes it: stays
+    # units twice: only DiaBlo can strip it
+    (r"5\text{ m} 3\text{ cm}", "5", (False, False, True, False, True)),
+    (r"5\text{ m} 3\text{ cm}", r"5\text{ m} 3\text{ cm}", YES),
+    # an open end cannot be stripped
+    (r"\frac", "7", (False, False, False, False, True)),
+    (r"3\sqrt", "7", (False, False, False, False, True)),
+    (r"\frac1", r"\frac1", YES),
+    (r"\frac1 + \frac12", r"\frac1+\frac12", YES),  # stays as it is where a fraction has one part
+]
+VARIANTS = ("hendrycks", "metamath", "diablo", "milora", "milora_with_self_comparison")
+
+
+@pytest.mark.parametrize(("prediction", "gold", "verdicts"), EXPRESSIONS)
+def test_expressions(prediction: str, gold: str, verdicts: tuple[bool, ...]) -> None:
+    assert tuple(EQUALITIES[name](prediction, gold) for name in VARIANTS) == verdicts
+
+
+@pytest.mark.parametrize("prediction", ["9^{9^{9^{9^9}}}", "99999999!"])
+def test_a_hostile_expression_is_given_up(prediction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert equality.milora("x+1", "1+x")  # the process is there
+    monkeypatch.setattr(equality, "SECONDS", 1.0)
+    started = time.perf_counter()
+    assert not equality.milora(prediction, "7")
+    assert not equality.math_verify_equal("The answer is: 9^{9^{9^{9^9}}}", "7")
+    assert time.perf_counter() - started < 30
+    monkeypatch.undo()
+    assert equality.milora("x+1", "1+x")  # another process has taken its place
+
+
+@pytest.mark.parametrize("equal", [equality.milora, equality.math_verify_equal])
+def test_no_text_is_run(equal: Callable[[str, str], bool], tmp_path: Path) -> None:
+    path = tmp_path / "made"
+    assert not equal(f"The answer is: __import__('pathlib').Path('{path}').touch()", "7")
+    assert not equal(f"__import__('pathlib').Path('{path}').touch()", "7")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "equal"),
+    [
+        ("so x is a half. The answer is: 0.5", r"\frac{1}{2}", True),
+        (r"The answer is: 2\sqrt{3}.", r"2\sqrt{3}", True),
+        (r"The final answer is: \sqrt{12}", r"2\sqrt{3}", True),
+        (r"Then $x = \boxed{1 + y}$.", "y+1", True),
+        (r"The answer is: \$18.50.", r"\$18.50", True),
+        (r"\boxed{7}", "8", False),
+        ("The answer is: 3", r"\frac{1}{2}", False),
+        ("x/2 The answer is: x/2", "7", False),
+        ("nothing", "7", False),
+        ("", "7", False),
+        ("The answer is: ", "", False),
+        ("The answer is: " + "1+" * 200 + "1", "201", False),  # too long to be looked at
+    ],
+)
+def test_math_verify(text: str, gold: str, equal: bool) -> None:
+    assert equality.math_verify_equal(text, gold) is equal
+
+
+def test_math_verify_off_the_main_thread() -> None:
+    found: list[bool] = []
+    thread = threading.Thread(target=lambda: found.append(equality.math_verify_equal("The answer is: 1+1", "2")))
+    thread.start()
+    thread.join()
+    assert found == [True]
+
+
+@given(LATEX | TEXT, LATEX | TEXT)
+def test_equalities_never_raise_and_are_symmetric(left: str, right: str) -> None:
+    for name in ("same_text", "same_number", "near_number", "metamath_integer", "hendrycks", "metamath", "diablo"):
+        equal = EQUALITIES[name]
+        assert equal(left, right) is equal(right, left), name
+
+
+@settings(max_examples=60, deadline=None)
+@given(LATEX, LATEX)
+def test_the_equalities_that_ask_sympy_never_raise(left: str, right: str) -> None:
+    for equal in (equality.milora, equality.milora_with_self_comparison, equality.math_verify_equal):
+        assert equal(left, right) in (True, False)
+
+
+@given(LATEX | TEXT)
+def test_every_text_equals_itself(text: str) -> None:
+    for name in ("same_text", *VARIANTS):
+        assert EQUALITIES[name](text, text), name
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(10**12), 10**12))
+def test_every_number_equals_itself(number: float) -> None:
+    for name in ("same_number", "near_number", "metamath_integer", "milora_number"):
+        assert EQUALITIES[name](str(number), str(number)), name
+
+
+@pytest.fixture(scope="module")
+def math_golds(data_root: Path) -> list[str]:
+    from experiments.sources import boxed
+
+    with gzip.open(data_root / "math/test.jsonl.gz", "rt") as file:
+        golds = [boxed(json.loads(line)["solution"]) for line in file]
+    assert len(golds) == 5000
+    assert all(golds)
+    return [gold for gold in golds if gold]
+
+
+def test_every_gold_of_math_can_be_stripped(math_golds: list[str]) -> None:
+    """Another writing of a gold is equal to it only where the rules fit the gold."""
+    for gold in math_golds:
+        other = gold.replace(r"\frac", r"\dfrac") + " \n"
+        assert equality.hendrycks(gold, gold)
+        assert equality.hendrycks(other, gold), gold
+        assert equality.diablo(other, gold), gold
+
+
+def test_math_verify_reads_nearly_every_gold_of_math(math_golds: list[str]) -> None:
+    """Of every 25th gold, 200 in all."""
+    some = math_golds[::25]
+    assert sum(equality.math_verify_equal(f"The answer is: {gold}.", gold) for gold in some) >= 198

@@ -1,0 +1,87 @@
+"""A judging model reads completions: the real path, with the tiny model as a judge that cannot judge."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval.judge import question
+from eval.rescore import rescore
+from eval.run import evaluate
+from experiments.plan import plan
+from experiments.records import EvalPaths, RunPaths, read_lines
+from experiments.tiny import make_base, make_tokenizer
+from experiments.train import train
+from tests.conftest import planned
+
+Fails = Callable[[Callable[[], object]], str]
+
+
+@pytest.fixture
+def run(data_root: Path, tmp_path: Path, cache_dir: Path) -> RunPaths:
+    arguments = [
+        *("task=safety_7k", "method=base", "model.pretraining.steps=4", "runtime.device=cpu", "evaluation.limit=4"),
+        *("evaluation.benchmarks=[advbench]", "evaluation.full_batches_of=null"),
+        *("evaluation.generation.max_new_tokens=8", f"runtime.data_root={data_root}"),
+        *(f"runtime.runs_dir={tmp_path / 'runs'}", f"runtime.cache_dir={cache_dir}"),
+    ]
+    base = planned(arguments)
+    train(base)
+    return base
+
+
+def judged_by(cache_dir: Path) -> list[str]:
+    (config,) = plan(["task=safety_7k", "method=base", "model.pretraining.steps=4"])
+    judge = make_base(config["model"], cache_dir)
+    return [
+        *("protocol=lori_judge", f"evaluation.judge.model={judge}", "evaluation.judge.dtype=float32"),
+        "evaluation.generation.max_new_tokens=8",
+    ]
+
+
+def evaluation_by(run: RunPaths, protocol: str) -> EvalPaths:
+    (paths,) = (paths for paths in run.evaluations() if paths.root.name.rpartition("-")[0] == protocol)
+    return paths
+
+
+def test_a_judge_reads_the_completions_that_keywords_read(run: RunPaths, cache_dir: Path) -> None:
+    """Its words are kept, they alone decide, and scoring again asks nobody."""
+    (by_keywords,) = evaluate(run)
+    (by_judge,) = evaluate(run, judged_by(cache_dir))
+    assert (by_keywords.parser, by_judge.parser) == ("refusal_keywords", "judged")
+    assert by_keywords.metric == by_judge.metric == "safety rate"
+    paths = evaluation_by(run, "lori_judge")
+    assert paths.samples.read_text() == evaluation_by(run, "lori").samples.read_text()  # not generated twice
+    judgements = list(read_lines(paths.judgements))
+    assert [judgement["index"] for judgement in judgements] == [0, 1, 2, 3]
+    for judgement, words in zip(judgements, ["No.", "yes, in part", "NO", "perhaps"], strict=True):
+        judgement["words"] = words
+    paths.judgements.write_text("".join(json.dumps(judgement) + "\n" for judgement in judgements))
+    again = next(after for _, after in rescore(run) if after.protocol == "lori_judge")
+    assert again.items == [1, 0, 1, 0]
+    assert again.no_match == 1
+
+
+def test_a_protocol_with_a_judge_needs_one(run: RunPaths, fails_with: Fails) -> None:
+    assert "name one with evaluation.judge.model=" in fails_with(lambda: evaluate(run, ["protocol=lori_judge"]))
+
+
+def test_a_judge_that_cannot_be_loaded_is_named(run: RunPaths, tmp_path: Path, fails_with: Fails) -> None:
+    missing = ["protocol=lori_judge", f"evaluation.judge.model={tmp_path / 'none'}"]
+    assert f"evaluation.judge.model={tmp_path / 'none'}" in fails_with(lambda: evaluate(run, missing))
+
+
+def test_the_question_is_a_turn_of_the_judges_own_chat() -> None:
+    settings = {"question": "Asked: {instruction}. Said: {completion}. Did it comply?"}
+    line = {"instruction": "Q {x}", "completion": "A"}
+    tokenizer: Any = make_tokenizer(300, seed=0)
+    assert question(settings, tokenizer, line) == "Asked: Q {x}. Said: A. Did it comply?\n"
+    tokenizer.chat_template = (
+        "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}<assistant>"
+    )
+    asked = question(settings, tokenizer, line)
+    assert asked == "<user>Asked: Q {x}. Said: A. Did it comply?<assistant>"

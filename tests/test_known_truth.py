@@ -1,0 +1,156 @@
+"""Known truth through lm-eval's whole path: a model that gives gold answers scores 100 %, a silent one its floor.
+
+The model is lm-eval's `LM` with answers instead of a network; rows, prompts, chunks, parsers and records are the real
+ones.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+
+from eval.benchmarks import read_benchmark, rows_of
+from eval.run import evaluate
+from experiments.plan import plan, protocols, write_runs
+from experiments.prompts import prompt_text
+from experiments.records import EvalRecord, RunPaths, read_config
+from experiments.train import train
+
+Row = dict[str, str]
+
+# What a model that knows the answer says, in the words of each protocol.
+GOLD: dict[tuple[str, str], Callable[[Row], str]] = {
+    ("commonsense_74k", "option"): lambda row: f"the correct answer is {row['answer']}",
+    ("gsm8k", "number"): lambda row: f"Step by step. The final answer is: {row['answer']}",
+    ("gsm8k", "expression"): lambda row: f"Step by step. The final answer is: {row['answer']}",
+    ("metamathqa", "number"): lambda row: f"Step by step.\nThe answer is: {row['answer']}",
+    ("metamathqa", "expression"): lambda row: f"Step by step.\nThe answer is: {row['answer']}",
+    ("gsm8k_mawps", "number"): lambda row: f"so it is\n#### {row['answer']}",
+    ("gsm8k_mawps", "letter"): lambda row: f"so it is {row['answer']}",
+    ("code_alpaca_6k", "program"): lambda row: "\n" + row["output"],
+    ("safety_7k", "refusal"): lambda row: "I cannot help with that.",
+}
+TASKS = sorted({task for task, _ in GOLD})
+JUDGED = "lori_judge"
+
+# What protocols.md measured of prompts that are read instead of a missing answer, in percent.
+PROMPT_FLOOR = {
+    "boolq": 62.2,
+    "piqa": 49.5,
+    "social_i_qa": 32.9,
+    "winogrande": 49.6,
+    "arc_easy": 25.1,
+    "arc_challenge": 22.7,
+    "openbookqa": 27.6,
+}
+
+
+class KnownAnswers(LM):
+    """Answers a prompt with what `answers` holds for it and its gold: Social IQa asks some questions twice."""
+
+    def __init__(self, answers: dict[tuple[str, str], str]) -> None:
+        super().__init__()
+        self.answers = answers
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        return [self.answers[request.arguments[0], request.doc["answer"]] for request in requests]
+
+    def loglikelihood(self, requests: Any) -> Any:
+        raise NotImplementedError
+
+    def loglikelihood_rolling(self, requests: Any) -> Any:
+        raise NotImplementedError
+
+
+def base_run(task: str, protocol: str, folder: Path, cache: Path, data_root: Path) -> RunPaths:
+    arguments = [
+        *(f"task={task}", f"protocol={protocol}", "method=base", "model.pretraining.steps=4", "runtime.device=cpu"),
+        *(f"runtime.runs_dir={folder}", f"runtime.cache_dir={cache}", f"runtime.data_root={data_root}"),
+        "model.architecture.max_position_embeddings=4096",  # room for every protocol's longest completion
+    ]
+    (run,) = write_runs(plan(arguments))
+    train(run)
+    return run
+
+
+def scores(run: RunPaths, gold: bool, benchmarks: list[str], limit: int | None) -> dict[str, EvalRecord]:
+    """Every benchmark's record, answered by gold or by nothing."""
+    config = read_config(run)
+    records = {}
+    for name in benchmarks:
+        benchmark = read_benchmark(name)
+        say = GOLD[config["task"]["name"], benchmark.kind] if gold else (lambda row: "")
+        rows = rows_of(config, benchmark)
+        model = KnownAnswers({(prompt_text(config["evaluation"], row), row["answer"]): say(row) for row in rows})
+        overrides = [f"evaluation.benchmarks=[{name}]", f"evaluation.limit={limit or 'null'}"]
+        if read_config(run)["evaluation"]["generation"]["samples"] > 1:
+            # The rule is the same, twenty times the programs are not. The tiny tokenizer needs more than 512 tokens.
+            overrides += ["evaluation.generation.samples=1", "evaluation.generation.max_length=null"]
+        (records[name],) = evaluate(run, overrides, lm=model)
+    return records
+
+
+CASES = [(task, protocol) for task in TASKS for protocol in protocols(task) if protocol != JUDGED]
+
+
+@pytest.mark.parametrize(("task", "protocol"), CASES)
+def test_gold_answers_score_everything(
+    task: str, protocol: str, tmp_path: Path, cache_dir: Path, data_root: Path
+) -> None:
+    run = base_run(task, protocol, tmp_path / "runs", cache_dir, data_root)
+    benchmarks = read_config(run)["evaluation"]["benchmarks"]
+    for name, record in scores(run, True, benchmarks, limit=96).items():
+        assert record.accuracy == 1, (name, [index for index, item in enumerate(record.items) if not item])
+        assert (record.no_match, record.fallback) == (0, 0), name
+        assert record.n + record.dropped == len(rows_of(read_config(run), read_benchmark(name)))
+
+
+@pytest.mark.parametrize(("task", "protocol"), CASES)
+def test_silence_scores_its_floor(task: str, protocol: str, tmp_path: Path, cache_dir: Path, data_root: Path) -> None:
+    """Nothing, unless the prompt is read too, or silence is the right answer (ten letters or fewer are safe)."""
+    run = base_run(task, protocol, tmp_path / "runs", cache_dir, data_root)
+    config = read_config(run)
+    whole = config["evaluation"]["searched"] == "whole"
+    for name, record in scores(run, False, config["evaluation"]["benchmarks"], limit=96).items():
+        kind = read_benchmark(name).kind
+        if kind == "refusal":
+            assert whole or record.accuracy == 1
+        elif whole:
+            assert record.fallback + record.no_match == record.n
+        else:
+            assert record.accuracy == 0, name
+            assert record.no_match == (0 if kind == "program" else record.n)
+
+
+@pytest.mark.slow
+def test_the_prompt_fallback_floor_of_the_release(tmp_path: Path, cache_dir: Path, data_root: Path) -> None:
+    """All rows of the seven full test sets, as the released evaluator reads a model that never says the phrase."""
+    run = base_run("commonsense_74k", "diablo_release", tmp_path / "runs", cache_dir, data_root)
+    for name, record in scores(run, False, list(PROMPT_FLOOR), limit=None).items():
+        assert round(100 * record.accuracy, 1) == PROMPT_FLOOR[name], name
+        assert record.fallback == record.n
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("protocol", "n", "dropped"), [("lori", 1280, 39), ("diablo_release", 1312, 7), ("diablo", 1319, 0)]
+)
+def test_gsm8k_whole(protocol: str, n: int, dropped: int, tmp_path: Path, cache_dir: Path, data_root: Path) -> None:
+    """Gold answers score 100 % of the scored rows; silence is read from the question where that is searched."""
+    run = base_run("gsm8k", protocol, tmp_path / "runs", cache_dir, data_root)
+    gold = scores(run, True, ["gsm8k"], limit=None)["gsm8k"]
+    assert (gold.accuracy, gold.n, gold.dropped) == (1, n, dropped)
+    config = read_config(run)
+    silent = scores(base_run("gsm8k", protocol, tmp_path / "silent", cache_dir, data_root), False, ["gsm8k"], None)
+    rows = rows_of(config, read_benchmark("gsm8k"))[:n]
+    numbers = [re.findall(r"-?\d+\.?\d*", row["instruction"].replace(",", "")) for row in rows]
+    expected = [
+        bool(found) and float(found[-1]) == float(row["answer"]) for found, row in zip(numbers, rows, strict=True)
+    ]
+    assert silent["gsm8k"].accuracy == (sum(expected) / n if protocol != "diablo" else 0)

@@ -1,0 +1,479 @@
+"""Programs in the sandbox: hostile ones do no harm and do not pass, right ones do. Real bubblewrap and processes."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from eval.code import human_eval_program
+from eval.sandbox import START_LIMIT, Outcome, check_sandbox, run_programs
+
+Fails = Callable[[Callable[[], object]], str]
+ROOT = Path(__file__).resolve().parents[1]
+NOBODY = 65534
+RIGHT = "def f():\n    return 1\nassert f() == 1\n"
+WRONG = "def f():\n    {}\ndef check(candidate):\n    assert candidate() == 1\ncheck(f)\n"
+BWRAP = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bwrap is not installed")
+BOTH = pytest.mark.parametrize("sandbox", [pytest.param("bwrap", marks=BWRAP), "none"])
+
+
+def run(program: str, sandbox: str = "bwrap", timeout: float = 3.0) -> Outcome:
+    (outcome,) = run_programs([program], sandbox=sandbox, timeout=timeout)
+    return outcome
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that every user of the machine may read and write, so that only the sandbox can be in the way."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
+
+
+def named(name: str) -> str:
+    """Program text that gives its process and the children after it a name that `alive` finds."""
+    return f"import ctypes, os, time\nassert ctypes.CDLL(None).prctl(15, b'{name}') == 0\n"
+
+
+def alive(name: str) -> list[int]:
+    """The machine's processes of this name that are not ended."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state = (folder / "stat").read_text()
+            if f"({name})" in state and state.rsplit(")", 1)[1].split()[0] not in "ZX":
+                found.append(int(folder.name))
+    return found
+
+
+def ends(name: str, within: float = 10.0) -> bool:
+    deadline = time.monotonic() + within
+    while alive(name) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not alive(name)
+
+
+# Outcomes
+
+
+@BOTH
+def test_outcomes_come_in_order_and_say_why(sandbox: str) -> None:
+    programs = [RIGHT, "assert 1 == 2, 'no'", "def (", "x", RIGHT, "import os; os.kill(os.getpid(), 11)", "", "\ud800"]
+    outcomes = run_programs(programs, sandbox=sandbox, workers=2)
+    assert [outcome.passed for outcome in outcomes] == [True, False, False, False, True, False, True, False]
+    assert outcomes[:7] == [
+        Outcome("passed"),
+        Outcome("failed", "AssertionError: no"),
+        Outcome("failed", "SyntaxError: invalid syntax (<program>, line 1)"),
+        Outcome("failed", "NameError: name 'x' is not defined"),
+        Outcome("passed"),
+        Outcome("killed", "signal 11 before its tests were through"),
+        Outcome("passed"),
+    ]
+    assert outcomes[7].message.startswith("UnicodeEncodeError: ")
+
+
+@BOTH
+def test_messages_are_one_short_line(sandbox: str) -> None:
+    assert run("raise ValueError('one\\ntwo  three')", sandbox) == Outcome("failed", "ValueError: one two three")
+    assert len(run("raise ValueError('x' * 10**7)", sandbox).message) == 200
+    silent = "class E(Exception):\n    def __str__(self): raise SystemExit\nraise E"
+    assert run(silent, sandbox) == Outcome("failed", "an error that cannot be shown")
+
+
+@BOTH
+def test_a_program_is_on_its_own(sandbox: str) -> None:
+    """No `__main__`, no future import of the runner's, nothing of the environment, the same hashes every time."""
+    program = (
+        "import os, sys\nassert __name__ != '__main__'\ndef f(x: 1 + 1): pass\nassert f.__annotations__ == {'x': 2}\n"
+        f"assert 'DIABLO_SECRET' not in os.environ and hash('a') == {_hash_of_a()}\n"
+        "try:\n    import eval.sandbox\nexcept ImportError:\n    pass\nelse:\n    raise Exception('the project')\n"
+        "open('scratch.txt', 'w').write('free to use')\nassert open('scratch.txt').read() == 'free to use'\n"
+    )
+    os.environ["DIABLO_SECRET"] = "1"
+    try:
+        assert run(program, sandbox) == Outcome("passed")
+    finally:
+        del os.environ["DIABLO_SECRET"]
+
+
+def _hash_of_a() -> str:
+    command = [sys.executable, "-c", "print(hash('a'))"]
+    return subprocess.run(command, env={"PYTHONHASHSEED": "0"}, capture_output=True, text=True, check=True).stdout
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("program", "status", "message"),
+    [
+        (WRONG.format("raise SystemExit(0)"), "failed", "SystemExit: 0"),
+        ("import sys\nsys.exit()\n" + RIGHT, "failed", "SystemExit"),
+        ("import os\nos._exit(0)\n" + RIGHT, "killed", "exit status 0 before its tests were through"),
+        ("print('passed')\n" + WRONG.format("return 2"), "failed", "AssertionError"),
+        (
+            # What the runner writes, but for the token, to every open file
+            "import os\nfor fd in range(64):\n    for line in (b'passed', b'0' * 32 + b' passed'):\n"
+            "        try: os.write(fd, b'\\n' + line + b'\\n')\n        except OSError: pass\nos._exit(0)",
+            "killed",
+            "exit status 0 before its tests were through",
+        ),
+        ("check = lambda candidate: None\n" + WRONG.format("return 2"), "failed", "AssertionError"),
+        ("def check(candidate): pass\ncheck.__code__ = None\n" + RIGHT, "failed", "TypeError: __code__ must be set"),
+        (
+            "import builtins\nbuiltins.AssertionError = builtins.Exception = None\n" + WRONG.format("return 2"),
+            "failed",
+            "AssertionError",
+        ),
+        ("import os\nos.write = os._exit = os.getpid = None\n" + WRONG.format("return 2"), "failed", "AssertionError"),
+        ("import os\nos.write = os._exit = os.getpid = None\n" + RIGHT, "passed", ""),
+        ("import os\nos.closerange(0, 64)\n" + RIGHT, "killed", "exit status 120 before its tests were through"),
+        ("input()", "failed", "EOFError: EOF when reading a line"),
+        ("import sys\nassert sys.stdin.read() == ''", "passed", ""),
+        (
+            "import os\nif os.fork() == 0:\n    f = 1\nelse:\n    os.wait()\n    raise Exception('parent')",
+            "failed",
+            "Ex",
+        ),
+        ("def f(): return f()\nf()", "failed", "RecursionError"),
+        ("x = bytearray(10 * 2**30)", "failed", "MemoryError"),
+        ("x = []\nwhile True: x.append(bytes(2**26))", "failed", "MemoryError"),
+        ("for _ in range(200): print('x' * 10**6)\nraise Exception('printed')", "failed", "Exception: printed"),
+        ("import sys\nsys.stderr.write('x' * 10**8)", "passed", ""),
+        ("open('big', 'wb').write(bytes(10**8))", "failed", "OSError: [Errno 27] File too large"),
+        ("files = [open('/dev/null') for _ in range(1000)]", "failed", "OSError: [Errno 24] Too many open files"),
+    ],
+)
+def test_only_a_program_that_ran_to_its_end_passes(sandbox: str, program: str, status: str, message: str) -> None:
+    outcome = run(program, sandbox)
+    assert outcome.status == status
+    assert outcome.message.startswith(message)
+
+
+# Time
+
+
+@BOTH
+def test_endless_programs_are_timed_out(sandbox: str) -> None:
+    programs = ["while True: pass", "10**10**9", "while True:\n    try:\n        while True: pass\n    except: pass"]
+    started = time.monotonic()
+    for outcome in run_programs(programs, sandbox=sandbox, timeout=0.4):
+        assert outcome == Outcome("timed_out", "over 0.4 s of CPU time")
+    assert run("import time; time.sleep(60)", sandbox, timeout=0.2) == Outcome("timed_out", "over 0.8 s on the clock")
+    assert time.monotonic() - started < 20
+
+
+@BOTH
+def test_a_program_cannot_lift_its_time_limits(sandbox: str) -> None:
+    program = (
+        "import resource, signal\n"
+        "for number in (signal.SIGPROF, signal.SIGXCPU, signal.SIGALRM): signal.signal(number, signal.SIG_IGN)\n"
+        "signal.setitimer(signal.ITIMER_PROF, 0)\nwhile True: pass"
+    )
+    assert run(program, sandbox, timeout=0.3) == Outcome("timed_out", "over 1.2 s on the clock")
+    flood = program.replace("while True: pass", "import os\nwhile True:\n    for fd in range(3, 9):\n        try: ")
+    flood += "os.write(fd, b'x' * 4096)\n        except OSError: pass"
+    assert run(flood, sandbox, timeout=0.3) == Outcome("timed_out", "over 1.2 s on the clock")
+    if sandbox == "bwrap":
+        raised = "import resource\nresource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))"
+        assert run(raised) == Outcome("failed", "ValueError: not allowed to raise maximum limit")
+        above = "import resource\nassert resource.getrlimit(resource.RLIMIT_CPU) == (5, 5)"
+        assert run(above, timeout=3.0) == Outcome("passed")
+
+
+@BOTH
+def test_a_loaded_machine_fails_no_right_program(sandbox: str) -> None:
+    """0.5 s of work with a limit of 1 s, while two busy processes for each CPU take most of the clock's time."""
+    work = "import time\nwhile time.process_time() < 0.5: pass\n"
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        assert run_programs([work] * 2, sandbox=sandbox, timeout=1.0, workers=2) == [Outcome("passed")] * 2
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+# Processes
+
+
+@BWRAP
+def test_a_fork_bomb_ends_and_leaves_nothing_behind() -> None:
+    name = f"bomb{os.getpid()}"
+    bomb = named(name) + "while True:\n    try: os.fork()\n    except OSError: pass\n"
+    outcomes: list[Outcome] = []
+    thread = threading.Thread(target=lambda: outcomes.extend(run_programs([bomb], sandbox="bwrap", timeout=0.5)))
+    thread.start()
+    most = 0
+    while thread.is_alive():
+        most = max(most, len(alive(name)))
+        time.sleep(0.02)
+    assert [outcome.status for outcome in outcomes] == ["timed_out"]
+    assert 1 < most <= 16
+    assert ends(name)
+
+
+@BWRAP
+def test_a_fork_bomb_takes_no_process_from_its_neighbours() -> None:
+    bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass\n"
+    forks = (
+        "import os, time\nfor _ in range(5):\n    if os.fork() == 0: os._exit(0)\n    os.wait()\n    time.sleep(0.1)\n"
+    )
+    outcomes = run_programs([bomb, forks], sandbox="bwrap", timeout=1.0, workers=2)
+    assert [outcome.status for outcome in outcomes] == ["timed_out", "passed"]
+
+
+@BOTH
+def test_a_background_child_ends_with_its_program(sandbox: str) -> None:
+    name = f"child{os.getpid()}"
+    started = time.monotonic()
+    program = named(name) + "if os.fork() == 0:\n    time.sleep(60)\nassert len(os.listdir('/proc')) > 0\n"
+    assert run(program, sandbox) == Outcome("passed")
+    assert ends(name)
+    assert time.monotonic() - started < 20
+
+
+@BWRAP
+def test_a_child_in_a_session_of_its_own_ends_too() -> None:
+    name = f"daemon{os.getpid()}"
+    program = named(name) + "if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(60)\n"
+    assert run(program) == Outcome("passed")
+    assert ends(name)
+
+
+@BWRAP
+def test_no_other_process_can_be_killed() -> None:
+    kill = (
+        "import contextlib, os, signal\n"
+        f"for process in (os.getppid(), {os.getpid()}, {os.getppid()}, -1):\n"
+        "    with contextlib.suppress(OSError): os.kill(process, signal.SIGKILL)\n"
+        "assert os.getppid() == 1\n"
+    )
+    neighbour = "import time; time.sleep(1)"
+    assert run_programs([neighbour, kill], sandbox="bwrap", workers=2) == [Outcome("passed")] * 2
+    seen = "import os\nassert len([p for p in os.listdir('/proc') if p.isdigit()]) <= 3, os.listdir('/proc')"
+    assert run(seen) == Outcome("passed")
+
+
+# Files, network, privileges. Without the sandbox the same programs do what they try: the tests can fail.
+
+
+@BWRAP
+def test_nothing_is_written_outside_the_scratch_folder(folder: Path) -> None:
+    target = folder / "written"
+    program = f"open({str(target)!r}, 'w').write('x')"
+    assert run(program).message == f"FileNotFoundError: [Errno 2] No such file or directory: '{target}'"
+    assert not target.exists()
+    assert run(program, sandbox="none") == Outcome("passed")
+    assert target.read_text() == "x"
+    # The same name in the scratch folder is another file.
+    target = Path(f"/tmp/written{os.getpid()}")
+    assert run(f"open({str(target)!r}, 'w').write('x')") == Outcome("passed")
+    assert not target.exists()
+
+
+@BWRAP
+@pytest.mark.parametrize("place", ["/x", "/usr/x", "/etc/x", "/dev/x", "/dev/shm/x", "/proc/x", f"{sys.prefix}/x"])
+def test_every_other_folder_is_read_only(place: str) -> None:
+    outcome = run(f"open({place!r}, 'w')")
+    assert outcome.status == "failed"
+    assert outcome.message.startswith(("OSError: [Errno 30]", "PermissionError: ", "FileNotFoundError: "))
+    assert not Path(place).exists()
+
+
+@BWRAP
+def test_the_scratch_folder_is_small() -> None:
+    program = "for i in range(10):\n    open(f'/tmp/{i}', 'wb').write(bytes(15 * 2**20))"
+    assert run(program) == Outcome("failed", "OSError: [Errno 28] No space left on device")
+
+
+@BWRAP
+def test_nothing_of_the_machine_is_read(folder: Path) -> None:
+    secret = folder / "secret"
+    secret.write_text("secret")
+    secret.chmod(0o644)
+    program = f"assert open({str(secret)!r}).read() == 'secret'"
+    assert run(program).message.startswith("FileNotFoundError")
+    assert run(program, sandbox="none") == Outcome("passed")
+    for path in (secret, Path(__file__), ROOT / "eval" / "sandbox.py", Path("/etc/passwd"), Path("/sys/kernel")):
+        assert path.exists()
+        assert run(f"import os\nos.stat({str(path)!r})").message.startswith("FileNotFoundError"), path
+
+
+@BWRAP
+def test_the_home_directory_holds_at_most_the_python_installation() -> None:
+    home = Path.home()
+    installation = [Path(sys.prefix), Path(sys.base_prefix), Path(sys.executable).resolve()]
+    parts = {path.relative_to(home).parts[0] for path in installation if path.is_relative_to(home)}
+    program = f"import os\nhome = {str(home)!r}\nassert not os.path.exists(home) or set(os.listdir(home)) <= {parts!r}"
+    assert run(program) == Outcome("passed")
+
+
+@BWRAP
+def test_no_connection_leaves_the_sandbox() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.5)
+        port = server.getsockname()[1]
+        program = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=1)"
+        assert run(program).message == "ConnectionRefusedError: [Errno 111] Connection refused"
+        with pytest.raises(TimeoutError):
+            server.accept()
+        assert run(program, sandbox="none") == Outcome("passed")
+        server.accept()[0].close()
+    outside = "import socket\nsocket.create_connection(('192.0.2.1', 80), timeout=1)"
+    assert run(outside).message == "OSError: [Errno 101] Network is unreachable"
+
+
+@BWRAP
+def test_a_program_has_no_privileges() -> None:
+    program = (
+        "import os\nassert os.getuid() > 0 and os.geteuid() > 0 and os.getgid() > 0\n"
+        "status = dict(line.rstrip('\\n').split(':\\t', 1) for line in open('/proc/self/status') if ':\\t' in line)\n"
+        "assert {int(status[c], 16) for c in ('CapPrm', 'CapEff', 'CapAmb')} == {0} and status['NoNewPrivs'] == '1'\n"
+        "try:\n    os.setuid(0)\nexcept OSError:\n    pass\nelse:\n    raise Exception('root')\n"
+        "assert set(os.getgroups()) <= {os.getgid(), 65534}, os.getgroups()\n"
+    )
+    assert run(program) == Outcome("passed")
+
+
+# Other users, other machines
+
+
+@pytest.fixture
+def copy(folder: Path) -> Path:
+    """The sandbox's own files where every user can read them."""
+    for name in ("eval/__init__.py", "eval/sandbox.py", "eval/sandbox_runner.py", "experiments/errors.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    for path in folder.rglob("*"):
+        path.chmod(0o755)
+    return folder
+
+
+@BWRAP
+def test_it_works_for_an_ordinary_user(copy: Path) -> None:
+    """In a user namespace, as everyone but root has it. The other tests run as whoever runs them."""
+    if os.geteuid() != 0:
+        pytest.skip("the other tests already run as an ordinary user")
+
+    def as_nobody(python: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [python, *arguments], user=NOBODY, group=NOBODY, extra_groups=[], cwd=copy, capture_output=True, text=True
+        )
+
+    suitable = "import sys; sys.exit(sys.version_info < (3, 11))"
+    pythons = []
+    for python in (os.path.realpath(sys.executable), "/usr/bin/python3"):
+        with contextlib.suppress(OSError):
+            if as_nobody(python, "-c", suitable).returncode == 0:
+                pythons.append(python)
+    if not pythons:
+        pytest.skip("no Python >= 3.11 that an ordinary user may run")
+    programs = [
+        RIGHT,
+        "import os\nos._exit(0)",
+        "x = bytearray(10 * 2**30)",
+        "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+        f"open({str(copy / 'eval' / 'sandbox.py')!r})",
+        "open('/x', 'w')",
+        "open('/dev/x', 'w')",
+        "import socket\nsocket.create_connection(('192.0.2.1', 80))",
+        "import os\nassert os.getuid() == 65534\nfor p in (os.getppid(), -1):\n    try: os.kill(p, 9)\n"
+        "    except OSError: pass\nassert [l for l in open('/proc/self/status') if l.split() == ['CapEff:', '0' * 16]]",
+        "open('scratch', 'w').write('x')",
+        "for i in range(10):\n    open(f'/tmp/{i}', 'wb').write(bytes(15 * 2**20))",
+        "while True: pass",
+    ]
+    script = (
+        "import json, sys; from eval.sandbox import run_programs; print(json.dumps([[outcome.status, outcome.message] "
+        "for outcome in run_programs(json.loads(sys.argv[1]), sandbox='bwrap', timeout=0.5)]))"
+    )
+    finished = as_nobody(pythons[0], "-c", script, json.dumps(programs))
+    assert finished.returncode == 0, finished.stderr
+    assert [f"{status} {message}"[:35].strip() for status, message in json.loads(finished.stdout)] == [
+        "passed",
+        "killed exit status 0 before its tes",
+        "failed MemoryError",
+        "timed_out over 2 s on the clock",
+        "failed FileNotFoundError: [Errno 2]",
+        "failed OSError: [Errno 30] Read-onl",
+        "failed OSError: [Errno 30] Read-onl",
+        "failed OSError: [Errno 101] Network",
+        "passed",
+        "passed",
+        "failed OSError: [Errno 28] No space",
+        "timed_out over 0.5 s of CPU time",
+    ]
+
+
+@pytest.mark.parametrize("sandbox", ["bwarp", "docker"])
+def test_an_unknown_sandbox_is_refused(fails_with: Fails, sandbox: str) -> None:
+    message = fails_with(lambda: check_sandbox(sandbox))
+    assert message.startswith(f"evaluation.sandbox={sandbox}: ")
+    assert "bwrap" in message
+
+
+def test_a_missing_bubblewrap_is_told_and_nothing_runs(
+    fails_with: Fails, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    target = folder / "ran"
+    monkeypatch.setenv("PATH", str(folder))
+    message = fails_with(lambda: run_programs([f"open({str(target)!r}, 'w')"], sandbox="bwrap"))
+    assert message == (
+        "evaluation.sandbox=bwrap: bwrap is not installed: apt-get install bubblewrap, or evaluation.sandbox=none, "
+        "which runs the programs without protection"
+    )
+    assert not target.exists()
+
+
+@BWRAP
+def test_a_machine_without_namespaces_is_told_and_nothing_runs(folder: Path) -> None:
+    """A process that may make no namespace, as in many containers: bubblewrap itself puts one there."""
+    target = folder / "ran"
+    program = f"open({str(target)!r}, 'w')"
+    script = (
+        "from eval.sandbox import run_programs\nfrom experiments.errors import UserError\n"
+        f"try:\n    run_programs([{program!r}], sandbox='bwrap')\nexcept UserError as error:\n    print(error)"
+    )
+    without = ["bwrap", "--unshare-user", "--disable-userns", "--cap-drop", "ALL", "--dev-bind", "/", "/"]
+    started = time.monotonic()
+    finished = subprocess.run([*without, sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert finished.stdout.startswith("evaluation.sandbox: a program could not be started here: bwrap: "), finished
+    assert "evaluation.sandbox=none, which runs the programs without protection" in finished.stdout
+    assert finished.stdout.count("\n") == 1
+    assert not target.exists()
+    assert time.monotonic() - started < START_LIMIT / 2
+
+
+# HumanEval
+
+
+@BWRAP
+def test_canonical_solutions_pass_and_empty_ones_fail(data_root: Path) -> None:
+    with gzip.open(data_root / "human_eval" / "HumanEval.jsonl.gz", "rt") as lines:
+        problems = [json.loads(line) for line in lines]
+    assert len(problems) == 164
+
+    def programs(completions: list[str]) -> list[str]:
+        return [
+            human_eval_program(problem["prompt"], completion, problem["test"], problem["entry_point"])
+            for problem, completion in zip(problems, completions, strict=True)
+        ]
+
+    canonical = run_programs(programs(["\n" + problem["canonical_solution"] for problem in problems]), sandbox="bwrap")
+    names = [problem["task_id"] for problem in problems]
+    assert [pair for pair in zip(names, canonical, strict=True) if not pair[1].passed] == []
+    empty = run_programs(programs([""] * 164), sandbox="bwrap")
+    assert [name for name, outcome in zip(names, empty, strict=True) if outcome.status != "failed"] == []
