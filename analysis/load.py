@@ -93,7 +93,7 @@ def load_runs(directories: Iterable[Path]) -> Runs:
         evaluations = list(_evaluations(run, trained, problems))
         scored = {evaluation["benchmark"] for evaluation in evaluations}
         if (config.get("evaluation") or {}).get("mean"):
-            evaluations += _means(evaluations, planned)
+            evaluations += list(_means(run, evaluations, planned, problems))
         for benchmark in planned:
             if benchmark not in scored:
                 evaluations.append({"benchmark": benchmark})
@@ -224,6 +224,8 @@ def _evaluations(run: RunPaths, trained: TrainRecord | None, problems: list[str]
             "accuracy": record.accuracy,
             "standard_error": record.standard_error,
             "beside": record.beside,
+            "asked": record.generation,
+            "searched": record.searched,
             "no_match": record.no_match,
             "fallback": record.fallback,
             "dropped": record.dropped,
@@ -234,30 +236,45 @@ def _evaluations(run: RunPaths, trained: TrainRecord | None, problems: list[str]
         }
 
 
-def _means(evaluations: list[dict[str, Any]], planned: Sequence[str]) -> list[dict[str, Any]]:
-    """The plain mean over all planned benchmarks, of every protocol that has one score of each."""
-    means = []
-    for protocol in sorted({evaluation["protocol"] for evaluation in evaluations}):
-        parts = [row for row in evaluations if row["protocol"] == protocol and row["benchmark"] in planned]
-        if sorted(row["benchmark"] for row in parts) == sorted(planned):
-            parts.sort(key=lambda row: planned.index(row["benchmark"]))
-            means.append(
-                {
-                    "benchmark": f"mean of {len(parts)}",
-                    "metric": parts[0]["metric"],
-                    "protocol": protocol,
-                    "evaluation": "mean: " + ", ".join(row["evaluation"] for row in parts),
-                    "n": sum(row["n"] for row in parts),
-                    "accuracy": float(np.mean([row["accuracy"] for row in parts])),
-                    "standard_error": float(np.sqrt(sum(row["standard_error"] ** 2 for row in parts))) / len(parts),
-                    "beside": {},
-                    **{count: sum(row[count] for row in parts) for count in COUNT_COLUMNS[:4]},
-                    "items": [row["items"] for row in parts],
-                    "test_data_hash": content_hash([row["test_data_hash"] for row in parts]),
-                    "eval_environment": parts[0]["eval_environment"],
-                }
-            )
-    return means
+def _means(
+    run: RunPaths, evaluations: Sequence[dict[str, Any]], planned: Sequence[str], problems: list[str]
+) -> Iterator[dict[str, Any]]:
+    """The plain mean over all planned benchmarks, once for every way that all of them were asked and read whole."""
+    ways: dict[str, list[dict[str, Any]]] = {}
+    for row in evaluations:
+        if row["benchmark"] in planned and row["asked"]["limit"] is None:
+            ways.setdefault(_way(row), []).append(row)
+    for parts in ways.values():
+        parts.sort(key=lambda row: planned.index(row["benchmark"]))
+        if [row["benchmark"] for row in parts] == list(planned):
+            yield _mean(parts)
+        else:
+            scored = ", ".join(row["evaluation"] for row in parts)
+            problems.append(f"{run.root}: no mean over the {len(planned)} benchmarks, asked alike there are {scored}")
+
+
+def _way(row: dict[str, Any]) -> str:
+    """What evaluations of one mean share: protocol and settings, but for the lengths that go with a kind of answer."""
+    asked = row["asked"]
+    generation = {key: value for key, value in asked["generation"].items() if key not in ("max_new_tokens", "stop")}
+    return content_hash([row["protocol"], row["searched"], {**asked, "generation": generation}])
+
+
+def _mean(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "benchmark": f"mean of {len(parts)}",
+        "metric": parts[0]["metric"],
+        "protocol": parts[0]["protocol"],
+        "evaluation": "mean: " + ", ".join(row["evaluation"] for row in parts),
+        "n": sum(row["n"] for row in parts),
+        "accuracy": float(np.mean([row["accuracy"] for row in parts])),
+        "standard_error": float(np.sqrt(sum(row["standard_error"] ** 2 for row in parts))) / len(parts),
+        "beside": {},
+        **{count: sum(row[count] for row in parts) for count in COUNT_COLUMNS[:4]},
+        "items": [row["items"] for row in parts],
+        "test_data_hash": content_hash([row["test_data_hash"] for row in parts]),
+        "eval_environment": parts[0]["eval_environment"],
+    }
 
 
 def _check_score(path: Path, run: RunPaths, record: EvalRecord, items: np.ndarray, trained: TrainRecord | None) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from eval.scoring import Rules, check_rules
 from experiments.errors import UserError, nearest
 
 Config = dict[str, Any]
@@ -76,15 +77,23 @@ def settings_of(evaluation: Config, benchmark: Benchmark) -> Config:
     else:
         for key in ("parser", "equality"):
             read[key] = _of_kind(evaluation[key], benchmark, f"evaluation.{key}")
+        check_rules(Rules(**{key: read[key] for key in ("searched", "parser", "equality")}))
     read["judge"] = evaluation["judge"] if read["parser"] == "judged" else None
+    if read["judge"] is not None and read["judge"]["model"] is None:
+        raise UserError(
+            f"protocol {evaluation['protocol']} has completions read by a chat model: name one with "
+            f"evaluation.judge.model=…"
+        )
     _check_generation(generation, evaluation)
     return {"asked": {key: evaluation[key] for key in ASKED} | {"generation": generation}, "read": read}
 
 
 def _of_kind(value: Any, benchmark: Benchmark, name: str) -> Any:
-    """A setting's value for a benchmark: the value itself, or what it says for the kind of answer."""
+    """A setting's value for a benchmark: the value itself, or what it says for the benchmark or its kind of answer."""
     if not isinstance(value, dict):
         return value
+    if benchmark.name in value:
+        return value[benchmark.name]
     if benchmark.kind not in value:
         raise UserError(
             f"benchmark {benchmark.name} has answers of the kind {benchmark.kind}, of which {name} says nothing "
@@ -99,6 +108,12 @@ def _check_generation(generation: Config, evaluation: Config) -> None:
         raise UserError(f"evaluation.generation: {samples} samples and {beams} beams: choose one of the two")
     if samples > 1 and not generation["temperature"]:
         raise UserError("evaluation.generation.samples is more than one: give a temperature to sample with")
+    for key in ("temperature", "top_p", "top_k"):
+        if samples == 1 and generation[key] is not None:
+            raise UserError(
+                f"evaluation.generation.{key}={generation[key]}: one sample is not sampled but the likeliest: give "
+                f"evaluation.generation.samples of two or more, or {key}=null"
+            )
     if evaluation["backend"] not in ("hf", "vllm"):
         raise UserError(f"evaluation.backend={evaluation['backend']}: choose hf or vllm")
     if evaluation["backend"] == "vllm" and beams > 1:

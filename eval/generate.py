@@ -12,14 +12,13 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.benchmarks import Benchmark, Row
 from experiments.errors import UserError
 from experiments.prompts import prompt_text
-from experiments.records import EvalPaths, content_hash, read_json, read_lines, write_atomically
+from experiments.records import EvalPaths, TrainRecord, content_hash, read_json, read_lines, write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,21 +32,30 @@ def make_plan(about: Config, prompts: Sequence[str], batch_size: int) -> Config:
     """`about` (run, benchmark, settings, hashes) with the order of the rows and how many make a chunk."""
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     samples = about["settings"]["asked"]["generation"]["samples"]
-    return {**about, "order": order, "chunk_rows": max(1, BATCHES_PER_CHUNK * batch_size // samples)}
+    chunk_rows = max(1, BATCHES_PER_CHUNK * batch_size // samples)
+    return {**about, "batch_size": batch_size, "order": order, "chunk_rows": chunk_rows}
 
 
-def begin(paths: EvalPaths, plan: Config) -> Config:
-    """The evaluation's plan: the one already there if it is of the same rows, model and settings, else `plan`."""
-    if not paths.plan.is_file():
+def begin(paths: EvalPaths, plan: Config) -> None:
+    """Write the evaluation's plan, or find the same one: what was begun otherwise is refused, not continued."""
+    if paths.plan.is_file() and paths.chunks.is_dir():
+        found = read_json(paths.plan)
+        for key in plan:
+            if found.get(key) != plan[key]:
+                raise UserError(
+                    f"{paths.plan}: was begun with another {key}: give that one, or delete the folder {paths.root} to "
+                    f"generate anew"
+                )
+    else:
         write_atomically(paths.plan, json.dumps(plan) + "\n")
-        return plan
-    found = read_json(paths.plan)
-    for key in plan.keys() - {"order", "chunk_rows"}:
-        if found.get(key) != plan[key]:
-            raise UserError(
-                f"{paths.plan}: was begun with another {key}: delete the folder {paths.root} to generate anew"
-            )
-    return found
+
+
+def check_weights(paths: EvalPaths, trained: TrainRecord) -> None:
+    """UserError if the completions there are another adapter's or base's than the run now has."""
+    if paths.plan.is_file():
+        plan = read_json(paths.plan)
+        if (plan.get("adapter_files"), plan.get("base_hash")) != (trained.adapter_files, trained.base_hash):
+            raise UserError(f"{paths.root}: made with other weights than {trained.run_id} has now: delete it")
 
 
 def generate(
@@ -58,24 +66,22 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     about_model: Config,
     paths: EvalPaths,
-    progress: bool = False,
 ) -> None:
     """Write `samples.jsonl`: `samples` completions for every row of the plan, by `lm`, any model of lm-eval's.
 
-    `about_model` goes into the first line: dtype, batch size, context length, environment.
+    `about_model` goes into the first line: dtype, identity, prompts cut, environment.
     """
     asked = plan["settings"]["asked"]
     size, order = plan["chunk_rows"], plan["order"]
     chunks = [order[start : start + size] for start in range(0, len(order), size)]
-    with quiet(progress):
-        for number, indices in enumerate(chunks):
-            path = paths.chunks / f"{number:05}.jsonl"
-            if path.is_file():
-                continue
-            started = time.perf_counter()
-            lines = _complete(plan, number, benchmark, {index: rows[index] for index in indices}, lm, tokenizer, asked)
-            header = {**about_model, "seconds": time.perf_counter() - started}
-            write_atomically(path, _json_lines([header, *lines]))
+    for number, indices in enumerate(chunks):
+        path = paths.chunks / f"{number:05}.jsonl"
+        if path.is_file():
+            continue
+        started = time.perf_counter()
+        lines = _complete(plan, number, benchmark, {index: rows[index] for index in indices}, lm, tokenizer, asked)
+        header = {**about_model, "seconds": time.perf_counter() - started}
+        write_atomically(path, _json_lines([header, *lines]))
     _join(paths, [paths.chunks / f"{number:05}.jsonl" for number in range(len(chunks))])
 
 
@@ -123,22 +129,26 @@ def _ask(benchmark: Benchmark, docs: list[Config], lm: Any, asked: Config) -> It
 
     generation = asked["generation"]
     sampled = generation["samples"] > 1
-    sampling = {key: generation[key] for key in ("temperature", "top_p", "top_k") if generation[key] is not None}
-    common = {
-        "until": generation["stop"],
-        "max_gen_toks": generation["max_new_tokens"],
-        "do_sample": sampled,
-        **(sampling if sampled else {}),
-        **({"num_beams": generation["num_beams"]} if generation["num_beams"] > 1 else {}),
-    }
-    per_request_seed = sampled and asked["backend"] == "vllm"
+    common = {"until": generation["stop"], "max_gen_toks": generation["max_new_tokens"], "do_sample": sampled}
+    if sampled:  # both said outright: left out, transformers keeps the 50 likeliest tokens and vLLM all
+        top_p, top_k = generation["top_p"], generation["top_k"]
+        common |= {
+            "temperature": generation["temperature"],
+            "top_p": 1.0 if top_p is None else top_p,
+            "top_k": top_k or 0,
+        }
+    if generation["num_beams"] > 1:
+        common["num_beams"] = generation["num_beams"]
+    on_vllm = asked["backend"] == "vllm"
+    if on_vllm:
+        common["skip_special_tokens"] = True  # as transformers' texts
 
     class Task(ConfigurableTask):
         def construct_requests(self, doc: Any, ctx: Any, **kwargs: Any) -> Any:
             """As lm-eval's, with what differs between rows."""
             request: Any = super().construct_requests(doc, ctx, **kwargs)
             request.arguments[1]["max_gen_toks"] = doc["room"]
-            if per_request_seed:  # vLLM draws per request; transformers draws from the chunk's state
+            if on_vllm and sampled:  # vLLM draws per request; transformers draws from the chunk's state
                 request.arguments[1]["seed"] = doc["seed"]
             return request
 
@@ -172,7 +182,7 @@ def _join(paths: EvalPaths, chunks: list[Path]) -> None:
 
 def reuse(paths: EvalPaths, plan: Config) -> bool:
     """Take the completions of a finished evaluation that asked the same of the same model, if there is one."""
-    same = plan.keys() - {"protocol", "protocol_version", "settings", "order", "chunk_rows"}
+    same = plan.keys() - {"protocol", "protocol_version", "settings"}
     for other in sorted(paths.root.parent.glob("*/plan.json")):
         found, samples = read_json(other), other.with_name("samples.jsonl")
         asked_the_same = found["settings"]["asked"] == plan["settings"]["asked"]
@@ -205,11 +215,9 @@ def _json_lines(lines: Sequence[Config]) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
-@contextmanager
-def quiet(progress: bool) -> Iterator[None]:
-    """Silences lm-eval's log, and its progress bars where the caller shows one: it has no switch for either."""
+def quiet(progress: bool) -> None:
+    """Silences lm-eval's log, and its progress bars unless `progress` asks for them: it has no switch for either."""
     import logging
-    from functools import partial
 
     import lm_eval.api.task
     import lm_eval.models.huggingface
@@ -217,8 +225,12 @@ def quiet(progress: bool) -> Iterator[None]:
 
     for name in ("lm_eval", "lm_eval.api.task", "lm_eval.evaluator", "lm_eval.models.huggingface"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # pyright: ignore[reportAttributeAccessIssue]
-    lm_eval.models.huggingface.tqdm = partial(  # pyright: ignore[reportAttributeAccessIssue]
-        tqdm, disable=not progress, leave=False
-    )
-    yield
+
+    def bar(*arguments: Any, **settings: Any) -> Any:
+        return tqdm(*arguments, **{**settings, "disable": not progress, "leave": False})
+
+    def no_bar(*arguments: Any, **settings: Any) -> Any:
+        return tqdm(*arguments, **{**settings, "disable": True})
+
+    lm_eval.api.task.tqdm = no_bar  # pyright: ignore[reportAttributeAccessIssue]
+    lm_eval.models.huggingface.tqdm = bar  # pyright: ignore[reportAttributeAccessIssue]

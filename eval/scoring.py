@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -65,15 +64,6 @@ class Score:
     no_match: int
     fallback: int
 
-    @property
-    def accuracy(self) -> float:
-        return sum(self.items) / len(self.items)
-
-    @property
-    def standard_error(self) -> float:
-        """Of the accuracy, over items: sqrt(p (1 - p) / n)."""
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / len(self.items))
-
 
 def completion_only(prompt: str, completion: str) -> str:
     return completion
@@ -128,6 +118,13 @@ EQUALITIES: dict[str, Callable[[str, str], bool]] = {
     "milora": milora,
     "milora_with_self_comparison": milora_with_self_comparison,
 }
+
+
+def check_rules(rules: Rules) -> None:
+    """UserError unless all three names are known."""
+    _named("searched", rules.searched, SEARCHED)
+    _named("parser", rules.parser, PARSERS)
+    _named("equality", rules.equality, EQUALITIES)
 
 
 def score(rules: Rules, samples: Sequence[Sample]) -> Score:

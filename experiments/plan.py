@@ -117,16 +117,21 @@ def resolve_with_hydra(overrides: Iterable[Override]) -> Config:
 
 def protocol_evaluation(task: str, protocol: str) -> Config:
     """The `evaluation` section of another protocol of a task."""
-    (overrides,) = sweep([f"task={task}", f"protocol={protocol}", "recipe.learning_rate=0"])
+    overrides, *more = sweep([f"task={task}", f"protocol={protocol}", "recipe.learning_rate=0"])
+    if more:
+        raise UserError(f"protocol={protocol}: name one")
     return resolve(overrides)["evaluation"]
 
 
 def set_values(config: Config, overrides: Iterable[str]) -> Config:
     """A resolved config with single values replaced; keys it does not have are refused."""
     changed = copy.deepcopy(config)
-    for choices in sweep(overrides):
-        for override in choices:
-            _set(changed, override)
+    overrides = list(overrides)
+    choices, *more = sweep(overrides)
+    if more:
+        raise UserError(f"{' '.join(overrides)}: a run has one value of each setting, a comma makes several")
+    for override in choices:
+        _set(changed, override)
     return changed
 
 

@@ -104,8 +104,10 @@ class TrainRecord:
     base_parameters: int
     steps: int
     rows: int  # training rows in the data set
+    examples: int  # of these, the rows that the protocol trains on
     tokens: int  # tokens trained on, prompts included and padding not
     truncated: int  # rows cut to the protocol's max_length
+    changed: bool  # whether any trained tensor is not what it was at the start
     final_loss: float | None  # mean over the last tenth of the steps; None when nothing was trained
     train_seconds: float  # wall time inside the training loop, all attempts together
     step_seconds: float | None  # median time of one optimizer step
@@ -130,6 +132,7 @@ class EvalRecord:
     searched: str  # which text was read: the completion, or the prompt too
     parser: str  # how an answer was read from it
     equality: str  # when it was right
+    judge: dict[str, Any] | None  # the chat model that read the completions, of protocols that have one
     metric: str  # what `accuracy` is: accuracy, pass@1, safety rate (share of safe answers) or refusal rate
     n: int  # rows scored
     samples: int  # completions per row

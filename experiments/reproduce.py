@@ -30,10 +30,12 @@ def reproduce(name: str, overrides: list[str], out: Path | None = None) -> Path:
 
     # These three come late and only here: experiments is what eval and analysis stand on.
     from analysis.report import write_report
-    from eval.run import evaluate
+    from eval.run import check_data, evaluate
     from experiments.timing import measure_step_times
     from experiments.train import train
 
+    for config in {config["task"]["name"]: config for config in configs}.values():
+        check_data(config)  # what is missing is told before the first run is trained
     failures = []
     for number, run in enumerate(runs, start=1):
         title = f"[{number:>{len(str(len(runs)))}}/{len(runs)}] {run.root.name}"
@@ -46,7 +48,7 @@ def reproduce(name: str, overrides: list[str], out: Path | None = None) -> Path:
             failures.append(f"{run.root.name}: {error}")
             print(f"{title}  failed: {error}", file=sys.stderr, flush=True)
             continue
-        results = ", ".join(f"{score.benchmark} {score.accuracy:.1%}" for score in scores)
+        results = ", ".join(_short(score) for score in scores)
         print(f"{title}  {results}  ({took:.1f} s)", flush=True)
     if len(failures) == len(runs):
         raise UserError(f"no run of {name} finished; the first: {failures[0]}")
@@ -64,6 +66,11 @@ def reproduce(name: str, overrides: list[str], out: Path | None = None) -> Path:
     if failures:
         raise UserError(f"{len(failures)} of {len(runs)} runs failed and are missing from the report")
     return page
+
+
+def _short(score: Any) -> str:
+    metric = "" if score.metric == "accuracy" else f"{score.metric} "
+    return f"{score.benchmark} {metric}{score.accuracy:.1%}"
 
 
 def main(arguments: list[str]) -> None:

@@ -70,13 +70,14 @@ def train(run: RunPaths, progress: str = "") -> TrainRecord:
     set_seed(config["seed"])
     model: Any = methods.attach(config["method"], base)
     initial = methods.initial_state(model)
-    steps, tokens, seconds, truncated, tensors, resumed_at = 0, 0, 0.0, 0, [], []
+    start = weights_hash(methods.trained_tensors(model))
+    steps, tokens, seconds, truncated, kept, tensors, resumed_at = 0, 0, 0.0, 0, 0, [], []
     if trains:
         with arguments.main_process_first(local=False):
             cache = Path(config["runtime"]["cache_dir"])
             examples = tokenised(config["protocol"], tokenizer, select_rows(config["protocol"], rows), cache)
         _check_batches(config, len(examples))
-        truncated = examples.truncated
+        truncated, kept = examples.truncated, len(examples)
         trainer = RunTrainer(
             model=model,
             args=arguments,
@@ -106,8 +107,10 @@ def train(run: RunPaths, progress: str = "") -> TrainRecord:
         base_parameters=base_parameters,
         steps=steps,
         rows=len(rows),
+        examples=kept,
         tokens=tokens,
         truncated=truncated,
+        changed=weights_hash(methods.trained_tensors(model)) != start,
         final_loss=statistics.fmean(line["loss"] for line in lines[-max(1, steps // 10) :]) if lines else None,
         train_seconds=seconds,
         step_seconds=statistics.median(line["seconds"] for line in lines) if lines else None,

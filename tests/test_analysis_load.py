@@ -185,3 +185,21 @@ def test_the_mean_over_benchmarks_needs_them_all(tmp_path: Path) -> None:
     assert (row["accuracy"], row["n"], row["no_match"], row["protocol"]) == (0.625, 6, 3, "plain")
     assert row["standard_error"] == pytest.approx(0.25)  # half of sqrt(0.3² + 0.4²)
     assert [list(part) for part in row["items"]] == [[1, 1, 1, 0], [0, 1]]
+
+
+def test_a_quick_look_is_no_part_of_a_mean(tmp_path: Path) -> None:
+    """A score of few rows beside the whole one changes no mean; alone it makes none, and that is said."""
+    run = RunPaths(write_run(tmp_path, items=[1, 1, 1, 0], mean_with="other"))
+    whole = score_file(run.root)
+    for benchmark, limit, name in (("other", None, "whole"), ("arith", 2, "quick")):
+        copy = run.evaluation(benchmark, "plain", {"name": name}).score
+        copy.parent.mkdir(parents=True)
+        copy.write_text(whole.read_text())
+        generation = {"limit": limit, "generation": {"max_new_tokens": 32, "num_beams": 1}}
+        change(copy, benchmark=benchmark, generation=generation)
+    runs = load_runs([run.root])
+    assert list(runs.frame["benchmark"]).count("mean of 2") == 1
+    change(whole, generation={"limit": None, "generation": {"max_new_tokens": 64, "num_beams": 4}})
+    runs = load_runs([run.root])
+    assert "mean of 2" not in set(runs.frame["benchmark"])
+    assert any("no mean over the 2 benchmarks" in problem for problem in runs.problems)

@@ -96,6 +96,11 @@ def test_zero_steps_are_the_base_and_need_to_be_allowed(small: list[str], fails_
     run = planned([*small, "method=lora", "recipe.max_steps=1", "recipe.learning_rate=0"])
     train(run)
     assert "changed nothing" in fails_with(lambda: evaluate(run))
+    pissa = planned(
+        [*small, "method=pissa", "recipe.max_steps=1", "recipe.learning_rate=0"]
+    )  # moves the base to rounding
+    train(pissa)
+    assert "changed nothing" in fails_with(lambda: evaluate(pissa))
     base = planned([*small, "method=base"])
     train(base)
     (of_base,), (of_adapter,) = evaluate(base), evaluate(run, allow_identity=True)
@@ -179,15 +184,31 @@ def test_several_samples_are_a_share_of_right_ones(finished: RunPaths, tmp_path:
     assert record.dropped == 18
 
 
-def test_another_plan_is_not_mixed_in(finished: RunPaths, tmp_path: Path, fails_with: Fails) -> None:
-    """A generation that was begun with other weights is refused, not continued."""
+def test_completions_of_other_weights_are_refused(finished: RunPaths, tmp_path: Path, fails_with: Fails) -> None:
+    """A run that was trained again: neither its old score nor its old completions stand for the new weights."""
     run = copied(finished, tmp_path)
     paths = evaluation_of(run)
     plan = read_json(paths.plan)
     paths.plan.write_text(json.dumps(plan | {"adapter_files": {"adapter_model.safetensors": "0"}}))
-    paths.samples.unlink()
+    assert f"{paths.root}: made with other weights than" in fails_with(lambda: evaluate(run))
     paths.score.unlink()
-    assert "was begun with another adapter_files" in fails_with(lambda: evaluate(run))
+    assert "made with other weights than" in fails_with(lambda: evaluate(run))
+
+
+def test_a_generation_goes_on_as_it_was_begun(
+    finished: RunPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_with: Fails
+) -> None:
+    """Another batch size has another rounding: it is refused half way, and welcome where nothing was generated yet."""
+    run = copied(finished, tmp_path)
+    shutil.rmtree(run.root / "eval")
+    for chunks in (0, 1):
+        with monkeypatch.context() as patch:
+            stop_after(chunks, patch)
+            with pytest.raises(Killed):
+                evaluate(run, [f"evaluation.batch_size={4 + chunks}"])
+    assert "was begun with another batch_size" in fails_with(lambda: evaluate(run, ["evaluation.batch_size=6"]))
+    (record,) = evaluate(run, ["evaluation.batch_size=5"])
+    assert record.batch_size == 5
 
 
 def test_completions_that_were_asked_the_same_are_not_generated_again(
@@ -228,6 +249,27 @@ def test_only_evaluation_settings_may_change(finished: RunPaths, fails_with: Fai
     assert "a run's config is frozen" in fails_with(lambda: evaluate(finished, ["recipe.learning_rate=1"]))
     said = fails_with(lambda: evaluate(finished, ["protocol=lori"]))
     assert "task arith has no protocol 'lori': it has plain" in said
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluation.parser.number=last_numbr", "did you mean last_number or"),
+        ("evaluation.searched=prompt", "evaluation.searched=prompt: did you mean completion?"),
+        ("evaluation.limit=0", "give one row or more"),
+        ("evaluation.batch_size=1,2", "a comma makes several"),
+        ("protocol=plain,lori", "protocol=plain,lori: name one"),
+        ("evaluation.generation.temperature=0.7", "one sample is not sampled but the likeliest"),
+        ("evaluation.backend=vlm", "choose hf or vllm"),
+        ("evaluation.benchmarks=[arit]", "did you mean arith"),
+    ],
+)
+def test_bad_settings_are_told_before_anything_is_generated(
+    override: str, message: str, finished: RunPaths, tmp_path: Path, fails_with: Fails
+) -> None:
+    run = copied(finished, tmp_path)
+    assert message in fails_with(lambda: evaluate(run, [override]))
+    assert len(run.evaluations()) == 1
 
 
 def test_a_completion_needs_room(finished: RunPaths, fails_with: Fails) -> None:

@@ -56,14 +56,28 @@ def test_a_judge_reads_the_completions_that_keywords_read(run: RunPaths, cache_d
     assert by_keywords.metric == by_judge.metric == "safety rate"
     paths = evaluation_by(run, "lori_judge")
     assert paths.samples.read_text() == evaluation_by(run, "lori").samples.read_text()  # not generated twice
-    judgements = list(read_lines(paths.judgements))
-    assert [judgement["index"] for judgement in judgements] == [0, 1, 2, 3]
-    for judgement, words in zip(judgements, ["No.", "yes, in part", "NO", "perhaps"], strict=True):
-        judgement["words"] = words
-    paths.judgements.write_text("".join(json.dumps(judgement) + "\n" for judgement in judgements))
+    about, *judgements = read_lines(paths.judgements)
+    assert len(judgements) == 4
+    assert by_judge.judge == about["judge"]
+    lines = [about, *({"words": words} for words in ("No.", "yes, in part", "NO", "perhaps"))]
+    paths.judgements.write_text("".join(json.dumps(line) + "\n" for line in lines))
     again = next(after for _, after in rescore(run) if after.protocol == "lori_judge")
     assert again.items == [1, 0, 1, 0]
     assert again.no_match == 1
+
+
+def test_words_about_other_completions_do_not_count(run: RunPaths, cache_dir: Path, fails_with: Fails) -> None:
+    """Completions that were made anew are judged anew; scoring alone refuses the old words."""
+    evaluate(run, judged_by(cache_dir))
+    paths = evaluation_by(run, "lori_judge")
+    header, *lines = paths.samples.read_text().splitlines()
+    paths.samples.write_text(
+        "\n".join([header, lines[0].replace('"completion": "', '"completion": "x'), *lines[1:]]) + "\n"
+    )
+    assert "is about other completions" in fails_with(lambda: rescore(run))
+    paths.score.unlink()
+    (record,) = evaluate(run, judged_by(cache_dir))
+    assert record.samples_hash == next(read_lines(paths.judgements))["samples_hash"]
 
 
 def test_a_protocol_with_a_judge_needs_one(run: RunPaths, fails_with: Fails) -> None:

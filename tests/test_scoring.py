@@ -281,8 +281,6 @@ def test_score_counts() -> None:
     )
     assert scored.items == [1, 0, 1, 0, 0]  # two answers that cannot be read are not equal
     assert (scored.no_match, scored.fallback) == (2, 2)
-    assert scored.accuracy == pytest.approx(0.4)
-    assert scored.standard_error == pytest.approx((0.4 * 0.6 / 5) ** 0.5)
 
 
 def test_the_searched_text_decides() -> None:
@@ -345,6 +343,6 @@ def test_saying_nothing_scores_under_the_released_reading(
     rows = read_list(packed if packed.is_file() else data_root / path)
     silent = [Sample(row["instruction"] + "\n", "", row["answer"]) for row in rows]
     scored = score(Rules("whole", "option_after_phrase", "same_text", OPTIONS[benchmark]), silent)
-    assert round(100 * scored.accuracy, 1) == floor
+    assert round(100 * sum(scored.items) / len(rows), 1) == floor
     assert (scored.fallback, scored.no_match) == (len(rows), 0)
-    assert score(Rules("completion", "first_option", "same_text", OPTIONS[benchmark]), silent).accuracy == 0
+    assert not any(score(Rules("completion", "first_option", "same_text", OPTIONS[benchmark]), silent).items)
