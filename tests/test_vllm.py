@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from eval.run import evaluate
-from experiments.plan import plan, write_runs
 from experiments.records import EvalRecord, RunPaths, read_lines, read_record
 from experiments.train import train
-from tests.conftest import SMALL
+from tests.conftest import SMALL, planned
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBLEMS = 24
@@ -27,56 +26,60 @@ def vllm_python() -> str:
     return path
 
 
-def samples(run: RunPaths, backend: str) -> tuple[list[str], EvalRecord]:
+def score_on_vllm(python: str, run: RunPaths, *overrides: str) -> None:
+    done = subprocess.run(
+        [python, "-m", "eval.run", str(run.root), "evaluation.backend=vllm", *overrides],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def evaluations(run: RunPaths) -> dict[tuple[str, str, int], tuple[list[str], EvalRecord]]:
+    """(back end, benchmark, samples per row) -> completions and record."""
+    found = {}
     for paths in run.evaluations():
         record = read_record(paths.score, EvalRecord)
-        if record.backend == backend:
-            _, *lines = read_lines(paths.samples)
-            return [line["completion"] for line in lines], record
-    raise AssertionError(f"no {backend} evaluation in {run.root}")
+        _, *lines = read_lines(paths.samples)
+        found[record.backend, record.benchmark, record.samples] = [line["completion"] for line in lines], record
+    return found
 
 
 @pytest.mark.slow
 def test_both_back_ends_write_the_same_answers(
     vllm_python: str, tmp_path: Path, cache_dir: Path, data_root: Path
 ) -> None:
-    """Greedy GSM8K answers of the merged tiny model by both, asked by the metamath protocol (MetaMathQA's)."""
+    """Greedy answers to GSM8K and MATH by the merged tiny model, asked by the metamath protocol; then sampled ones."""
     arguments = [
         *(argument for argument in SMALL if not argument.startswith("task.")),
-        *(
-            "task=metamathqa",
-            "protocol=metamath",
-            "task.data.source=gsm8k",
-            "method=diablo",
-            "method.adapter.num_blocks=4",
-            "recipe.learning_rate=1e-2",
-        ),
-        *("recipe.max_steps=4", "evaluation.generation.max_new_tokens=32", f"evaluation.limit={PROBLEMS}"),
-        *("evaluation.benchmarks=[gsm8k]", f"runtime.data_root={data_root}"),
-        *(f"runtime.runs_dir={tmp_path / 'runs'}", f"runtime.cache_dir={cache_dir}"),
+        *("task=metamathqa", "protocol=metamath", "task.data.source=gsm8k"),  # MetaMathQA itself is large
+        *("method=diablo", "method.adapter.num_blocks=4", "recipe.learning_rate=1e-2", "recipe.max_steps=4"),
+        *("protocol.max_length=256", "evaluation.generation.max_new_tokens=32", f"evaluation.limit={PROBLEMS}"),
         # vLLM's attention on a CPU takes heads of 32, 64 …, and those of `tiny` are 24 wide.
         *("model.architecture.num_attention_heads=3", "model.architecture.num_key_value_heads=1"),
-        "protocol.max_length=256",
+        *(f"runtime.data_root={data_root}", f"runtime.runs_dir={tmp_path}", f"runtime.cache_dir={cache_dir}"),
     ]
-    (run,) = write_runs(plan(arguments))
+    run = planned(arguments)
     train(run)
     evaluate(run)
-    environment = {**os.environ, "VIRTUAL_ENV": str(Path(vllm_python).parent.parent), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [vllm_python, "-m", "eval.run", str(run.root), "evaluation.backend=vllm"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    theirs, their_record = samples(run, "vllm")
-    ours, our_record = samples(run, "hf")
-    assert len(ours) == len(theirs) == PROBLEMS
-    assert any(ours)
-    # Float32 rounding differs between the two; a near tie may fall the other way once, and all that follows with it.
-    same = sum(one == other for one, other in zip(ours, theirs, strict=True))
-    assert same >= PROBLEMS - 2, [(a, b) for a, b in zip(ours, theirs, strict=True) if a != b]
-    assert their_record.data_hash == our_record.data_hash
+    score_on_vllm(vllm_python, run)
+    sampled = ["evaluation.generation.samples=3", "evaluation.generation.temperature=1.0", "evaluation.limit=4"]
+    score_on_vllm(vllm_python, run, *sampled, "evaluation.benchmarks=[gsm8k]")
+    found = evaluations(run)
+    for benchmark in ("gsm8k", "math"):
+        ours, our_record = found["hf", benchmark, 1]
+        theirs, their_record = found["vllm", benchmark, 1]
+        assert len(ours) == len(theirs) == PROBLEMS
+        assert any(ours)
+        # Float32 rounding differs between the two; a near tie may fall the other way, and all that follows with it.
+        same = sum(one == other for one, other in zip(ours, theirs, strict=True))
+        assert same >= PROBLEMS - 2, [pair for pair in zip(ours, theirs, strict=True) if pair[0] != pair[1]]
+        assert their_record.data_hash == our_record.data_hash
+        assert "vllm" in " ".join(their_record.environment)
+    texts, _ = found["vllm", "gsm8k", 3]
+    assert len(texts) == 12
+    assert any(len(set(texts[start : start + 3])) > 1 for start in range(0, 12, 3))  # a seed of its own for each sample
     assert not list(run.root.glob(".merged-*"))  # the exported model is gone
