@@ -66,22 +66,27 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     about_model: Config,
     paths: EvalPaths,
+    progress: bool,
 ) -> None:
     """Write `samples.jsonl`: `samples` completions for every row of the plan, by `lm`, any model of lm-eval's.
 
     `about_model` goes into the first line: dtype, identity, prompts cut, environment.
     """
+    from tqdm import tqdm
+
     asked = plan["settings"]["asked"]
     size, order = plan["chunk_rows"], plan["order"]
     chunks = [order[start : start + size] for start in range(0, len(order), size)]
-    for number, indices in enumerate(chunks):
-        path = paths.chunks / f"{number:05}.jsonl"
-        if path.is_file():
-            continue
-        started = time.perf_counter()
-        lines = _complete(plan, number, benchmark, {index: rows[index] for index in indices}, lm, tokenizer, asked)
-        header = {**about_model, "seconds": time.perf_counter() - started}
-        write_atomically(path, _json_lines([header, *lines]))
+    with tqdm(total=len(order), desc=benchmark.name, unit="row", leave=False, disable=not progress) as bar:
+        for number, indices in enumerate(chunks):
+            path = paths.chunks / f"{number:05}.jsonl"
+            if not path.is_file():
+                started = time.perf_counter()
+                part = {index: rows[index] for index in indices}
+                lines = _complete(plan, number, benchmark, part, lm, tokenizer, asked)
+                header = {**about_model, "seconds": time.perf_counter() - started}
+                write_atomically(path, _json_lines([header, *lines]))
+            bar.update(len(indices))
     _join(paths, [paths.chunks / f"{number:05}.jsonl" for number in range(len(chunks))])
 
 
@@ -215,8 +220,8 @@ def _json_lines(lines: Sequence[Config]) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
-def quiet(progress: bool) -> None:
-    """Silences lm-eval's log, and its progress bars unless `progress` asks for them: it has no switch for either."""
+def quiet() -> None:
+    """Silences lm-eval's log and its progress bars, for which it has no switch."""
     import logging
 
     import lm_eval.api.task
@@ -226,11 +231,9 @@ def quiet(progress: bool) -> None:
     for name in ("lm_eval", "lm_eval.api.task", "lm_eval.evaluator", "lm_eval.models.huggingface"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
-    def bar(*arguments: Any, **settings: Any) -> Any:
-        return tqdm(*arguments, **{**settings, "disable": not progress, "leave": False})
+    class NoBar(tqdm):
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **{**settings, "disable": True})
 
-    def no_bar(*arguments: Any, **settings: Any) -> Any:
-        return tqdm(*arguments, **{**settings, "disable": True})
-
-    lm_eval.api.task.tqdm = no_bar  # pyright: ignore[reportAttributeAccessIssue]
-    lm_eval.models.huggingface.tqdm = bar  # pyright: ignore[reportAttributeAccessIssue]
+    lm_eval.api.task.tqdm = NoBar  # pyright: ignore[reportAttributeAccessIssue]
+    lm_eval.models.huggingface.tqdm = NoBar  # pyright: ignore[reportAttributeAccessIssue]

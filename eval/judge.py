@@ -18,7 +18,7 @@ Config = dict[str, Any]
 BATCH_SIZE = 16
 
 
-def judge(settings: Config, paths: EvalPaths, device: str, progress: bool) -> None:
+def judge(settings: Config, paths: EvalPaths, device: str) -> None:
     """Write `judgements.jsonl`: a first line about the judge and the completions, then its words on each of them."""
     about = {"judge": settings, "samples_hash": file_hash(paths.samples)}
     if paths.judgements.is_file() and next(read_lines(paths.judgements), None) == about:
@@ -27,7 +27,7 @@ def judge(settings: Config, paths: EvalPaths, device: str, progress: bool) -> No
 
     from eval.generate import quiet
 
-    quiet(progress)
+    quiet()
     _, *lines = read_lines(paths.samples)
     lm, tokenizer = _model(settings, device)
     requests = [

@@ -60,13 +60,13 @@ def evaluate(
         @cache
         def model() -> tuple[Scored, Any]:
             """The run's model and what asks it, made once, where something is to be generated."""
-            quiet(progress)
+            quiet()
             scored = load(config, run, trained, allow_identity)
             return scored, lm or stack.enter_context(language_model(config, run, scored))
 
         for benchmark, settings, paths in missing:
-            _generate(config, trained, benchmark, settings, rows[benchmark.name], paths, model)
-    return [_score(config, settings, paths, progress) for _, settings, paths in wanted]
+            _generate(config, trained, benchmark, settings, rows[benchmark.name], paths, model, progress)
+    return [_score(config, settings, paths) for _, settings, paths in wanted]
 
 
 def check_data(config: Config) -> None:
@@ -100,6 +100,7 @@ def _generate(
     rows: list[Row],
     paths: EvalPaths,
     model: Callable[[], tuple[Scored, Any]],
+    progress: bool,
 ) -> None:
     evaluation = config["evaluation"]
     about = {
@@ -127,14 +128,14 @@ def _generate(
         "cut_prompts": check_room(plan, prompts, scored.tokenizer, scored.context),
         "environment": environment(str(resolve_device(config["runtime"]["device"]))),
     }
-    generate(plan, benchmark, rows, lm, scored.tokenizer, about_model, paths)
+    generate(plan, benchmark, rows, lm, scored.tokenizer, about_model, paths, progress)
 
 
-def _score(config: Config, settings: Config, paths: EvalPaths, progress: bool) -> EvalRecord:
+def _score(config: Config, settings: Config, paths: EvalPaths) -> EvalRecord:
     if paths.score.is_file():
         return read_record(paths.score, EvalRecord)
     if settings["read"]["judge"] is not None:
-        judge(settings["read"]["judge"], paths, str(resolve_device(config["runtime"]["device"])), progress)
+        judge(settings["read"]["judge"], paths, str(resolve_device(config["runtime"]["device"])))
     return score_samples(paths, config["evaluation"]["sandbox"])
 
 

@@ -42,7 +42,7 @@ def reproduce(name: str, overrides: list[str], out: Path | None = None) -> Path:
         try:
             before = time.perf_counter()
             train(run, progress=title)
-            scores = evaluate(run)
+            scores = evaluate(run, progress=True)
             took = time.perf_counter() - before
         except UserError as error:
             failures.append(f"{run.root.name}: {error}")

@@ -81,6 +81,7 @@ def test_every_task_trains_and_scores_on_real_rows(data_root: Path, tmp_path: Pa
         assert f"protocol {protocol}" in page.read_text()
     records = [read_json(path) for path in (tmp_path / "runs").glob("*/train.json")]
     assert sorted(record["rows"] for record in records) == sorted(2 * [74265, 7473, 9371, 6552, 7483])
+    assert all(0 < record["examples"] <= record["rows"] for record in records)
 
 
 def commands_of_readme() -> list[str]:
