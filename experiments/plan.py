@@ -141,6 +141,7 @@ def options(group: str) -> list[str]:
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
+@lru_cache
 def protocols(task: str) -> list[str]:
     """The names of the protocols that a task can be trained by, its own first."""
     family, _, own = _own_protocol(task).partition("/")
@@ -155,6 +156,7 @@ def _own_protocol(task: str) -> str:
     return _default(f"task/{task}", "override /protocol")
 
 
+@lru_cache
 def _default(file: str, key: str) -> str:
     """What a config file's defaults list says for a group."""
     defaults = yaml.safe_load((CONFIGS / f"{file}.yaml").read_text())["defaults"]
