@@ -35,9 +35,18 @@ RUN_COLUMNS = ("run_id", "path", "model", "method", "label", "size", "size_numbe
 TRAIN_COLUMNS = ("trainable_parameters", "base_parameters", "percent_of_base", "steps", "train_seconds")
 HASH_COLUMNS = ("base_hash", "train_data_hash", "environment")
 EVAL_COLUMNS = ("benchmark", "metric", "protocol", "evaluation", "n", "accuracy", "standard_error", "beside")
-COUNT_COLUMNS = ("no_match", "fallback", "dropped", "cut_prompts", "items", "test_data_hash", "eval_environment")
+COUNT_COLUMNS = (
+    "no_match",
+    "fallback",
+    "dropped",
+    "cut_prompts",
+    "samples",
+    "items",
+    "test_data_hash",
+    "eval_environment",
+)
 COLUMNS = [*RUN_COLUMNS, "setting", *TRAIN_COLUMNS, *HASH_COLUMNS, *EVAL_COLUMNS, *COUNT_COLUMNS]
-WHOLE_NUMBERS = ["seed", "trainable_parameters", "base_parameters", "steps", "n", *COUNT_COLUMNS[:4]]
+WHOLE_NUMBERS = ["seed", "trainable_parameters", "base_parameters", "steps", "n", *COUNT_COLUMNS[:5]]
 
 
 @dataclass(frozen=True)
@@ -230,6 +239,7 @@ def _evaluations(run: RunPaths, trained: TrainRecord | None, problems: list[str]
             "fallback": record.fallback,
             "dropped": record.dropped,
             "cut_prompts": record.cut_prompts,
+            "samples": record.samples,
             "items": items,
             "test_data_hash": record.data_hash,
             "eval_environment": record.environment,
@@ -271,6 +281,7 @@ def _mean(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "standard_error": float(np.sqrt(sum(row["standard_error"] ** 2 for row in parts))) / len(parts),
         "beside": {},
         **{count: sum(row[count] for row in parts) for count in COUNT_COLUMNS[:4]},
+        "samples": parts[0]["samples"],
         "items": [row["items"] for row in parts],
         "test_data_hash": content_hash([row["test_data_hash"] for row in parts]),
         "eval_environment": parts[0]["eval_environment"],

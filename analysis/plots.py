@@ -125,8 +125,10 @@ def accuracy_by_parameters(name: str, title: str, table: pd.DataFrame, methods: 
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("trainable parameters (log scale)")
-        axes.set_ylabel("accuracy, %")
-        for row, place in zip(trained, _side_by_side([row["trainable_parameters"] for row in trained]), strict=True):
+        axes.set_ylabel(f"{trained[0]['metric']}, %")
+        places = _side_by_side([row["trainable_parameters"] for row in trained])
+        axes.set_xlim(0.7 * min(places), 1.4 * max(places))  # of one size, matplotlib's own limits are a hair apart
+        for row, place in zip(trained, places, strict=True):
             _draw_setting(figure, axes, row, place, methods.index(row["method"]), sizes_of[row["method"]] > 1)
         for row in scored:
             level = 100 * row["accuracy"]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from analysis.plots import Picture
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+FEWEST_DRAWN = 3  # trained and scored settings of a figure of accuracy against size
 COMPARED = ("lora", "diablo")  # the methods whose gradients the paper's figure sets side by side
 
 
@@ -93,10 +94,10 @@ def write_report(
 def _accuracy_figure(
     number: int, heading: str, rows: pd.DataFrame, table: pd.DataFrame, out: Path
 ) -> dict[str, str] | None:
-    """The figure of one section, saved and ready for the page; None when nothing trained was scored in it."""
+    """The figure of one section, saved and ready for the page; None where a table says as much with fewer settings."""
     from analysis.plots import accuracy_by_parameters
 
-    if rows.loc[rows["trainable_parameters"] > 0, "accuracy"].isna().all():
+    if rows.loc[rows["trainable_parameters"] > 0, "accuracy"].notna().sum() < FEWEST_DRAWN:
         return None
     methods = sorted(table["method"].unique())
     return _embed(accuracy_by_parameters(f"accuracy_by_parameters_{number}", heading, rows, methods), out)
@@ -158,9 +159,11 @@ def _facts(frame: pd.DataFrame) -> list[tuple[str, str]]:
     from analysis.load import records
 
     scored = frame.dropna(subset=["accuracy"])
+    scored = scored.loc[scored["benchmark"].isin(_benchmarks(frame))]
     models = records(frame.dropna(subset=["base_parameters"]).drop_duplicates(["model", "base_parameters"]))
     evaluations = records(scored.drop_duplicates(["evaluation", "test_data_hash"]))
-    unanswered = f"{scored['no_match'].sum()} of {scored['n'].sum():,}, counted as wrong" if len(scored) else ""
+    completions = (scored["n"] * scored["samples"]).sum()
+    unanswered = f"{scored['no_match'].sum():,} of {completions:,}, counted as wrong" if len(scored) else ""
     return [
         ("Base model", "; ".join(f"{row['model']}, {row['base_parameters']:,} parameters" for row in models)),
         ("Trained on", ", ".join(sorted(set(frame["task"])))),
@@ -177,6 +180,12 @@ def _facts(frame: pd.DataFrame) -> list[tuple[str, str]]:
     ]
 
 
+def _benchmarks(frame: pd.DataFrame) -> list[str]:
+    """The names of what was scored on rows of its own: not the means over them."""
+    of_one = frame["items"].map(lambda items: not isinstance(items, list))
+    return sorted(set(frame.loc[of_one, "benchmark"].dropna()))
+
+
 def _hashes(frame: pd.DataFrame) -> list[tuple[str, list[str]]]:
     """(what, its hashes): one hash each, unless the runs differ."""
     rows = []
@@ -185,7 +194,10 @@ def _hashes(frame: pd.DataFrame) -> list[tuple[str, list[str]]]:
         ("Training rows of", "task", "train_data_hash"),
         ("Test rows of", "benchmark", "test_data_hash"),
     ):
-        for name, part in frame.dropna(subset=[column]).groupby(by):
+        known = frame.dropna(subset=[column])
+        if by == "benchmark":
+            known = known.loc[known[by].isin(_benchmarks(frame))]
+        for name, part in known.groupby(by):
             rows.append((f"{words} {name}", sorted(set(part[column]))))
     return rows
 

@@ -67,7 +67,8 @@ def wilson(mean: float, n: float) -> tuple[float, float]:
     """
     centre = (mean + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(mean * (1 - mean) / n + Z**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At 0 and 1 the bound is the mean itself, which rounding may miss by 1e-19.
+    return max(0.0, min(centre - half, mean)), min(1.0, max(centre + half, mean))
 
 
 def effective_items(items: NDArray[np.float64]) -> float:

@@ -103,8 +103,8 @@ def by_section(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         first = section.iloc[0]
         metric = f"{first['metric']}, " if first["metric"] != "accuracy" else ""
         benchmark = f"{first['benchmark']} ({metric}protocol {first['protocol']}, {first['n']} items)"
-        scored = benchmark if pd.notna(first["protocol"]) else "not scored yet"
-        yield f"{first['model']} trained on {first['task']}, scored on {scored}", section
+        scored = f"scored on {benchmark}" if pd.notna(first["protocol"]) else "not scored yet"
+        yield f"{first['model']} trained on {first['task']}, {scored}", section
 
 
 def _sections(frame: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:

@@ -24,6 +24,13 @@ def test_wilson_by_hand() -> None:
     assert wilson(1.0, 10) == pytest.approx((0.72247, 1.0), abs=1e-5)
 
 
+@pytest.mark.parametrize("mean", [0.0, 0.0003, 1.0])
+@pytest.mark.parametrize("n", [28, 500, 3270])
+def test_the_interval_holds_its_mean(mean: float, n: int) -> None:
+    low, high = wilson(mean, n)
+    assert 0 <= low <= mean <= high <= 1
+
+
 def test_one_seed_is_worth_its_items() -> None:
     assert effective_items(answers([1, 0, 1, 1])) == pytest.approx(4)
 
