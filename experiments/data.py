@@ -26,8 +26,10 @@ from experiments.sources import HUBS, SOURCES, Hub, Maker, Row, Split
 def load_rows(data: dict[str, Any], split: str, data_root: str | None) -> list[Row]:
     """The rows of a task's `data` config in their own order; of several sources one after the other.
 
-    With a data root they come from its files, without one from the hub.
+    With a data root they come from its files, without one from the hub. A run that was planned without one takes
+    DIABLO_DATA_ROOT as it is now.
     """
+    data_root = data_root or os.environ.get("DIABLO_DATA_ROOT")
     source = data["source"]
     if source == "arith":
         sizes = {part: data[part] for part in arith.SPLITS}

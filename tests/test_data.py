@@ -155,6 +155,12 @@ def test_half_a_file_is_refused(tmp_path: Path, fails_with: Fails) -> None:
     assert said == f"gsm8k test: 2 rows, there must be 1,319: {path} is not whole"
 
 
+@pytest.fixture
+def no_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DIABLO_DATA_ROOT", raising=False)
+
+
+@pytest.mark.usefixtures("no_root")
 def test_missing_data_says_what_to_do(tmp_path: Path, fails_with: Fails) -> None:
     said = fails_with(lambda: load_rows({"source": "gsm8k"}, "train", str(tmp_path)))
     assert f"no gsm8k/train.jsonl (nor .gz) in {tmp_path}: save https://raw.githubusercontent.com/openai/" in said
@@ -167,10 +173,20 @@ def test_missing_data_says_what_to_do(tmp_path: Path, fails_with: Fails) -> None
     assert "svamp test is not on the hub in this form: point runtime.data_root or DIABLO_DATA_ROOT at" in said
 
 
+@pytest.mark.usefixtures("no_root")
 def test_a_hub_out_of_reach_says_what_to_do(fails_with: Fails) -> None:
     said = fails_with(lambda: load_rows({"source": "human_eval"}, "test", None))
     assert "human_eval test: cannot load openai/openai_humaneval from the hub" in said
     assert "at a folder with human_eval/HumanEval.jsonl (or .gz)" in said
+
+
+def test_a_run_planned_without_a_data_root_takes_the_one_that_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_with: Fails
+) -> None:
+    monkeypatch.setenv("DIABLO_DATA_ROOT", str(tmp_path))
+    assert f"no gsm8k/train.jsonl (nor .gz) in {tmp_path}" in fails_with(
+        lambda: load_rows({"source": "gsm8k"}, "train", None)
+    )
 
 
 def test_wrong_names_are_mended(fails_with: Fails) -> None:
