@@ -20,6 +20,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from diablo import refresh
 from experiments import checkpoint as checkpoints
+from experiments import preemption
+from experiments.attempts import Heartbeat
 from experiments.methods import trained_tensors
 from experiments.tokens import Examples
 
@@ -76,6 +78,7 @@ class RunTrainer(Trainer):
         meta: dict[str, Any],
         batch_size: int,
         progress: str,
+        heartbeat: Heartbeat,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -88,6 +91,7 @@ class RunTrainer(Trainer):
         self.resumed_at: list[int] = []
         self.started = self.last_step_end = time.perf_counter()
         self._norms: list[float] = []
+        self.add_callback(_BetweenSteps(heartbeat))
         if progress and self.args.process_index == 0:
             self.add_callback(_Progress(progress))
 
@@ -215,6 +219,21 @@ class RunTrainer(Trainer):
             raise RuntimeError(f"{checkpoint} was written by fewer processes than now run: resume with as many")
         rest = json.loads(name.with_suffix(".json").read_text())
         checkpoints.restore_random_state(load_file(name.with_suffix(".safetensors")), rest)
+
+
+class _BetweenSteps(TrainerCallback):
+    """Tells the heartbeat of the step, and stops a training that was asked to, with a checkpoint, unless it is done."""
+
+    def __init__(self, heartbeat: Heartbeat) -> None:
+        self.heartbeat = heartbeat
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.heartbeat.at(state.global_step, state.max_steps, int(state.num_input_tokens_seen))
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.heartbeat.at(state.global_step, state.max_steps, int(state.num_input_tokens_seen))
+        if preemption.agreed(args.device) and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
 
 
 class _Progress(TrainerCallback):
