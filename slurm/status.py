@@ -115,7 +115,9 @@ def progress(run: RunPaths) -> str:
         beat = json.loads((run.root / "heartbeat.json").read_text())
     except (OSError, ValueError):
         return "starting"
-    parts = [f"{beat.get('stage')} step {beat.get('step')}/{beat.get('steps')}"]
+    if beat.get("step") is None:
+        return f"{beat.get('stage')} starting"
+    parts = [f"{beat.get('stage')} step {beat['step']}/{beat.get('steps')}"]
     if beat.get("tokens_per_second"):
         parts.append(f"{beat['tokens_per_second']:,.0f} tokens/s")
     if beat.get("eta_seconds") is not None:
@@ -153,7 +155,7 @@ def table(states: list[State]) -> str:
     for state in states:
         times = f"preempted ×{state.preempted}" if state.preempted else ""
         detail = state.detail if len(state.detail) <= room else state.detail[: room - 1] + "…"
-        lines.append(f"{state.name:<{width}}  {state.state:<9}  {state.job:<10}  {times:<13}  {detail}".rstrip())
+        lines.append(f"{state.name:<{width}}  {state.state:<9}  {state.job:<9}  {times:<12}  {detail}".rstrip())
     return "\n".join(lines)
 
 

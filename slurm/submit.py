@@ -51,7 +51,8 @@ class Options:
 
 def submit(arguments: Sequence[str], cluster: Cluster, options: Options) -> list[str]:
     """Plan, write the manifests and submit. Returns the job ids of the arrays."""
-    title = next((a.split("=", 1)[1] for a in arguments if a.startswith("experiment=")), " ".join(arguments))
+    named = [argument.removeprefix("experiment=") for argument in arguments if argument.startswith("experiment=")]
+    title = named[0] if named else " ".join(arguments)
     configs = plan(arguments)
     folders = {str(config["runtime"]["runs_dir"]) for config in configs}
     if len(folders) != 1:
@@ -121,7 +122,8 @@ def _missing(title: str, configs: list[Config], waiting: dict[str, Any], options
             kinds[config["run_id"]] = "to resume" if was_started(run) else "new"
     counts = Counter(kinds.values())
     order = ("new", "to resume", "to resume after a failure", "already queued", "finished")
-    print(f"{title}: {len(configs)} runs: {', '.join(f'{counts[kind]} {kind}' for kind in order)}", flush=True)
+    short = title if len(title) <= 80 else f"{title[:79]}…"
+    print(f"{short}: {len(configs)} runs: {', '.join(f'{counts[kind]} {kind}' for kind in order)}", flush=True)
     wanted = order[2:3] if options.only_failed else order[:3]
     return [config for config in configs if kinds[config["run_id"]] in wanted]
 
@@ -236,7 +238,7 @@ def _submitter_lock(runs_dir: Path) -> Iterator[None]:
         yield
 
 
-def parse(arguments: list[str], add: Callable[[argparse.ArgumentParser], None] | None = None) -> argparse.Namespace:
+def parse(arguments: list[str], add: Callable[[argparse.ArgumentParser], object] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m slurm.submit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -18,12 +18,14 @@ def test_jobs_run_with_the_gpus_they_asked_for(cluster: SlurmCluster, tmp_path: 
     job = submitted.stdout.strip()
     assert cluster.wait(job, {"COMPLETED", "FAILED"})["JobState"] == "COMPLETED"
     assert sorted(out.read_text().splitlines()) == ["0: 0,1", "1: 0,1"]
-    failing = subprocess.run(["sbatch", "--parsable", "--wrap", "exit 3"], check=True, capture_output=True, text=True)
+    failing = subprocess.run(
+        ["sbatch", "--parsable", "--output=/dev/null", "--wrap", "exit 3"], check=True, capture_output=True, text=True
+    )
     assert cluster.wait(failing.stdout.strip(), {"COMPLETED", "FAILED"})["ExitCode"] == "3:0"
 
 
 def test_the_controller_can_be_restarted(cluster: SlurmCluster) -> None:
-    command = ["sbatch", "--parsable", "--hold", "--wrap", "true"]
+    command = ["sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap", "true"]
     job = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     cluster.stop_controller()
     cluster.start_controller()
