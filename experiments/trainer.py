@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from tqdm import tqdm
@@ -157,6 +158,8 @@ class RunTrainer(Trainer):
         """Train from the newest whole checkpoint, or from the start if there is none."""
         checkpoint = checkpoints.newest(self.checkpoint_folder, self.meta)
         if self.args.should_save:
+            for unfinished in self.checkpoint_folder.glob(".step-*"):
+                shutil.rmtree(unfinished)
             _cut_metrics(self.metrics, checkpoints.step_of(checkpoint) if checkpoint else 0)
         self.started = self.last_step_end = time.perf_counter()
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -167,6 +170,13 @@ class RunTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         final = checkpoints.folder(self.checkpoint_folder, self.state.global_step)
         aside = final.with_name(f".{final.name}")
+        try:
+            self._write_checkpoint(aside, final)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise OSError(f"{final}: cannot be written, the checkpoint before it stays ({error})") from error
+
+    def _write_checkpoint(self, aside: Path, final: Path) -> None:
         if self.args.should_save:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
