@@ -29,10 +29,11 @@ def main(arguments: list[str]) -> None:
         runs_dir = named[0].resolve().parent
     waiting = queued(runs_dir)
     names = {path.name for path in named} or {state.name for state in statuses(runs_dir, experiment)}
-    tasks = {waiting[name].job for name in names if name in waiting}
+    tasks = {task.job for name in names for task in waiting.get(name, [])}
     cancel(tasks)
-    beside = [name for name, task in waiting.items() if task.job in tasks and name not in names]
-    print(f"cancelled {len(tasks)} tasks{f'; packed with them: {chr(44).join(beside)}' if beside else ''}")
+    beside = [name for name in waiting if name not in names and tasks & {task.job for task in waiting[name]}]
+    packed = f"; packed with them: {', '.join(beside)}" if beside else ""
+    print(f"cancelled {len(tasks)} tasks{packed}")
 
 
 if __name__ == "__main__":

@@ -42,11 +42,14 @@ def slurm(*command: str, text: str | None = None) -> str:
     return result.stdout
 
 
-def queued(runs_dir: Path) -> dict[str, Task]:
-    """The runs of this folder that wait or run, and in which task: a job names its manifest as its comment."""
+def queued(runs_dir: Path) -> dict[str, list[Task]]:
+    """The runs of this folder that wait or run, and in which tasks, one that runs first.
+
+    A job names its manifest as its comment. A run whose evaluation is submitted separately has two tasks.
+    """
     ours = f"{submissions(runs_dir)}/"
     read = cache(read_manifest)
-    tasks: dict[str, Task] = {}
+    tasks: dict[str, list[Task]] = {}
     listing = slurm("squeue", "--noheader", "--array", "--user", str(os.getuid()), "--format=%F|%K|%T|%r|%k")
     for line in listing.splitlines():
         job, index, state, reason, comment = line.split("|", 4)
@@ -55,8 +58,8 @@ def queued(runs_dir: Path) -> dict[str, Task]:
         manifest: Manifest = read(Path(comment))
         for name in manifest.tasks[int(index)]:
             task = Task(f"{job}_{index}", state, reason)
-            if name not in tasks or state == "RUNNING":  # of separate stages the one that runs
-                tasks[name] = task
+            others = tasks.setdefault(name, [])
+            others.insert(0 if state == "RUNNING" else len(others), task)
     return tasks
 
 

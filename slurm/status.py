@@ -56,7 +56,8 @@ def statuses(runs_dir: Path, experiment: str | None = None) -> list[State]:
         raise UserError(f"{runs_dir}: no submission of {experiment}: {nearest(str(experiment), experiments)}")
     waiting = queued(runs_dir) if shutil.which("squeue") else {}
     return [
-        run_state(RunPaths(runs_dir / name), entry, waiting.get(name), logs.get(name)) for name, entry in about.items()
+        run_state(RunPaths(runs_dir / name), entry, next(iter(waiting.get(name, [])), None), logs.get(name))
+        for name, entry in about.items()
     ]
 
 

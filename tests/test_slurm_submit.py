@@ -43,7 +43,7 @@ def test_an_array_from_dry_run_to_finished(
 
     def ended() -> bool:
         tasks = queued(runs_dir)
-        running.add(sum(task.state == "RUNNING" for task in tasks.values()))
+        running.add(sum(task.state == "RUNNING" for (task,) in tasks.values()))
         return not tasks
 
     wait_for(lambda: "running" in states(runs_dir), "a running task")
@@ -71,11 +71,11 @@ def test_a_failing_run_harms_no_other(
     assert (failed.state, finished.state) == ("failed", "finished")
     assert "nonsense" in failed.detail
     capsys.readouterr()
-    (again,) = submit(arguments, settings(), Options(only_failed=True))
+    submit(arguments, settings(), Options(only_failed=True))
     assert "1 to resume after a failure, 0 already queued, 1 finished" in capsys.readouterr().out
     assert list(queued(runs_dir)) == [failed.name]
     cancel.main([f"runs_dir={runs_dir}", failed.name])
-    assert cluster.wait(f"{again}_0", END, 60)["JobState"] == "CANCELLED"
+    wait_for(lambda: not queued(runs_dir), "the cancelled job", 30)
 
 
 def test_what_was_edited_or_moved_after_submission_is_refused(
