@@ -23,8 +23,8 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "sc
 SEARCH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 # Why some lines are as they are: without a database there is no accounting; a cgroup plugin is loaded even if nothing
-# uses it; cred_expire is also the pause before a requeued job starts again, two minutes by default; a node that was set
-# down would come back by itself with ReturnToService=2.
+# uses it; cred_expire is also the pause before a requeued job starts again, two minutes by default and for values below
+# 5; a node that was set down would come back by itself with ReturnToService=2.
 CONFIGURATION = """
 ClusterName=tests
 SlurmctldHost=localhost(127.0.0.1)
@@ -33,7 +33,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={root}/munge/sock,cred_expire=3
+AuthInfo=socket={root}/munge/sock,cred_expire=5
 CommunicationParameters=NoCtldInAddrAny,block_null_hash{loopback}
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool/%n

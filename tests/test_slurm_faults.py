@@ -106,7 +106,7 @@ def test_preempted_by_a_partition_of_higher_priority(start: Start, undisturbed: 
     wanted = ["--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 3"]
     running.cluster.output("sbatch", *wanted)
     wait_for(lambda: running.cluster.job(running.task).get("Restarts") == "1", "the preemption")
-    assert running.state().preempted == 1
+    wait_for(lambda: running.state().preempted == 1, "the record of the preemption")
     running.finish()
     assert running.resumed_at()[0] > 0
     assert result(running.run) == undisturbed
