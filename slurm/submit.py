@@ -190,7 +190,7 @@ def job_script(cluster: Cluster, resources: Resources, manifest: Manifest, path:
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in sbatch_lines(cluster, resources)), ""]
     for command in cluster.activate:
         failed = shlex.quote(f"error: activation failed on this node: {command}")
-        lines.append(f"{command} || {{ echo {failed}; exit 1; }}")
+        lines += [command, f"[ $? = 0 ] || {{ echo {failed}; exit 1; }}"]
     version = f"{python} -c 'import sys; sys.exit(sys.version_info < (3, 11))'"
     hint = shlex.quote(
         f"error: {python} on this node is not Python 3.11 or later: set python or activate of the cluster"
