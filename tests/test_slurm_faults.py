@@ -32,10 +32,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> di
 class Running:
     """One run of an array of one task, in the middle of its training."""
 
-    def __init__(self, cluster: SlurmCluster, runs_dir: Path, cache_dir: Path, *changes: str) -> None:
+    def __init__(
+        self, cluster: SlurmCluster, runs_dir: Path, cache_dir: Path, *changes: str, recipe: tuple[str, ...] = (LONG,)
+    ) -> None:
         self.cluster = cluster
         self.runs_dir = runs_dir
-        self.arguments = ["method=lora", "seed=0", *overrides(runs_dir, cache_dir), LONG]
+        self.arguments = ["method=lora", "seed=0", *overrides(runs_dir, cache_dir), *recipe]
         self.changes = changes
         self.submit()
         self.run = RunPaths(runs_dir / self.state().name)
@@ -156,3 +158,19 @@ def test_cancelled_stays_cancelled_and_submitting_again_goes_on(start: Start, un
     running.finish()
     assert running.resumed_at()[0] > 0
     assert result(running.run) == undisturbed
+
+
+@pytest.mark.slow
+def test_two_processes_on_two_nodes(cluster: SlurmCluster, tmp_path: Path, cache_dir: Path) -> None:
+    results = []
+    for name in ("disturbed", "undisturbed"):
+        recipe = ("recipe.epochs=10", "recipe.micro_batch_size=4")  # 80 steps of 4 rows per process
+        running = Running(cluster, tmp_path / name, cache_dir, "gpus=2", "gpus_per_node=1", recipe=recipe)
+        assert cluster.job(running.task)["NumNodes"] == "2"
+        if name == "disturbed":
+            cluster.output("scontrol", "requeue", running.task)
+        running.finish()
+        assert read_record(running.run.train_record, TrainRecord).world_size == 2
+        assert bool(running.resumed_at()) == (name == "disturbed")
+        results.append(result(running.run))
+    assert results[0] == results[1]
