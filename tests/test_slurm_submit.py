@@ -29,16 +29,16 @@ def test_an_array_from_dry_run_to_finished(
     cluster: SlurmCluster, tmp_path: Path, cache_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs_dir = tmp_path / "runs"
-    arguments = ["method=lora", "seed=0,1,2,3", *overrides(runs_dir, cache_dir)]
+    arguments = ["method=lora", "seed=0,1,2", *overrides(runs_dir, cache_dir)]
     assert submit(arguments, settings(), Options(dry_run=True)) == []
     assert not runs_dir.exists()
-    assert "would submit train and eval of 4 runs in 4 tasks" in capsys.readouterr().out
+    assert "would submit train and eval of 3 runs in 3 tasks" in capsys.readouterr().out
     (job,) = submit(arguments, settings(), Options(max_parallel=2))
     shown = capsys.readouterr().out
-    assert "4 runs: 4 new, 0 to resume" in shown
-    assert "4 tasks, 2 at a time; each 1 GPUs for at most 10, together at most 0.7 GPU-hours" in shown
+    assert "3 runs: 3 new, 0 to resume" in shown
+    assert "3 tasks, 2 at a time; each 1 GPUs for at most 10, together at most 0.5 GPU-hours" in shown
     assert submit(arguments, settings(), Options()) == []
-    assert "4 already queued" in capsys.readouterr().out
+    assert "3 already queued" in capsys.readouterr().out
     running = set()
 
     def ended() -> bool:
@@ -47,13 +47,13 @@ def test_an_array_from_dry_run_to_finished(
         return not tasks
 
     wait_for(lambda: "running" in states(runs_dir), "a running task")
-    assert states(runs_dir)[2:] == ["queued", "queued"]
+    assert states(runs_dir)[2:] == ["queued"]
     wait_for(ended, "the array", 240)
     assert max(running) == 2
-    assert states(runs_dir) == ["finished"] * 4
-    assert {cluster.job(f"{job}_{task}")["JobState"] for task in range(4)} == {"COMPLETED"}
+    assert states(runs_dir) == ["finished"] * 3
+    assert {cluster.job(f"{job}_{task}")["JobState"] for task in range(3)} == {"COMPLETED"}
     assert submit(arguments, settings(), Options()) == []
-    assert "4 finished" in capsys.readouterr().out
+    assert "3 finished" in capsys.readouterr().out
     first = RunPaths(runs_dir / status.statuses(runs_dir)[0].name)
     expected = reference(["method=lora", "seed=0", *overrides(tmp_path / "alone", cache_dir)])
     assert result(first) == expected
