@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -61,6 +62,15 @@ def queued(runs_dir: Path) -> dict[str, list[Task]]:
             others = tasks.setdefault(name, [])
             others.insert(0 if state == "RUNNING" else len(others), task)
     return tasks
+
+
+def queued_if_known(runs_dir: Path) -> dict[str, list[Task]]:
+    """As `queued`; where Slurm does not answer, nothing, and a note that says so."""
+    try:
+        return queued(runs_dir)
+    except UserError as error:
+        print(f"note: without the queue ({error})", file=sys.stderr)
+        return {}
 
 
 def max_array_size() -> int:

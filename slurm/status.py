@@ -20,7 +20,7 @@ from typing import Any
 from experiments.errors import UserError, nearest, run_command
 from experiments.records import RunPaths
 from slurm.manifest import all_manifests, is_finished
-from slurm.queue import Task, queued
+from slurm.queue import Task, queued_if_known
 
 STALE = 600  # seconds without a heartbeat after which a running run is doubted
 STATES = ("running", "queued", "preempted", "failed", "planned", "finished")
@@ -54,7 +54,7 @@ def statuses(runs_dir: Path, experiment: str | None = None) -> list[State]:
         raise UserError(f"nothing was submitted from {runs_dir}: give runs_dir=FOLDER, or submit first")
     if not about:
         raise UserError(f"{runs_dir}: no submission of {experiment}: {nearest(str(experiment), experiments)}")
-    waiting = queued(runs_dir) if shutil.which("squeue") else {}
+    waiting = queued_if_known(runs_dir)
     return [
         run_state(RunPaths(runs_dir / name), entry, next(iter(waiting.get(name, [])), None), logs.get(name))
         for name, entry in about.items()

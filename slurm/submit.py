@@ -30,7 +30,7 @@ from experiments.plan import plan, run_paths, write_runs
 from experiments.records import RunPaths
 from slurm.cluster import Cluster, Resources, read_cluster, sbatch_lines
 from slurm.manifest import Manifest, describe_run, is_finished, submissions, write_manifest
-from slurm.queue import max_array_size, queued, slurm
+from slurm.queue import max_array_size, queued, queued_if_known, slurm
 from slurm.snapshot import take_snapshot
 from slurm.status import failed_before, was_started
 
@@ -59,8 +59,7 @@ def submit(arguments: Sequence[str], cluster: Cluster, options: Options) -> list
         raise UserError(f"runtime.runs_dir has {len(folders)} values: a submission has one folder of runs")
     runs_dir = Path(folders.pop()).resolve()
     if options.dry_run:
-        waiting = queued(runs_dir) if shutil.which("squeue") else {}
-        todo = _missing(title, configs, waiting, options)
+        todo = _missing(title, configs, queued_if_known(runs_dir), options)
         for stages, resources, tasks in _arrays(todo, cluster, options, 1001):
             _announce("would submit", stages, resources, tasks, cluster, options)
         if todo:
