@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.benchmarks import Benchmark, Row
+from experiments.attempts import Heartbeat
 from experiments.errors import UserError
+from experiments.preemption import uninterrupted
 from experiments.prompts import prompt_text
 from experiments.records import EvalPaths, TrainRecord, content_hash, read_json, read_lines, write_atomically
 
@@ -67,6 +69,7 @@ def generate(
     about_model: Config,
     paths: EvalPaths,
     progress: bool,
+    heartbeat: Heartbeat,
 ) -> None:
     """Write `samples.jsonl`: `samples` completions for every row of the plan, by `lm`, any model of lm-eval's.
 
@@ -80,12 +83,14 @@ def generate(
     with tqdm(total=len(order), desc=benchmark.name, unit="row", leave=False, disable=not progress) as bar:
         for number, indices in enumerate(chunks):
             path = paths.chunks / f"{number:05}.jsonl"
+            heartbeat.at(number, len(chunks))
             if not path.is_file():
-                started = time.perf_counter()
-                part = {index: rows[index] for index in indices}
-                lines = _complete(plan, number, benchmark, part, lm, tokenizer, asked)
-                header = {**about_model, "seconds": time.perf_counter() - started}
-                write_atomically(path, _json_lines([header, *lines]))
+                with uninterrupted():
+                    started = time.perf_counter()
+                    part = {index: rows[index] for index in indices}
+                    lines = _complete(plan, number, benchmark, part, lm, tokenizer, asked)
+                    header = {**about_model, "seconds": time.perf_counter() - started}
+                    write_atomically(path, _json_lines([header, *lines]))
             bar.update(len(indices))
     _join(paths, [paths.chunks / f"{number:05}.jsonl" for number in range(len(chunks))])
 

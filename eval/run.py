@@ -5,7 +5,8 @@
     python -m eval.run runs/<run_id> protocol=llm_adapters      # asked and read as another protocol of its task does
 
 lm-eval generates; every completion is kept in `samples.jsonl`, and the score is a pure function of that file. Other
-settings make another folder; what is finished is left as it is, what was interrupted goes on.
+settings make another folder; what is finished is left as it is, what was interrupted goes on. SIGTERM and SIGUSR1 stop
+it after the chunk in progress.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from eval.judge import judge
 from eval.models import Scored, language_model, load, trained_record
 from eval.rescore import score_samples
 from eval.sandbox import check_sandbox
+from experiments import preemption
+from experiments.attempts import Heartbeat, attempt
 from experiments.data import rows_hash
 from experiments.environment import environment
 from experiments.errors import UserError, run_command
@@ -47,15 +50,17 @@ def evaluate(
     `lm`: another model of lm-eval's to ask instead of the run's own behind `evaluation.backend`.
     """
     config = with_overrides(read_config(run), overrides or [])
-    trained = trained_record(run)
     wanted = [
         (benchmark, settings, _paths(config, run, benchmark, settings)) for benchmark, settings in _planned(config)
     ]
-    for _, _, paths in wanted:
-        check_weights(paths, trained)
-    missing = [entry for entry in wanted if not entry[2].samples.is_file()]
-    rows = {benchmark.name: rows_of(config, benchmark) for benchmark, _, _ in missing}  # all, before any is generated
-    with ExitStack() as stack:
+    if all(paths.score.is_file() for _, _, paths in wanted):
+        run.preempted.unlink(missing_ok=True)
+        _check_trained(run, wanted)
+        return [read_record(paths.score, EvalRecord) for _, _, paths in wanted]
+    with attempt(run, "eval") as heartbeat, ExitStack() as stack:
+        trained = _check_trained(run, wanted)
+        missing = [entry for entry in wanted if not entry[2].samples.is_file()]
+        rows = {benchmark.name: rows_of(config, benchmark) for benchmark, *_ in missing}  # before any is generated
 
         @cache
         def model() -> tuple[Scored, Any]:
@@ -65,8 +70,17 @@ def evaluate(
             return scored, lm or stack.enter_context(language_model(config, run, scored))
 
         for benchmark, settings, paths in missing:
-            _generate(config, trained, benchmark, settings, rows[benchmark.name], paths, model, progress)
-    return [_score(config, settings, paths) for _, settings, paths in wanted]
+            _generate(config, trained, benchmark, settings, rows[benchmark.name], paths, model, progress, heartbeat)
+        stack.close()  # the model goes before a judge comes
+        return [_score(config, settings, paths) for _, settings, paths in wanted]
+
+
+def _check_trained(run: RunPaths, wanted: list[tuple[Benchmark, Config, EvalPaths]]) -> TrainRecord:
+    """The run's train record, once nothing that is there was made with other weights."""
+    trained = trained_record(run)
+    for _, _, paths in wanted:
+        check_weights(paths, trained)
+    return trained
 
 
 def check_data(config: Config) -> None:
@@ -101,6 +115,7 @@ def _generate(
     paths: EvalPaths,
     model: Callable[[], tuple[Scored, Any]],
     progress: bool,
+    heartbeat: Heartbeat,
 ) -> None:
     evaluation = config["evaluation"]
     about = {
@@ -128,7 +143,7 @@ def _generate(
         "cut_prompts": check_room(plan, prompts, scored.tokenizer, scored.context),
         "environment": environment(str(resolve_device(config["runtime"]["device"]))),
     }
-    generate(plan, benchmark, rows, lm, scored.tokenizer, about_model, paths, progress)
+    generate(plan, benchmark, rows, lm, scored.tokenizer, about_model, paths, progress, heartbeat)
 
 
 def _score(config: Config, settings: Config, paths: EvalPaths) -> EvalRecord:
@@ -170,6 +185,7 @@ def describe(record: EvalRecord) -> str:
 
 
 def main(arguments: list[str]) -> None:
+    preemption.listen()
     parser = argparse.ArgumentParser(
         prog="python -m eval.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -37,7 +37,8 @@ def publish(aside: Path, final: Path, meta: dict[str, Any]) -> None:
     shutil.rmtree(final, ignore_errors=True)
     os.rename(aside, final)
     _flush(final.parent)
-    for old in sorted(final.parent.glob("step-*"))[:-KEEP]:
+    others = sorted(set(final.parent.glob("step-*")) - {final})  # some may be damaged, or of other data, and later
+    for old in others[: 1 - KEEP]:
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -1,15 +1,23 @@
-"""Errors a user can mend. Command lines print one line and exit with status 1; `--debug` shows the traceback."""
+"""Errors a user can mend. Command lines print one line and exit with status 1; `--debug` shows the traceback.
+
+A stage that a signal asked to stop ends with `Preempted`, and its command with status 75.
+"""
 
 from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
     """What is wrong, where, and how to mend it, in one line."""
+
+
+class Preempted(BaseException):
+    """A signal asked the run to stop, and it did where it can go on. No `except Exception` may hold it up."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -20,7 +28,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def run_command(main: Callable[[list[str]], int | None]) -> None:
-    """Run a command line: exit status 0 or what `main` returns, 1 with one line for a mistake, 130 when interrupted."""
+    """Run a command line: exit status 0 or what `main` returns, 1 with one line for a mistake, 130 when interrupted.
+
+    75, sysexits.h's EX_TEMPFAIL, when it was asked to stop by a signal: the same command goes on from there.
+    """
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:
@@ -28,6 +39,11 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted: finished steps are kept, the same command goes on from there", file=sys.stderr)
         status = 130
+    except Preempted as stop:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)  # repeated while the process ends, they would change its status
+        print(f"preempted: {stop}, the same command goes on from there", file=sys.stderr)
+        status = 75
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -99,6 +100,7 @@ def save(method: Config, model: torch.nn.Module, folder: Path, initial: dict[str
 
     if isinstance(model, PeftModel):
         save_adapter(model, folder, initial)
+        _sort_sets(model.peft_config["default"], folder / "adapter_config.json")
     elif method["trains"] == "all":
         assert isinstance(model, PreTrainedModel)
         model.save_pretrained(folder)
@@ -106,6 +108,15 @@ def save(method: Config, model: torch.nn.Module, folder: Path, initial: dict[str
             path.chmod(0o644)  # safetensors writes 0600 whatever the umask
     else:
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def _sort_sets(config: Any, path: Path) -> None:
+    """PEFT writes a set (of target modules) in an order that each Python process makes up anew."""
+    content = json.loads(path.read_text())
+    for name, value in content.items():
+        if isinstance(getattr(config, name, None), set):
+            content[name] = sorted(value)
+    path.write_text(json.dumps(content, indent=2, sort_keys=True))
 
 
 def load(method: Config, base: PreTrainedModel, folder: Path, merge: bool) -> PreTrainedModel:

@@ -51,6 +51,23 @@ class RunPaths:
         """Only there while a training is unfinished."""
         return self.root / "checkpoints"
 
+    @property
+    def lock(self) -> Path:
+        """Who writes in the directory now; what it and the next three hold is told in experiments/attempts.py."""
+        return self.root / "lock"
+
+    @property
+    def heartbeat(self) -> Path:
+        return self.root / "heartbeat.json"
+
+    @property
+    def attempts(self) -> Path:
+        return self.root / "attempts.json"
+
+    @property
+    def preempted(self) -> Path:
+        return self.root / "preempted.json"
+
     def evaluation(self, benchmark: str, protocol: str, settings: dict[str, Any]) -> EvalPaths:
         """The folder of one evaluation: other settings, another folder."""
         return EvalPaths(self.root / "eval" / benchmark / f"{protocol}-{content_hash(settings)[:8]}")

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 8 -m experiments.train runs/<run_id>      # one process per GPU
 
 The run directory's config decides everything. A finished run is left as it is; an interrupted one goes on from its last
-checkpoint, on the CPU bit for bit as if it had never stopped.
+checkpoint, on the CPU bit for bit as if it had never stopped. SIGTERM and SIGUSR1 make one after the step in progress.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from experiments.errors import UserError, run_command
+from experiments import preemption
+from experiments.attempts import Heartbeat, attempt
+from experiments.errors import Preempted, UserError, run_command
 from experiments.records import (
     RunPaths,
     TrainRecord,
@@ -43,7 +45,15 @@ def train(run: RunPaths, progress: str = "") -> TrainRecord:
     """Train the run, or read its record if it is finished. `progress` is the title of the progress bar, if any."""
     config = read_config(run)
     if run.train_record.is_file():
+        run.preempted.unlink(missing_ok=True)
         return read_record(run.train_record, TrainRecord)
+    with attempt(run, "train") as heartbeat:
+        if run.train_record.is_file():  # by the process whose lock was waited for
+            return read_record(run.train_record, TrainRecord)
+        return _train(run, config, progress, heartbeat)
+
+
+def _train(run: RunPaths, config: Config, progress: str, heartbeat: Heartbeat) -> TrainRecord:
     import torch
     from transformers import set_seed
 
@@ -88,9 +98,16 @@ def train(run: RunPaths, progress: str = "") -> TrainRecord:
             meta={**hashes, "start_hash": weights_hash(initial)},  # another start, another base
             batch_size=config["recipe"]["batch_size"],
             progress=progress,
+            heartbeat=heartbeat,
         )
+        preemption.raise_at_once(False)  # from here on the steps look, and what follows the last one is short
+        if preemption.agreed(arguments.device):
+            raise Preempted
         with _wandb(config, run, arguments.should_save):
             trainer.resume()
+        if trainer.state.global_step < trainer.state.max_steps:
+            _wait_for_everyone()
+            raise Preempted
         steps, tokens = trainer.state.global_step, int(trainer.state.num_input_tokens_seen)
         seconds, tensors, resumed_at = trainer.train_seconds(), list(trainer.trained), trainer.resumed_at
         trainer.accelerator.free_memory()
@@ -235,6 +252,7 @@ def _peak_memory(device: Any) -> int:
 
 
 def main(arguments: list[str]) -> None:
+    preemption.listen()
     parser = argparse.ArgumentParser(prog="python -m experiments.train", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="a run directory made by `python -m experiments.plan`")
     run = RunPaths(parser.parse_intermixed_args(arguments).run.resolve())

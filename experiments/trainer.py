@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from tqdm import tqdm
@@ -20,6 +21,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from diablo import refresh
 from experiments import checkpoint as checkpoints
+from experiments import preemption
+from experiments.attempts import Heartbeat
 from experiments.methods import trained_tensors
 from experiments.tokens import Examples
 
@@ -76,6 +79,7 @@ class RunTrainer(Trainer):
         meta: dict[str, Any],
         batch_size: int,
         progress: str,
+        heartbeat: Heartbeat,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -88,6 +92,7 @@ class RunTrainer(Trainer):
         self.resumed_at: list[int] = []
         self.started = self.last_step_end = time.perf_counter()
         self._norms: list[float] = []
+        self.add_callback(_BetweenSteps(heartbeat))
         if progress and self.args.process_index == 0:
             self.add_callback(_Progress(progress))
 
@@ -153,6 +158,8 @@ class RunTrainer(Trainer):
         """Train from the newest whole checkpoint, or from the start if there is none."""
         checkpoint = checkpoints.newest(self.checkpoint_folder, self.meta)
         if self.args.should_save:
+            for unfinished in self.checkpoint_folder.glob(".step-*"):
+                shutil.rmtree(unfinished)
             _cut_metrics(self.metrics, checkpoints.step_of(checkpoint) if checkpoint else 0)
         self.started = self.last_step_end = time.perf_counter()
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -163,6 +170,13 @@ class RunTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         final = checkpoints.folder(self.checkpoint_folder, self.state.global_step)
         aside = final.with_name(f".{final.name}")
+        try:
+            self._write_checkpoint(aside, final)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise OSError(f"{final}: cannot be written, the checkpoint before it stays ({error})") from error
+
+    def _write_checkpoint(self, aside: Path, final: Path) -> None:
         if self.args.should_save:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
@@ -215,6 +229,21 @@ class RunTrainer(Trainer):
             raise RuntimeError(f"{checkpoint} was written by fewer processes than now run: resume with as many")
         rest = json.loads(name.with_suffix(".json").read_text())
         checkpoints.restore_random_state(load_file(name.with_suffix(".safetensors")), rest)
+
+
+class _BetweenSteps(TrainerCallback):
+    """Tells the heartbeat of the step, and stops a training that was asked to, with a checkpoint, unless it is done."""
+
+    def __init__(self, heartbeat: Heartbeat) -> None:
+        self.heartbeat = heartbeat
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.heartbeat.at(state.global_step, state.max_steps, int(state.num_input_tokens_seen))
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.heartbeat.at(state.global_step, state.max_steps, int(state.num_input_tokens_seen))
+        if preemption.agreed(args.device) and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
 
 
 class _Progress(TrainerCallback):

@@ -91,7 +91,8 @@ def scores(run: RunPaths, gold: bool, benchmarks: list[str], limit: int | None) 
         overrides = [f"evaluation.benchmarks=[{name}]", f"evaluation.limit={limit or 'null'}"]
         if read_config(run)["evaluation"]["generation"]["samples"] > 1:
             # The rule is the same, twenty times the programs are not. The tiny tokenizer needs more than 512 tokens.
-            overrides += ["evaluation.generation.samples=1", "evaluation.generation.max_length=null"]
+            changed = {"samples": 1, "temperature": "null", "top_p": "null", "top_k": "null", "max_length": "null"}
+            overrides += [f"evaluation.generation.{key}={value}" for key, value in changed.items()]
         (records[name],) = evaluate(run, overrides, lm=model)
     return records
 

@@ -1,0 +1,167 @@
+"""What a task of the array runs: each of its runs through the stages of the manifest. Started by `job.sh`.
+
+A warning signal (preemption, the time limit) is passed on to the stage, which stops at its next step, leaves
+`preempted.json` in the run directory and exits; the task then puts itself back into the queue. Finished stages are
+skipped, so a requeued task goes on where it was. A failing run does not keep the task's other runs from being done.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from experiments.errors import UserError, run_command
+from experiments.records import RunPaths
+from slurm.manifest import Manifest, check_run, is_finished, read_manifest
+from slurm.queue import slurm
+from slurm.status import last_line
+
+MODULES = {"train": "experiments.train", "eval": "eval.run"}
+NEEDED = ("torch", "transformers", "peft", "safetensors", "hydra", "lm_eval")
+
+
+class Interrupted(Exception):
+    """The task was told to stop, and its work is not done."""
+
+
+class Worker:
+    """Runs one stage at a time and passes signals on to it."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.told_to_stop = False
+        self.stage: subprocess.Popen[bytes] | None = None
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, self._stop)
+
+    def run(self, run: RunPaths, stage: str) -> None:
+        """One stage of one run. Raises UserError if it fails, Interrupted if it was stopped."""
+        if self.told_to_stop:
+            raise Interrupted
+        marker = run.root / "preempted.json"
+        before = _content(marker)
+        log = run.root / "slurm.log"
+        with log.open("ab") as file:
+            file.write(f"--- {stage}, job {job_id()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+            file.flush()
+            self.stage = subprocess.Popen(self._command(run, stage), stdout=file, stderr=subprocess.STDOUT)
+            if self.told_to_stop:  # between the question above and the start
+                self.stage.send_signal(signal.SIGUSR1)
+            status = self.stage.wait()
+            self.stage = None
+        # The marker is what counts: launchers change exit statuses. A stage that was stopped before it could listen
+        # leaves none.
+        if _content(marker) not in (None, before) or (self.told_to_stop and status):
+            raise Interrupted
+        if status:
+            raise UserError(f"{stage} of {run.root.name} failed with status {status}: {last_line(log)}")
+
+    def _command(self, run: RunPaths, stage: str) -> list[str]:
+        module = [MODULES[stage], str(run.root)]
+        if stage != "train" or self.manifest.processes == 1:
+            return [sys.executable, "-m", *module]
+        launcher = ["srun", "--kill-on-bad-exit=1", f"--ntasks={self.manifest.processes}"]
+        if "SLURM_CPUS_PER_TASK" in os.environ:  # srun does not take it from sbatch
+            launcher.append(f"--cpus-per-task={os.environ['SLURM_CPUS_PER_TASK']}")
+        return [*launcher, sys.executable, "-m", "slurm.rank", *module]
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        # May come several times: Slurm repeats signals to tasks of an array.
+        self.told_to_stop = True
+        if self.stage is not None:
+            self.stage.send_signal(signal.SIGUSR1)
+
+
+def work(manifest: Manifest, names: list[str]) -> int:
+    """All stages of these runs. Exit status: 0, also when requeued; 1 if a run failed."""
+    worker = Worker(manifest)
+    failed = False
+    for name in names:
+        try:
+            run = check_run(manifest, name)
+            for stage in manifest.stages:
+                if not is_finished(run, stage, manifest.runs[name]):
+                    worker.run(run, stage)
+        except Interrupted:
+            return requeue(worker)
+        except (UserError, OSError) as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            failed = True
+    return int(failed)
+
+
+def requeue(worker: Worker) -> int:
+    """Put this task, and it alone, back into the queue, unless Slurm does so itself or someone cancelled it."""
+    state = job_state()
+    # After a preemption or the loss of a node Slurm requeues by itself, and who cancels wants no requeue. Slurm never
+    # requeues at a time limit.
+    if state not in ("RUNNING", "TIMEOUT", None):
+        print(f"stopped: the job is {state}", flush=True)
+        return 1
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    if restarts >= worker.manifest.max_requeues:
+        raise UserError(f"stopped, and not requeued after {restarts} times (max_requeues): submit again to go on")
+    worker.told_to_stop = False
+    slurm("scontrol", "requeue", job_id())
+    print(f"requeued {job_id()}", flush=True)
+    # Slurm now ends this script. One that left before could be recorded as finished.
+    deadline = time.monotonic() + 60
+    while not worker.told_to_stop and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return 0
+
+
+def job_id() -> str:
+    """`<array job>_<task>`: the plain id of an array's last task is that of the whole array."""
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]
+
+
+def job_state() -> str | None:
+    """What Slurm holds of this job, None where it cannot be asked."""
+    try:
+        shown = slurm("scontrol", "show", "job", "-o", job_id())
+    except UserError:
+        return None
+    return next((word.split("=", 1)[1] for word in shown.split() if word.startswith("JobState=")), None)
+
+
+def check_environment(manifest: Manifest) -> None:
+    """What would stop every run of the array, told in one line before the first model is loaded."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"{sys.executable} on this node lacks {', '.join(missing)}: "
+            "set `activate` or `python` of the cluster settings to the environment with requirements.txt"
+        )
+    if not os.access(manifest.runs_dir, os.W_OK):
+        raise UserError(f"{manifest.runs_dir} cannot be written on this node: runs_dir has to be on a shared disk")
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def main(arguments: list[str]) -> int:
+    path, expected = arguments
+    manifest = read_manifest(Path(path), expected)
+    check_environment(manifest)
+    if manifest.scratch is not None:
+        scratch = os.path.expandvars(manifest.scratch)
+        os.makedirs(scratch, exist_ok=True)
+        os.environ["TMPDIR"] = scratch
+    return work(manifest, manifest.tasks[int(os.environ["SLURM_ARRAY_TASK_ID"])])
+
+
+if __name__ == "__main__":
+    run_command(main)

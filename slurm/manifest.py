@@ -1,0 +1,96 @@
+"""What a submission leaves beside the run directories, in `<runs_dir>/.slurm/`:
+
+    lock                       held by the submitter
+    code/<12 hex>/             snapshots of the code
+    <submission>/manifest.json the runs of one array, its tasks and the code they run from
+    <submission>/job.sh        what sbatch was given
+    <submission>/logs/         what the jobs say themselves; a run's own output is in its directory, in slurm.log
+
+A job gets the manifest's hash with its path, so one that was edited is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.errors import UserError
+from experiments.records import RunPaths, file_hash, read_json, write_atomically
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One array. Runs are names of directories in `runs_dir`."""
+
+    experiment: str  # its name, or the overrides that were given
+    runs_dir: str
+    stages: list[str]  # train, eval, or both
+    tasks: list[list[str]]  # of each task its runs, done one after the other
+    runs: dict[str, dict[str, Any]]  # all runs that were planned: `config` (sha256 of the file), benchmarks, protocol
+    processes: int  # of training
+    max_requeues: int
+    scratch: str | None
+    code: dict[str, Any]
+    schema: int = SCHEMA
+
+
+def submissions(runs_dir: Path) -> Path:
+    return runs_dir / ".slurm"
+
+
+def write_manifest(path: Path, manifest: Manifest) -> str:
+    """Write it and return its hash."""
+    write_atomically(path, json.dumps(asdict(manifest), indent=1) + "\n")
+    return file_hash(path)
+
+
+def read_manifest(path: Path, expected: str | None = None) -> Manifest:
+    if not path.is_file():
+        raise UserError(f"{path}: no manifest: the folder was moved or deleted, submit again")
+    if expected is not None and file_hash(path) != expected:
+        raise UserError(f"{path}: edited after it was submitted: undo the edit, or cancel this job and submit again")
+    data = read_json(path)
+    if data.get("schema") != SCHEMA:
+        raise UserError(f"{path}: schema {data.get('schema')}, this version reads {SCHEMA}: submit again")
+    return Manifest(**data)
+
+
+def all_manifests(runs_dir: Path) -> Iterator[tuple[Path, Manifest]]:
+    """The manifests of a folder of runs, oldest first."""
+    for path in sorted(submissions(runs_dir).glob("*/manifest.json")):
+        yield path, read_manifest(path)
+
+
+def check_run(manifest: Manifest, name: str) -> RunPaths:
+    """A run's directory, if it is where the manifest says and still has the config that was submitted."""
+    run = RunPaths(Path(manifest.runs_dir) / name)
+    if not run.config.is_file():
+        raise UserError(
+            f"{run.root}: no such run directory: it was moved or deleted after it was submitted, submit again"
+        )
+    if file_hash(run.config) != manifest.runs[name]["config"]:
+        raise UserError(f"{run.config}: edited after it was submitted: undo the edit, or plan and submit again")
+    return run
+
+
+def describe_run(run: RunPaths, config: dict[str, Any]) -> dict[str, Any]:
+    """A run's entry in `Manifest.runs`."""
+    evaluation = config["evaluation"]
+    return {
+        "config": file_hash(run.config),
+        "benchmarks": list(evaluation["benchmarks"]),
+        "protocol": evaluation["protocol"],
+    }
+
+
+def is_finished(run: RunPaths, stage: str, about: dict[str, Any]) -> bool:
+    """Whether a stage has left its last record: `train.json`, or a `score.json` of every benchmark."""
+    if stage == "train":
+        return run.train_record.is_file()
+    folders = (run.root / "eval" / benchmark for benchmark in about["benchmarks"])
+    return all(any(folder.glob(f"{about['protocol']}-*/score.json")) for folder in folders)

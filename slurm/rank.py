@@ -1,0 +1,29 @@
+"""One process of several that `srun` starts: Slurm's rank and size under the names that torch reads.
+
+srun python -m slurm.rank experiments.train RUN
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+
+
+def torch_variables(slurm: dict[str, str]) -> dict[str, str]:
+    """Rank, size and meeting point of the processes of one step, from the variables srun gives each of them."""
+    return {
+        "RANK": slurm["SLURM_PROCID"],
+        "LOCAL_RANK": slurm["SLURM_LOCALID"],
+        "WORLD_SIZE": slurm["SLURM_NTASKS"],
+        # srun runs on the first node of the job, where rank 0 is.
+        "MASTER_ADDR": slurm.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"),
+        # Jobs that share a node need ports of their own; below Linux's range of outgoing ports.
+        "MASTER_PORT": str(10000 + int(slurm["SLURM_JOB_ID"]) % 20000),
+    }
+
+
+if __name__ == "__main__":
+    os.environ.update(torch_variables(dict(os.environ)))
+    sys.argv = sys.argv[1:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
