@@ -77,7 +77,6 @@ def generate(
     """
     from tqdm import tqdm
 
-    asked = plan["settings"]["asked"]
     size, order = plan["chunk_rows"], plan["order"]
     chunks = [order[start : start + size] for start in range(0, len(order), size)]
     with tqdm(total=len(order), desc=benchmark.name, unit="row", leave=False, disable=not progress) as bar:
@@ -88,7 +87,7 @@ def generate(
                 with uninterrupted():
                     started = time.perf_counter()
                     part = {index: rows[index] for index in indices}
-                    lines = _complete(plan, number, benchmark, part, lm, tokenizer, asked)
+                    lines = _complete(plan, number, benchmark, part, lm, tokenizer)
                     header = {**about_model, "seconds": time.perf_counter() - started}
                     write_atomically(path, _json_lines([header, *lines]))
             bar.update(len(indices))
@@ -102,11 +101,11 @@ def _complete(
     rows: dict[int, Row],
     lm: Any,
     tokenizer: PreTrainedTokenizerBase,
-    asked: Config,
 ) -> list[Config]:
     """One chunk: a line for every row and sample, in the plan's order."""
     import torch
 
+    asked = plan["settings"]["asked"]
     generation = asked["generation"]
     docs, lines = [], []
     for index, row in rows.items():

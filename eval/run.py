@@ -57,6 +57,7 @@ def evaluate(
         run.preempted.unlink(missing_ok=True)
         _check_trained(run, wanted)
         return [read_record(paths.score, EvalRecord) for _, _, paths in wanted]
+    _check_sandbox(config)
     with attempt(run, "eval") as heartbeat, ExitStack() as stack:
         trained = _check_trained(run, wanted)
         missing = [entry for entry in wanted if not entry[2].samples.is_file()]
@@ -87,6 +88,14 @@ def check_data(config: Config) -> None:
     """UserError if a benchmark of a run's config cannot be scored: wrong settings, missing rows, no sandbox."""
     for benchmark, _ in _planned(config):
         rows_of(config, benchmark)
+    _check_sandbox(config)
+
+
+def _check_sandbox(config: Config) -> None:
+    """Told before the hours of generation, not after; not asked of who only reads what is finished."""
+    evaluation = config["evaluation"]
+    if any(read_benchmark(name).kind == "program" for name in evaluation["benchmarks"]):
+        check_sandbox(evaluation["sandbox"])
 
 
 def _planned(config: Config) -> list[tuple[Benchmark, Config]]:
@@ -97,8 +106,6 @@ def _planned(config: Config) -> list[tuple[Benchmark, Config]]:
     if evaluation["limit"] is not None and evaluation["limit"] < 1:
         raise UserError(f"evaluation.limit={evaluation['limit']}: give one row or more, or null for all")
     benchmarks = [read_benchmark(name) for name in evaluation["benchmarks"]]
-    if any(benchmark.kind == "program" for benchmark in benchmarks):
-        check_sandbox(evaluation["sandbox"])  # before the hours of generation, not after
     return [(benchmark, settings_of(evaluation, benchmark)) for benchmark in benchmarks]
 
 

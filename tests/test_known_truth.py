@@ -17,6 +17,7 @@ from lm_eval.api.model import LM
 
 from eval.benchmarks import read_benchmark, rows_of
 from eval.run import evaluate
+from experiments.errors import UserError
 from experiments.plan import plan, protocols, write_runs
 from experiments.prompts import prompt_text
 from experiments.records import EvalRecord, RunPaths, read_config
@@ -52,7 +53,10 @@ PROMPT_FLOOR = {
 
 
 class KnownAnswers(LM):
-    """Answers a prompt with what `answers` holds for it and its gold: Social IQa asks some questions twice."""
+    """Answers a prompt with what `answers` holds for it and its gold: Social IQa asks some questions twice.
+
+    lm-eval's interface has three methods; no benchmark here asks for a likelihood.
+    """
 
     def __init__(self, answers: dict[tuple[str, str], str]) -> None:
         super().__init__()
@@ -127,6 +131,17 @@ def test_silence_scores_its_floor(task: str, protocol: str, tmp_path: Path, cach
         else:
             assert record.accuracy == 0, name
             assert record.no_match == (0 if kind == "program" else record.n)
+
+
+def test_a_finished_score_is_read_where_no_program_can_run(
+    tmp_path: Path, cache_dir: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = base_run("code_alpaca_6k", "lori", tmp_path / "runs", cache_dir, data_root)
+    before = scores(run, True, ["human_eval"], limit=2)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no bubblewrap there
+    assert scores(run, True, ["human_eval"], limit=2) == before
+    with pytest.raises(UserError, match="bwrap is not installed"):
+        scores(run, True, ["human_eval"], limit=3)
 
 
 @pytest.mark.slow
