@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import json
 import os
+import random
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,6 +26,9 @@ from experiments.sources import HUBS, SOURCES, Hub, Maker, Row, Split
 
 def load_rows(data: dict[str, Any], split: str, data_root: str | None) -> list[Row]:
     """The rows of a task's `data` config in their own order; of several sources one after the other.
+
+    The split "heldout" is what `heldout` keeps out of the training rows, to choose a learning rate by: so many rows
+    with different questions, drawn with a fixed seed. Rows that ask the same leave the training rows with them.
 
     With a data root they come from its files, without one from the hub. A run that was planned without one takes
     DIABLO_DATA_ROOT as it is now.
@@ -40,7 +44,24 @@ def load_rows(data: dict[str, Any], split: str, data_root: str | None) -> list[R
     names = [source] if isinstance(source, str) else source
     if "arith" in names:
         raise UserError("task.data.source: arith is generated and cannot be joined with other data sets")
-    return [row for name in names for row in _load(name, split, data_root)]
+    if split not in ("train", "heldout"):
+        return [row for name in names for row in _load(name, split, data_root)]
+    rows = [row for name in names for row in _load(name, "train", data_root)]
+    kept, held_out = _hold_out(rows, data.get("heldout", 0))
+    return kept if split == "train" else held_out
+
+
+def _hold_out(rows: list[Row], count: int) -> tuple[list[Row], list[Row]]:
+    """The training rows, and `count` rows whose questions are not among them."""
+    if not count:
+        return rows, []
+    first = {(row["instruction"], row["input"]): index for index, row in reversed(list(enumerate(rows)))}
+    if not 0 < count < len(first):
+        raise UserError(f"task.data.heldout={count}: the training rows ask {len(first)} different questions")
+    chosen = set(random.Random(0).sample(sorted(first), count))
+    held_out = sorted(first[question] for question in chosen)
+    kept = [row for row in rows if (row["instruction"], row["input"]) not in chosen]
+    return kept, [rows[index] for index in held_out]
 
 
 def rows_hash(rows: list[Row]) -> str:

@@ -15,6 +15,7 @@ import argparse
 import copy
 import itertools
 import shlex
+import sys
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -64,15 +65,19 @@ def expand_experiment(arguments: Sequence[str]) -> list[list[str]]:
 
 
 def read_experiment(name: str) -> Config:
-    """The content of `configs/experiment/<name>.yaml`: `title`, `common`, `grids` and `notes`."""
-    path = CONFIGS / "experiment" / f"{name}.yaml"
+    """The content of `configs/experiment/<name>.yaml`: `title`, `common`, `grids`, `learning_rate_by` and `notes`.
+
+    `name` may also be the path of such a file, which ends in .yaml.
+    """
+    path = Path(name) if name.endswith(".yaml") else CONFIGS / "experiment" / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"no experiment {name!r}: {nearest(name, options('experiment'))}")
     content = yaml.safe_load(path.read_text())
-    unknown = set(content) - {"title", "common", "grids", "notes"}
+    unknown = set(content) - {"title", "common", "grids", "notes", "learning_rate_by"}
     if unknown or not content.get("grids"):
         raise UserError(
-            f"{path}: an experiment has title, common, grids and notes, not {sorted(unknown) or 'no grids'}"
+            f"{path}: an experiment has title, common, grids, learning_rate_by and notes, "
+            f"not {sorted(unknown) or 'no grids'}"
         )
     return content
 
@@ -255,14 +260,23 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", help="experiment=…, model=…, method=…, key=value, key=a,b,c")
     parser.add_argument("--dry-run", action="store_true", help="print runs and parameter counts, write nothing")
     options = parser.parse_intermixed_args(arguments)
-    configs = plan(options.overrides)
+    from experiments.choose import stages  # which builds on this module
+
+    found = stages(options.overrides)
+    configs = {config["run_id"]: config for config in [*found.first, *found.final]}.values()
     if options.dry_run:
         from experiments.counting import print_counts  # torch and peft, which --help should not wait for
 
-        print_counts(configs)
+        print_counts(list(configs))
     else:
         for run in write_runs(configs):
             print(run.root)
+    if found.first:
+        print(
+            f"{len(found.first)} runs choose the learning rates; {len(found.final)} runs have theirs, "
+            f"{found.to_come} are planned when the first are finished",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

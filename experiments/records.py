@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from experiments.errors import UserError
 
-SCHEMA = 3  # raised when a record changes its meaning
+SCHEMA = 4  # raised when a record changes its meaning
 NOT_IN_THE_ID = ("run_id", "runtime", "evaluation")  # settings that cannot change what is trained
 
 
@@ -126,6 +126,7 @@ class TrainRecord:
     truncated: int  # rows cut to the protocol's max_length
     changed: bool  # whether any trained tensor is not what it was at the start
     final_loss: float | None  # mean over the last tenth of the steps; None when nothing was trained
+    held_out: dict[str, Any] | None  # of the rows kept out of training: `rows`, `loss` and `exact_match`; None without
     train_seconds: float  # wall time inside the training loop, all attempts together
     step_seconds: float | None  # median time of one optimizer step
     peak_memory_bytes: int  # device memory on CUDA, resident memory of the process elsewhere

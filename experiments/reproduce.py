@@ -4,6 +4,7 @@
     python -m experiments.reproduce quickstart seed=0,1,2,3,4 --out report/five_seeds
     python -m experiments.reproduce quickstart --workers 4      # four runs at a time, each in processes of its own
 
+Where the experiment chooses learning rates (experiments/choose.py), that is done first, on rows kept out of training.
 Finished runs are skipped and interrupted ones resumed, so the same command is also how an experiment is continued.
 """
 
@@ -19,75 +20,128 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from experiments import preemption
+from experiments.choose import Stages, stages, to_csv
 from experiments.errors import UserError, run_command
-from experiments.plan import plan, read_experiment, write_runs
-from experiments.records import RunPaths
+from experiments.plan import read_experiment, run_paths, write_runs
+from experiments.records import RunPaths, write_atomically
 
 Config = dict[str, Any]
 Outcome = TypeVar("Outcome")
 
 
-def reproduce(name: str, overrides: list[str], out: Path | None = None, workers: int = 1) -> Path:
-    """Run every stage of `configs/experiment/<name>.yaml` and return the path of the report's page."""
+def reproduce(
+    name: str, overrides: list[str], out: Path | None = None, workers: int = 1, report_only: bool = False
+) -> Path:
+    """Run every stage of `configs/experiment/<name>.yaml` and return the path of the report's page.
+
+    `report_only`: report what is finished, run nothing.
+    """
     if workers < 1:
         raise UserError(f"--workers {workers}: give one or more")
     started = time.perf_counter()
-    experiment = read_experiment(name)
-    configs = plan([f"experiment={name}", *overrides])
-    runs = write_runs(configs)
-    print(f"{experiment['title']}: {len(runs)} runs in {runs[0].root.parent}", flush=True)
-
-    # These three come late and only here: experiments is what eval and analysis stand on.
-    from analysis.report import write_report
-    from eval.run import check_data, evaluate
-    from experiments.timing import measure_step_times
-    from experiments.train import train
-
-    for config in {config["task"]["name"]: config for config in configs}.values():
-        check_data(config)  # what is missing is told before the first run is trained
-
-    processes = Processes() if workers > 1 else None
-
-    def execute(number: int, run: RunPaths) -> str | None:
-        """Train and score a run, tell in one line how it went, and return what failed."""
-        title = f"[{number:>{len(str(len(runs)))}}/{len(runs)}] {run.root.name}"
-        before = time.perf_counter()
-        try:
-            if processes:
-                processes.run("experiments.train", run)
-                processes.run("eval.run", run)
-            else:
-                train(run, progress=title)
-            scores = evaluate(run, progress=not processes)
-        except UserError as error:
-            print(f"{title}  failed: {error}", file=sys.stderr, flush=True)
-            return f"{run.root.name}: {error}"
-        results = ", ".join(_short(score) for score in scores)
-        print(f"{title}  {results}  ({time.perf_counter() - before:.1f} s)", flush=True)
-        return None
-
-    if processes:
-        make_bases(configs)
-        outcomes = processes.map(workers, execute, range(1, len(runs) + 1), runs)
-    else:
-        outcomes = [execute(number, run) for number, run in enumerate(runs, start=1)]
-    failures = [failure for failure in outcomes if failure]
-    if len(failures) == len(runs):
-        raise UserError(f"no run of {name} finished; the first: {failures[0]}")
-    # A label stands for one method only within a task: another task adapts other modules.
-    one_task = len({config["task"]["name"] for config in configs}) == 1
-    step_times = measure_step_times(configs, runs[0].root.parent / "step_times") if one_task else None
-    page = write_report(
-        [run.root for run in runs],
-        out or Path("report") / name,
-        step_times,
-        experiment["title"],
-        experiment.get("notes", []),
-    )
+    arguments = [f"experiment={name}", *overrides]
+    found = stages(arguments)
+    out = out or Path("report") / Path(name).stem
+    failures: list[str] = []
+    if not report_only:
+        execute = Runner(name, workers, [*found.first, *found.final])
+        if found.first:
+            print(f"{_title(name)}: {len(found.first)} runs to choose learning rates by", flush=True)
+            failures += execute(found.first, score=False)
+            found = stages(arguments)
+            print("\n".join(found.chosen()), flush=True)
+        if found.final:
+            print(f"{_title(name)}: {len(found.final)} runs in {run_paths(found.final[0]).root.parent}", flush=True)
+            failures += execute(found.final)
+    page = report(name, found, out, measure=not report_only)
     print(f"report: {page.resolve()}  ({time.perf_counter() - started:.0f} s in all)")
+    missing = (
+        [f"{found.to_come} runs without a learning rate ({'; '.join(found.undecided)})"] if found.undecided else []
+    )
     if failures:
-        raise UserError(f"{len(failures)} of {len(runs)} runs failed and are missing from the report")
+        total = len({config["run_id"] for config in [*found.first, *found.final]})
+        missing.append(f"{len(failures)} of {total} runs failed")
+    if missing:
+        raise UserError(f"{' and '.join(missing)} and are missing from the report")
     return page
+
+
+def report(name: str, found: Stages, out: Path, measure: bool) -> Path:
+    """Write the report of an experiment's runs into `out`. `measure`: its step times are measured here."""
+    # Late and only here: experiments is what eval and analysis stand on.
+    from analysis.report import write_report
+    from experiments.timing import measure_step_times
+
+    experiment, notes = read_experiment(name), []
+    runs = [run for run in map(run_paths, found.final) if run.config.is_file()]
+    if not any(run.train_record.is_file() for run in runs):
+        raise UserError(f"no run of {name} is finished: there is nothing to report")
+    if found.first:
+        write_atomically(out / "learning_rates.csv", to_csv(found))
+        by = experiment["learning_rate_by"].replace("_", " ")
+        notes.append(
+            f"Learning rates were chosen by the {by} on rows kept out of training, with one seed: "
+            f"{'; '.join(found.chosen())}. learning_rates.csv has every one that was tried."
+        )
+    # A label stands for one method only within a task: another task adapts other modules.
+    one_task = len({config["task"]["name"] for config in found.final}) == 1
+    step_times = measure_step_times(found.final, runs[0].root.parent / "step_times") if measure and one_task else None
+    return write_report(
+        [run.root for run in runs], out, step_times, experiment["title"], [*experiment.get("notes", []), *notes]
+    )
+
+
+class Runner:
+    """Trains and scores runs, one after the other here, or several at a time in processes of their own."""
+
+    def __init__(self, name: str, workers: int, configs: list[Config]) -> None:
+        from eval.run import check_data
+
+        self.name = name
+        for config in {config["task"]["name"]: config for config in configs}.values():
+            check_data(config)  # what is missing is told before the first run is trained
+        self.workers, self.processes = workers, Processes() if workers > 1 else None
+        if self.processes:
+            make_bases(configs)
+
+    def __call__(self, configs: list[Config], score: bool = True) -> list[str]:
+        """Do the runs and tell in one line each how it went. Returns what failed; UserError if all did."""
+        runs = write_runs(configs)
+
+        def execute(number: int, run: RunPaths) -> str | None:
+            title = f"[{number:>{len(str(len(runs)))}}/{len(runs)}] {run.root.name}"
+            before = time.perf_counter()
+            try:
+                result = self._execute(run, title, score)
+            except UserError as error:
+                print(f"{title}  failed: {error}", file=sys.stderr, flush=True)
+                return f"{run.root.name}: {error}"
+            print(f"{title}  {result}  ({time.perf_counter() - before:.1f} s)", flush=True)
+            return None
+
+        numbers = range(1, len(runs) + 1)
+        if self.processes:
+            outcomes = self.processes.map(self.workers, execute, numbers, runs)
+        else:
+            outcomes = [execute(number, run) for number, run in zip(numbers, runs, strict=True)]
+        failures = [failure for failure in outcomes if failure]
+        if len(failures) == len(runs):
+            raise UserError(f"no run of {self.name} finished; the first: {failures[0]}")
+        return failures
+
+    def _execute(self, run: RunPaths, title: str, score: bool) -> str:
+        """Train and, if asked, score one run; what came out."""
+        from eval.run import evaluate
+        from experiments.train import train
+
+        if self.processes:
+            self.processes.run("experiments.train", run)
+            if score:
+                self.processes.run("eval.run", run)
+        record = train(run, progress=title)
+        if score:
+            return ", ".join(_short(result) for result in evaluate(run, progress=not self.processes))
+        return ", ".join(f"{key} {value}" for key, value in _rounded(record.held_out or {}))
 
 
 class Processes:
@@ -137,6 +191,14 @@ def make_bases(configs: list[Config]) -> None:
             make_base(config["model"], Path(config["runtime"]["cache_dir"]))
 
 
+def _title(name: str) -> str:
+    return read_experiment(name)["title"]
+
+
+def _rounded(held_out: Config) -> list[tuple[str, str]]:
+    return [(key.replace("_", " "), f"{value:.4g}") for key, value in held_out.items() if value is not None]
+
+
 def _short(score: Any) -> str:
     metric = "" if score.metric == "accuracy" else f"{score.metric} "
     return f"{score.benchmark} {metric}{score.accuracy:.1%}"
@@ -148,7 +210,7 @@ def main(arguments: list[str]) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("experiment", help="a file of configs/experiment, without its ending")
+    parser.add_argument("experiment", help="a file of configs/experiment without its ending, or the path of another")
     parser.add_argument("overrides", nargs="*", help="key=value or key=a,b,c, applied to every grid")
     parser.add_argument("--out", type=Path, help="folder of the report; default: report/<experiment>")
     parser.add_argument(
@@ -157,8 +219,9 @@ def main(arguments: list[str]) -> None:
         default=1,
         help="runs at a time, each with processes of its own and OMP_NUM_THREADS threads; default: 1, here",
     )
+    parser.add_argument("--report-only", action="store_true", help="report the runs that are finished, run nothing")
     options = parser.parse_intermixed_args(arguments)
-    reproduce(options.experiment, options.overrides, options.out, options.workers)
+    reproduce(options.experiment, options.overrides, options.out, options.workers, options.report_only)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ def _train(run: RunPaths, config: Config, progress: str, heartbeat: Heartbeat) -
     from experiments import methods
     from experiments.data import load_rows, rows_hash
     from experiments.environment import environment
+    from experiments.held_out import measure, row_scores
     from experiments.models import load_base, resolve_device, weights_hash
     from experiments.prompts import collate, select_rows
     from experiments.tokens import tokenised
@@ -69,7 +70,8 @@ def _train(run: RunPaths, config: Config, progress: str, heartbeat: Heartbeat) -
     arguments = training_arguments(config, run, device.type)
     trains = config["method"]["trains"] != "nothing"
     with arguments.main_process_first(local=False):  # one process makes or downloads what the others then find
-        rows = load_rows(config["task"]["data"], "train", config["runtime"]["data_root"]) if trains else []
+        data, data_root = config["task"]["data"], config["runtime"]["data_root"]
+        rows = load_rows(data, "train", data_root) if trains else []
         base, tokenizer = load_base(config, str(arguments.device))
     base_parameters = base.num_parameters()
     hashes: Any = {
@@ -81,17 +83,20 @@ def _train(run: RunPaths, config: Config, progress: str, heartbeat: Heartbeat) -
     model: Any = methods.attach(config["method"], base)
     initial = methods.initial_state(model)
     start = weights_hash(methods.trained_tensors(model))
-    steps, tokens, seconds, truncated, kept, tensors, resumed_at = 0, 0, 0.0, 0, 0, [], []
+    steps, tokens, seconds, truncated, kept, tensors, resumed_at, held_out = 0, 0, 0.0, 0, 0, [], [], None
     if trains:
         with arguments.main_process_first(local=False):
             cache = Path(config["runtime"]["cache_dir"])
             examples = tokenised(config["protocol"], tokenizer, select_rows(config["protocol"], rows), cache)
+            others = load_rows(data, "heldout", data_root) if data["heldout"] else []
+            unseen = tokenised(config["protocol"], tokenizer, others, cache)
         _check_batches(config, len(examples))
         truncated, kept = examples.truncated, len(examples)
         trainer = RunTrainer(
             model=model,
             args=arguments,
             train_dataset=examples,
+            preprocess_logits_for_metrics=row_scores,
             data_collator=partial(collate, pad_token_id=cast(int, tokenizer.pad_token_id)),
             metrics=run.metrics,
             checkpoint_folder=run.checkpoints,
@@ -110,6 +115,7 @@ def _train(run: RunPaths, config: Config, progress: str, heartbeat: Heartbeat) -
             raise Preempted
         steps, tokens = trainer.state.global_step, int(trainer.state.num_input_tokens_seen)
         seconds, tensors, resumed_at = trainer.train_seconds(), list(trainer.trained), trainer.resumed_at
+        held_out = measure(trainer, unseen) if len(unseen) else None
         trainer.accelerator.free_memory()
     if not arguments.should_save:  # the other processes of a distributed run wait for the record
         _wait_for_everyone()
@@ -129,6 +135,7 @@ def _train(run: RunPaths, config: Config, progress: str, heartbeat: Heartbeat) -
         truncated=truncated,
         changed=weights_hash(methods.trained_tensors(model)) != start,
         final_loss=statistics.fmean(line["loss"] for line in lines[-max(1, steps // 10) :]) if lines else None,
+        held_out=held_out,
         train_seconds=seconds,
         step_seconds=statistics.median(line["seconds"] for line in lines) if lines else None,
         peak_memory_bytes=_peak_memory(torch.device(arguments.device)),
@@ -166,6 +173,7 @@ def training_arguments(config: Config, run: RunPaths, device: str) -> TrainingAr
         num_train_epochs=recipe["epochs"],
         max_steps=recipe["max_steps"] or -1,
         per_device_train_batch_size=recipe["micro_batch_size"],
+        per_device_eval_batch_size=recipe["micro_batch_size"],
         train_sampling_strategy="group_by_length" if recipe["group_by_length"] else "random",
         gradient_accumulation_steps=accumulation,
         learning_rate=recipe["learning_rate"],

@@ -82,6 +82,7 @@ def write_run(
             truncated=0,
             changed=bool(tensors),
             final_loss=0.1 if tensors else None,
+            held_out=None,
             train_seconds=8.0 + seed,
             step_seconds=0.03,
             peak_memory_bytes=10**9,

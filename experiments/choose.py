@@ -1,0 +1,144 @@
+"""Experiments of two stages: learning rates are chosen on rows kept out of training, then the runs are seeded.
+
+An experiment file says `learning_rate_by: loss`. Of its runs, those that differ in nothing but the learning rate and
+the seed are a group. The first stage trains every learning rate of a group with the group's first seed; the second has
+all seeds of the one that was best by `held_out` of train.json: the smallest loss, or the largest exact match (the
+smaller loss among equals). No benchmark is looked at before that. The first-stage run of the chosen learning rate is
+also one of the second stage.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from experiments.errors import UserError, nearest
+from experiments.plan import plan, read_experiment, run_paths
+from experiments.records import TrainRecord, config_hash, read_record
+
+Config = dict[str, Any]
+RULES: dict[str, Callable[[Config], tuple[float, ...]]] = {  # of `held_out`; the smallest is the best
+    "loss": lambda held_out: (held_out["loss"],),
+    "exact_match": lambda held_out: (-held_out["exact_match"], held_out["loss"]),
+}
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A run of the first stage, and what it scored; None where it is not finished."""
+
+    config: Config
+    held_out: Config | None
+    chosen: bool
+    at_edge: bool  # chosen, and the smallest or largest that was tried: the best may lie beyond
+
+
+@dataclass
+class Stages:
+    """The runs of an experiment, as far as they can be told by what is finished."""
+
+    first: list[Config] = field(default_factory=list)  # only trained; none where nothing is chosen
+    final: list[Config] = field(default_factory=list)  # trained and scored
+    undecided: list[str] = field(default_factory=list)  # groups without a choice: the runs they wait for, a line each
+    to_come: int = 0  # runs that those groups will have in the second stage
+    tried: list[Tried] = field(default_factory=list)
+
+    def chosen(self) -> list[str]:
+        """A line per choice."""
+        return [
+            f"{tried.config['method']['label']}: learning rate {tried.config['recipe']['learning_rate']:g}"
+            + (", the smallest or largest that was tried" if tried.at_edge else "")
+            for tried in self.tried
+            if tried.chosen
+        ]
+
+
+def stages(arguments: Sequence[str]) -> Stages:
+    """The stages of what `plan` plans. Reads the records of the first stage's runs."""
+    configs = plan(arguments)
+    by = _rule(arguments)
+    if by is None:
+        return Stages(final=configs)
+    groups: dict[str, list[Config]] = {}
+    for config in configs:
+        groups.setdefault(_group(config), []).append(config)
+    found = Stages()
+    for group in groups.values():
+        rates = {_rate(config) for config in group}
+        if len(rates) == 1:
+            found.final += group
+            continue
+        if not group[0]["task"]["data"]["heldout"]:
+            raise UserError(
+                f"{_named(group[0])}: learning rates are chosen on held-out rows: give task.data.heldout=1000"
+            )
+        first = [config for config in group if config["seed"] == group[0]["seed"]]
+        scores = [_held_out(config) for config in first]
+        waiting = [config["run_id"] for config, score in zip(first, scores, strict=True) if score is None]
+        best = None if waiting else _best(first, scores, by)
+        edges = (min(rates), max(rates))
+        found.first += first
+        found.tried += [
+            Tried(config, score, _rate(config) == best, _rate(config) == best and best in edges)
+            for config, score in zip(first, scores, strict=True)
+        ]
+        found.final += [config for config in group if _rate(config) == best]
+        if waiting:
+            found.undecided.append(f"{_named(first[0])} waits for {', '.join(waiting)}")
+            found.to_come += len({config["seed"] for config in group})
+    return found
+
+
+def to_csv(found: Stages) -> str:
+    """Every learning rate that was tried, with what its run scored on the held-out rows."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    measured = ("rows", "loss", "exact_match")
+    writer.writerow(["run_id", "model", "method", "task", "seed", "learning_rate", *measured, "chosen"])
+    for tried in found.tried:
+        config, scores = tried.config, tried.held_out or {}
+        names = [config["run_id"], config["model"]["name"], config["method"]["label"], config["task"]["name"]]
+        writer.writerow([*names, config["seed"], _rate(config), *(scores.get(key) for key in measured), tried.chosen])
+    return text.getvalue()
+
+
+def _rule(arguments: Sequence[str]) -> str | None:
+    """What the experiment chooses learning rates by, if it does."""
+    names = [argument.removeprefix("experiment=") for argument in arguments if argument.startswith("experiment=")]
+    by = read_experiment(names[0]).get("learning_rate_by") if names else None
+    if by is not None and by not in RULES:
+        raise UserError(f"experiment {names[0]}: learning_rate_by: {by}: {nearest(str(by), RULES)}")
+    return by
+
+
+def _rate(config: Config) -> float:
+    return config["recipe"]["learning_rate"]
+
+
+def _group(config: Config) -> str:
+    return config_hash({**config, "seed": None, "recipe": {**config["recipe"], "learning_rate": None}})
+
+
+def _held_out(config: Config) -> Config | None:
+    """What a finished run scored on the held-out rows."""
+    path = run_paths(config).train_record
+    return read_record(path, TrainRecord).held_out if path.is_file() else None
+
+
+def _best(first: list[Config], scores: Sequence[Config | None], by: str) -> float:
+    """The learning rate whose run did best. A run that diverged, so that its loss is not finite, is no candidate."""
+    candidates = [
+        (RULES[by](score), _rate(config))
+        for config, score in zip(first, scores, strict=True)
+        if score is not None and score["loss"] is not None
+    ]
+    if not candidates:
+        raise UserError(f"{_named(first[0])}: all learning rates diverged: give smaller ones")
+    return min(candidates)[1]
+
+
+def _named(config: Config) -> str:
+    return f"{config['method']['label']} on {config['model']['name']} and {config['task']['name']}"

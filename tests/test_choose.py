@@ -1,0 +1,195 @@
+"""Learning rates chosen on held-out rows, and the second stage that follows from them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments.choose import Stages, stages, to_csv
+from experiments.data import load_rows
+from experiments.held_out import row_scores
+from experiments.plan import run_paths, write_runs
+from experiments.prompts import IGNORED
+from experiments.records import TrainRecord, read_record
+from experiments.reproduce import reproduce
+from experiments.train import train
+from tests.conftest import SMALL
+
+FILE = """
+title: Two stages
+common: model=tiny task=arith seed=3,4
+learning_rate_by: {by}
+grids:
+  - method=lora,diablo recipe.learning_rate={rates}
+  - method=base seed=0 recipe.learning_rate=0
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path: Path, cache_dir: Path) -> Callable[..., list[str]]:
+    """The arguments that plan a small experiment of two stages, in a folder of runs of its own."""
+
+    def write(rates: str = "1e-3,1e-2,1e-1", by: str = "loss") -> list[str]:
+        path = tmp_path / "two_stages.yaml"
+        path.write_text(FILE.format(by=by, rates=rates))
+        small = [*SMALL, f"runtime.runs_dir={tmp_path / 'runs'}", f"runtime.cache_dir={cache_dir}"]
+        return [f"experiment={path}", *small]
+
+    return write
+
+
+def pretend(config: dict[str, Any], record: TrainRecord, loss: float | None, exact_match: float) -> None:
+    """A finished run that scored so on its held-out rows."""
+    (run,) = write_runs([config])
+    held_out = {"rows": 14, "loss": loss, "exact_match": exact_match}
+    run.train_record.write_text(json.dumps({**vars(record), "run_id": config["run_id"], "held_out": held_out}))
+
+
+@pytest.fixture
+def record(finished: Any) -> TrainRecord:
+    return read_record(finished.train_record, TrainRecord)
+
+
+def rates(configs: list[dict[str, Any]]) -> list[tuple[str, float, int]]:
+    return [(config["method"]["name"], config["recipe"]["learning_rate"], config["seed"]) for config in configs]
+
+
+def choose(arguments: list[str], record: TrainRecord, scores: dict[float, tuple[float | None, float]]) -> Stages:
+    for config in stages(arguments).first:
+        pretend(config, record, *scores[config["recipe"]["learning_rate"]])
+    return stages(arguments)
+
+
+def test_the_first_stage_has_one_seed_and_the_second_waits_for_it(
+    experiment: Callable[..., list[str]], record: TrainRecord
+) -> None:
+    arguments = experiment()
+    found = stages(arguments)
+    assert rates(found.first) == [(name, rate, 3) for name in ("lora", "diablo") for rate in (1e-3, 1e-2, 1e-1)]
+    assert rates(found.final) == [("base", 0, 0)]  # it has nothing to choose
+    assert found.to_come == 4
+    assert found.undecided[0].startswith("lora-r6 on tiny and arith waits for tiny-lora-r6-arith-s3-")
+    for config in found.first[:3]:
+        pretend(config, record, {1e-3: 0.5, 1e-2: 0.25, 1e-1: 1.0}[config["recipe"]["learning_rate"]], 0.0)
+    found = stages(arguments)
+    assert rates(found.final) == [("lora", 1e-2, 3), ("lora", 1e-2, 4), ("base", 0, 0)]
+    assert found.to_come == 2
+    assert found.chosen() == ["lora-r6: learning rate 0.01"]
+
+
+def test_what_is_best(experiment: Callable[..., list[str]], record: TrainRecord) -> None:
+    """By loss the smallest, by exact match the largest, among equals the smaller loss; who diverged is out."""
+    scores = {1e-3: (0.5, 0.25), 1e-2: (0.75, 0.5), 1e-1: (None, 1.0)}
+    found = choose(experiment(), record, scores)
+    assert found.chosen()[0] == "lora-r6: learning rate 0.001, the smallest or largest that was tried"
+    assert stages(experiment(by="exact_match")).chosen()[0] == "lora-r6: learning rate 0.01"
+    found = choose(experiment(by="exact_match"), record, {**scores, 1e-1: (0.125, 0.5)})
+    assert rates(found.final)[:2] == [("lora", 1e-1, 3), ("lora", 1e-1, 4)]
+    table = list(csv.DictReader(to_csv(found).splitlines()))
+    assert [(row["learning_rate"], row["loss"], row["chosen"]) for row in table][:3] == [
+        *(("0.001", "0.5", "False"), ("0.01", "0.75", "False"), ("0.1", "0.125", "True"))
+    ]
+
+
+def test_bad_input(
+    experiment: Callable[..., list[str]], record: TrainRecord, fails_with: Callable[[Callable[[], object]], str]
+) -> None:
+    said = fails_with(lambda: choose(experiment(), record, dict.fromkeys((1e-3, 1e-2, 1e-1), (None, 0.0))))
+    assert said == "lora-r6 on tiny and arith: all learning rates diverged: give smaller ones"
+    assert "learning_rate_by: accuracy: known: exact_match, loss" in fails_with(
+        lambda: stages(experiment(by="accuracy"))
+    )
+    said = fails_with(lambda: stages([experiment()[0], "task=gsm8k"]))
+    assert "held-out rows: give task.data.heldout=1000" in said
+
+
+def test_reproduce_chooses_trains_and_reports(experiment: Callable[..., list[str]], tmp_path: Path) -> None:
+    name, *overrides = experiment(rates="1e-3,1e-2")
+    name = name.removeprefix("experiment=")
+    overrides = [*overrides, "recipe.max_steps=4"]
+    page = reproduce(name, overrides, tmp_path / "report", workers=1)
+    found = stages([f"experiment={name}", *overrides])
+    assert len(found.first) == 4
+    assert len(found.final) == 5
+    assert not found.undecided
+    for tried in found.tried:
+        assert tried.held_out is not None
+        assert tried.held_out["rows"] == 14
+        scored = list(run_paths(tried.config).evaluations())
+        assert bool(scored) == tried.chosen  # a benchmark is asked only for what was chosen
+    losses = {tried.chosen: tried.held_out["loss"] for tried in found.tried[:2] if tried.held_out}
+    assert losses[True] < losses[False]
+    assert len((tmp_path / "report" / "learning_rates.csv").read_text().splitlines()) == 5
+    assert "learning_rates.csv has every one that was tried" in page.read_text()
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")}
+    reproduce(name, overrides, tmp_path / "report", report_only=True)
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")}
+
+
+def test_row_scores_are_the_definition() -> None:
+    """Against sums over single tokens in float64; virtual tokens of a prompt method come first."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 7, 5, generator=generator, dtype=torch.float64)
+    labels = torch.randint(5, (3, 6), generator=generator)
+    labels[0, :3] = labels[1, 4:] = IGNORED
+    likeliest = logits[2, 1:].argmax(-1)  # of a row whose targets are all predicted
+    labels[2, 1:] = likeliest[:-1]
+    for row, (loss, tokens, match) in enumerate(row_scores((logits,), labels).tolist()):
+        expected, count, right = 0.0, 0, True
+        for place in range(1, 6):
+            target = int(labels[row, place])
+            if target == IGNORED:
+                continue
+            scores = logits[row, place]  # 7 - 6 virtual tokens: what is read at place - 1 stands at `place`
+            expected -= float(scores[target] - torch.logsumexp(scores, 0))
+            count, right = count + 1, right and int(scores.argmax()) == target
+        assert math.isclose(loss, expected, rel_tol=1e-6)
+        assert (tokens, match) == (count, float(right))
+        assert right == (row == 2)
+
+
+def test_a_trained_run_scores_as_its_loaded_adapter_does(small: list[str]) -> None:
+    """Row by row, without padding, on a fresh base."""
+    from experiments import methods
+    from experiments.models import load_base
+    from experiments.plan import plan
+    from experiments.prompts import encode
+
+    (config,) = plan([*small, "method=diablo", "seed=0", "recipe.epochs=8", "recipe.learning_rate=0.02"])
+    (run,) = write_runs([config])
+    held_out = train(run).held_out
+    base, tokenizer = load_base(config, "cpu")
+    model = methods.load(config["method"], base, run.adapter, merge=True).eval()
+    loss, tokens = 0.0, 0
+    for example in encode(config["protocol"], tokenizer, load_rows(config["task"]["data"], "heldout", None)):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([example.input_ids])).logits
+        scores = row_scores(logits, torch.tensor([example.labels]))[0]
+        loss, tokens = loss + float(scores[0]), tokens + int(scores[1])
+    assert held_out is not None
+    assert held_out["rows"] == 14
+    assert held_out["loss"] == pytest.approx(loss / tokens, rel=1e-5)
+
+
+def test_held_out_rows_share_no_question_with_the_training_rows(
+    data_root: Path, fails_with: Callable[[Callable[[], object]], str]
+) -> None:
+    data = {"source": ["boolq", "arc_challenge"], "heldout": 50}
+    everything = load_rows({**data, "heldout": 0}, "train", str(data_root))
+    kept, held_out = (load_rows(data, split, str(data_root)) for split in ("train", "heldout"))
+    questions = {(row["instruction"], row["input"]) for row in held_out}
+    assert len(held_out) == len(questions) == 50
+    assert not questions & {(row["instruction"], row["input"]) for row in kept}
+    repeated = [row for row in everything if (row["instruction"], row["input"]) in questions]
+    assert len(kept) == len(everything) - len(repeated)
+    assert load_rows(data, "heldout", str(data_root)) == held_out
+    assert all(row in everything for row in held_out)
+    said = fails_with(lambda: load_rows({**data, "heldout": 10**6}, "train", str(data_root)))
+    assert "task.data.heldout=1000000: the training rows ask" in said
