@@ -47,7 +47,10 @@ def measure(trainer: Trainer, examples: Examples) -> dict[str, Any]:
 
     The trainer has `row_scores` as its `preprocess_logits_for_metrics`. All processes of a training have to call this.
     """
-    scores = cast("np.ndarray", trainer.predict(cast(Any, examples)).predictions)
+    # Not `predict`, which would tell wandb of a test set.
+    batches = trainer.get_test_dataloader(cast(Any, examples))
+    result = trainer.evaluation_loop(batches, description="held-out rows", prediction_loss_only=False)
+    scores = cast("np.ndarray", result.predictions)
     loss, tokens, matches = (float(total) for total in scores.sum(axis=0))
     return {
         "rows": len(scores),
