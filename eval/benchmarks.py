@@ -7,19 +7,16 @@ number, letter, expression, program or refusal) and, of options, which there are
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from eval.scoring import Rules, check_rules
-from experiments.errors import UserError, nearest
+from experiments import evaluations
+from experiments.errors import UserError
 
 Config = dict[str, Any]
 Row = dict[str, str]
-TASKS = Path(__file__).resolve().parent / "tasks"
-ASKED = ("prompt", "prompt_with_input", "strip_prompt", "bos", "limit", "merge", "backend")
-READ = ("searched", "full_batches_of", "judge")
 
 
 @dataclass(frozen=True)
@@ -40,10 +37,7 @@ class Benchmark:
 
 
 def read_benchmark(name: str) -> Benchmark:
-    path = TASKS / f"{name}.yaml"
-    if not path.is_file():
-        raise UserError(f"no benchmark {name!r}: {nearest(name, (file.stem for file in TASKS.glob('*.yaml')))}")
-    task = yaml.safe_load(path.read_text())
+    task = yaml.safe_load(evaluations.task_file(name).read_text())
     about = task["metadata"]
     return Benchmark(
         name=name,
@@ -66,40 +60,18 @@ def rows_of(config: Config, benchmark: Benchmark) -> list[Row]:
 
 
 def settings_of(evaluation: Config, benchmark: Benchmark) -> Config:
-    """What a run's `evaluation` section says for a benchmark: `asked` decides completions, `read` decides scores."""
-    generation = {
-        key: _of_kind(value, benchmark, f"evaluation.generation.{key}")
-        for key, value in evaluation["generation"].items()
-    }
-    read = {key: _of_kind(evaluation[key], benchmark, f"evaluation.{key}") for key in READ if key != "judge"}
-    if benchmark.kind == "program":
-        read |= {"parser": "program", "equality": "unit_tests"}
-    else:
-        for key in ("parser", "equality"):
-            read[key] = _of_kind(evaluation[key], benchmark, f"evaluation.{key}")
+    """What a run's `evaluation` section says for a benchmark, checked: `asked` decides completions, `read` scores."""
+    settings = evaluations.settings_of(evaluation, benchmark.name, benchmark.kind)
+    read = settings["read"]
+    if benchmark.kind != "program":
         check_rules(Rules(**{key: read[key] for key in ("searched", "parser", "equality")}))
-    read["judge"] = evaluation["judge"] if read["parser"] == "judged" else None
     if read["judge"] is not None and read["judge"]["model"] is None:
         raise UserError(
             f"protocol {evaluation['protocol']} has completions read by a chat model: name one with "
             f"evaluation.judge.model=…"
         )
-    _check_generation(generation, evaluation)
-    return {"asked": {key: evaluation[key] for key in ASKED} | {"generation": generation}, "read": read}
-
-
-def _of_kind(value: Any, benchmark: Benchmark, name: str) -> Any:
-    """A setting's value for a benchmark: the value itself, or what it says for the benchmark or its kind of answer."""
-    if not isinstance(value, dict):
-        return value
-    if benchmark.name in value:
-        return value[benchmark.name]
-    if benchmark.kind not in value:
-        raise UserError(
-            f"benchmark {benchmark.name} has answers of the kind {benchmark.kind}, of which {name} says nothing "
-            f"(it has {', '.join(value) or 'nothing'}): choose another protocol or give {name}.{benchmark.kind}=…"
-        )
-    return value[benchmark.kind]
+    _check_generation(settings["asked"]["generation"], evaluation)
+    return settings
 
 
 def _check_generation(generation: Config, evaluation: Config) -> None:

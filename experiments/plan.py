@@ -14,9 +14,10 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import re
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -109,15 +110,21 @@ def resolve(overrides: Iterable[Override]) -> Config:
     groups, values = [], []
     for override in overrides:
         (groups if override.key_or_group in GROUPS else values).append(override)
-    composed = copy.deepcopy(_compose(_lines(groups)))
-    for override in values:
-        _set(composed, override)
-    return _freeze(composed)
+    lines = _lines(groups)
+    last = len(values)  # what follows is set after the references are resolved, which is done once for many runs
+    while last and _nothing_refers_to(values[last - 1], lines):
+        last -= 1
+    settled, free = (tuple(str(override.input_line) for override in part) for part in (values[:last], values[last:]))
+    keys = tuple(line.partition("=")[0] for line in free)
+    resolved = copy.deepcopy(_resolved(lines, settled, keys))
+    for override in values[last:]:
+        _set(resolved, override)
+    return _named(resolved)
 
 
 def resolve_with_hydra(overrides: Iterable[Override]) -> Config:
     """As `resolve`, with everything composed by Hydra: ten times slower, and what `resolve` must agree with."""
-    return _freeze(_compose.__wrapped__(_lines(overrides)))
+    return _named(_resolve_references(_compose.__wrapped__(_lines(overrides))))
 
 
 def protocol_evaluation(task: str, protocol: str) -> Config:
@@ -200,6 +207,39 @@ def _compose(overrides: tuple[str, ...]) -> Config:
     return cast(Config, composed)
 
 
+@lru_cache(maxsize=256)
+def _resolved(groups: tuple[str, ...], values: tuple[str, ...], free: tuple[str, ...]) -> Config:
+    """The config of these choices, its references resolved, with null for each free value."""
+    composed = copy.deepcopy(_compose(groups))
+    for override in OverridesParser.create().parse_overrides([*values, *(f"{key}=null" for key in free)]):
+        _set(composed, override)
+    return _resolve_references(composed)
+
+
+def _nothing_refers_to(override: Override, groups: tuple[str, ...]) -> bool:
+    """Whether a value can be set after references are resolved: a plain one, with no reference to or from it."""
+    value, key = override.value(), override.key_or_group
+    if isinstance(value, dict | list) or (isinstance(value, str) and re.search(r"[$\\]", value)):
+        return False
+    return not any(f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.") for name in _references(groups))
+
+
+@lru_cache(maxsize=256)
+def _references(groups: tuple[str, ...]) -> frozenset[str]:
+    """Every dotted name, or beginning of one, in the references of the config files of a choice of groups."""
+
+    def names(value: Any, *path: str) -> Iterator[str]:
+        if isinstance(value, dict | list):
+            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from names(part, *path, str(key))
+        elif isinstance(value, str) and "${" in value:
+            for dots, name in re.findall(r"(\.*)(\w[\w.]*)", value):
+                # A name with dots before it begins so many levels above the value that refers to it.
+                yield ".".join([*(path[: -len(dots)] if dots else ()), name.rstrip(".")])
+
+    return frozenset(names(_compose(groups)))
+
+
 def _set(composed: Config, override: Override) -> None:
     """Set one value in place. A key that no file has is refused with the nearest ones there are."""
     key, adds = override.key_or_group, override.is_add()
@@ -219,17 +259,21 @@ def _set(composed: Config, override: Override) -> None:
     node[last] = override.value()
 
 
-def _freeze(composed: Config) -> Config:
-    """Resolve every reference, drop the tables that only served to choose a value, and name the run."""
+def _resolve_references(composed: Config) -> Config:
+    """The values of all references."""
     method, task = composed["method"], composed["task"]
     if composed["recipe"]["learning_rate"] == CHOSEN_LEARNING_RATE and task["name"] not in method["learning_rate"]:
         raise UserError(
             f"no learning rate is recorded for {method['name']} on {task['name']}: give recipe.learning_rate=…"
         )
     try:
-        settings = cast(Config, OmegaConf.to_container(OmegaConf.create(composed), resolve=True))
+        return cast(Config, OmegaConf.to_container(OmegaConf.create(composed), resolve=True))
     except OmegaConfBaseException as error:
         raise UserError(f"cannot resolve the config of {method['name']} on {task['name']}: {error}") from None
+
+
+def _named(settings: Config) -> Config:
+    """Drop the tables that only served to choose a value, and name the run."""
     for section, tables in ONLY_TO_CHOOSE.items():
         for table in tables:
             del settings[section][table]

@@ -261,7 +261,7 @@ def read_config(run: RunPaths) -> dict[str, Any]:
             f"{run.root}: no config.yaml, so not a run directory: plan one with `python -m experiments.plan`"
         )
     try:
-        config = yaml.safe_load(run.config.read_text())
+        config = yaml.load(run.config.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         expected = run_id(config)
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{run.config}: not a run's config ({error}): plan the run again") from None
@@ -276,7 +276,8 @@ def read_config(run: RunPaths) -> dict[str, Any]:
 def write_config(run: RunPaths, config: dict[str, Any]) -> None:
     import yaml
 
-    write_atomically(run.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the same values, ten times sooner
+    write_atomically(run.config, yaml.dump(config, Dumper=dumper, sort_keys=False, allow_unicode=True))
 
 
 def _umask() -> int:

@@ -12,15 +12,17 @@ A job gets the manifest's hash with its path, so one that was edited is refused.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments.errors import UserError
+from experiments.evaluations import evaluation_paths
 from experiments.records import RunPaths, file_hash, read_json, write_atomically
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Manifest:
     runs_dir: str
     stages: list[str]  # train, eval, or both
     tasks: list[list[str]]  # of each task its runs, done one after the other
-    runs: dict[str, dict[str, Any]]  # all runs that were planned: `config` (sha256 of the file), benchmarks, protocol
+    runs: dict[str, dict[str, Any]]  # all runs that were planned, by `describe_run`
     processes: int  # of training
     max_requeues: int
     scratch: str | None
@@ -56,7 +58,9 @@ def read_manifest(path: Path, expected: str | None = None) -> Manifest:
         raise UserError(f"{path}: edited after it was submitted: undo the edit, or cancel this job and submit again")
     data = read_json(path)
     if data.get("schema") != SCHEMA:
-        raise UserError(f"{path}: schema {data.get('schema')}, this version reads {SCHEMA}: submit again")
+        raise UserError(
+            f"{path}: schema {data.get('schema')}, this version reads {SCHEMA}: delete {path.parent} and submit again"
+        )
     return Manifest(**data)
 
 
@@ -79,18 +83,16 @@ def check_run(manifest: Manifest, name: str) -> RunPaths:
 
 
 def describe_run(run: RunPaths, config: dict[str, Any]) -> dict[str, Any]:
-    """A run's entry in `Manifest.runs`."""
-    evaluation = config["evaluation"]
-    return {
-        "config": file_hash(run.config),
-        "benchmarks": list(evaluation["benchmarks"]),
-        "protocol": evaluation["protocol"],
-    }
+    """A run's entry in `Manifest.runs`: the hash of its config's file and what makes its stages finished."""
+    return {"config": file_hash(run.config), **stage_records(run, config)}
+
+
+def stage_records(run: RunPaths, config: dict[str, Any]) -> dict[str, list[str]]:
+    """Of every stage the records it leaves, as paths in the run's directory."""
+    scores = [str(paths.score.relative_to(run.root)) for paths in evaluation_paths(run, config)]
+    return {"train": [run.train_record.name], "eval": scores}
 
 
 def is_finished(run: RunPaths, stage: str, about: dict[str, Any]) -> bool:
-    """Whether a stage has left its last record: `train.json`, or a `score.json` of every benchmark."""
-    if stage == "train":
-        return run.train_record.is_file()
-    folders = (run.root / "eval" / benchmark for benchmark in about["benchmarks"])
-    return all(any(folder.glob(f"{about['protocol']}-*/score.json")) for folder in folders)
+    """Whether a stage has left its records: `train.json`, or the `score.json` of every benchmark of the config."""
+    return all(os.path.isfile(f"{run.root}/{record}") for record in about[stage])

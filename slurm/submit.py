@@ -27,9 +27,9 @@ from typing import Any
 
 from experiments.errors import UserError, run_command
 from experiments.plan import plan, run_paths, write_runs
-from experiments.records import RunPaths
+from experiments.records import RunPaths, read_config
 from slurm.cluster import Cluster, Resources, read_cluster, sbatch_lines
-from slurm.manifest import Manifest, describe_run, is_finished, submissions, write_manifest
+from slurm.manifest import Manifest, describe_run, is_finished, stage_records, submissions, write_manifest
 from slurm.queue import max_array_size, queued, queued_if_known, slurm
 from slurm.snapshot import take_snapshot
 from slurm.status import failed_before, was_started
@@ -53,7 +53,7 @@ def submit(arguments: Sequence[str], cluster: Cluster, options: Options) -> list
     """Plan, write the manifests and submit. Returns the job ids of the arrays."""
     named = [argument.removeprefix("experiment=") for argument in arguments if argument.startswith("experiment=")]
     title = named[0] if named else " ".join(arguments)
-    configs = plan(arguments)
+    configs = [_with_frozen_evaluation(config) for config in plan(arguments)]
     folders = {str(config["runtime"]["runs_dir"]) for config in configs}
     if len(folders) != 1:
         raise UserError(f"runtime.runs_dir has {len(folders)} values: a submission has one folder of runs")
@@ -105,15 +105,21 @@ def submit(arguments: Sequence[str], cluster: Cluster, options: Options) -> list
     return jobs
 
 
+def _with_frozen_evaluation(config: Config) -> Config:
+    """A planned config. Of a run that is there the job reads its own: the evaluation alone may be another."""
+    run = run_paths(config)
+    return {**config, "evaluation": read_config(run)["evaluation"]} if run.config.is_file() else config
+
+
 def _missing(title: str, configs: list[Config], waiting: dict[str, Any], options: Options) -> list[Config]:
     """The runs to submit. Says how many there are of each kind."""
     kinds: dict[str, str] = {}
     for config in configs:
         run = run_paths(config)
-        evaluation = {key: config["evaluation"][key] for key in ("benchmarks", "protocol")}
+        records = stage_records(run, config)
         if config["run_id"] in waiting:
             kinds[config["run_id"]] = "already queued"
-        elif all(is_finished(run, stage, evaluation) for stage in ("train", "eval")):
+        elif all(is_finished(run, stage, records) for stage in ("train", "eval")):
             kinds[config["run_id"]] = "finished"
         elif failed_before(run):
             kinds[config["run_id"]] = "to resume after a failure"

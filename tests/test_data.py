@@ -242,7 +242,8 @@ HEX_PHI = {"instruction": "q", "input": "", "output": "", "answer": "safe", "cat
 
 
 def test_benchmark_files_are_complete() -> None:
-    from eval.benchmarks import TASKS, read_benchmark
+    from eval.benchmarks import read_benchmark
+    from experiments.evaluations import TASKS
 
     for path in TASKS.glob("*.yaml"):
         benchmark = read_benchmark(path.stem)

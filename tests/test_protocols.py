@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.benchmarks import TASKS, read_benchmark, settings_of
+from eval.benchmarks import read_benchmark, settings_of
 from eval.scoring import EQUALITIES, PARSERS, SEARCHED
+from experiments.evaluations import TASKS
 from experiments.plan import options, plan, protocols
 from experiments.prompts import IGNORED, encode, prompt_text, select_rows, target_text
 from experiments.tiny import BOS, EOS, make_tokenizer

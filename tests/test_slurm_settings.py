@@ -12,19 +12,21 @@ from typing import Any
 
 import pytest
 
+from experiments.evaluations import evaluation_paths
 from experiments.plan import plan, write_runs
-from experiments.records import RunPaths
+from experiments.records import RunPaths, read_config
 from slurm import retry
 from slurm.cluster import FOLDER, Cluster, minutes, read_cluster, sbatch_lines
-from slurm.manifest import Manifest, write_manifest
+from slurm.manifest import Manifest, describe_run, is_finished, write_manifest
 from slurm.queue import Task
 from slurm.rank import torch_variables
 from slurm.snapshot import take_snapshot
 from slurm.status import run_state, statuses, table
-from slurm.submit import Options, _submitter_lock, job_script, parse, submit
+from slurm.submit import Options, _submitter_lock, _with_frozen_evaluation, job_script, parse, submit
 from tests.slurm_runs import overrides, settings
 
 FailsWith = Callable[[Callable[[], object]], str]
+ABOUT = {"config": "", "train": ["train.json"], "eval": ["eval/arith/plain-0/score.json"]}
 
 
 @pytest.mark.parametrize(
@@ -177,13 +179,13 @@ def _attempt(how: str | None, error: str | None = None) -> dict[str, Any]:
 def test_states(tmp_path: Path, attempts: list[dict[str, Any]], task: Task | None, expected: tuple[str, str]) -> None:
     if attempts:
         (tmp_path / "attempts.json").write_text(json.dumps(attempts))
-    state = run_state(RunPaths(tmp_path), {"benchmarks": ["arith"], "protocol": "plain"}, task, None)
+    state = run_state(RunPaths(tmp_path), ABOUT, task, None)
     assert (state.state, state.detail) == expected
     assert state.preempted == sum(attempt["how"] == "preempted" for attempt in attempts)
 
 
 def test_a_running_runs_progress_and_a_finished_run(tmp_path: Path) -> None:
-    about = {"benchmarks": ["arith", "more"], "protocol": "plain"}
+    about = {"train": ["train.json"], "eval": ["eval/arith/plain-0/score.json", "eval/more/plain-0/score.json"]}
     beat = {"stage": "train", "step": 120, "steps": 400, "tokens_per_second": 5300.4, "eta_seconds": 240}
     (tmp_path / "heartbeat.json").write_text(json.dumps({**beat, "time": time.time()}))
     running = run_state(RunPaths(tmp_path), about, Task("7_0", "RUNNING", "None"), None)
@@ -192,28 +194,45 @@ def test_a_running_runs_progress_and_a_finished_run(tmp_path: Path) -> None:
     silent = run_state(RunPaths(tmp_path), about, Task("7_0", "RUNNING", "None"), None)
     assert silent.detail.endswith("silent for 20 min")
     (tmp_path / "train.json").touch()
-    for benchmark in about["benchmarks"]:
+    for score in about["eval"]:
         assert run_state(RunPaths(tmp_path), about, None, None).state != "finished"
-        folder = tmp_path / "eval" / benchmark / "plain-0123abcd"
-        folder.mkdir(parents=True)
-        (folder / "score.json").touch()
+        (tmp_path / score).parent.mkdir(parents=True)
+        (tmp_path / score).touch()
     assert run_state(RunPaths(tmp_path), about, None, None).state == "finished"
 
 
 def test_status_of_a_thousand_runs_takes_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")  # without Slurm
-    about = {"config": "", "benchmarks": ["arith"], "protocol": "plain"}
     names = [f"run-{number:04}" for number in range(1000)]
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "attempts.json").write_text(json.dumps([_attempt("failed", "no data")]))
     path = tmp_path / ".slurm" / "20260101-000000-001" / "manifest.json"
-    write_manifest(path, _manifest(tmp_path, dict.fromkeys(names, about), [[name] for name in names]))
+    write_manifest(path, _manifest(tmp_path, dict.fromkeys(names, ABOUT), [[name] for name in names]))
     started = time.perf_counter()
     shown = table(statuses(tmp_path, "sweep"))
     assert time.perf_counter() - started < 10  # a safety net: well below a second on two idle cores
     assert shown.splitlines()[0] == "1000 runs: 1000 failed"
     assert len(shown.splitlines()) == 1001
+
+
+def test_a_run_is_finished_when_its_own_evaluation_is(tmp_path: Path, small: list[str]) -> None:
+    """Another one, with `evaluation.limit`, leaves a score in another folder of the same protocol."""
+    from eval.run import evaluate
+    from experiments.train import train
+
+    arguments = ["method=lora", "seed=0", *small]
+    (run,) = write_runs(plan(arguments))
+    about = describe_run(run, plan(arguments)[0])
+    train(run)
+    evaluate(run, ["evaluation.limit=3"])
+    assert len(list(run.root.glob("eval/arith/plain-*/score.json"))) == 1
+    assert (is_finished(run, "train", about), is_finished(run, "eval", about)) == (True, False)
+    evaluate(run)
+    assert is_finished(run, "eval", about)
+    # The run's own config counts, whatever it is submitted with later.
+    (later,) = (_with_frozen_evaluation(config) for config in plan([*arguments, "evaluation.limit=5"]))
+    assert describe_run(run, later) == about
 
 
 def test_status_names_what_it_knows(tmp_path: Path, fails_with: FailsWith) -> None:
@@ -229,8 +248,9 @@ def test_what_is_finished_or_started_is_told_apart_in_a_dry_run(
     arguments = ["method=lora", "seed=0,1,2,3", *overrides(tmp_path / "runs", cache_dir)]
     done, failed, begun, _ = write_runs(plan(arguments))
     done.train_record.touch()
-    (done.root / "eval" / "arith" / "plain-0").mkdir(parents=True)
-    (done.root / "eval" / "arith" / "plain-0" / "score.json").touch()
+    (evaluation,) = evaluation_paths(done, read_config(done))
+    evaluation.root.mkdir(parents=True)
+    evaluation.score.touch()
     (failed.root / "attempts.json").write_text(json.dumps([_attempt("failed", "no data")]))
     (begun.root / "attempts.json").write_text(json.dumps([_attempt("preempted")]))
     submit(arguments, settings(), Options(dry_run=True))
