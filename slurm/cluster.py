@@ -15,6 +15,7 @@ from experiments.errors import UserError, nearest
 
 FOLDER = Path(__file__).resolve().parent
 PER_MODEL = ("gpus", "time", "memory", "cpus")  # a value for all models, or {default: …, <model>: …}
+SMALL = {"gpus": 0, "cpus": 1, "time": "30", "memory": None}  # enough to plan and to write a report
 SET_BY_US = {  # options of sbatch that a submission sets itself, and how to ask for something else
     "array": "give --max-parallel",
     "comment": "it says which manifest a job belongs to",
@@ -79,12 +80,15 @@ class Cluster:
     scratch: str | None = None
     sbatch: dict[str, Any] = field(default_factory=dict)
     eval: dict[str, Any] = field(default_factory=dict)
+    follow_up: dict[str, Any] = field(default_factory=dict)
+    given: tuple[str, ...] = ()  # not a setting: the arguments by which these were chosen
 
     def resources(self, model: str, stage: str = "train") -> Resources:
-        """For a model's runs; a separate evaluation may have its own."""
+        """For a stage of a model's runs. A separate evaluation may have its own; the follow-up job is small."""
+        settings = {key: getattr(self, key) for key in PER_MODEL}
+        own = {"train": {}, "eval": self.eval, "follow_up": {**SMALL, **self.follow_up}}[stage]
         chosen = {}
-        for key in PER_MODEL:
-            value = self.eval.get(key, getattr(self, key)) if stage == "eval" else getattr(self, key)
+        for key, value in {**settings, **own}.items():
             if isinstance(value, dict):
                 if model not in value and "default" not in value:
                     raise UserError(f"cluster setting {key} has no value for {model}: add it, or a default")
@@ -123,6 +127,7 @@ def read_cluster(name: str, overrides: Iterable[str] = ()) -> Cluster:
         raise UserError(
             f"no cluster {name!r}: {nearest(name, known)}, or copy slurm/cluster.example.yaml and fill it in"
         )
+    overrides = list(overrides)
     try:
         content = yaml.safe_load(path.read_text()) or {}
         for override in overrides:
@@ -130,26 +135,37 @@ def read_cluster(name: str, overrides: Iterable[str] = ()) -> Cluster:
             content[key] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML ({error})") from None
-    return _checked(path, content)
+    where = str(path.resolve()) if path.parent != FOLDER else name  # a job finds its own copy of a file of this folder
+    given = (f"cluster={where}", *(f"cluster.{override}" for override in overrides))
+    return dataclasses.replace(_checked(path, content), given=given)
 
 
 def _checked(path: Path, content: Any) -> Cluster:
     if not isinstance(content, dict):
         raise UserError(f"{path}: cluster settings are key: value lines")
-    known = {field.name for field in dataclasses.fields(Cluster)}
+    known = {field.name for field in dataclasses.fields(Cluster)} - {"given"}
     for key in content:
         if key not in known:
             raise UserError(
                 f"{path}: no cluster setting {key!r}: {nearest(str(key), known)}; options of sbatch go under sbatch"
             )
-    kinds = {"sbatch": dict, "eval": dict, "activate": list, "gpus_per_node": int, "max_requeues": int, "signal": str}
+    kinds = {
+        "sbatch": dict,
+        "eval": dict,
+        "follow_up": dict,
+        "activate": list,
+        "gpus_per_node": int,
+        "max_requeues": int,
+        "signal": str,
+    }
     for key, kind in kinds.items():
         if key in content and not isinstance(content[key], kind):
             raise UserError(f"{path}: {key} is {content[key]!r}, it has to be a {kind.__name__}")
     cluster = Cluster(**content)
-    for key in cluster.eval:
-        if key not in PER_MODEL:
-            raise UserError(f"{path}: no setting eval.{key}: {nearest(str(key), PER_MODEL)}")
+    for section in ("eval", "follow_up"):
+        for key in getattr(cluster, section):
+            if key not in PER_MODEL:
+                raise UserError(f"{path}: no setting {section}.{key}: {nearest(str(key), PER_MODEL)}")
     for option in cluster.sbatch:
         if option in SET_BY_US:
             raise UserError(f"{path}: sbatch.{option} is set by the submission: {SET_BY_US[option]}")

@@ -82,14 +82,14 @@ def check_run(manifest: Manifest, name: str) -> RunPaths:
     return run
 
 
-def describe_run(run: RunPaths, config: dict[str, Any]) -> dict[str, Any]:
+def describe_run(run: RunPaths, config: dict[str, Any], scored: bool = True) -> dict[str, Any]:
     """A run's entry in `Manifest.runs`: the hash of its config's file and what makes its stages finished."""
-    return {"config": file_hash(run.config), **stage_records(run, config)}
+    return {"config": file_hash(run.config), **stage_records(run, config, scored)}
 
 
-def stage_records(run: RunPaths, config: dict[str, Any]) -> dict[str, list[str]]:
-    """Of every stage the records it leaves, as paths in the run's directory."""
-    scores = [str(paths.score.relative_to(run.root)) for paths in evaluation_paths(run, config)]
+def stage_records(run: RunPaths, config: dict[str, Any], scored: bool = True) -> dict[str, list[str]]:
+    """Of every stage the records it leaves, as paths in the run's directory; none of an evaluation not asked for."""
+    scores = [str(paths.score.relative_to(run.root)) for paths in evaluation_paths(run, config) if scored]
     return {"train": [run.train_record.name], "eval": scores}
 
 

@@ -16,13 +16,14 @@ from experiments.evaluations import evaluation_paths
 from experiments.plan import plan, write_runs
 from experiments.records import RunPaths, read_config
 from slurm import retry
+from slurm.arrays import Options, job_script
 from slurm.cluster import FOLDER, Cluster, minutes, read_cluster, sbatch_lines
 from slurm.manifest import Manifest, describe_run, is_finished, write_manifest
 from slurm.queue import Task
 from slurm.rank import torch_variables
 from slurm.snapshot import take_snapshot
 from slurm.status import run_state, statuses, table
-from slurm.submit import Options, _submitter_lock, _with_frozen_evaluation, job_script, parse, submit
+from slurm.submit import _submitter_lock, _with_frozen_evaluation, parse, submit
 from tests.slurm_runs import overrides, settings
 
 FailsWith = Callable[[Callable[[], object]], str]
@@ -117,7 +118,7 @@ def test_a_second_submitter_is_told_who_is_first(tmp_path: Path, fails_with: Fai
 def test_the_script_stops_where_activation_fails(tmp_path: Path) -> None:
     manifest = _manifest(tmp_path, {}, [])
     cluster = settings("activate=[export GREETING=hello, 'false # it''s broken']")
-    script = job_script(cluster, cluster.resources("tiny"), manifest, tmp_path / "manifest.json", "0")
+    script = job_script(cluster, cluster.resources("tiny"), manifest.code, ["slurm.job"])
     result = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (1, "error: activation failed on this node: false # it's broken\n")
 

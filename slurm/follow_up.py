@@ -1,0 +1,52 @@
+"""The job that comes after an experiment's arrays: it plans the second stage, or writes the report.
+
+So nobody has to be logged in between the stages of an experiment that chooses its learning rates. An experiment has one
+such job at a time; it waits for all of the experiment's jobs, and submitting again replaces it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from slurm.arrays import Options, job_script, sbatch, submission_folder
+from slurm.cluster import Cluster
+from slurm.manifest import submissions
+from slurm.queue import cancel, slurm
+
+
+def submit_follow_up(
+    name: str,
+    arguments: Sequence[str],
+    runs_dir: Path,
+    code: dict[str, Any],
+    cluster: Cluster,
+    options: Options,
+    after: Sequence[str],
+    second_stage: bool,
+) -> str:
+    """Submit it behind the jobs `after`, in the place of one that still waits, and return its id."""
+    comment = f"{submissions(runs_dir)}/follow-up of {name}"
+    cancel(_waiting(comment))
+    if second_stage:
+        command = ["slurm.submit", *arguments, *cluster.given, "--second-stage", f"--pack={options.pack}"]
+        command += [f"--max-parallel={options.max_parallel}"] if options.max_parallel else []
+        command += ["--eval-separately"] if options.eval_separately else []
+    else:
+        overrides = [argument for argument in arguments if not argument.startswith("experiment=")]
+        command = ["experiments.reproduce", name, *overrides, "--report-only"]
+    folder = submission_folder(runs_dir)
+    # A job that submits jobs must not hand them its own size.
+    script = job_script(cluster, cluster.resources("", "follow_up"), code, command)
+    forget = 'for name in "${!SLURM_@}"; do [ "$name" = SLURM_CONF ] || unset "$name"; done'
+    *lines, last = script.splitlines()
+    (folder / "job.sh").write_text("\n".join([*lines, forget, last, ""]))
+    dependency = f"afterany:{':'.join(after)}" if after else ""
+    return sbatch(folder, name, cluster, [f"--comment={comment}", f"--output={folder}/follow_up.log"], dependency)
+
+
+def _waiting(comment: str) -> list[str]:
+    listing = slurm("squeue", "--noheader", "--me", "--states=PENDING", "--format=%A|%k")
+    jobs = (line.partition("|") for line in listing.splitlines())
+    return [job for job, _, said in jobs if said == comment]

@@ -1,0 +1,106 @@
+"""Whole experiments on a real Slurm, submitted once: two stages, and a report that no preemption shows in."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.choose import stages
+from experiments.plan import run_paths
+from experiments.records import TrainRecord, read_record
+from experiments.reproduce import reproduce
+from slurm import submit
+from slurm.queue import queued
+from slurm.status import statuses
+from tests.conftest import SMALL
+from tests.slurm_cluster import SlurmCluster, cluster, running_cluster, wait_for
+from tests.test_choose import FILE
+
+__all__ = ["cluster", "running_cluster"]
+pytestmark = pytest.mark.slurm
+ROOT = Path(__file__).resolve().parent.parent
+CLUSTER = f"cluster={ROOT}/tests/slurm_cluster.yaml"
+
+
+def idle(cluster: SlurmCluster) -> bool:
+    return not cluster.output("squeue", "-h", "--user", str(os.getuid())).strip()
+
+
+def table(report: Path) -> list[dict[str, str]]:
+    """The report's table without its clocks."""
+    with (report / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [{key: value for key, value in row.items() if "time" not in key and "seconds" not in key} for row in rows]
+
+
+def test_two_stages_from_one_submission(
+    cluster: SlurmCluster,
+    tmp_path: Path,
+    cache_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Nobody is logged in between: a job chooses the learning rates and submits the rest, another writes the report."""
+    monkeypatch.chdir(tmp_path)
+    Path("two_stages.yaml").write_text(FILE.format(by="loss", rates="1e-3,1e-2"))
+    small = [*SMALL, "recipe.max_steps=4", f"runtime.cache_dir={cache_dir}"]
+    arguments = ["experiment=two_stages.yaml", *small, f"runtime.runs_dir={tmp_path / 'runs'}"]
+    submit.submit_from(submit.parse([*arguments, CLUSTER, "--pack", "5"]))
+    said = capfd.readouterr().out
+    assert "5 runs: 5 new" in said
+    assert "chooses learning rates and submits the second stage" in said
+    assert "4 runs follow when their learning rates are chosen" in said
+    submit.submit_from(submit.parse([*arguments, CLUSTER, "--pack", "5"]))
+    assert "5 already queued" in capfd.readouterr().out
+    wait_for(lambda: (tmp_path / "report/two_stages/index.html").is_file(), "the report", 240)
+    wait_for(lambda: idle(cluster), "the end of the last job", 30)
+    found = stages(arguments)
+    assert len(found.final) == 5
+    assert {state.state for state in statuses(tmp_path / "runs")} == {"finished"}
+    for tried in found.tried:
+        assert bool(list(run_paths(tried.config).evaluations())) == tried.chosen
+    here = [*small, f"runtime.runs_dir={tmp_path / 'here'}"]
+    reproduce("two_stages.yaml", here, tmp_path / "report_here")
+    assert table(tmp_path / "report/two_stages") == table(tmp_path / "report_here")
+    chosen = [name.read_text().split(",") for name in tmp_path.glob("report*/**/learning_rates.csv")]
+    assert chosen[0] == chosen[1]
+
+
+def test_the_quickstart_preempted_twice_ends_in_the_same_report(
+    cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`python -m slurm.submit experiment=quickstart`, and `make quickstart` beside it on the same machine."""
+    cache = os.environ.get("DIABLO_CACHE", f"{os.environ['HOME']}/.cache/diablo")
+    settings = (
+        ["seed=0", f"runtime.cache_dir={cache}"] if os.environ.get("DIABLO_SHORT") else [f"runtime.cache_dir={cache}"]
+    )
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    here = ["quickstart", *settings, f"runtime.runs_dir={tmp_path / 'here'}", "--out", "report_here"]
+    alone = subprocess.run([sys.executable, "-m", "experiments.reproduce", *here], capture_output=True, text=True)
+    assert alone.returncode == 0, alone.stderr
+    runs = tmp_path / "runs"
+    arguments = ["experiment=quickstart", *settings, f"runtime.runs_dir={runs}", "runtime.checkpoint_every=20"]
+    subprocess.run([sys.executable, "-m", "slurm.submit", *arguments, CLUSTER, "--pack", "9"], check=True)
+    jobs = {task.job for tasks in queued(runs).values() for task in tasks}
+
+    def training() -> bool:
+        return any("train step" in state.detail for state in statuses(runs))
+
+    for number in (1, 2):
+        wait_for(training, "a training under way", 120)
+        wanted = ["--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"]
+        cluster.output("sbatch", *wanted)
+        wait_for(lambda n=number: all(cluster.job(job).get("Restarts") == str(n) for job in jobs), "the preemption")
+    wait_for(lambda: (tmp_path / "report/quickstart/index.html").is_file(), "the report", 600)
+    assert all(int(cluster.job(job)["Restarts"]) >= 2 for job in jobs)
+    records = [read_record(path, TrainRecord) for path in runs.glob("*/train.json")]
+    resumed = [step for record in records for step in record.resumed_at]
+    assert max(resumed) > 0
+    assert table(tmp_path / "report/quickstart") == table(tmp_path / "report_here")
