@@ -81,7 +81,7 @@ class Cluster:
     sbatch: dict[str, Any] = field(default_factory=dict)
     eval: dict[str, Any] = field(default_factory=dict)
     follow_up: dict[str, Any] = field(default_factory=dict)
-    given: tuple[str, ...] = ()  # not a setting: the arguments by which these were chosen
+    given: tuple[str, ...] = field(default=(), compare=False)  # no setting: the arguments that chose these
 
     def resources(self, model: str, stage: str = "train") -> Resources:
         """For a stage of a model's runs. A separate evaluation may have its own; the follow-up job is small."""
