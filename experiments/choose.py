@@ -43,7 +43,7 @@ class Stages:
     first: list[Config] = field(default_factory=list)  # only trained; none where nothing is chosen
     final: list[Config] = field(default_factory=list)  # trained and scored
     undecided: list[str] = field(default_factory=list)  # groups without a choice: the runs they wait for, a line each
-    to_come: int = 0  # runs that those groups will have in the second stage
+    to_come: list[Config] = field(default_factory=list)  # their second stage, with a learning rate that stands in
     tried: list[Tried] = field(default_factory=list)
 
     def chosen(self) -> list[str]:
@@ -64,7 +64,7 @@ def stages(arguments: Sequence[str]) -> Stages:
         return Stages(final=configs)
     groups: dict[str, list[Config]] = {}
     for config in configs:
-        groups.setdefault(_group(config), []).append(config)
+        groups.setdefault(group_of(config), []).append(config)
     found = Stages()
     for group in groups.values():
         rates = {_rate(config) for config in group}
@@ -88,7 +88,7 @@ def stages(arguments: Sequence[str]) -> Stages:
         found.final += [config for config in group if _rate(config) == best]
         if waiting:
             found.undecided.append(f"{_named(first[0])} waits for {', '.join(waiting)}")
-            found.to_come += len({config["seed"] for config in group})
+            found.to_come += [config for config in group if _rate(config) == _rate(first[0])]
     return found
 
 
@@ -118,7 +118,8 @@ def _rate(config: Config) -> float:
     return config["recipe"]["learning_rate"]
 
 
-def _group(config: Config) -> str:
+def group_of(config: Config) -> str:
+    """What the runs of a group have in common, and no others."""
     return config_hash({**config, "seed": None, "recipe": {**config["recipe"], "learning_rate": None}})
 
 

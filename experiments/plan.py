@@ -35,6 +35,7 @@ from experiments.records import RunPaths, read_config, run_id, write_config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 GROUPS = ("model", "method", "task", "protocol")
+PAPER = "cells=paper"  # beside experiment=…: only the paper's own cells
 CHOSEN_LEARNING_RATE = "${method.learning_rate.${task.name}}"  # what run.yaml says where nobody gives one
 ONLY_TO_CHOOSE = {"method": ("learning_rate", "contract"), "model": ("adapter_size",), "task": ("benchmarks",)}
 Config = dict[str, Any]
@@ -55,29 +56,35 @@ def plan(arguments: Sequence[str]) -> list[Config]:
 def expand_experiment(arguments: Sequence[str]) -> list[list[str]]:
     """The grids named by `experiment=…`, each followed by the other arguments; without one, the arguments alone."""
     names = [argument.split("=", 1)[1] for argument in arguments if argument.startswith("experiment=")]
-    others = [argument for argument in arguments if not argument.startswith("experiment=")]
-    if not names:
-        return [others]
+    others = [argument for argument in arguments if not argument.startswith("experiment=") and argument != PAPER]
     if len(names) > 1:
         raise UserError(f"experiment is given {len(names)} times ({', '.join(names)}): plan one at a time")
-    experiment = read_experiment(names[0])
+    experiment = read_experiment(names[0]) if names else {}
+    grids = [*experiment.get("paper", []), *experiment.get("grids", [])]
+    if PAPER in arguments:
+        grids = experiment.get("paper")
+        if not grids:
+            raise UserError(f"{PAPER}: experiment {names[0] if names else '…'} has no cells of the paper, no `paper`")
+    if not names:
+        return [others]
     common = shlex.split(experiment.get("common", ""))
-    return [[*common, *shlex.split(grid), *others] for grid in experiment["grids"]]
+    return [[*common, *shlex.split(grid), *others] for grid in grids]
 
 
 def read_experiment(name: str) -> Config:
-    """The content of `configs/experiment/<name>.yaml`: `title`, `common`, `grids`, `learning_rate_by` and `notes`.
+    """The content of `configs/experiment/<name>.yaml`, or of the file whose path, ending in .yaml, `name` is.
 
-    `name` may also be the path of such a file, which ends in .yaml.
+    `title`, `common` (overrides of all runs), `grids`, `paper` (those grids that are the paper's own cells, before the
+    others), `learning_rate_by` (see experiments/choose.py) and `notes`.
     """
     path = Path(name) if name.endswith(".yaml") else CONFIGS / "experiment" / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"no experiment {name!r}: {nearest(name, options('experiment'))}")
     content = yaml.safe_load(path.read_text())
-    unknown = set(content) - {"title", "common", "grids", "notes", "learning_rate_by"}
-    if unknown or not content.get("grids"):
+    unknown = set(content) - {"title", "common", "grids", "paper", "notes", "learning_rate_by"}
+    if unknown or not (content.get("grids") or content.get("paper")):
         raise UserError(
-            f"{path}: an experiment has title, common, grids, learning_rate_by and notes, "
+            f"{path}: an experiment has title, common, paper, grids, learning_rate_by and notes, "
             f"not {sorted(unknown) or 'no grids'}"
         )
     return content
@@ -302,25 +309,36 @@ def main(arguments: list[str]) -> None:
         prog="python -m experiments.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("overrides", nargs="*", help="experiment=…, model=…, method=…, key=value, key=a,b,c")
-    parser.add_argument("--dry-run", action="store_true", help="print runs and parameter counts, write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print runs, parameters and tokens; write no runs")
+    parser.add_argument("--paper", action="store_true", help="only the paper's own cells of an experiment")
+    parser.add_argument(
+        "--tokens-per-second", action="append", default=[], metavar="[MODEL=]N", help="measured, per GPU: for GPU-hours"
+    )
+    parser.add_argument("--tokens-per-row", type=float, metavar="N", help="where data or tokenizer are not here")
+    parser.add_argument("--budget", metavar="200gpuh", help="only the runs that so many GPU-hours of training pay for")
     options = parser.parse_intermixed_args(arguments)
-    from experiments.choose import stages  # which builds on this module
+    from experiments.choose import stages  # these build on this module
+    from experiments.cost import read_budget, read_speed, within
 
-    found = stages(options.overrides)
-    configs = {config["run_id"]: config for config in [*found.first, *found.final]}.values()
+    found = stages([*options.overrides, *([PAPER] if options.paper else [])])
+    speed = read_speed(options.tokens_per_second, options.tokens_per_row)
+    planned, left_out = [*found.first, *found.final, *found.to_come], []
+    if options.budget:
+        planned, left_out = within(found, read_budget(options.budget), speed)
+    known = {config["run_id"] for config in [*found.first, *found.final]}
+    configs = list({config["run_id"]: config for config in planned if config["run_id"] in known}.values())
+    to_come = [config for config in planned if config["run_id"] not in known]
     if options.dry_run:
         from experiments.counting import print_counts  # torch and peft, which --help should not wait for
 
-        print_counts(list(configs))
+        print_counts(configs, to_come, speed)
     else:
         for run in write_runs(configs):
             print(run.root)
-    if found.first:
-        print(
-            f"{len(found.first)} runs choose the learning rates; {len(found.final)} runs have theirs, "
-            f"{found.to_come} are planned when the first are finished",
-            file=sys.stderr,
-        )
+    if to_come:
+        print(f"{len(to_come)} more runs follow when their learning rates are chosen", file=sys.stderr)
+    if left_out:
+        print("left out by the budget:", *left_out, sep="\n  ", file=sys.stderr)
 
 
 if __name__ == "__main__":

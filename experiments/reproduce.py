@@ -56,7 +56,7 @@ def reproduce(
     page = report(name, found, out, measure=not report_only)
     print(f"report: {page.resolve()}  ({time.perf_counter() - started:.0f} s in all)")
     missing = (
-        [f"{found.to_come} runs without a learning rate ({'; '.join(found.undecided)})"] if found.undecided else []
+        [f"{len(found.to_come)} runs without a learning rate ({'; '.join(found.undecided)})"] if found.undecided else []
     )
     if failures:
         total = len({config["run_id"] for config in [*found.first, *found.final]})

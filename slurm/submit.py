@@ -112,7 +112,7 @@ def _say_what_comes(found: Stages) -> None:
     for line in found.chosen():
         print(line)
     if found.undecided:
-        print(f"{found.to_come} runs follow when their learning rates are chosen")
+        print(f"{len(found.to_come)} runs follow when their learning rates are chosen")
 
 
 def _with_frozen_evaluation(config: Config) -> Config:

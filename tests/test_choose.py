@@ -74,13 +74,13 @@ def test_the_first_stage_has_one_seed_and_the_second_waits_for_it(
     found = stages(arguments)
     assert rates(found.first) == [(name, rate, 3) for name in ("lora", "diablo") for rate in (1e-3, 1e-2, 1e-1)]
     assert rates(found.final) == [("base", 0, 0)]  # it has nothing to choose
-    assert found.to_come == 4
+    assert len(found.to_come) == 4
     assert found.undecided[0].startswith("lora-r6 on tiny and arith waits for tiny-lora-r6-arith-s3-")
     for config in found.first[:3]:
         pretend(config, record, {1e-3: 0.5, 1e-2: 0.25, 1e-1: 1.0}[config["recipe"]["learning_rate"]], 0.0)
     found = stages(arguments)
     assert rates(found.final) == [("lora", 1e-2, 3), ("lora", 1e-2, 4), ("base", 0, 0)]
-    assert found.to_come == 2
+    assert len(found.to_come) == 2
     assert found.chosen() == ["lora-r6: learning rate 0.01"]
 
 

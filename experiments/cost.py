@@ -1,0 +1,168 @@
+"""What planned runs cost: tokens to train on, and GPU-hours at a speed that was measured; and what a budget pays for.
+
+Tokens are counted where the task's rows and the model's tokenizer are on this machine. Elsewhere `--tokens-per-row`
+stands in, and without it they stay blank. GPU-hours are of training alone; scoring comes on top.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.choose import Stages, group_of
+from experiments.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured elsewhere: tokens per second and GPU of each model (or "" for all), tokens of a row."""
+
+    tokens_per_second: dict[str, float]
+    tokens_per_row: float | None = None
+
+
+def read_speed(speeds: Sequence[str], tokens_per_row: float | None) -> Speed:
+    """From `3000` or `llama2_7b=3000`."""
+    found = {}
+    for text in speeds:
+        model, _, number = text.rpartition("=")
+        try:
+            found[model] = float(number)
+        except ValueError:
+            found[model] = 0.0
+        if found[model] <= 0:
+            raise UserError(f"--tokens-per-second {text}: give a number, or MODEL=number")
+    return Speed(found, tokens_per_row)
+
+
+def rows_trained_on(config: Config) -> int:
+    """Rows that all steps of a run see together; 0 where nothing is trained."""
+    if config["method"]["trains"] == "nothing":
+        return 0
+    recipe = config["recipe"]
+    steps = _rows(json.dumps(config["task"]["data"])) // recipe["batch_size"] * recipe["epochs"]
+    return min(steps, recipe["max_steps"] or steps) * recipe["batch_size"]
+
+
+def tokens(config: Config, speed: Speed) -> float | None:
+    """Tokens that a run trains on, prompts included and padding not; None where a row's length is unknown."""
+    rows = rows_trained_on(config)
+    if not rows:
+        return 0.0
+    keys = ("model", "task", "protocol", "runtime")
+    mean = _tokens_per_row(json.dumps({key: config[key] for key in keys})) or speed.tokens_per_row
+    return None if mean is None else rows * mean
+
+
+def gpu_hours(config: Config, speed: Speed) -> float | None:
+    per_second = speed.tokens_per_second.get(config["model"]["name"], speed.tokens_per_second.get(""))
+    count = tokens(config, speed)
+    return None if per_second is None or count is None else count / per_second / 3600
+
+
+def within(found: Stages, budget: float, speed: Speed) -> tuple[list[Config], list[str]]:
+    """The runs that a budget of GPU-hours pays for, and a line for each setting that lacks some.
+
+    Settings come in the experiment's order, which is that of their weight: first all of them get their learning rate
+    and one seed, then a second seed, and so on. What does not fit is left out, and smaller things after it may fit.
+    """
+    rounds: dict[str, list[list[Config]]] = {}
+    for config in found.first:
+        rounds.setdefault(group_of(config), [[]])[0].append(config)
+    for config in [*found.final, *found.to_come]:
+        parts = rounds.setdefault(group_of(config), [])
+        if config["run_id"] not in {run["run_id"] for part in parts[:1] for run in part}:
+            parts.append([config])
+    kept: list[Config] = []
+    lacks: dict[str, int] = {}
+    for number in range(max(map(len, rounds.values()), default=0)):
+        for name, parts in rounds.items():
+            if number >= len(parts) or name in lacks:
+                continue
+            cost = sum(_known_hours(config, speed) for config in parts[number])
+            if cost <= budget:
+                budget -= cost
+                kept += parts[number]
+            else:
+                lacks[name] = sum(map(len, parts[number:]))
+    named = {name: parts[0][0] for name, parts in rounds.items()}
+    return kept, [
+        f"{named[name]['method']['label']} on {named[name]['model']['name']} and {named[name]['task']['name']}: "
+        f"{count} of {sum(map(len, rounds[name]))} runs"
+        for name, count in lacks.items()
+    ]
+
+
+def read_budget(text: str) -> float:
+    """GPU-hours of `200gpuh`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*gpuh", text)
+    if match is None:
+        raise UserError(f"--budget {text}: write GPU-hours, as 200gpuh")
+    return float(match[1])
+
+
+def _known_hours(config: Config, speed: Speed) -> float:
+    hours = gpu_hours(config, speed)
+    if hours is None:
+        model, task = config["model"]["name"], config["task"]["name"]
+        raise UserError(
+            f"--budget: the GPU-hours of {model} on {task} are unknown: give --tokens-per-second {model}=…"
+            + ("" if tokens(config, speed) is not None else " and --tokens-per-row …")
+        )
+    return hours
+
+
+@functools.cache
+def _rows(data: str) -> int:
+    """Training rows of a `task.data` section: counted where they are here, else as many as the source has."""
+    from experiments.data import load_rows
+    from experiments.sources import SOURCES
+
+    content = json.loads(data)
+    try:
+        return len(load_rows(content, "train", None))
+    except UserError:
+        names = [content["source"]] if isinstance(content["source"], str) else content["source"]
+        return sum(max(SOURCES[name]["train"].rows) for name in names) - content["heldout"]
+
+
+@functools.cache
+def _tokens_per_row(about: str) -> float | None:
+    from experiments.data import load_rows
+    from experiments.prompts import select_rows
+    from experiments.tokens import tokenised
+
+    config = json.loads(about)
+    tokenizer = _tokenizer(config["model"])
+    if tokenizer is None:
+        return None
+    try:
+        rows = load_rows(config["task"]["data"], "train", config["runtime"]["data_root"])
+    except UserError:
+        return None
+    cache = Path(config["runtime"]["cache_dir"])
+    return float(tokenised(config["protocol"], tokenizer, select_rows(config["protocol"], rows), cache).lengths.mean())
+
+
+def _tokenizer(model: Config) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer, if it is on this machine."""
+    from transformers import AutoTokenizer
+
+    if model["pretraining"] is not None:
+        from experiments.tiny import make_tokenizer
+
+        return make_tokenizer(model["architecture"]["vocab_size"], model["pretraining"]["seed"])
+    try:
+        return AutoTokenizer.from_pretrained(model["path"], revision=model["revision"], local_files_only=True)
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,107 @@
+"""Tokens, GPU-hours and budgets of planned runs, against sums by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from experiments.choose import stages
+from experiments.cost import Speed, gpu_hours, read_budget, read_speed, rows_trained_on, tokens, within
+from experiments.plan import PAPER, main, plan
+
+FailsWith = Callable[[Callable[[], object]], str]
+FILE = """
+title: Cells
+common: model=tiny task=arith method.adapter.num_blocks=8 seed=0,1
+learning_rate_by: loss
+paper:
+  - method=diablo recipe.learning_rate=0.01,0.02
+grids:
+  - method=diablo method.adapter.num_blocks=4 recipe.learning_rate=0.03
+"""
+
+
+@pytest.fixture
+def cells(tmp_path: Path) -> str:
+    path = tmp_path / "cells.yaml"
+    path.write_text(FILE)
+    return f"experiment={path}"
+
+
+def test_rows_are_those_of_whole_batches() -> None:
+    (config,) = plan(["task=arith", "method=lora", "seed=0"])
+    assert rows_trained_on(config) == 2 * (1456 // 16) * 16
+    (config,) = plan(["task=arith", "method=lora", "seed=0", "recipe.max_steps=10"])
+    assert rows_trained_on(config) == 160
+    (config,) = plan(["task=arith", "method=base", "seed=0"])
+    assert tokens(config, Speed({})) == 0
+    real = ["model=llama2_7b", "task=commonsense_170k", "method=diablo", "task.data.heldout=1000"]
+    (config,) = plan(real)
+    assert rows_trained_on(config) == 3 * (169_420 // 16) * 16
+
+
+def test_tokens_are_those_a_run_counts(tmp_path: Path, cache_dir: Path) -> None:
+    """All rows fill whole batches here, so that the mean times the rows is the sum itself."""
+    from experiments.plan import write_runs
+    from experiments.train import train
+    from tests.conftest import SMALL
+
+    small = [*SMALL, f"runtime.runs_dir={tmp_path / 'runs'}", f"runtime.cache_dir={cache_dir}"]
+    (config,) = plan([*small, "method=lora", "seed=0"])
+    counted = tokens(config, Speed({}))
+    (run,) = write_runs([config])
+    assert counted == pytest.approx(train(run).tokens)
+    assert counted is not None
+    assert gpu_hours(config, Speed({"": 100.0})) == pytest.approx(counted / 360_000)
+    assert gpu_hours(config, Speed({"llama2_7b": 100.0})) is None
+
+
+def test_without_the_tokenizer_tokens_are_what_one_row_is_said_to_have() -> None:
+    (config,) = plan(["model=llama2_7b", "task=commonsense_170k", "method=diablo"])
+    assert tokens(config, Speed({})) is None
+    speed = read_speed(["llama2_7b=1000", "2000"], 67.5)
+    assert gpu_hours(config, speed) == pytest.approx(3 * 170_416 * 67.5 / 1000 / 3600)
+    (other,) = plan(["model=llama3_8b", "task=commonsense_170k", "method=diablo"])
+    assert gpu_hours(other, speed) == pytest.approx(3 * 170_416 * 67.5 / 2000 / 3600)
+
+
+def test_a_budget_gives_every_setting_one_seed_before_any_gets_two(cells: str) -> None:
+    found = stages([cells])
+    assert (len(found.first), len(found.final), len(found.to_come)) == (2, 2, 2)
+    speed = Speed({"": 1000.0})
+    hour = gpu_hours(found.final[0], speed)
+    assert hour is not None
+
+    def kept(budget: float) -> tuple[list[tuple[int, int]], list[str]]:
+        runs, left_out = within(found, budget * hour, speed)
+        return [(run["method"]["adapter"]["num_blocks"], run["seed"]) for run in runs], left_out
+
+    assert kept(6.01) == ([(8, 0), (8, 0), (4, 0), (8, 1), (4, 1)], [])
+    assert kept(3.01) == (
+        [(8, 0), (8, 0), (4, 0)],
+        ["diablo-N8 on tiny and arith: 1 of 3 runs", "diablo-N4 on tiny and arith: 1 of 2 runs"],
+    )
+    assert kept(1.01) == (
+        [(4, 0)],
+        ["diablo-N8 on tiny and arith: 3 of 3 runs", "diablo-N4 on tiny and arith: 1 of 2 runs"],
+    )
+
+
+def test_the_command(cells: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], fails_with: FailsWith) -> None:
+    main([cells, "--dry-run", "--tokens-per-second", "1000"])
+    shown = capsys.readouterr()
+    assert "4 runs and 1 to come" in shown.out
+    assert "GPU-hours of training" in shown.out
+    main([cells, "--dry-run", "--paper"])
+    assert "2 runs and 1 to come" in capsys.readouterr().out
+    main([cells, "--tokens-per-second", "1e6", "--budget", "0.00016gpuh", f"runtime.runs_dir={tmp_path / 'runs'}"])
+    assert "left out by the budget:" in capsys.readouterr().err
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+    assert "write GPU-hours, as 200gpuh" in fails_with(lambda: read_budget("200h"))
+    assert "give a number, or MODEL=number" in fails_with(lambda: read_speed(["llama=fast"], None))
+    assert "no cells of the paper" in fails_with(lambda: plan(["experiment=quickstart", PAPER]))
+    real = ["model=llama2_7b", "task=commonsense_170k", "method=diablo", "--budget", "1gpuh"]
+    said = fails_with(lambda: main(real))
+    assert "give --tokens-per-second llama2_7b=… and --tokens-per-row …" in said
