@@ -17,7 +17,7 @@ from typing import Any
 
 from experiments.errors import UserError, nearest
 from experiments.plan import plan, read_experiment, run_paths
-from experiments.records import TrainRecord, config_hash, read_record
+from experiments.records import TrainRecord, read_record, setting_hash
 
 Config = dict[str, Any]
 RULES: dict[str, Callable[[Config], tuple[float, ...]]] = {  # of `held_out`; the smallest is the best
@@ -120,7 +120,7 @@ def _rate(config: Config) -> float:
 
 def group_of(config: Config) -> str:
     """What the runs of a group have in common, and no others."""
-    return config_hash({**config, "seed": None, "recipe": {**config["recipe"], "learning_rate": None}})
+    return setting_hash({**config, "recipe": {**config["recipe"], "learning_rate": None}})
 
 
 def _held_out(config: Config) -> Config | None:

@@ -247,6 +247,13 @@ def config_hash(config: dict[str, Any]) -> str:
     return content_hash({key: value for key, value in config.items() if key not in NOT_IN_THE_ID})
 
 
+def setting_hash(config: dict[str, Any]) -> str:
+    """Hash of what the runs of one setting have in common: all but the seed, and what an adapter draws with it."""
+    method = config["method"]
+    adapter = {key: value for key, value in (method.get("adapter") or {}).items() if key != "seed"}
+    return config_hash({**config, "seed": None, "method": {**method, "adapter": adapter}})
+
+
 def run_id(config: dict[str, Any]) -> str:
     parts = (config["model"]["name"], config["method"]["label"], config["task"]["name"], f"s{config['seed']}")
     return "-".join([*parts, config_hash(config)[:8]])
