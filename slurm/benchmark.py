@@ -3,7 +3,7 @@
     python -m slurm.benchmark --runs 1000
 
 Submits held jobs of tiny runs to the Slurm there is, and cancels them; without Slurm it leaves that out and says so.
-Runs nothing else of note, but wants the machine for itself.
+Trains a tiny model on the CPU for a moment, and wants the machine for itself.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def measure_start(folder: Path) -> Iterator[tuple[str, float]]:
     yield f"a step of it; {every} of them and a checkpoint: {(after - plain) / (every * plain):.2%} more", plain
     _train(folder, "method=diablo", "recipe.max_steps=1", seed=0)  # makes what later runs find
     modules = f"from experiments import {', '.join(IMPORTS)}"
-    command = f"from experiments.models import leave_out_sklearn; leave_out_sklearn(); {modules}; import peft"
+    command = f"from experiments.models import leave_out_sklearn; leave_out_sklearn(); {modules}; import os, peft"
+    command += "; os._exit(0)"  # the end of a process takes time of its own
     imports, first, whole = [], [], []
     for seed in range(1, 4):
         imports.append(timed(lambda: _python("-c", command))[0])
