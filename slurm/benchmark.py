@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.errors import run_command
+from experiments.errors import UserError, run_command
 from experiments.plan import plan, write_runs
 from experiments.records import RunPaths, read_lines
 from slurm.cluster import Cluster
@@ -43,8 +43,10 @@ def measure_sweep(runs: int, runs_dir: Path) -> Iterator[tuple[str, float]]:
     yield f"plan {runs:,} runs", seconds
     yield "write their directories", timed(lambda: write_runs(configs))[0]
     shutil.rmtree(runs_dir)
-    if shutil.which("sbatch") is None:
-        print("no sbatch on the path: submission and status are left out")
+    try:
+        queued(runs_dir)
+    except UserError as error:
+        print(f"without submission and status: {error}")
         return
     held = Cluster(gpus=0, cpus=1, time="1", sbatch={"hold": True})
     try:
