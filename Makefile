@@ -17,8 +17,8 @@ test: .venv/installed ## the main tests (under 10 minutes on 2 cores)
 test-slow: .venv/installed ## the longer ones (under 20 minutes more)
 	$(PYTEST) -m slow
 
-test-slurm: .venv/installed ## on a private Slurm cluster, as root (apt-get install slurm-wlm munge; about 15 minutes)
-	$(PYTEST) -n 0 -m slurm
+test-slurm: .venv/installed ## on private Slurm clusters, as root (apt-get install slurm-wlm munge; under 6 minutes)
+	$(PYTEST) --dist loadfile -m slurm
 
 lint: .venv/installed ## format, lint and type checks
 	$(BIN)/ruff format --check .

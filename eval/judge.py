@@ -1,14 +1,20 @@
 """A chat model that reads completions, of protocols that have one. Its words are kept; `eval/parsers.py` reads them.
 
-The judge is asked through lm-eval, behind its own chat template if it has one, greedily.
+The judge is asked through lm-eval, behind its own chat template if it has one, greedily, in chunks: a judging that was
+stopped goes on with the next one.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.errors import UserError
+from experiments.preemption import uninterrupted
 from experiments.records import EvalPaths, file_hash, read_lines, write_atomically
 
 if TYPE_CHECKING:
@@ -16,6 +22,7 @@ if TYPE_CHECKING:
 
 Config = dict[str, Any]
 BATCH_SIZE = 16
+CHUNK = 4 * BATCH_SIZE  # completions
 
 
 def judge(settings: Config, paths: EvalPaths, device: str) -> None:
@@ -23,13 +30,30 @@ def judge(settings: Config, paths: EvalPaths, device: str) -> None:
     about = {"judge": settings, "samples_hash": file_hash(paths.samples)}
     if paths.judgements.is_file() and next(read_lines(paths.judgements), None) == about:
         return
+    _, *lines = read_lines(paths.samples)
+    folder = paths.root / "judging"
+
+    @cache
+    def model() -> tuple[Any, PreTrainedTokenizerBase]:
+        return _model(settings, device)
+
+    judgements = []
+    for number, start in enumerate(range(0, len(lines), CHUNK)):
+        path = folder / f"{number:05}.jsonl"
+        if not path.is_file() or next(read_lines(path), None) != about:
+            lm, tokenizer = model()
+            with uninterrupted():
+                words = _ask(settings, lm, tokenizer, lines[start : start + CHUNK])
+                _write(path, [about, *({"words": text} for text in words)])
+        judgements += list(read_lines(path))[1:]
+    _write(paths.judgements, [about, *judgements])
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _ask(settings: Config, lm: Any, tokenizer: PreTrainedTokenizerBase, lines: Sequence[Config]) -> list[str]:
+    """The judge's words on each of some completions."""
     from lm_eval.api.instance import Instance
 
-    from eval.generate import quiet
-
-    quiet()
-    _, *lines = read_lines(paths.samples)
-    lm, tokenizer = _model(settings, device)
     requests = [
         Instance(
             request_type="generate_until",
@@ -42,8 +66,11 @@ def judge(settings: Config, paths: EvalPaths, device: str) -> None:
         )
         for number, line in enumerate(lines)
     ]
-    judgements = [{"words": words} for words in lm.generate_until(requests)]
-    write_atomically(paths.judgements, "".join(json.dumps(line) + "\n" for line in [about, *judgements]))
+    return lm.generate_until(requests)
+
+
+def _write(path: Path, lines: Sequence[Config]) -> None:
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def judged_completions(paths: EvalPaths) -> list[str]:
@@ -71,6 +98,10 @@ def question(settings: Config, tokenizer: PreTrainedTokenizerBase, line: Config)
 def _model(settings: Config, device: str) -> tuple[Any, PreTrainedTokenizerBase]:
     """The judge behind lm-eval's interface. Its chat template writes its own BOS."""
     from transformers import AutoConfig, AutoTokenizer
+
+    from eval.generate import quiet
+
+    quiet()
 
     name, revision = settings["model"], settings["revision"]
     try:

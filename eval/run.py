@@ -29,7 +29,7 @@ from experiments.attempts import Heartbeat, attempt
 from experiments.data import rows_hash
 from experiments.environment import environment
 from experiments.errors import UserError, run_command
-from experiments.models import resolve_device
+from experiments.models import leave_out_sklearn, resolve_device
 from experiments.prompts import prompt_text
 from experiments.records import EvalPaths, EvalRecord, RunPaths, TrainRecord, read_config, read_record
 
@@ -193,6 +193,7 @@ def describe(record: EvalRecord) -> str:
 
 def main(arguments: list[str]) -> None:
     preemption.listen()
+    leave_out_sklearn()
     parser = argparse.ArgumentParser(
         prog="python -m eval.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from experiments.errors import UserError
 
@@ -14,6 +15,15 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Config = dict[str, Any]
+
+
+def leave_out_sklearn() -> None:
+    """For a command's start: it is not there for this process.
+
+    transformers imports it where it is installed, and pandas and scipy with it, for a way of generating that is not
+    used here: one of the six seconds that a start takes.
+    """
+    sys.modules.setdefault("sklearn", cast(Any, None))
 
 
 def load_base(config: Config, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

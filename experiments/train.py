@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 from experiments import preemption
 from experiments.attempts import Heartbeat, attempt
 from experiments.errors import Preempted, UserError, run_command
+from experiments.models import leave_out_sklearn
 from experiments.records import (
     RunPaths,
     TrainRecord,
@@ -261,6 +262,7 @@ def _peak_memory(device: Any) -> int:
 
 def main(arguments: list[str]) -> None:
     preemption.listen()
+    leave_out_sklearn()
     parser = argparse.ArgumentParser(prog="python -m experiments.train", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="a run directory made by `python -m experiments.plan`")
     run = RunPaths(parser.parse_intermixed_args(arguments).run.resolve())

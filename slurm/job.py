@@ -8,6 +8,7 @@ skipped, so a requeued task goes on where it was. A failing run does not keep th
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -17,10 +18,10 @@ from pathlib import Path
 from types import FrameType
 
 from experiments.errors import UserError, run_command
-from experiments.records import RunPaths
+from experiments.records import RunPaths, write_atomically
 from slurm.manifest import Manifest, check_run, is_finished, read_manifest
 from slurm.queue import slurm
-from slurm.status import last_line
+from slurm.status import last_line, read_attempts
 
 MODULES = {"train": "experiments.train", "eval": "eval.run"}
 NEEDED = ("torch", "transformers", "peft", "safetensors", "hydra", "lm_eval")
@@ -89,14 +90,14 @@ def work(manifest: Manifest, names: list[str]) -> int:
                 if not is_finished(run, stage, manifest.runs[name]):
                     worker.run(run, stage)
         except Interrupted:
-            return requeue(worker)
+            return requeue(worker, RunPaths(Path(manifest.runs_dir) / name))
         except (UserError, OSError) as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
             failed = True
     return int(failed)
 
 
-def requeue(worker: Worker) -> int:
+def requeue(worker: Worker, run: RunPaths) -> int:
     """Put this task, and it alone, back into the queue, unless Slurm does so itself or someone cancelled it."""
     state = job_state()
     # After a preemption or the loss of a node Slurm requeues by itself, and who cancels wants no requeue. Slurm never
@@ -106,7 +107,9 @@ def requeue(worker: Worker) -> int:
         return 1
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     if restarts >= worker.manifest.max_requeues:
-        raise UserError(f"stopped, and not requeued after {restarts} times (max_requeues): submit again to go on")
+        why = f"stopped, and not requeued again after {restarts} times (max_requeues): submit again to go on"
+        _note_given_up(run, why)
+        raise UserError(why)
     worker.told_to_stop = False
     slurm("scontrol", "requeue", job_id())
     print(f"requeued {job_id()}", flush=True)
@@ -115,6 +118,14 @@ def requeue(worker: Worker) -> int:
     while not worker.told_to_stop and time.monotonic() < deadline:
         time.sleep(0.1)
     return 0
+
+
+def _note_given_up(run: RunPaths, why: str) -> None:
+    """Say it with the run's last attempt, which is one that was preempted, for status and retry."""
+    attempts = read_attempts(run)
+    if attempts and attempts[-1].get("how") == "preempted":
+        attempts[-1]["error"] = why
+        write_atomically(run.attempts, json.dumps(attempts, indent=1) + "\n")
 
 
 def job_id() -> str:

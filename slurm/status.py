@@ -23,6 +23,7 @@ from slurm.manifest import all_manifests, is_finished
 from slurm.queue import Task, queued_if_known
 
 STALE = 600  # seconds without a heartbeat after which a running run is doubted
+NEVER_STARTED = "never started, and not in the queue: cancelled, or what it was to wait for failed; submit again"
 STATES = ("running", "queued", "preempted", "failed", "planned", "finished")
 
 
@@ -80,12 +81,12 @@ def run_state(run: RunPaths, about: dict[str, Any], task: Task | None, log: Path
         return state("preempted" if preempted else "queued", f"waits: {task.reason}")
     if not attempts:
         said = last_line(log) if log is not None else ""
-        return state("failed", said) if said else state("planned")
+        return state("failed", said) if said else state("planned", NEVER_STARTED)
     last = attempts[-1]
+    if last.get("how") == "failed" or last.get("error"):
+        return state("failed", last.get("error") or "no message")
     if last.get("how") == "preempted":
         return state("preempted", "not in the queue: submit again to go on")
-    if last.get("how") == "failed":
-        return state("failed", last.get("error") or "no message")
     if last.get("how") is None:
         return state("failed", f"ended without a word on {last.get('host')}: killed, out of memory, or the node died")
     return state("planned", f"{last.get('stage')} is finished, the rest is not in the queue")
@@ -105,15 +106,15 @@ def was_started(run: RunPaths) -> bool:
 
 
 def failed_before(run: RunPaths) -> bool:
-    """Whether the last attempt failed or ended without saying so. Asked only of runs that are not in the queue."""
+    """Whether the last attempt failed, was given up or ended without a word. Asked of runs that are not queued."""
     attempts = read_attempts(run)
-    return bool(attempts) and attempts[-1].get("how") in ("failed", None)
+    return bool(attempts) and (attempts[-1].get("how") in ("failed", None) or bool(attempts[-1].get("error")))
 
 
 def progress(run: RunPaths) -> str:
     """`train step 120/400, 5,300 tokens/s, 4 min left`, from the heartbeat."""
     try:
-        beat = json.loads((run.root / "heartbeat.json").read_text())
+        beat, written = json.loads(run.heartbeat.read_text()), run.heartbeat.stat().st_mtime
     except (OSError, ValueError):
         return "starting"
     if beat.get("step") is None:
@@ -123,7 +124,8 @@ def progress(run: RunPaths) -> str:
         parts.append(f"{beat['tokens_per_second']:,.0f} tokens/s")
     if beat.get("eta_seconds") is not None:
         parts.append(f"{duration(beat['eta_seconds'])} left, until {_clock(beat['eta_seconds'])}")
-    silent = time.time() - beat.get("time", time.time())
+    # Two clocks, that of the run's node and that of the disk, of which one may be wrong.
+    silent = time.time() - max(beat.get("time", 0), written)
     if silent > STALE:
         parts.append(f"silent for {duration(silent)}")
     return ", ".join(parts)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import json
 from pathlib import Path
 from typing import Any
 
+from eval.run import evaluate
 from experiments.records import EvalRecord, RunPaths, TrainRecord, read_record
+from experiments.train import train
 from slurm.cluster import Cluster, read_cluster
+from slurm.status import State, statuses
+from slurm.submit import Options, submit
 from tests.conftest import SMALL, planned
+from tests.slurm_cluster import SlurmCluster, wait_for
 
 # What a run's records have in common wherever and in however many attempts it was made.
 TRAINED = ("config_hash", "base_hash", "data_hash", "steps", "tokens", "final_loss", "changed")
 SCORED = ("benchmark", "protocol", "accuracy", "items", "n", "no_match", "base_hash", "data_hash")
+END = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"}
 
 
 def overrides(runs_dir: Path, cache_dir: Path) -> list[str]:
@@ -25,11 +29,6 @@ def settings(*changes: str) -> Cluster:
     """A cluster of the tests; jobs run with the python of the tests."""
     path = Path(__file__).parent / "slurm_cluster.yaml"
     return read_cluster(str(path), changes)
-
-
-def one_thread() -> dict[str, str]:
-    """Jobs take the environment of their submitter; the nodes share a few processors."""
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def result(run: RunPaths) -> dict[str, Any]:
@@ -46,8 +45,62 @@ def result(run: RunPaths) -> dict[str, Any]:
 
 
 def reference(arguments: list[str]) -> dict[str, Any]:
-    """The result of one run, undisturbed and without Slurm, in a process of its own as in a job."""
+    """The result of one run, undisturbed and without Slurm."""
     run = planned(arguments)
-    for module in ("experiments.train", "eval.run"):
-        subprocess.run([sys.executable, "-m", module, str(run.root)], check=True, env=one_thread(), capture_output=True)
+    train(run)
+    evaluate(run)
     return result(run)
+
+
+class Running:
+    """One run that was submitted alone, an array of one task, and is in the middle of its training."""
+
+    def __init__(self, cluster: SlurmCluster, runs_dir: Path, arguments: list[str], *changes: str) -> None:
+        self.cluster, self.runs_dir, self.arguments, self.changes = cluster, runs_dir, arguments, changes
+        self.submit()
+        self.run = RunPaths(runs_dir / self.state().name)
+        self.wait_for_steps()
+
+    def submit(self) -> None:
+        (job,) = submit(self.arguments, settings(*self.changes), Options())
+        self.task = f"{job}_0"
+
+    def state(self) -> State:
+        (state,) = statuses(self.runs_dir)
+        return state
+
+    def pid(self) -> int:
+        return json.loads(self.run.heartbeat.read_text())["pid"]
+
+    def steps(self) -> int:
+        return steps(self.run)
+
+    def wait_for_steps(self) -> None:
+        """Until more are done than were before, some of them after the last checkpoint."""
+        before = self.steps()
+
+        def enough() -> bool:
+            return self.steps() >= before + 6 or self.run.train_record.exists()
+
+        wait_for(enough, f"steps after {before}", 120)
+        assert not self.run.train_record.exists(), "the training is too short for the test"
+
+    def wait_for_restarts(self, count: int, seconds: float = 60) -> None:
+        wait_for(lambda: self.cluster.job(self.task).get("Restarts") == f"{count}", f"restart {count}", seconds)
+
+    def finish(self) -> None:
+        job = self.cluster.wait(self.task, END, 180)
+        assert job["JobState"] == "COMPLETED", self.log()
+        assert self.state().state == "finished"
+
+    def resumed_at(self) -> list[int]:
+        return read_record(self.run.train_record, TrainRecord).resumed_at
+
+    def log(self) -> str:
+        logs = [*self.runs_dir.glob(".slurm/*/logs/*.log"), self.run.root / "slurm.log"]
+        return "\n".join(log.read_text(errors="replace") for log in logs)
+
+
+def steps(run: RunPaths) -> int:
+    """How many steps of its training are done."""
+    return run.metrics.read_bytes().count(b"\n") if run.metrics.is_file() else 0

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from eval import judge as judge_module
 from eval.judge import question
 from eval.rescore import rescore
 from eval.run import evaluate
+from experiments.errors import Preempted
 from experiments.plan import plan
 from experiments.records import EvalPaths, RunPaths, read_lines
 from experiments.tiny import make_base, make_tokenizer
@@ -64,6 +68,34 @@ def test_a_judge_reads_the_completions_that_keywords_read(run: RunPaths, cache_d
     again = next(after for _, after in rescore(run) if after.protocol == "lori_judge")
     assert again.items == [1, 0, 1, 0]
     assert again.no_match == 1
+
+
+def test_a_judging_that_was_stopped_goes_on_with_the_next_chunk(
+    run: RunPaths, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge_module, "CHUNK", 1)
+    arguments = judged_by(cache_dir)
+    evaluate(run, arguments)
+    paths = evaluation_by(run, "lori_judge")
+    undisturbed = paths.judgements.read_bytes()
+    paths.judgements.unlink()
+    paths.score.unlink()
+    write, written = judge_module._write, []
+
+    def stopped_at_the_second(path: Path, lines: list[dict[str, Any]]) -> None:
+        write(path, lines)
+        written.append(path.name)
+        if len(written) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(judge_module, "_write", stopped_at_the_second)
+    with pytest.raises(Preempted, match="eval stopped by SIGTERM"):
+        evaluate(run, arguments)
+    assert not paths.judgements.exists()
+    evaluate(run, arguments)
+    assert written == ["00000.jsonl", "00001.jsonl", "00002.jsonl", "00003.jsonl", "judgements.jsonl"]
+    assert paths.judgements.read_bytes() == undisturbed
+    assert not (paths.root / "judging").exists()
 
 
 def test_words_about_other_completions_do_not_count(run: RunPaths, cache_dir: Path, fails_with: Fails) -> None:

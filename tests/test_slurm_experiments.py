@@ -99,7 +99,7 @@ def test_the_quickstart_preempted_twice_ends_in_the_same_report(
         wanted = ["--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"]
         cluster.output("sbatch", *wanted)
         wait_for(lambda n=number: all(int(cluster.job(job)["Restarts"]) >= n for job in jobs), "preemption", 120)
-    wait_for(lambda: (tmp_path / "report/quickstart/index.html").is_file(), "the report", 600)
+    wait_for(lambda: (tmp_path / "report/quickstart/index.html").is_file(), "the report", 1500)
     assert all(int(cluster.job(job)["Restarts"]) >= 2 for job in jobs)
     here = ["quickstart", *settings, f"runtime.runs_dir={tmp_path / 'here'}", "--out", "report_here"]
     alone = subprocess.run([sys.executable, "-m", "experiments.reproduce", *here], capture_output=True, text=True)

@@ -22,7 +22,7 @@ from slurm.manifest import Manifest, describe_run, is_finished, write_manifest
 from slurm.queue import Task
 from slurm.rank import torch_variables
 from slurm.snapshot import take_snapshot
-from slurm.status import run_state, statuses, table
+from slurm.status import NEVER_STARTED, run_state, statuses, table
 from slurm.submit import _submitter_lock, _with_frozen_evaluation, parse, submit
 from tests.slurm_runs import overrides, settings
 
@@ -168,10 +168,11 @@ def _attempt(how: str | None, error: str | None = None) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("attempts", "task", "expected"),
     [
-        ([], None, ("planned", "")),
+        ([], None, ("planned", NEVER_STARTED)),
         ([], Task("7_0", "PENDING", "Priority"), ("queued", "waits: Priority")),
         ([_attempt("preempted")], Task("7_0", "PENDING", "BeginTime"), ("preempted", "waits: BeginTime")),
         ([_attempt("preempted")], None, ("preempted", "not in the queue: submit again to go on")),
+        ([{**_attempt("preempted"), "error": "max_requeues"}], None, ("failed", "max_requeues")),
         ([_attempt(None)], Task("7_0", "RUNNING", "None"), ("running", "starting")),
         ([_attempt("failed", "out of memory")], None, ("failed", "out of memory")),
         ([_attempt(None)], None, ("failed", "ended without a word on n1: killed, out of memory, or the node died")),
@@ -191,7 +192,12 @@ def test_a_running_runs_progress_and_a_finished_run(tmp_path: Path) -> None:
     (tmp_path / "heartbeat.json").write_text(json.dumps({**beat, "time": time.time()}))
     running = run_state(RunPaths(tmp_path), about, Task("7_0", "RUNNING", "None"), None)
     assert running.detail.startswith("train step 120/400, 5,300 tokens/s, 4 min left, until ")
-    (tmp_path / "heartbeat.json").write_text(json.dumps({**beat, "time": time.time() - 1200}))
+    heartbeat, now = tmp_path / "heartbeat.json", time.time()
+    for jumped in (0, now - 1200, now + 1200):  # the clock of the node: the disk's says that it was written just now
+        heartbeat.write_text(json.dumps({**beat, "time": jumped}))
+        assert "silent" not in run_state(RunPaths(tmp_path), about, Task("7_0", "RUNNING", "None"), None).detail
+    heartbeat.write_text(json.dumps({**beat, "time": now - 1200}))
+    os.utime(heartbeat, (now - 1200, now - 1200))
     silent = run_state(RunPaths(tmp_path), about, Task("7_0", "RUNNING", "None"), None)
     assert silent.detail.endswith("silent for 20 min")
     (tmp_path / "train.json").touch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,54 +12,58 @@ import pytest
 from experiments.plan import plan, write_runs
 from experiments.records import RunPaths
 from slurm import cancel, logs, status
+from slurm.benchmark import measure_sweep
 from slurm.manifest import all_manifests, read_manifest
 from slurm.queue import queued
-from slurm.submit import Options, submit
+from slurm.submit import Options, _submitter_lock, submit
 from tests.slurm_cluster import SlurmCluster, cluster, running_cluster, wait_for
-from tests.slurm_runs import overrides, reference, result, settings
+from tests.slurm_runs import END, overrides, reference, result, settings
 
 __all__ = ["cluster", "running_cluster"]
 pytestmark = pytest.mark.slurm
-END = {"COMPLETED", "FAILED", "CANCELLED"}
 
 
 def states(runs_dir: Path) -> list[str]:
     return [state.state for state in status.statuses(runs_dir)]
 
 
-def test_an_array_from_dry_run_to_finished(
+def test_an_array_of_eight_from_dry_run_to_finished(
     cluster: SlurmCluster, tmp_path: Path, cache_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Trained two at a time, each evaluated by a task of its own as soon as it is trained."""
     runs_dir = tmp_path / "runs"
-    arguments = ["method=lora", "seed=0,1,2", *overrides(runs_dir, cache_dir)]
-    assert submit(arguments, settings(), Options(dry_run=True)) == []
+    options = Options(max_parallel=2, eval_separately=True)
+    arguments = ["method=lora", "seed=range(0,8)", *overrides(runs_dir, cache_dir)]
+    assert submit(arguments, settings(), dataclasses.replace(options, dry_run=True)) == []
     assert not runs_dir.exists()
-    assert "would submit train and eval of 3 runs in 3 tasks" in capsys.readouterr().out
-    (job,) = submit(arguments, settings(), Options(max_parallel=2))
+    assert "would submit train of 8 runs in 8 tasks" in capsys.readouterr().out
+    training, evaluation = submit(arguments, settings(), options)
     shown = capsys.readouterr().out
-    assert "3 runs: 3 new, 0 to resume" in shown
-    assert "3 tasks, 2 at a time; each 1 GPUs for at most 10, together at most 0.5 GPU-hours" in shown
-    assert submit(arguments, settings(), Options()) == []
-    assert "3 already queued" in capsys.readouterr().out
-    running = set()
+    assert "8 runs: 8 new, 0 to resume" in shown
+    assert "8 tasks, 2 at a time; each 1 GPUs for at most 10, together at most 1.3 GPU-hours" in shown
+    assert submit(arguments, settings(), options) == []
+    assert "8 already queued" in capsys.readouterr().out
+    running = {training: {0}, evaluation: {0}}
 
     def ended() -> bool:
-        tasks = queued(runs_dir)
-        running.add(sum(task.state == "RUNNING" for (task,) in tasks.values()))
+        tasks = [task for tasks in queued(runs_dir).values() for task in tasks]
+        for job, counts in running.items():
+            counts.add(sum(task.job.startswith(f"{job}_") and task.state == "RUNNING" for task in tasks))
         return not tasks
 
     wait_for(lambda: "running" in states(runs_dir), "a running task")
-    assert states(runs_dir)[2:] == ["queued"]
-    wait_for(ended, "the array", 240)
-    assert max(running) == 2
-    assert states(runs_dir) == ["finished"] * 3
-    assert {cluster.job(f"{job}_{task}")["JobState"] for task in range(3)} == {"COMPLETED"}
-    assert submit(arguments, settings(), Options()) == []
-    assert "3 finished" in capsys.readouterr().out
-    first = RunPaths(runs_dir / status.statuses(runs_dir)[0].name)
-    expected = reference(["method=lora", "seed=0", *overrides(tmp_path / "alone", cache_dir)])
-    assert result(first) == expected
-    assert "16 steps" in logs.log_of(first.root).read_text()
+    assert set(states(runs_dir)[2:]) == {"queued"}
+    wait_for(ended, "the arrays", 400)
+    assert max(running[training]) == 2
+    assert max(running[evaluation]) in (1, 2)
+    assert states(runs_dir) == ["finished"] * 8
+    assert {cluster.job(f"{job}_{task}")["JobState"] for job in running for task in range(8)} == {"COMPLETED"}
+    assert submit(arguments, settings(), options) == []
+    assert "8 finished" in capsys.readouterr().out
+    for seed, state in enumerate(status.statuses(runs_dir)):
+        run = RunPaths(runs_dir / state.name)
+        assert result(run) == reference(["method=lora", f"seed={seed}", *overrides(tmp_path / "alone", cache_dir)])
+        assert "16 steps" in logs.log_of(run.root).read_text()
 
 
 def test_a_failing_run_harms_no_other(
@@ -79,31 +84,58 @@ def test_a_failing_run_harms_no_other(
     wait_for(lambda: not queued(runs_dir), "the cancelled job", 30)
 
 
-def test_what_was_edited_or_moved_after_submission_is_refused(
+def test_what_starts_after_a_failed_job_and_is_refused_if_it_was_edited_or_moved(
     cluster: SlurmCluster, tmp_path: Path, cache_dir: Path
 ) -> None:
-    held = cluster.output("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap", "true").strip()
-    submitted: dict[str, tuple[str, Path, RunPaths]] = {}
-    for name in ("edited", "config", "moved"):
+    failing = cluster.output("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap", "exit 1").strip()
+    submitted: dict[str, tuple[list[str], Path, RunPaths]] = {}
+    for name in ("manifest", "config", "moved", "afterok"):
         runs_dir = tmp_path / name
         arguments = ["method=lora", "seed=0", *overrides(runs_dir, cache_dir)]
-        (job,) = submit(arguments, settings(), Options(after=held))
-        ((manifest, _),) = all_manifests(runs_dir)
-        submitted[name] = (job, manifest, RunPaths(next(runs_dir.glob("*/config.yaml")).parent))
-    manifest, run = submitted["edited"][1], submitted["moved"][2]
+        after = f"afterok:{failing}" if name == "afterok" else failing
+        jobs = submit(arguments, settings(), Options(after=after, eval_separately=name == "config"))
+        (manifest, _), *_ = all_manifests(runs_dir)
+        submitted[name] = (jobs, manifest, RunPaths(next(runs_dir.glob("*/config.yaml")).parent))
+    manifest, config = submitted["manifest"][1], submitted["config"][2].config
     manifest.write_text(manifest.read_text().replace('"max_requeues": 100', '"max_requeues": 999'))
-    run.root.rename(tmp_path / "elsewhere")
-    config = submitted["config"][2].config
     config.write_text(config.read_text() + "# a note\n")
-    cluster.output("scancel", held)
+    submitted["moved"][2].root.rename(tmp_path / "elsewhere")
+    cluster.output("scontrol", "release", failing)
+    assert cluster.wait(failing, END)["JobState"] == "FAILED"
     expected = {
-        "edited": "manifest.json: edited after it was submitted",
+        "manifest": "manifest.json: edited after it was submitted",
         "config": "config.yaml: edited after it was submitted",
         "moved": "no such run directory: it was moved or deleted",
     }
-    for name, (job, manifest, _) in submitted.items():
-        assert cluster.wait(f"{job}_0", END, 60)["JobState"] == "FAILED"
-        assert expected[name] in (manifest.parent / "logs" / f"{job}_0.log").read_text()
+    for name, said in expected.items():
+        (job, *_), manifest, _ = submitted[name]
+        assert cluster.wait(f"{job}_0", END)["JobState"] == "FAILED"
+        assert said in (manifest.parent / "logs" / f"{job}_0.log").read_text()
+    # What waits for the good end of a job that failed is cancelled, and told.
+    for job in (submitted["config"][0][1], submitted["afterok"][0][0]):
+        assert cluster.wait(f"{job}_0", END)["JobState"] == "CANCELLED"
+    (failed,), (never,) = (status.statuses(tmp_path / name) for name in ("config", "afterok"))
+    assert (failed.state, expected["config"] in failed.detail) == ("failed", True)
+    assert (never.state, never.detail) == ("planned", status.NEVER_STARTED)
+
+
+def test_a_second_submitter_waits_for_the_first(
+    cluster: SlurmCluster, tmp_path: Path, cache_dir: Path, fails_with: Callable[[Callable[[], object]], str]
+) -> None:
+    runs_dir = tmp_path / "runs"
+    arguments = ["method=lora", "seed=0,1", *overrides(runs_dir, cache_dir)]
+    held = settings("sbatch={hold: true}")
+    with _submitter_lock(runs_dir):
+        assert "being submitted by process" in fails_with(lambda: submit(arguments, held, Options()))
+        assert not list(runs_dir.glob("*/config.yaml"))
+    assert len(submit(arguments, held, Options())) == 1
+    assert len(queued(runs_dir)) == 2
+
+
+def test_the_benchmark_leaves_nothing_behind(cluster: SlurmCluster, tmp_path: Path) -> None:
+    lines = [what for what, _ in measure_sweep(5, tmp_path / "sweep")]
+    assert [line for line in lines if "status" in line] == ["status, all queued", "status, all failed"]
+    assert queued(tmp_path / "sweep") == {}
 
 
 def test_evaluations_of_their_own_and_arrays_cut_at_the_limit(
