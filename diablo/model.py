@@ -49,7 +49,7 @@ class DiabloModel(BaseTuner):
                     f"DiaBlo adapts linear layers, not {type(base_layer).__name__}: take it out of target_modules"
                 )
             places = self._places(peft_config, current_key, base_layer)
-            if places is not None and not places.inputs.numel():
+            if places is not None and 0 in places.shape:
                 return  # nothing of this layer is trained
             if isinstance(target, DiabloLayer):
                 target.update_layer(adapter_name, peft_config, current_key, self._is_shared(target), places)
