@@ -14,6 +14,9 @@ from diablo.layer import DiabloLayer
 from diablo.linear import DiabloLinear
 from diablo.milora import MiloraConfig, MiloraModel
 from diablo.model import DiabloModel
+from diablo.s2ft import S2ftConfig, S2ftModel
+from diablo.smt import SmtConfig, SmtModel
+from diablo.sparse import SparseConfig, SparseModel
 from diablo.suggest import suggest_num_blocks
 
 __all__ = [
@@ -23,6 +26,12 @@ __all__ = [
     "DiabloModel",
     "MiloraConfig",
     "MiloraModel",
+    "S2ftConfig",
+    "S2ftModel",
+    "SmtConfig",
+    "SmtModel",
+    "SparseConfig",
+    "SparseModel",
     "refresh",
     "suggest_num_blocks",
 ]

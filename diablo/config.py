@@ -13,37 +13,26 @@ DIABLO = peft_type("DIABLO")
 
 
 @dataclass
-class DiabloConfig(PeftConfig):
-    """Configuration of [`DiabloModel`]: which layers get diagonal blocks, and how many.
-
-    Example:
-
-        model = get_peft_model(base, DiabloConfig(num_blocks=64, target_modules=["q_proj", "v_proj"]))
+class BlockConfig(PeftConfig):
+    """What all methods that train blocks of weights have in common.
 
     Raises:
         ValueError: a value out of range, or `layers_to_transform` with a `target_modules` that is a string.
     """
 
-    num_blocks: int | dict[str, int] = field(
-        default=64,
-        metadata={
-            "help": "N, the number of diagonal blocks. A layer gets in_features * out_features / N parameters. A "
-            "dictionary gives each layer the N of the name that its own name ends with, as suggest_num_blocks makes it."
-        },
-    )
     mode: Literal["auto", "adapter", "in_place"] = field(
         default="auto",
         metadata={
             "help": "How the blocks are computed with. 'in_place' trains them inside the weight, with one matrix "
             "product as the frozen layer; it needs dropout 0, a plain nn.Linear and a single active adapter. 'adapter' "
-            "adds a side branch. 'auto' takes in_place where it can be had and the blocks' sides are at least 16."
+            "adds a side branch. 'auto' takes in_place where it can be had, unless a diagonal block's side is below 16."
         },
     )
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={
             "help": "Names (or endings) of the linear layers to adapt, or a regular expression, or 'all-linear'. "
-            "None takes the paper's choice where the architecture is known: q, k, v, up and down projections."
+            "None takes the method's own choice where the architecture is known; DiaBlo's is q, k, v, up and down."
         },
     )
     exclude_modules: list[str] | str | None = field(
@@ -53,13 +42,6 @@ class DiabloConfig(PeftConfig):
     dropout: float = field(
         default=0.0,
         metadata={"help": "Dropout on the blocks' input while training; the base layer's input is never dropped."},
-    )
-    allow_uneven: bool = field(
-        default=False,
-        metadata={
-            "help": "Accept an N that does not divide a layer's sides: blocks are rounded up and the input is padded. "
-            "False refuses such an N and names the nearest ones that divide."
-        },
     )
     modules_to_save: list[str] | None = field(
         default=None,
@@ -80,10 +62,6 @@ class DiabloConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = DIABLO
-        counts = self.num_blocks.values() if isinstance(self.num_blocks, dict) else [self.num_blocks]
-        if not counts or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in counts):
-            raise ValueError(f"num_blocks={self.num_blocks!r} must be a whole number of at least 1")
         if self.mode not in ("auto", "adapter", "in_place"):
             raise ValueError(f"mode={self.mode!r}: choose 'auto', 'adapter' or 'in_place'")
         if not 0.0 <= self.dropout < 1.0:
@@ -105,6 +83,41 @@ class DiabloConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+
+
+@dataclass
+class DiabloConfig(BlockConfig):
+    """Configuration of [`DiabloModel`]: which layers get diagonal blocks, and how many.
+
+    Example:
+
+        model = get_peft_model(base, DiabloConfig(num_blocks=64, target_modules=["q_proj", "v_proj"]))
+
+    Raises:
+        ValueError: a value out of range, as for `BlockConfig`.
+    """
+
+    num_blocks: int | dict[str, int] = field(
+        default=64,
+        metadata={
+            "help": "N, the number of diagonal blocks. A layer gets in_features * out_features / N parameters. A "
+            "dictionary gives each layer the N of the name that its own name ends with, as suggest_num_blocks makes it."
+        },
+    )
+    allow_uneven: bool = field(
+        default=False,
+        metadata={
+            "help": "Accept an N that does not divide a layer's sides: blocks are rounded up and the input is padded. "
+            "False refuses such an N and names the nearest ones that divide."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = DIABLO
+        counts = self.num_blocks.values() if isinstance(self.num_blocks, dict) else [self.num_blocks]
+        if not counts or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in counts):
+            raise ValueError(f"num_blocks={self.num_blocks!r} must be a whole number of at least 1")
 
     def blocks_of(self, name: str) -> int:
         """N of the layer of this name.

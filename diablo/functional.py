@@ -1,8 +1,9 @@
-"""The forward and backward pass of a linear layer with diagonal blocks, as autograd functions.
+"""The forward and backward pass of a linear layer with diagonal or other blocks, as autograd functions.
 
 `block_linear` is the layer itself, for a plain weight: one product forward and one for dX, whether the blocks are in
 the weight already (in place) or added from the side. `add_blocks` puts the side branch on a layer that computes its
-own product, such as a quantised one. Neither keeps anything but x: a dropped x is made again in the backward pass.
+own product, such as a quantised one. Neither keeps anything but x, or in place only the blocks' inputs where these are
+fewer: a dropped x is made again in the backward pass.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from diablo.blocks import BlockShape, add_block_product_, block_gradient
+from diablo.blocks import BlockShape
 from diablo.in_place import Overwrite
+from diablo.places import Places, add_product_, gather, gradient, is_smaller_gathered
 
 
 def block_linear(
@@ -25,6 +27,7 @@ def block_linear(
     blocks: Tensor,
     in_weight: Overwrite | None = None,
     dropout: float = 0.0,
+    places: Places | None = None,
 ) -> Tensor:
     """`x @ (W0 + D)`, with the gradient of x and of the blocks; weight and bias are frozen.
 
@@ -36,6 +39,7 @@ def block_linear(
         blocks: `(num_blocks, d_in, d_out)`.
         in_weight: what put the blocks into the weight.
         dropout: probability with which an input of the side branch is dropped; 0 with `in_weight`.
+        places: of the blocks; None for the diagonal.
 
     Returns:
         `(..., out_features)`.
@@ -44,10 +48,13 @@ def block_linear(
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)  # the error that the frozen layer gives
     bias = None if bias is None else bias.to(dtype)
-    return _BlockLinear.apply(x, weight.to(dtype), bias, blocks, in_weight, dropout, _seed(dropout))  # pyright: ignore
+    where = places or (None, None)
+    return _BlockLinear.apply(  # pyright: ignore
+        x, weight.to(dtype), bias, blocks, *where, in_weight, dropout, _seed(dropout)
+    )
 
 
-def add_blocks(result: Tensor, x: Tensor, blocks: Tensor, dropout: float = 0.0) -> Tensor:
+def add_blocks(result: Tensor, x: Tensor, blocks: Tensor, dropout: float = 0.0, places: Places | None = None) -> Tensor:
     """`result + dropout(x) @ D` for a layer that has computed `result` from `x` itself.
 
     Args:
@@ -56,7 +63,7 @@ def add_blocks(result: Tensor, x: Tensor, blocks: Tensor, dropout: float = 0.0) 
     """
     if result._base is not None or not (result.requires_grad and result.grad_fn is not None):
         result = result.clone()  # a view, or somebody's own tensor
-    return _AddBlocks.apply(result, x, blocks, dropout, _seed(dropout))  # pyright: ignore
+    return _AddBlocks.apply(result, x, blocks, *(places or (None, None)), dropout, _seed(dropout))  # pyright: ignore
 
 
 def compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -75,25 +82,31 @@ class _BlockLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         blocks: Tensor,
+        inputs: Tensor | None,
+        outputs: Tensor | None,
         in_weight: Overwrite | None,
         dropout: float,
         seed: int,
     ) -> Tensor:
+        places = _places(inputs, outputs)
         with torch.autocast(x.device.type, enabled=False):
             # x is kept as it came, so that layers with one input (q, k and v) keep one x, also where it is cast here.
             narrow = x.to(weight.dtype)
             y = F.linear(narrow, weight, bias)
             if in_weight is None:
                 rows = _rows(narrow)
-                add_block_product_(_rows(y), _drop(rows, _mask(rows, dropout, seed), dropout), blocks.to(y.dtype))
-        ctx.dropout, ctx.seed, ctx.in_weight = dropout, seed, in_weight
+                add_product_(_rows(y), _drop(rows, _mask(rows, dropout, seed), dropout), blocks.to(y.dtype), places)
+        ctx.dropout, ctx.seed, ctx.in_weight, ctx.x_dtype = dropout, seed, in_weight, x.dtype
+        ctx.gathered = False
+        if in_weight is not None and places is not None and is_smaller_gathered(places, x.shape[-1]):
+            x, ctx.gathered = gather(_rows(x), places.inputs), True
         if in_weight is None or torch.compiler.is_compiling():
-            ctx.save_for_backward(x, blocks, weight)
+            ctx.save_for_backward(x, blocks, inputs, outputs, weight)
         else:
             # A reference pass with the adapter disabled may lie between forward and backward (preference training does
             # that). The weight is then written twice and holds the same bits again, which autograd's own check would
             # refuse all the same: the version of its values is checked instead.
-            ctx.save_for_backward(x, blocks)
+            ctx.save_for_backward(x, blocks, inputs, outputs)
             ctx.weight, ctx.version = weight, in_weight.version
         return y
 
@@ -103,7 +116,8 @@ class _BlockLinear(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         (grad_y,) = grad_outputs
-        x, blocks, *saved = ctx.saved_tensors
+        x, blocks, inputs, outputs, *saved = ctx.saved_tensors
+        places = _places(inputs, outputs)
         weight = saved[0] if saved else ctx.weight
         if not saved and not (ctx.in_weight.is_written and ctx.in_weight.version == ctx.version):
             raise RuntimeError(
@@ -117,26 +131,36 @@ class _BlockLinear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad_x = grad_rows @ weight
                 if ctx.in_weight is None:
-                    transposed = blocks.to(weight.dtype).transpose(1, 2)
+                    transposed, back = blocks.to(weight.dtype).transpose(1, 2), places and places.transposed
                     if mask is None:
-                        add_block_product_(grad_x, grad_rows, transposed)
+                        add_product_(grad_x, grad_rows, transposed, back)
                     else:
-                        branch = add_block_product_(torch.zeros_like(grad_x), grad_rows, transposed)
+                        branch = add_product_(torch.zeros_like(grad_x), grad_rows, transposed, back)
                         grad_x += _drop(branch, mask, ctx.dropout)
-                grad_x = grad_x.view(x.shape).to(x.dtype)
+                grad_x = grad_x.view(*grad_y.shape[:-1], weight.shape[1]).to(ctx.x_dtype)
             if ctx.needs_input_grad[3]:
-                grad_blocks = _grad_blocks(ctx, rows, grad_rows, mask, blocks)
-        return grad_x, None, None, grad_blocks, None, None, None
+                grad_blocks = _grad_blocks(ctx, rows, grad_rows, mask, blocks, places, ctx.gathered)
+        return grad_x, None, None, grad_blocks, None, None, None, None, None
 
 
 class _AddBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, result: Tensor, x: Tensor, blocks: Tensor, dropout: float, seed: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        result: Tensor,
+        x: Tensor,
+        blocks: Tensor,
+        inputs: Tensor | None,
+        outputs: Tensor | None,
+        dropout: float,
+        seed: int,
+    ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             rows = _rows(x).to(result.dtype)
-            add_block_product_(_rows(result), _drop(rows, _mask(rows, dropout, seed), dropout), blocks.to(result.dtype))
+            dropped = _drop(rows, _mask(rows, dropout, seed), dropout)
+            add_product_(_rows(result), dropped, blocks.to(result.dtype), _places(inputs, outputs))
         ctx.dropout, ctx.seed = dropout, seed
-        ctx.save_for_backward(x, blocks)
+        ctx.save_for_backward(x, blocks, inputs, outputs)
         ctx.mark_dirty(result)
         return result
 
@@ -146,23 +170,37 @@ class _AddBlocks(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         (grad_y,) = grad_outputs
-        x, blocks = ctx.saved_tensors
+        x, blocks, inputs, outputs = ctx.saved_tensors
+        places = _places(inputs, outputs)
         rows, grad_rows = _rows(x).to(grad_y.dtype), _rows(grad_y)
         mask = _mask(rows, ctx.dropout, ctx.seed)
         grad_x = grad_blocks = None
         with torch.autocast(x.device.type, enabled=False):
             if ctx.needs_input_grad[1]:
                 transposed = blocks.to(grad_y.dtype).transpose(1, 2)
-                branch = add_block_product_(torch.zeros_like(rows), grad_rows, transposed)
+                branch = add_product_(torch.zeros_like(rows), grad_rows, transposed, places and places.transposed)
                 grad_x = _drop(branch, mask, ctx.dropout).view(x.shape).to(x.dtype)
             if ctx.needs_input_grad[2]:
-                grad_blocks = _grad_blocks(ctx, rows, grad_rows, mask, blocks)
-        return grad_y, grad_x, grad_blocks, None, None
+                grad_blocks = _grad_blocks(ctx, rows, grad_rows, mask, blocks, places)
+        return grad_y, grad_x, grad_blocks, None, None, None, None
 
 
-def _grad_blocks(ctx: Any, rows: Tensor, grad_rows: Tensor, mask: Tensor | None, blocks: Tensor) -> Tensor:
+def _grad_blocks(
+    ctx: Any,
+    rows: Tensor,
+    grad_rows: Tensor,
+    mask: Tensor | None,
+    blocks: Tensor,
+    places: Places | None,
+    gathered: bool = False,
+) -> Tensor:
     """dD, of what the forward pass left of x."""
-    return block_gradient(_drop(rows, mask, ctx.dropout), grad_rows, BlockShape(*blocks.shape), blocks.dtype)
+    dropped, shape = _drop(rows, mask, ctx.dropout), BlockShape(*blocks.shape)
+    return gradient(dropped, grad_rows, shape, places, blocks.dtype, gathered)
+
+
+def _places(inputs: Tensor | None, outputs: Tensor | None) -> Places | None:
+    return None if inputs is None or outputs is None else Places(inputs, outputs)
 
 
 def _rows(x: Tensor) -> Tensor:

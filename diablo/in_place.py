@@ -15,7 +15,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,18 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
+class Part(Protocol):
+    """Some entries of a weight: a view of it, or entries that an index gathers and scatters."""
+
+    def clone(self) -> Tensor: ...
+
+    def copy_(self, values: Tensor, /) -> Any: ...
+
+
 class Overwrite:
     """Other values in parts of a weight, and the weight's own values to put back.
 
-    `parts` are views of the weight, given at every call: the weight may have moved since the last one.
+    `parts` are given at every call: the weight may have moved since the last one.
     `version` counts changes of the values. A backward pass needs the weight as its forward pass saw it, and compares.
     """
 
@@ -39,7 +47,7 @@ class Overwrite:
         return self.originals is not None
 
     @torch.no_grad()
-    def add(self, parts: Sequence[Tensor], update: Sequence[Tensor], check_finite: bool = False) -> bool:
+    def add(self, parts: Sequence[Part], update: Sequence[Tensor], check_finite: bool = False) -> bool:
         """Write original + update, added in the wider of the two dtypes and rounded once, to nearest.
 
         Returns:
@@ -55,14 +63,14 @@ class Overwrite:
         return True
 
     @torch.no_grad()
-    def restore(self, parts: Sequence[Tensor]) -> None:
+    def restore(self, parts: Sequence[Part]) -> None:
         """Put the weight's own values back."""
         if self.originals is not None:
             self.put_originals(parts)
         self.originals = None
 
     @torch.no_grad()
-    def put_originals(self, parts: Sequence[Tensor]) -> None:
+    def put_originals(self, parts: Sequence[Part]) -> None:
         """The weight's own values into `parts`, which may belong to a copy of the weight."""
         assert self.originals is not None
         for part, original in zip(parts, self.originals, strict=True):

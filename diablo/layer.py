@@ -1,11 +1,13 @@
-"""The adapters of one linear layer: diagonal blocks beside its frozen weight, or inside it."""
+"""The adapters of one linear layer: diagonal or other blocks beside its frozen weight, or inside it."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _get_in_out_features,  # also reads the sizes of quantised layers  # pyright: ignore[reportPrivateUsage]
@@ -16,9 +18,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from diablo import places as at_places
 from diablo.blocks import BlockShape, block_shape, covered, delta_weight, diagonal_blocks
-from diablo.config import DiabloConfig
-from diablo.in_place import InPlaceLayer, Overwrite, local_shard, unwatch
+from diablo.config import BlockConfig, DiabloConfig
+from diablo.in_place import InPlaceLayer, Overwrite, Part, local_shard, unwatch
+from diablo.places import ChosenEntries, Places
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SMALLEST_SIDE = 16  # of a block that `auto` trains in place: below it a batched product wastes most of its tiles
@@ -62,17 +66,20 @@ def obstacle_to_in_place(layer: nn.Module, dropout: float) -> str | None:
 class DiabloLayer(BaseTunerLayer, InPlaceLayer):
     """The adapters of one layer, keyed by adapter name; `DiabloLinear` adds the forward pass.
 
-    `diablo_blocks[name]` is the paper's 𝒟: `(num_blocks, d_in, d_out)`, zero at the start. `forward_mode[name]` is
-    "in_place" or "adapter". The base weight holds W0, or W0 plus the update of the adapter named by `in_weight`, or of
-    the merged adapters.
+    `diablo_blocks[name]` is the paper's 𝒟: `(num_blocks, d_in, d_out)`, zero at the start. Blocks that are not on the
+    diagonal have their places in `diablo_inputs[name]` and `diablo_outputs[name]`, which are saved with them.
+    `forward_mode[name]` is "in_place" or "adapter". The base weight holds W0, or W0 plus the update of the adapter
+    named by `in_weight`, or of the merged adapters.
     """
 
     adapter_layer_names = ("diablo_blocks",)
-    other_param_names = ("diablo_dropout",)
+    other_param_names = ("diablo_inputs", "diablo_outputs", "diablo_dropout")
 
     def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
         self.base_layer = base_layer
         self.diablo_blocks = nn.ParameterDict()
+        self.diablo_inputs = BufferDict(persistent=True)
+        self.diablo_outputs = BufferDict(persistent=True)
         self.diablo_dropout = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters = []
@@ -91,26 +98,30 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         self.in_features, self.out_features = in_features, out_features
 
     def update_layer(
-        self, adapter_name: str, config: DiabloConfig, name: str = "", weight_is_shared: bool = False
+        self,
+        adapter_name: str,
+        config: BlockConfig,
+        name: str = "",
+        weight_is_shared: bool = False,
+        places: Places | None = None,
     ) -> None:
         """Adds an adapter, or replaces the one of this name.
 
         Args:
             name: of the layer in the model; it decides N where `config.num_blocks` gives several.
             weight_is_shared: another module of the model uses the same weight, so that it must not be changed.
+            places: of the blocks; None puts them on the diagonal, and `config` is a `DiabloConfig` then.
 
         Raises:
             ValueError: N does not divide the layer's sides, or `config.mode` is "in_place" where that cannot be done.
         """
         self._leave_weight()
-        shape = block_shape(self.in_features, self.out_features, config.blocks_of(name), config.allow_uneven)
+        shape, suits = self._diagonal(config, name) if places is None else (places.shape, True)
         obstacle = obstacle_to_in_place(self.base_layer, config.dropout)
         obstacle = obstacle or ("a base weight that other modules share" if weight_is_shared else None)
         if config.mode == "in_place" and obstacle:
             raise ValueError(f"mode='in_place' cannot be used with {obstacle}: use mode='adapter'")
-        even = shape.num_blocks * shape.d_in == self.in_features and shape.num_blocks * shape.d_out == self.out_features
-        suits = even and min(shape.d_in, shape.d_out) >= SMALLEST_SIDE and not obstacle
-        in_place = config.mode == "in_place" or (config.mode == "auto" and suits)
+        in_place = config.mode == "in_place" or (config.mode == "auto" and suits and not obstacle)
         self.forward_mode[adapter_name] = "in_place" if in_place else "adapter"
         self._overwrites[adapter_name] = Overwrite()
 
@@ -120,17 +131,40 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         if not config.init_weights:
             nn.init.normal_(blocks, std=shape.d_in**-0.5)
         self.diablo_blocks[adapter_name] = nn.Parameter(blocks)
+        for index in (self.diablo_inputs, self.diablo_outputs):
+            if adapter_name in index:
+                del index[adapter_name]
+        if places is not None:
+            self.diablo_inputs[adapter_name], self.diablo_outputs[adapter_name] = places
         self.diablo_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def _diagonal(self, config: BlockConfig, name: str) -> tuple[BlockShape, bool]:
+        """The shape of diagonal blocks, and whether it suits training in place."""
+        assert isinstance(config, DiabloConfig)
+        shape = block_shape(self.in_features, self.out_features, config.blocks_of(name), config.allow_uneven)
+        even = shape.num_blocks * shape.d_in == self.in_features and shape.num_blocks * shape.d_out == self.out_features
+        return shape, even and min(shape.d_in, shape.d_out) >= SMALLEST_SIDE
+
+    def places(self, adapter_name: str) -> Places | None:
+        """Where the adapter's blocks are; None for the diagonal."""
+        if adapter_name not in self.diablo_inputs:
+            return None
+        inputs, outputs = self.diablo_inputs[adapter_name], self.diablo_outputs[adapter_name]
+        return Places(inputs, outputs)  # pyright: ignore[reportArgumentType]
+
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The adapter's update in the layout of the base layer's weight: `(out, in)`; `(in, out)` for Conv1D."""
-        delta = delta_weight(self.diablo_blocks[adapter_name], self.in_features, self.out_features)
+        blocks, places = self.diablo_blocks[adapter_name], self.places(adapter_name)
+        if places is None:
+            delta = delta_weight(blocks, self.in_features, self.out_features)
+        else:
+            delta = at_places.delta_weight(blocks, places, self.in_features, self.out_features)
         return delta.T.contiguous() if self.fan_in_fan_out else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        # A block-diagonal update has full rank; cutting it to a low rank would lose most of it.
+        # Most of these updates have full rank; cutting them to a low rank would lose most of them.
         return False
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -240,7 +274,9 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
     def _write(self, adapter_name: str, check_finite: bool = False) -> bool:
         parts = self._weight_parts(adapter_name)
         blocks = self.diablo_blocks[adapter_name].detach()
-        if isinstance(blocks, DTensor) or isinstance(self.get_base_layer().weight, DTensor):
+        if adapter_name in self.diablo_inputs:
+            update = [blocks]
+        elif isinstance(blocks, DTensor) or isinstance(self.get_base_layer().weight, DTensor):
             _, first, count = local_shard(plain_weight(self.get_base_layer()), self._shape(adapter_name).num_blocks)
             update = [blocks.to_local() if isinstance(blocks, DTensor) else blocks[first : first + count]]
         else:
@@ -256,10 +292,14 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
     def _shape(self, adapter_name: str) -> BlockShape:
         return BlockShape(*self.diablo_blocks[adapter_name].shape)
 
-    def _weight_parts(self, adapter_name: str, weight: Tensor | None = None) -> list[Tensor]:
-        """Views of the base weight (or a copy of it) where this adapter adds to it, in the shapes of `covered`."""
+    def _weight_parts(self, adapter_name: str, weight: Tensor | None = None) -> Sequence[Part]:
+        """Where this adapter adds to the base weight (or a copy of it): on the diagonal views, as `covered` gives."""
         weight = plain_weight(self.get_base_layer()) if weight is None else weight
-        shape = self._shape(adapter_name)
+        shape, places = self._shape(adapter_name), self.places(adapter_name)
+        if places is not None:
+            if isinstance(weight, DTensor):
+                raise RuntimeError("blocks off the diagonal cannot be in a sharded weight: use mode='adapter'")
+            return [ChosenEntries(weight.T if self.fan_in_fan_out else weight, places)]
         if not isinstance(weight, DTensor):
             return diagonal_blocks(weight.T if self.fan_in_fan_out else weight, shape)
         rows, first, count = local_shard(weight, shape.num_blocks)

@@ -8,32 +8,34 @@ import torch
 from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 
-from diablo.config import DiabloConfig
+from diablo.config import BlockConfig
 from diablo.functional import add_blocks, block_linear
 from diablo.in_place import watch
 from diablo.layer import DiabloLayer, obstacle_to_in_place
+from diablo.places import Places
 
 
 class DiabloLinear(nn.Module, DiabloLayer):
     """`y = x W0 + dropout(x) diag(D_1 … D_N)` (arXiv 2506.03230, section 3), without a scaling factor.
 
-    Mode "in_place" computes it as one product with a weight that holds W0 + D, "adapter" as two. What is saved, copied
-    or moved is always W0 and D.
+    With `places` the blocks are there instead of on the diagonal. Mode "in_place" computes it as one product with a
+    weight that holds W0 + D, "adapter" as two. What is saved, copied or moved is always W0 and D.
     """
 
     def __init__(
         self,
         base_layer: nn.Module,
         adapter_name: str,
-        config: DiabloConfig,
+        config: BlockConfig,
         name: str = "",
         weight_is_shared: bool = False,
+        places: Places | None = None,
         **quantization: Any,
     ) -> None:
         super().__init__()
         DiabloLayer.__init__(self, base_layer, **quantization)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, name, weight_is_shared)
+        self.update_layer(adapter_name, config, name, weight_is_shared, places)
         self.register_load_state_dict_post_hook(_after_loading)
         watch(self)
 
@@ -49,22 +51,22 @@ class DiabloLinear(nn.Module, DiabloLayer):
             return self.base_layer(x, *args, **kwargs)
         first, *others = names
         base: Any = self.base_layer
-        blocks, dropout = self.diablo_blocks[first], self._dropout(first)
+        blocks, dropout, places = self.diablo_blocks[first], self._dropout(first), self.places(first)
         if blocks.is_meta and not x.is_meta:
             raise RuntimeError(
                 "the adapter's blocks are on the meta device: offload the base model before attaching it"
             )
         if self.in_weight is not None:
-            return block_linear(x, base.weight, base.bias, blocks, self._overwrites[first])
+            return block_linear(x, base.weight, base.bias, blocks, self._overwrites[first], 0.0, places)
         if obstacle_to_in_place(base, 0.0) is None:
-            result = block_linear(x, base.weight, base.bias, blocks, None, dropout)
+            result = block_linear(x, base.weight, base.bias, blocks, None, dropout, places)
         else:
             result = base(x, *args, **kwargs)
             if self.quantization_backend is not None:
                 result = self.quantization_backend.maybe_clone_base_result(result)
-            result = add_blocks(result, x, blocks, dropout)
+            result = add_blocks(result, x, blocks, dropout, places)
         for name in others:
-            result = add_blocks(result, x, self.diablo_blocks[name], self._dropout(name))
+            result = add_blocks(result, x, self.diablo_blocks[name], self._dropout(name), self.places(name))
         return result
 
     def _dropout(self, adapter_name: str) -> float:

@@ -1,4 +1,4 @@
-"""Puts diagonal blocks beside the linear layers of a model."""
+"""Puts blocks into the linear layers of a model."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from diablo.config import DIABLO, DiabloConfig
+from diablo.config import DIABLO, BlockConfig, DiabloConfig
 from diablo.layer import DiabloLayer
 from diablo.linear import DiabloLinear
+from diablo.places import Places
 from diablo.register import register
 
 # The paper's choice for LLaMA (section 4): neither the output projection nor the gate.
@@ -38,11 +39,8 @@ class DiabloModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,  # part of PEFT's signature; set only for targets that are parameters
     ) -> None:
-        assert isinstance(peft_config, DiabloConfig)
+        assert isinstance(peft_config, BlockConfig)
         try:
-            if isinstance(target, DiabloLayer):
-                target.update_layer(adapter_name, peft_config, current_key, self._is_shared(target))
-                return
             quantization = get_quantization_kwargs(self)
             base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
             backend = resolve_quantization_backend(base_layer, **quantization)
@@ -50,12 +48,22 @@ class DiabloModel(BaseTuner):
                 raise ValueError(
                     f"DiaBlo adapts linear layers, not {type(base_layer).__name__}: take it out of target_modules"
                 )
+            places = self._places(peft_config, current_key, base_layer)
+            if places is not None and 0 in places.shape:
+                return  # nothing of this layer is trained
+            if isinstance(target, DiabloLayer):
+                target.update_layer(adapter_name, peft_config, current_key, self._is_shared(target), places)
+                return
             layer = DiabloLinear(
-                target, adapter_name, peft_config, current_key, self._is_shared(target), **quantization
+                target, adapter_name, peft_config, current_key, self._is_shared(target), places, **quantization
             )
         except ValueError as error:
             raise ValueError(f"{current_key}: {error}") from None
         self._replace_module(parent, target_name, layer, target)
+
+    def _places(self, config: BlockConfig, name: str, base_layer: nn.Module) -> Places | None:
+        """Where the blocks of the layer of this name are to be: on the diagonal."""
+        return None
 
     def _is_shared(self, target: nn.Module) -> bool:
         """Whether another module holds the same weight, as an output layer tied to the embedding does."""

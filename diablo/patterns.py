@@ -1,0 +1,124 @@
+"""Which entries of a weight a sparse pattern trains: their number, and the draw.
+
+Rows and columns are those of the paper's W, which is (in, out): see `diablo.places`. All patterns of one density train
+the same number of entries, density · in · out. With N = 1 / density the grid of blocks has N × N cells, of which a
+pattern of blocks takes N.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from diablo.blocks import BlockShape
+from diablo.places import Places
+
+BLOCK_PATTERNS = ("diagonal", "random_block", "permuted_block", "shuffled_diagonal")
+PATTERNS = (*BLOCK_PATTERNS, "random_row", "random_column", "random_entry", "banded")
+
+
+def pattern_shape(
+    pattern: str, in_features: int, out_features: int, density: Fraction, count: int | None = None
+) -> BlockShape:
+    """How many blocks of which sides a pattern trains in one layer.
+
+    Args:
+        density: share of the entries that are trained.
+        count: of rows or columns, instead of a density.
+
+    Raises:
+        ValueError: the density does not make whole rows, columns, blocks or entries of this layer.
+    """
+
+    def share_of(total: int, what: str) -> int:
+        number = density * total
+        if number.denominator > 1 or not 1 <= number <= total:
+            raise ValueError(
+                f"pattern={pattern}: density={density} of in_features={in_features} × out_features={out_features} "
+                f"makes {float(number):g} of {total:,} {what}, which must be a whole number of at least 1"
+            )
+        return int(number)
+
+    if pattern in ("random_row", "random_column"):
+        side, what = (in_features, "rows") if pattern == "random_row" else (out_features, "columns")
+        if count is not None and not 1 <= count <= side:
+            raise ValueError(f"count={count} must be between 1 and the layer's {side} {what}")
+        number = share_of(side, what) if count is None else count
+        return BlockShape(1, number, out_features) if pattern == "random_row" else BlockShape(1, in_features, number)
+    if pattern == "random_entry":
+        return BlockShape(share_of(in_features * out_features, "entries"), 1, 1)
+    if pattern == "banded":
+        return BlockShape(in_features * share_of(out_features, "entries per row"), 1, 1)
+    if density.numerator != 1:
+        raise ValueError(f"pattern={pattern}: density={density} must be 1/N with a whole N, the side of the grid")
+    d_in, d_out = (share_of(side, "features per block") for side in (in_features, out_features))
+    return BlockShape(density.denominator, d_in, d_out)
+
+
+def draw(pattern: str, shape: BlockShape, in_features: int, out_features: int, generator: torch.Generator) -> Places:
+    """Where the blocks of this shape are.
+
+    - `diagonal`: DiaBlo's own places.
+    - `random_block`: distinct cells of the grid, each equally likely.
+    - `permuted_block`: one block in each row and column of blocks, a random permutation.
+    - `shuffled_diagonal`: diagonal blocks of a W whose rows were permuted at random.
+    - `random_row`, `random_column`, `random_entry`: distinct ones, each equally likely.
+    - `banded`: every row has the same number of entries around the diagonal, scaled where W is not square; at both
+      ends the band is moved to lie inside W.
+    """
+    num_blocks, d_in, d_out = shape
+    if pattern == "random_row":
+        return _places(draw_distinct(in_features, d_in, generator)[None], _all(out_features)[None])
+    if pattern == "random_column":
+        return _places(_all(in_features)[None], draw_distinct(out_features, d_out, generator)[None])
+    if pattern == "random_entry":
+        entries = draw_distinct(in_features * out_features, num_blocks, generator)[:, None]
+        return _places(entries // out_features, entries % out_features)
+    if pattern == "banded":
+        width = num_blocks // in_features
+        middle = (2 * _all(in_features) + 1) * out_features // (2 * in_features)
+        start = (middle - width // 2).clamp(0, out_features - width)
+        outputs = start[:, None] + _all(width)
+        return _places(_all(in_features)[:, None].expand_as(outputs).reshape(-1, 1), outputs.reshape(-1, 1))
+    if pattern == "shuffled_diagonal":
+        shuffled = torch.randperm(in_features, generator=generator, device="cpu").view(num_blocks, d_in)
+        return _places(shuffled.sort(1).values, _all(out_features).view(num_blocks, d_out))
+    rows = columns = _all(num_blocks)
+    if pattern == "random_block":
+        cells = draw_distinct(num_blocks**2, num_blocks, generator)
+        rows, columns = cells // num_blocks, cells % num_blocks
+    elif pattern == "permuted_block":
+        columns = torch.randperm(num_blocks, generator=generator, device="cpu")
+    return grid_places(rows, columns, d_in, d_out)
+
+
+def grid_places(rows: Tensor, columns: Tensor, d_in: int, d_out: int) -> Places:
+    """Blocks of `d_in` × `d_out` in the cells `(rows[b], columns[b])` of a grid."""
+    return _places(rows[:, None] * d_in + _all(d_in), columns[:, None] * d_out + _all(d_out))
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """On the CPU, from the seed and a name alone, such as that of a layer."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7]))
+
+
+def draw_distinct(total: int, count: int, generator: torch.Generator) -> Tensor:
+    """`count` distinct numbers below `total`, ascending. Of few among many, so that no list of all is made."""
+    if count * 4 > total:
+        return torch.randperm(total, generator=generator, device="cpu")[:count].sort().values
+    drawn = torch.empty(0, dtype=torch.int64, device="cpu")
+    while len(drawn) < count:
+        drawn = torch.cat([drawn, torch.randint(total, (count,), generator=generator, device="cpu")]).unique()
+    return drawn[torch.randperm(len(drawn), generator=generator, device="cpu")[:count]].sort().values
+
+
+def _all(number: int) -> Tensor:
+    return torch.arange(number, device="cpu")
+
+
+def _places(inputs: Tensor, outputs: Tensor) -> Places:
+    return Places(inputs.to(torch.int32), outputs.to(torch.int32))

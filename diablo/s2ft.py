@@ -1,0 +1,113 @@
+"""S2FT, structured sparse fine-tuning (arXiv 2412.06289; Infini-AI-Lab/S2FT): train whole channels of few projections.
+
+The channels are drawn at random over the whole model, the released code's default. That code permutes neurons and heads
+so that the chosen ones lie together in every weight, which leaves the function as it is; here they are gathered where
+they lie, which computes the same. Its permutation moves the heads of q, k, v and o alike and so needs as many key and
+value heads as query heads. A gather has no such limit: `o_ratio` and `v_ratio` also work with grouped-query attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from torch import nn
+
+from diablo.config import BlockConfig
+from diablo.model import DiabloModel
+from diablo.patterns import draw_distinct, generator_for
+from diablo.places import Places
+from diablo.register import peft_type, register
+from diablo.sparse import layer_sides
+
+S2FT = peft_type("S2FT")
+
+
+class _Channels(NamedTuple):
+    side: Literal["inputs", "outputs"]  # inputs are rows of the paper's W, outputs its columns
+    are_heads: bool  # channels come in whole heads, else one by one
+
+
+CHANNELS = {
+    "down_proj": _Channels("inputs", False),
+    "o_proj": _Channels("inputs", True),
+    "up_proj": _Channels("outputs", False),
+    "v_proj": _Channels("outputs", True),
+}
+
+
+@dataclass
+class S2ftConfig(BlockConfig):
+    """Which share of the neurons and heads has its weights trained, by projection; `target_modules` follows from it.
+
+    Raises:
+        ValueError: a share out of range, none above 0, or `target_modules` that contradict them.
+    """
+
+    down_ratio: float = field(default=0.03, metadata={"help": "Share of the neurons: inputs of down_proj."})
+    o_ratio: float = field(default=0.0, metadata={"help": "Share of the heads: inputs of o_proj."})
+    up_ratio: float = field(default=0.0, metadata={"help": "Share of the neurons: outputs of up_proj."})
+    v_ratio: float = field(default=0.0, metadata={"help": "Share of the key and value heads: outputs of v_proj."})
+    seed: int = field(default=0, metadata={"help": "With the model's shapes it decides what is drawn."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = S2FT
+        for projection in CHANNELS:
+            if not 0 <= self.ratio(projection) <= 1:
+                raise ValueError(f"the share of {projection} is {self.ratio(projection)}, it must be from 0 to 1")
+        targets = {projection for projection in CHANNELS if self.ratio(projection)}
+        if not targets:
+            raise ValueError("nothing is trained: one of down_ratio, o_ratio, up_ratio and v_ratio must be above 0")
+        if self.target_modules not in (None, targets):
+            raise ValueError(f"target_modules={self.target_modules!r} must be unset: the ratios say {sorted(targets)}")
+        self.target_modules = targets  # pyright: ignore[reportAttributeAccessIssue]
+
+    def ratio(self, projection: str) -> float:
+        return getattr(self, f"{projection.removesuffix('_proj')}_ratio")
+
+
+class S2ftModel(DiabloModel):
+    """A model in which the chosen channels are trained. A layer that got none stays as it is."""
+
+    def _places(self, config: BlockConfig, name: str, base_layer: nn.Module) -> Places:
+        assert isinstance(config, S2ftConfig)
+        in_features, out_features = layer_sides(base_layer)
+        projection = name.rpartition(".")[2]
+        chosen = self._chosen(config, projection)[name]
+        side, size = CHANNELS[projection].side, self._channel_size(projection)
+        features = (chosen[:, None] * size + torch.arange(size, device="cpu")).view(1, -1).to(torch.int32)
+        every = torch.arange(out_features if side == "inputs" else in_features, dtype=torch.int32, device="cpu")[None]
+        return Places(features, every) if side == "inputs" else Places(every, features)
+
+    def _chosen(self, config: S2ftConfig, projection: str) -> dict[str, torch.Tensor]:
+        """The chosen neurons or heads of every layer, drawn over all pairs of a layer and a neuron or head."""
+        side, size = CHANNELS[projection].side, self._channel_size(projection)
+        numbers = {}
+        for name, module in self.model.named_modules():
+            if name.rpartition(".")[2] == projection and check_target_module_exists(config, name):
+                layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+                sides = layer_sides(layer)
+                numbers[name] = sides[0 if side == "inputs" else 1] // size
+        total, ratio = sum(numbers.values()), config.ratio(projection)
+        if not int(ratio * total):
+            kind = "heads" if CHANNELS[projection].are_heads else "neurons"
+            raise ValueError(f"the share {ratio} of {total} {kind} of {projection} is none: raise it")
+        drawn = draw_distinct(total, int(ratio * total), generator_for(config.seed, projection))
+        chosen, start = {}, 0
+        for name, number in numbers.items():
+            chosen[name] = drawn[(drawn >= start) & (drawn < start + number)] - start
+            start += number
+        return chosen
+
+    def _channel_size(self, projection: str) -> int:
+        """Features per channel."""
+        if not CHANNELS[projection].are_heads:
+            return 1
+        config = self.model.config
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+register(S2FT, S2ftConfig, S2ftModel)

@@ -1,0 +1,232 @@
+"""SMT, sparse matrix tuning (ICLR 2025; HectorHHZ/Sparse_Matrix_Tuning): train the blocks with the largest gradients.
+
+The target weights are cut into blocks of 256 × 256. While the model is fine-tuned in full for 100 steps, each weight's
+gradients are summed; the blocks that score highest over all layers together are then trained, and nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from diablo.config import BlockConfig
+from diablo.model import DiabloModel
+from diablo.patterns import grid_places
+from diablo.places import Places
+from diablo.register import peft_type, register
+from diablo.sparse import layer_sides
+
+SMT = peft_type("SMT")
+ATTENTION = ["q_proj", "k_proj", "v_proj"]  # the released code's default
+SCORES = ("mean_abs", "abs_mean")
+
+
+@dataclass
+class SmtConfig(BlockConfig):
+    """How many blocks are trained, and which: `blocks` is filled by `choose_blocks`.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+
+    num_blocks: int = field(
+        default=890,
+        metadata={"help": "Blocks of the whole model. The released code's 890 are 0.87 % of LLaMA2-7B."},
+    )
+    block_size: int = field(default=256, metadata={"help": "Side of a block; it must divide both sides of a layer."})
+    blocks: dict[str, list[list[int]]] | None = field(
+        default=None,
+        metadata={
+            "help": "Layer name -> [row, column] of each trained block in the layer's grid; rows are blocks of input "
+            "features. A layer without any stays as it is."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = SMT
+        for name in ("num_blocks", "block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+class SmtModel(DiabloModel):
+    """A model in which the chosen blocks are trained."""
+
+    target_module_mapping = dict.fromkeys(DiabloModel.target_module_mapping, ATTENTION)
+
+    def _places(self, config: BlockConfig, name: str, base_layer: nn.Module) -> Places:
+        assert isinstance(config, SmtConfig)
+        if config.blocks is None:
+            raise ValueError("the blocks are not chosen yet: attach what diablo.smt.choose_blocks returns")
+        rows, columns = grid(base_layer, config.block_size)
+        chosen = torch.tensor(config.blocks.get(name, []), dtype=torch.int64, device="cpu").view(-1, 2)
+        outside = (chosen < 0) | (chosen >= torch.tensor([rows, columns], device="cpu"))
+        if outside.any():
+            raise ValueError(
+                f"blocks {chosen[outside.any(1)].tolist()} are not in the layer's grid of {rows} × {columns}"
+            )
+        return grid_places(chosen[:, 0], chosen[:, 1], config.block_size, config.block_size)
+
+
+def choose_blocks(
+    model: PreTrainedModel,
+    config: PeftConfig,
+    batches: Iterator[dict[str, Tensor]] | None,
+    first: Path | None = None,
+    *,
+    steps: int = 100,
+    learning_rate: float = 9.65e-6,
+    score: str = "mean_abs",
+) -> SmtConfig:
+    """The config with the blocks that score highest in a warm-up of full fine-tuning (AdamW, betas 0.9 and 0.95).
+
+    Ties go to the block that is first by (layer name, row, column). The warm-up trains every weight in float32, and the
+    model is afterwards what it was, bit for bit: the choice is all that remains. The released code goes on from the
+    weights that its warm-up left; starting anew keeps all methods at one base.
+
+    Args:
+        model: the base model.
+        config: an `SmtConfig`.
+        batches: endless; each has input_ids, attention_mask and labels. None on the meta device, where the choice says
+            no more than its size.
+        first: not used.
+        score: of a block of the summed gradient, "mean_abs" (the size of its mean) or "abs_mean" (the mean of sizes).
+
+    Raises:
+        ValueError: more blocks than there are, too few batches, or a gradient that is not finite.
+    """
+    assert isinstance(config, SmtConfig)
+    if score not in SCORES:
+        raise ValueError(f"score={score!r}: choose one of {', '.join(SCORES)}")
+    layers = _targets(model, config)
+    grids = {name: grid(layer, config.block_size) for name, layer in layers.items()}
+    total = sum(rows * columns for rows, columns in grids.values())
+    if config.num_blocks > total:
+        size = config.block_size
+        raise ValueError(f"num_blocks={config.num_blocks} exceeds the {total} blocks of {size} × {size} in the targets")
+    if model.device.type == "meta":
+        scores = {name: torch.zeros(shape, device="cpu") for name, shape in grids.items()}
+    elif batches is None:
+        raise ValueError(f"no batches to choose {config.num_blocks} blocks with: {steps} are needed")
+    else:
+        sums = _summed_gradients(model, layers, batches, steps, learning_rate)
+        scores = {name: block_scores(total, config.block_size, score).cpu() for name, total in sums.items()}
+    prepared = copy.deepcopy(config)
+    prepared.blocks = top_blocks(scores, config.num_blocks)
+    return prepared
+
+
+def block_scores(total: Tensor, block_size: int, score: str) -> Tensor:
+    """Score of every block of a summed gradient.
+
+    Args:
+        total: `(out_features, in_features)`, as `nn.Linear.weight`.
+
+    Returns:
+        `(rows, columns)`: blocks of input features by blocks of output features.
+    """
+    blocks = total.T.unflatten(1, (-1, block_size)).unflatten(0, (-1, block_size))  # (row, in, column, out)
+    return blocks.mean((1, 3)).abs() if score == "mean_abs" else blocks.abs().mean((1, 3))
+
+
+def top_blocks(scores: dict[str, Tensor], number: int) -> dict[str, list[list[int]]]:
+    """The `number` blocks of the highest scores, by layer; layers without any are left out."""
+    for name, values in scores.items():
+        if not values.isfinite().all():
+            raise ValueError(f"the warm-up's gradient of {name} is not finite: lower its learning rate")
+    ranked = sorted(
+        (-value, name, row, column)
+        for name, values in scores.items()
+        for row, line in enumerate(values.tolist())
+        for column, value in enumerate(line)
+    )
+    chosen: dict[str, list[list[int]]] = {}
+    for _, name, row, column in sorted(ranked[:number], key=lambda block: block[1:]):
+        chosen.setdefault(name, []).append([row, column])
+    return chosen
+
+
+def grid(base_layer: nn.Module, block_size: int) -> tuple[int, int]:
+    """Blocks of input and of output features of a layer."""
+    in_features, out_features = layer_sides(base_layer)
+    if in_features % block_size or out_features % block_size:
+        raise ValueError(
+            f"block_size={block_size} does not divide in_features={in_features} and out_features={out_features}"
+        )
+    return in_features // block_size, out_features // block_size
+
+
+def _targets(model: PreTrainedModel, config: SmtConfig) -> dict[str, nn.Linear]:
+    if config.target_modules is None:
+        config = copy.deepcopy(config)
+        config.target_modules = SmtModel.target_module_mapping.get(model.config.model_type)
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and config.target_modules and check_target_module_exists(config, name)
+    }
+    if not layers:
+        raise ValueError(f"target_modules={config.target_modules!r} names no linear layer of {type(model).__name__}")
+    return layers
+
+
+def _summed_gradients(
+    model: PreTrainedModel,
+    layers: dict[str, nn.Linear],
+    batches: Iterator[dict[str, Tensor]],
+    steps: int,
+    learning_rate: float,
+) -> dict[str, Tensor]:
+    device, dtype = model.device.type, model.dtype
+    narrow = dtype in (torch.float16, torch.bfloat16)
+    with _borrowed(model):
+        sums = {name: torch.zeros_like(layer.weight) for name, layer in layers.items()}
+        optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+        for step in range(steps):
+            batch = next(batches, None)
+            if batch is None:
+                raise ValueError(f"only {step} of {steps} batches to choose blocks with")
+            with torch.autocast(device, dtype, enabled=narrow):
+                loss = model(**batch, use_cache=False).loss
+            loss.backward()
+            for name, layer in layers.items():
+                if layer.weight.grad is not None:
+                    sums[name] += layer.weight.grad
+            optimizer.step()
+            optimizer.zero_grad()
+        return {name: total.detach() for name, total in sums.items()}
+
+
+@contextmanager
+def _borrowed(model: nn.Module) -> Iterator[None]:
+    """The model as one to be trained in full, in float32. Afterwards all of it is as before."""
+    parameters = {p: (p.data, p.requires_grad) for p in model.parameters()}
+    buffers = {b: b.clone() for b in model.buffers()}
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for parameter in parameters:
+            parameter.data = parameter.data.to(torch.float32, copy=True)
+            parameter.requires_grad_(True)
+        model.train()
+        yield
+    finally:
+        for parameter, (data, trained) in parameters.items():
+            parameter.data, parameter.grad = data, None
+            parameter.requires_grad_(trained)
+        for buffer, values in buffers.items():
+            buffer.copy_(values)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+register(SMT, SmtConfig, SmtModel)

@@ -1,0 +1,97 @@
+"""Sparse fine-tuning by pattern: DiaBlo's layer with its blocks elsewhere than on the diagonal.
+
+These are the patterns of the paper's ablation (arXiv 2506.03230: random rows, columns, blocks and entries), and some
+that tell apart what makes the diagonal work. `random_row` with a `count` is PaCA (arXiv 2503.01905).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import torch
+from peft.tuners.tuners_utils import (
+    _get_in_out_features,  # also reads the sizes of quantised layers  # pyright: ignore[reportPrivateUsage]
+)
+from torch import nn
+
+from diablo.config import BlockConfig
+from diablo.model import DiabloModel
+from diablo.patterns import BLOCK_PATTERNS, PATTERNS, draw, generator_for, pattern_shape
+from diablo.places import Places
+from diablo.register import peft_type, register
+
+SPARSE = peft_type("SPARSE")
+LARGEST_DENOMINATOR = 10**6  # of a density given as a decimal number
+
+
+@dataclass
+class SparseConfig(BlockConfig):
+    """Which entries of every target layer are trained; they start at zero and are added to the frozen ones.
+
+    Example:
+
+        config = SparseConfig(pattern="random_block", density="1/64", target_modules=["q_proj", "v_proj"])
+
+    Raises:
+        ValueError: an unknown pattern, or a density or count that it cannot have.
+    """
+
+    pattern: str = field(
+        default="random_entry",
+        metadata={"help": f"One of {', '.join(PATTERNS)}; see diablo.patterns.draw. Rows are input features."},
+    )
+    density: float | str = field(
+        default="1/64",
+        metadata={"help": "Share of a layer's entries that are trained, such as '1/64' or 0.015625."},
+    )
+    count: int | None = field(
+        default=None,
+        metadata={"help": "Rows or columns per layer, of the two patterns that have them, instead of a density."},
+    )
+    seed: int = field(default=0, metadata={"help": "With a layer's name it decides what is drawn in that layer."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = SPARSE
+        if self.pattern not in PATTERNS:
+            raise ValueError(f"pattern={self.pattern!r}: choose one of {', '.join(PATTERNS)}")
+        if self.count is not None and self.pattern not in ("random_row", "random_column"):
+            raise ValueError(f"count={self.count} is for random_row and random_column: give {self.pattern} a density")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"density={self.density!r} must be above 0 and at most 1")
+        if self.pattern in BLOCK_PATTERNS and self.fraction.numerator != 1:
+            raise ValueError(f"density={self.density!r} of pattern={self.pattern} must be 1/N with a whole N")
+
+    @property
+    def fraction(self) -> Fraction:
+        """The density, exact."""
+        try:
+            return Fraction(self.density).limit_denominator(LARGEST_DENOMINATOR)
+        except (ValueError, TypeError, ZeroDivisionError, OverflowError):
+            raise ValueError(f"density={self.density!r} is no share: write '1/64' or 0.015625") from None
+
+
+class SparseModel(DiabloModel):
+    """A model whose target layers train the entries that a pattern chooses."""
+
+    def _places(self, config: BlockConfig, name: str, base_layer: nn.Module) -> Places:
+        assert isinstance(config, SparseConfig)
+        in_features, out_features = layer_sides(base_layer)
+        shape = pattern_shape(config.pattern, in_features, out_features, config.fraction, config.count)
+        if all(parameter.is_meta for parameter in base_layer.parameters()):
+            # Only the number of parameters is wanted, and a draw takes a second per large layer.
+            inputs, outputs = ((shape.num_blocks, side) for side in (shape.d_in, shape.d_out))
+            return Places(torch.empty(inputs, device="meta"), torch.empty(outputs, device="meta"))
+        return draw(config.pattern, shape, in_features, out_features, generator_for(config.seed, name))
+
+
+def layer_sides(base_layer: nn.Module) -> tuple[int, int]:
+    """in_features and out_features."""
+    in_features, out_features = _get_in_out_features(base_layer)
+    if in_features is None or out_features is None:
+        raise TypeError(f"the sizes of {type(base_layer).__name__} are unknown")
+    return in_features, out_features
+
+
+register(SPARSE, SparseConfig, SparseModel)
