@@ -2,6 +2,7 @@
 
     python -m experiments.benchmark                                  # the CPU, or the GPU if there is one
     python -m experiments.benchmark --suites models --models llama2_7b llama3_8b --tokens 4096 8192 16384
+    python -m experiments.benchmark --suites models --patterns       # the sparse patterns instead of the methods
     python -m experiments.benchmark --authors-repo ../DiaBlo         # a checkout of ziyangjoy/DiaBlo, for its own layer
 
 Three suites: `layers` (single linear layers at the shapes of real models), `models` (whole models, random weights) and
@@ -198,7 +199,7 @@ def run(options: Any) -> Path:
     """All suites asked for; returns the path of the table."""
     import torch
 
-    from experiments.benchmark_cases import ADAPTER, AUTHORS, FLOOR, IN_PLACE, LABELS, LORA
+    from experiments.benchmark_cases import ADAPTER, AUTHORS, FLOOR, FULL, IN_PLACE, LABELS, LORA, OTHER_PATTERNS
     from experiments.benchmark_report import write_report
     from experiments.environment import environment
     from experiments.models import resolve_device
@@ -210,7 +211,8 @@ def run(options: Any) -> Path:
     options.tokens = options.tokens or ([4096, 8192, 16384] if cuda else [512])
     models = options.models or (["llama2_7b", "llama3_8b"] if cuda else ["llama_100m"])
     torch.manual_seed(0)
-    labels = LABELS if options.authors_repo is None else (*LABELS, AUTHORS)
+    labels = (FLOOR, FULL, IN_PLACE, *OTHER_PATTERNS) if options.patterns else LABELS
+    labels = labels if options.authors_repo is None else (*labels, AUTHORS)
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "dtype": str(options.dtype).removeprefix("torch."),
@@ -262,6 +264,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens per row of the models suite")
     parser.add_argument("--num-blocks", type=int, help="N; default 64, 32 for llama_100m")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--patterns", action="store_true", help="the sparse patterns at density 1/N, not the methods")
     parser.add_argument(
         "--authors-repo", type=Path, help="checkout of ziyangjoy/DiaBlo; its layer is imported and timed"
     )

@@ -17,13 +17,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from diablo import DiabloConfig
+from diablo import DiabloConfig, SparseConfig
+from diablo.patterns import PATTERNS
 from experiments.errors import UserError
 
 FLOOR, FULL = "frozen floor", "full fine-tuning"
 LORA, DORA, PISSA = "LoRA", "DoRA", "PiSSA"
 ADAPTER, DROPOUT, IN_PLACE = "DiaBlo adapter", "DiaBlo adapter, dropout 0.05", "DiaBlo in place"
 AUTHORS = "authors' layer"
+OTHER_PATTERNS = tuple(pattern for pattern in PATTERNS if pattern != "diagonal")  # which is DiaBlo in place
 LABELS = (FLOOR, FULL, LORA, DORA, PISSA, ADAPTER, DROPOUT, IN_PLACE)
 
 
@@ -57,7 +59,7 @@ def layer_cost(label: str, tokens: int, m: int, n: int, num_blocks: int, rank: i
         return floor
     if label == FULL:
         return floor + product(m, t, n)
-    if label == IN_PLACE:
+    if label == IN_PLACE or label in OTHER_PATTERNS:
         return floor + blocks
     if label in (ADAPTER, DROPOUT, AUTHORS):
         forward = Cost(2.0 * t * d, element * t * (m + 2 * n) + 4 * d)
@@ -103,6 +105,8 @@ def attach(label: str, base: nn.Module, targets: list[str], num_blocks: int, ran
         config: Any = LoraConfig(
             r=rank, lora_alpha=rank, target_modules=targets, use_dora=label == DORA, init_lora_weights=start
         )
+    elif label in OTHER_PATTERNS:
+        config = SparseConfig(pattern=label, density=f"1/{num_blocks}", target_modules=targets, mode="in_place")
     else:
         mode = "in_place" if label == IN_PLACE else "adapter"
         dropout = 0.05 if label == DROPOUT else 0.0
