@@ -12,6 +12,7 @@ from diablo.config import DiabloConfig
 from diablo.in_place import refresh
 from diablo.layer import DiabloLayer
 from diablo.linear import DiabloLinear
+from diablo.lori import LoriConfig, LoriModel
 from diablo.milora import MiloraConfig, MiloraModel
 from diablo.model import DiabloModel
 from diablo.suggest import suggest_num_blocks
@@ -21,6 +22,8 @@ __all__ = [
     "DiabloLayer",
     "DiabloLinear",
     "DiabloModel",
+    "LoriConfig",
+    "LoriModel",
     "MiloraConfig",
     "MiloraModel",
     "refresh",
