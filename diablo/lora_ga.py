@@ -6,6 +6,7 @@ of ours. This is that step, over a run's own examples.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -43,7 +44,10 @@ def estimate_gradients(
                 loss = model(**batch).loss
             loss.backward()
 
-    preprocess_loraga(model, config, step)
+    with warnings.catch_warnings():
+        # PEFT counts backward passes with hooks; those of the first layers see inputs that need no gradient.
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        preprocess_loraga(model, config, step)
     for name, layer in model.named_modules():
         gradient = getattr(layer, "_peft_loraga_grad", None)
         if gradient is not None and 2 * config.r > min(gradient.shape):

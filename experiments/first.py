@@ -25,12 +25,16 @@ def freeze_first(
 
     Both are what the same choices give for it, all but the method, its settings and the learning rate.
     """
-    name = settings["method"].get("first")
-    if name is not None:
+    method = settings["method"]
+    if method.get("first") is not None:
         shared = [override for override in overrides if not _of_the_method(override.key_or_group)]
-        first = resolve([OverridesParser.create().parse_override(f"method={name}"), *shared])
-        learning_rate = first["recipe"]["learning_rate"]
-        settings["method"]["first"] = {"method": first["method"], "learning_rate": learning_rate}
+        parse = OverridesParser.create().parse_override
+        try:
+            first = resolve([parse(f"method={method['first']}"), *shared])
+        except UserError as error:
+            where = f"configs/method/{method['first']}.yaml"
+            raise UserError(f"the run that {method['name']} needs first is set by {where} alone: {error}") from None
+        method["first"] = {"method": first["method"], "learning_rate": first["recipe"]["learning_rate"]}
     return settings
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import inspect
 import json
 import warnings
 from collections.abc import Iterator
@@ -87,10 +86,6 @@ def _prepared(
     if not settings:
         return config
     prepare = _find("method.prepare", settings.pop("_target_"), "function")
-    known = list(inspect.signature(prepare).parameters)[4:]
-    for key in settings:
-        if key not in known:
-            raise UserError(f"method.prepare.{key}: {prepare.__name__} has no such setting: {nearest(key, known)}")
     with _deterministic():
         return prepare(base, config, batches, first, **settings)
 
