@@ -12,6 +12,7 @@ from diablo.config import DiabloConfig
 from diablo.in_place import refresh
 from diablo.layer import DiabloLayer
 from diablo.linear import DiabloLinear
+from diablo.lori import LoriConfig, LoriModel
 from diablo.milora import MiloraConfig, MiloraModel
 from diablo.model import DiabloModel
 from diablo.s2ft import S2ftConfig, S2ftModel
@@ -24,6 +25,8 @@ __all__ = [
     "DiabloLayer",
     "DiabloLinear",
     "DiabloModel",
+    "LoriConfig",
+    "LoriModel",
     "MiloraConfig",
     "MiloraModel",
     "S2ftConfig",

@@ -1,4 +1,4 @@
-"""Saving adapters that changed the base model when they were attached.
+"""Saving what was trained as ordinary LoRA: adapters that changed the base model when attached, and LoRI's sparse B.
 
 PiSSA, MiLoRA, OLoRA, CorDA and LoRA-GA start at factors A₀, B₀ and take s B₀ A₀ out of the base weight W. Their trained
 factors belong to that changed base: on W itself they are wrong, and finding the same start again needs the same SVD (or
@@ -24,6 +24,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diablo.lori import LoriConfig, dense_factors
 from diablo.milora import MiloraConfig
 
 ADAPTER = "default"
@@ -73,8 +74,10 @@ def save_adapter(model: PeftModel, directory: Path, initial: dict[str, Tensor] |
         if config.use_dora:
             raise ValueError("use_dora=True with a start that changes the base cannot be saved as plain LoRA: set one")
         tensors = _relative_to_base(get_peft_model_state_dict(model, adapter_name=ADAPTER), initial or {})
-        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-        _save_config(model, config, directory)
+        _save_plain_lora(model, config, tensors, directory, widening=2)
+    elif isinstance(config, LoriConfig):
+        tensors = dense_factors(model, get_peft_model_state_dict(model, adapter_name=ADAPTER), ADAPTER)
+        _save_plain_lora(model, config, tensors, directory, widening=1)
     else:
         model.save_pretrained(str(directory), selected_adapters=[ADAPTER])
     _give_usual_mode(directory / "adapter_model.safetensors")
@@ -98,21 +101,26 @@ def _relative_to_base(trained: dict[str, Tensor], initial: dict[str, Tensor]) ->
             start = initial[name].to(tensor)
             # A is (r, in), B is (out, r): the rank is A's first and B's last axis.
             tensor = torch.cat([tensor, start], dim=0) if factor == "lora_A" else torch.cat([tensor, -start], dim=1)
-        tensors[name] = tensor.contiguous()
+        tensors[name] = tensor
     return tensors
 
 
-def _save_config(model: PeftModel, config: LoraConfig, directory: Path) -> None:
+def _save_plain_lora(
+    model: PeftModel, config: LoraConfig, tensors: dict[str, Tensor], directory: Path, widening: int
+) -> None:
+    """Both files of a `LoraConfig` whose factors have `widening` times the ranks of `config`."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     settings: dict[str, Any] = {f.name: copy.deepcopy(getattr(config, f.name)) for f in fields(LoraConfig) if f.init}
     # The scale s = alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA, must stay what it was.
-    alpha_factor = math.sqrt(2) if config.use_rslora else 2
+    alpha_factor = math.sqrt(widening) if config.use_rslora else widening
     settings |= dict.fromkeys(START_ONLY)
     settings |= {
         "init_lora_weights": True,
         "inference_mode": True,
-        "r": 2 * config.r,
+        "r": widening * config.r,
         "lora_alpha": alpha_factor * config.lora_alpha,
-        "rank_pattern": {name: 2 * r for name, r in (config.rank_pattern or {}).items()},
+        "rank_pattern": {name: widening * r for name, r in (config.rank_pattern or {}).items()},
         "alpha_pattern": {name: alpha_factor * alpha for name, alpha in (config.alpha_pattern or {}).items()},
     }
     base = model.get_base_model()

@@ -78,16 +78,17 @@ class Heartbeat:
 
 
 @contextmanager
-def attempt(run: RunPaths, stage: str) -> Iterator[Heartbeat]:
+def attempt(run: RunPaths, stage: str, beside_living: bool = False) -> Iterator[Heartbeat]:
     """The body is an attempt at a stage. Asked to stop by a signal, it ends with `Preempted` and leaves a marker.
 
     Of several processes the first alone writes; loading is not interrupted there, for the others would wait for ever.
+    `beside_living`: another process that is at the run is waited for, instead of failing.
     """
     heart, writes = Heartbeat(run, stage), os.environ.get("RANK", "0") == "0"
     with preemption.listening():
         try:
             if writes:
-                with locked(run) as lock, _recorded(run, heart):
+                with locked(run, beside_living=beside_living) as lock, _recorded(run, heart):
                     heart.start(lock)
                     try:
                         preemption.raise_at_once(os.environ.get("WORLD_SIZE", "1") == "1")

@@ -1,6 +1,7 @@
 """What a method does to a base model: attach what is trained, save it, and put it back on a fresh base.
 
 A method's config names a PEFT config class; full fine-tuning and the untouched base are the two cases without one.
+Where a method needs data before it is attached, its config also names the function that prepares it.
 Everything else in this project treats all methods alike.
 """
 
@@ -9,6 +10,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,31 +24,42 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Config = dict[str, Any]
+Batch = dict[str, "torch.Tensor"]  # input_ids, attention_mask and labels, as in training
 
 
 def peft_config(adapter: Config) -> PeftConfig:
     """The PEFT config that `_target_` names, built from the other keys."""
     fields = dict(adapter)
-    target = fields.pop("_target_")
-    module, _, name = target.rpartition(".")
-    try:
-        kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"method.adapter._target_={target}: no such config class ({error})") from None
+    kind = _find("method.adapter", fields.pop("_target_"), "config class")
     known = {field.name for field in dataclasses.fields(kind)}
     for key in fields:
         if key not in known:
-            raise UserError(f"method.adapter.{key}: {name} has no such field: {nearest(key, known)}")
+            raise UserError(f"method.adapter.{key}: {kind.__name__} has no such field: {nearest(key, known)}")
     try:
         return kind(**fields)
     except (ValueError, TypeError) as error:
         raise UserError(f"method.adapter: {error}") from None
 
 
-def attach(method: Config, base: PreTrainedModel) -> torch.nn.Module:
+def _find(where: str, target: str, what: str) -> Any:
+    """What a dotted name stands for."""
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{where}._target_={target}: no such {what} ({error})") from None
+
+
+def attach(
+    method: Config, base: PreTrainedModel, batches: Iterator[Batch] | None = None, first: Path | None = None
+) -> torch.nn.Module:
     """The model to train: the base itself with all or none of its weights trainable, or the base with an adapter.
 
     Only what the method trains requires a gradient afterwards.
+
+    Args:
+        batches: training examples without end, on the base's device, for methods that are prepared with data.
+        first: the adapter of the run that `method.first` names.
     """
     base.requires_grad_(method["trains"] == "all")
     if method["trains"] != "adapter":
@@ -53,9 +68,41 @@ def attach(method: Config, base: PreTrainedModel) -> torch.nn.Module:
 
     on_meta = next(base.parameters()).is_meta
     try:
-        return peft.get_peft_model(base, peft_config(_sized(method, base)), low_cpu_mem_usage=on_meta)
+        config = _prepared(method, base, peft_config(_sized(method, base)), batches, first)
+        return peft.get_peft_model(base, config, low_cpu_mem_usage=on_meta)
     except ValueError as error:
         raise UserError(f"{method['label']} on {base.config.model_type}: {error}") from None
+
+
+def _prepared(
+    method: Config, base: PreTrainedModel, config: PeftConfig, batches: Iterator[Batch] | None, first: Path | None
+) -> PeftConfig:
+    """The config after the function that `method.prepare` names: `(base, config, batches, first, **settings)`.
+
+    It finds all weights frozen and leaves them and their flags as they are. What attaching needs is in the config it
+    returns, or in attributes of the base's modules. The same arguments must give the same result, to the bit.
+    """
+    settings = dict(method.get("prepare") or {})
+    if not settings:
+        return config
+    prepare = _find("method.prepare", settings.pop("_target_"), "function")
+    with _deterministic():
+        return prepare(base, config, batches, first, **settings)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """On a GPU some backward passes add in an order that changes; a run that goes on must find the same start again."""
+    import torch
+
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
 def _sized(method: Config, base: PreTrainedModel) -> Config:
@@ -89,6 +136,15 @@ def initial_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     from diablo.residual import initial_factors
 
     return initial_factors(model) if isinstance(model, PeftModel) else {}
+
+
+def prepared_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What preparing chose and is not trained: whole numbers that the adapter's layers keep, such as indices."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
+    buffers = {f"{name}.{key}": tensor for name in layers for key, tensor in model.get_submodule(name).named_buffers()}
+    return {name: tensor for name, tensor in buffers.items() if not tensor.is_floating_point()}
 
 
 def save(method: Config, model: torch.nn.Module, folder: Path, initial: dict[str, torch.Tensor]) -> None:

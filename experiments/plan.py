@@ -31,6 +31,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.errors import UserError, nearest, run_command
+from experiments.first import freeze_first
 from experiments.records import RunPaths, read_config, run_id, write_config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -114,7 +115,7 @@ def sweep(arguments: Iterable[str]) -> list[tuple[Override, ...]]:
 
 def resolve(overrides: Iterable[Override]) -> Config:
     """One run's config, resolved. Files are composed once per choice of groups; single values are merged in."""
-    groups, values = [], []
+    groups, values, overrides = [], [], list(overrides)
     for override in overrides:
         (groups if override.key_or_group in GROUPS else values).append(override)
     lines = _lines(groups)
@@ -126,12 +127,14 @@ def resolve(overrides: Iterable[Override]) -> Config:
     resolved = copy.deepcopy(_resolved(lines, settled, keys))
     for override in values[last:]:
         _set(resolved, override)
-    return _named(resolved)
+    return _named(freeze_first(resolved, overrides, resolve))
 
 
 def resolve_with_hydra(overrides: Iterable[Override]) -> Config:
     """As `resolve`, with everything composed by Hydra: ten times slower, and what `resolve` must agree with."""
-    return _named(_resolve_references(_compose.__wrapped__(_lines(overrides))))
+    overrides = list(overrides)
+    resolved = _resolve_references(_compose.__wrapped__(_lines(overrides)))
+    return _named(freeze_first(resolved, overrides, resolve_with_hydra))
 
 
 def protocol_evaluation(task: str, protocol: str) -> Config:

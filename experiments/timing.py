@@ -7,8 +7,10 @@ something inside the layers can do with less.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -29,7 +31,6 @@ def measure_step_times(configs: Sequence[Config], folder: Path, rounds: int = 15
     """
     import torch
 
-    from experiments import methods
     from experiments.environment import device_name
     from experiments.models import load_base, resolve_device
 
@@ -47,14 +48,38 @@ def measure_step_times(configs: Sequence[Config], folder: Path, rounds: int = 15
     path = folder / f"step_times-{content_hash([described, methods_measured, rounds])[:16]}.json"
     if path.is_file():
         return path
+    tokens = torch.randint(first["model"]["architecture"]["vocab_size"], batch, device=device)
     entries: dict[str, Any] = {FLOOR: load_base(first, str(device))[0].requires_grad_(False).train()}
     for label, config in by_label.items():
-        entries[label] = methods.attach(config["method"], load_base(config, str(device))[0]).train()
-    tokens = torch.randint(first["model"]["architecture"]["vocab_size"], batch, device=device)
+        entries[label] = _attached(config, tokens).train()
     passes = {label: partial(forward_backward, model, tokens) for label, model in entries.items()}
     seconds = interleaved(passes, rounds, str(device))
     write_atomically(path, json.dumps({**described, "seconds": seconds}) + "\n")
     return path
+
+
+def _attached(config: Config, tokens: Any) -> Any:
+    """A run's method on its base, prepared with random tokens, and with an adapter of one step where one comes first.
+
+    What is chosen from them is not what a run would choose, but as much of it.
+    """
+    import torch
+
+    from experiments import methods
+    from experiments.first import first_config
+    from experiments.models import load_base
+
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+    before = first_config(config)
+    with tempfile.TemporaryDirectory() as folder:
+        if before is not None:
+            model = _attached(before, tokens)
+            initial = methods.initial_state(model)
+            forward_backward(model, tokens)
+            torch.optim.SGD(methods.trained_tensors(model).values(), lr=1e-3).step()
+            methods.save(before["method"], model, Path(folder), initial)
+        base = load_base(config, str(tokens.device))[0]
+        return methods.attach(config["method"], base, itertools.repeat(batch), Path(folder) if before else None)
 
 
 def interleaved(

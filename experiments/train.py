@@ -10,6 +10,7 @@ checkpoint, on the CPU bit for bit as if it had never stopped. SIGTERM and SIGUS
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import resource
 import shutil
@@ -29,6 +30,7 @@ from experiments.records import (
     RunPaths,
     TrainRecord,
     config_hash,
+    content_hash,
     file_hash,
     read_config,
     read_lines,
@@ -42,32 +44,46 @@ if TYPE_CHECKING:
 Config = dict[str, Any]
 
 
-def train(run: RunPaths, progress: str = "") -> TrainRecord:
-    """Train the run, or read its record if it is finished. `progress` is the title of the progress bar, if any."""
+def train(run: RunPaths, progress: str = "", beside_living: bool = False) -> TrainRecord:
+    """Train the run, or read its record if it is finished. The run that its method needs first is trained before.
+
+    Args:
+        progress: the title of the progress bar, if any.
+        beside_living: wait for another process that is training the run, instead of failing.
+    """
+    from experiments.first import first_run
+
     config = read_config(run)
     if run.train_record.is_file():
         run.preempted.unlink(missing_ok=True)
         return read_record(run.train_record, TrainRecord)
-    with attempt(run, "train") as heartbeat:
+    first = first_run(run, config)
+    if first is not None:  # several runs share it; processes that train together cannot wait for one of others
+        train(first, progress and first.root.name, beside_living=os.environ.get("WORLD_SIZE", "1") == "1")
+        gc.collect()  # Trainer and its model refer to each other
+    with attempt(run, "train", beside_living) as heartbeat:
         if run.train_record.is_file():  # by the process whose lock was waited for
             return read_record(run.train_record, TrainRecord)
-        return _train(run, config, progress, heartbeat)
+        return _train(run, config, first, progress, heartbeat)
 
 
-def _train(run: RunPaths, config: Config, progress: str, heartbeat: Heartbeat) -> TrainRecord:
+def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str, heartbeat: Heartbeat) -> TrainRecord:
     import torch
     from transformers import set_seed
 
     from experiments import methods
     from experiments.data import load_rows, rows_hash
     from experiments.environment import environment
+    from experiments.first import check_base
     from experiments.held_out import measure, row_scores
     from experiments.models import load_base, resolve_device, weights_hash
     from experiments.prompts import collate, select_rows
     from experiments.tokens import tokenised
-    from experiments.trainer import RunTrainer
+    from experiments.trainer import RunTrainer, micro_batches
 
     device = resolve_device(config["runtime"]["device"])
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # of the run before
     arguments = training_arguments(config, run, device.type)
     trains = config["method"]["trains"] != "nothing"
     with arguments.main_process_first(local=False):  # one process makes or downloads what the others then find
@@ -80,11 +96,11 @@ def _train(run: RunPaths, config: Config, progress: str, heartbeat: Heartbeat) -
         "base_hash": weights_hash(base.state_dict()),
         "data_hash": rows_hash(rows),
     }
-    set_seed(config["seed"])
-    model: Any = methods.attach(config["method"], base)
-    initial = methods.initial_state(model)
-    start = weights_hash(methods.trained_tensors(model))
+    if first is not None:
+        check_base(run, first, hashes["base_hash"])
     steps, tokens, seconds, truncated, kept, tensors, resumed_at, held_out = 0, 0, 0.0, 0, 0, [], [], None
+    examples, unseen, batches = None, None, None
+    padded = partial(collate, pad_token_id=cast(int, tokenizer.pad_token_id))
     if trains:
         with arguments.main_process_first(local=False):
             cache = Path(config["runtime"]["cache_dir"])
@@ -93,15 +109,22 @@ def _train(run: RunPaths, config: Config, progress: str, heartbeat: Heartbeat) -
             unseen = tokenised(config["protocol"], tokenizer, others, cache)
         _check_batches(config, len(examples))
         truncated, kept = examples.truncated, len(examples)
+        batches = micro_batches(examples, config, padded, arguments.device)
+    set_seed(config["seed"])
+    model: Any = methods.attach(config["method"], base, batches, first and first.adapter)
+    initial = methods.initial_state(model)
+    start = weights_hash(methods.trained_tensors(model))
+    chosen = weights_hash({**initial, **methods.prepared_tensors(model)})
+    if examples is not None:
         trainer = RunTrainer(
             model=model,
             args=arguments,
             train_dataset=examples,
             preprocess_logits_for_metrics=row_scores,
-            data_collator=partial(collate, pad_token_id=cast(int, tokenizer.pad_token_id)),
+            data_collator=padded,
             metrics=run.metrics,
             checkpoint_folder=run.checkpoints,
-            meta={**hashes, "start_hash": weights_hash(initial)},  # another start, another base
+            meta={**hashes, "start_hash": content_hash([start, chosen])},
             batch_size=config["recipe"]["batch_size"],
             progress=progress,
             heartbeat=heartbeat,
@@ -116,7 +139,7 @@ def _train(run: RunPaths, config: Config, progress: str, heartbeat: Heartbeat) -
             raise Preempted
         steps, tokens = trainer.state.global_step, int(trainer.state.num_input_tokens_seen)
         seconds, tensors, resumed_at = trainer.train_seconds(), list(trainer.trained), trainer.resumed_at
-        held_out = measure(trainer, unseen) if len(unseen) else None
+        held_out = measure(trainer, unseen) if unseen else None
         trainer.accelerator.free_memory()
     if not arguments.should_save:  # the other processes of a distributed run wait for the record
         _wait_for_everyone()
@@ -248,6 +271,13 @@ def _wait_for_everyone() -> None:
 
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def _leave_the_others() -> None:
+    """At the end of the process: a second training goes on in the group of the first."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
@@ -266,7 +296,12 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.train", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="a run directory made by `python -m experiments.plan`")
     run = RunPaths(parser.parse_intermixed_args(arguments).run.resolve())
-    record = train(run, progress=run.root.name)
+    try:
+        record = train(run, progress=run.root.name)
+    except Preempted:
+        _leave_the_others()
+        raise
+    _leave_the_others()
     if os.environ.get("RANK", "0") == "0":
         loss = "" if record.final_loss is None else f", loss {record.final_loss:.4f}"
         print(f"{run.root}: {record.steps} steps{loss}, {record.trainable_parameters:,} parameters trained")

@@ -7,6 +7,8 @@ merges, and whether it changes the base's weights when it is attached.
 from __future__ import annotations
 
 import copy
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +59,29 @@ def fresh_base(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 
 def attached(name: str, base: PreTrainedModel | None = None) -> Any:
+    """The method on a base, prepared with random tokens and, where it needs one, an adapter of the method before it."""
+    method, base = config_of(name)["method"], base or fresh_base()
+    with tempfile.TemporaryDirectory() as folder:
+        first = first_adapter(method, base.dtype, Path(folder)) if "first" in method else None
+        set_seed(1)
+        return methods.attach(method, base, random_batches(), first).eval()
+
+
+def first_adapter(method: dict[str, Any], dtype: torch.dtype, folder: Path) -> Path:
     set_seed(1)
-    return methods.attach(config_of(name)["method"], base or fresh_base()).eval()
+    before = method["first"]["method"]
+    model = methods.attach(before, fresh_base(dtype), random_batches())
+    initial = methods.initial_state(model)
+    train_a_little(model)
+    methods.save(before, model, folder, initial)
+    return folder
+
+
+def random_batches() -> Iterator[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    while True:
+        tokens = torch.randint(64, (2, 12), generator=generator)
+        yield {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
 
 
 def batch() -> torch.Tensor:

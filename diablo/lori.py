@@ -1,0 +1,220 @@
+"""LoRI: LoRA with a random A that stays as it is, and a B that is trained whole or in a few entries (arXiv 2504.07448).
+
+LoRI-D trains all of B. LoRI-S trains the entries of B that were largest after LoRI-D, and starts at B = 0 again. Both
+are ordinary LoRA once trained. Formulas and constants are those of the authors' code, juzhengz/LoRI.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, LoraModel, PeftConfig
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from diablo.register import peft_type, register
+
+LORI = peft_type("LORI")
+CHOSEN = "_lori_entries"  # on a base layer between `choose_entries` and attaching: the indices into its flattened B
+
+
+@dataclass
+class LoriConfig(LoraConfig):
+    """`LoraConfig` whose A is frozen at LoRA's random start, uniform in ±1/sqrt(in).
+
+    Options of `LoraConfig` that choose another start or another layer are refused.
+
+    Raises:
+        ValueError: such an option is set, or `sparsity` is not a share.
+    """
+
+    sparsity: float = field(
+        default=0.0,
+        metadata={"help": "Share of all entries of B that are not trained, chosen by `choose_entries`. 0 trains all."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = LORI
+        for name, plain in (("init_lora_weights", True), ("use_dora", False), ("lora_bias", False)):
+            if getattr(self, name) != plain:
+                raise ValueError(f"LoRI sets its own start: {name}={getattr(self, name)!r} must be {plain}")
+        if self.target_parameters:
+            raise ValueError(f"LoRI adapts linear layers: target_parameters={self.target_parameters!r} must be unset")
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity={self.sparsity} is a share of B's entries: 0 or more, below 1")
+
+
+class SparseB(nn.Module):
+    """A matrix B `(out, r)` that is zero but for a few entries: `values` are trained, `entries` say where they lie."""
+
+    entries: Tensor
+
+    def __init__(self, shape: tuple[int, int], entries: Tensor, like: Tensor) -> None:
+        super().__init__()
+        self.shape = shape
+        self.values = nn.Parameter(torch.zeros(entries.shape, dtype=like.dtype, device=like.device))
+        self.register_buffer("entries", entries.to(like.device), persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """B itself, as LoRA's layers read it to merge."""
+        out, r = self.shape
+        return self.values.new_zeros(out * r).index_put((self.entries,), self.values).view(out, r)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+def largest_entries(factors: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+    """Indices into each flattened B of the entries that are largest over all of them together.
+
+    The k-th largest of all N, k = int((1 - sparsity) N), is the threshold; entries equal to it are all kept.
+
+    Raises:
+        ValueError: the threshold is zero, so that the entries that were never trained would be among the kept.
+    """
+    sizes = torch.cat([factor.detach().abs().flatten().cpu() for factor in factors.values()])
+    count = int((1 - sparsity) * sizes.numel())
+    if count < 1:
+        raise ValueError(f"sparsity={sparsity} leaves none of {sizes.numel()} entries of B: lower it")
+    threshold = sizes.kthvalue(sizes.numel() - count + 1).values
+    if threshold == 0:
+        raise ValueError(
+            f"only {int((sizes > 0).sum())} of {sizes.numel()} entries of B differ from zero, sparsity={sparsity} "
+            f"keeps {count}: train the first run longer"
+        )
+    return {name: (factor.abs().flatten() >= threshold).nonzero().flatten() for name, factor in factors.items()}
+
+
+def choose_entries(
+    model: nn.Module, config: PeftConfig, batches: Iterator[dict[str, Tensor]] | None, first: Path | None
+) -> PeftConfig:
+    """Tells the base's layers which entries of B are to be trained: the largest of a LoRI-D adapter for the same base.
+
+    Args:
+        first: the folder of that adapter. On the meta device none is needed, and as many entries are taken.
+
+    Raises:
+        ValueError: the adapter is missing, or of another rank or for other layers.
+    """
+    assert isinstance(config, LoriConfig)
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and LoraModel._check_target_module_exists(config, name)
+    }
+    if not layers:
+        raise ValueError(f"no linear layer of the model is named in target_modules={config.target_modules!r}")
+    shapes = {name: (layer.out_features, _rank(config, name)) for name, layer in layers.items()}
+    if next(model.parameters()).is_meta:
+        chosen = _as_many(shapes, config.sparsity)
+    elif first is None:
+        raise ValueError(f"sparsity={config.sparsity} takes its entries from a trained LoRI-D adapter: none was given")
+    else:
+        chosen = largest_entries(_trained_factors(first, shapes), config.sparsity)
+    for name, layer in layers.items():
+        setattr(layer, CHOSEN, chosen[name])
+    return config
+
+
+def _rank(config: LoraConfig, name: str) -> int:
+    pattern = config.rank_pattern or {}
+    return pattern.get(get_pattern_key(list(pattern), name), config.r)
+
+
+def _as_many(shapes: dict[str, tuple[int, int]], sparsity: float) -> dict[str, Tensor]:
+    """On the meta device: the right number over all layers, filled from the first."""
+    left = int((1 - sparsity) * sum(out * r for out, r in shapes.values()))
+    chosen = {}
+    for name, (out, r) in shapes.items():
+        chosen[name] = torch.empty(min(left, out * r), dtype=torch.long, device="meta")
+        left -= len(chosen[name])
+    return chosen
+
+
+def _trained_factors(first: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+    tensors = load_file(first / "adapter_model.safetensors")
+    prefix, suffix = "base_model.model.", ".lora_B.weight"
+    factors = {
+        name.removeprefix(prefix).removesuffix(suffix): tensor
+        for name, tensor in tensors.items()
+        if name.endswith(suffix)
+    }
+    for name in sorted(factors.keys() | shapes.keys()):
+        found = tuple(factors[name].shape) if name in factors else "none"
+        if found != shapes.get(name, "none"):
+            raise ValueError(
+                f"{name}: B is {shapes.get(name, 'none')}, and {found} in the adapter of the first run, {first}: "
+                "give both the same rank and the same target modules"
+            )
+    return {name: factors[name].float() for name in shapes}
+
+
+class LoriModel(LoraModel):
+    """PEFT's LoRA with A frozen and, where entries were chosen, a sparse B.
+
+    Save with `diablo.residual.save_adapter`: the file then holds an ordinary LoRA.
+    """
+
+    def _create_and_replace(
+        self,
+        lora_config: LoriConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        super()._create_and_replace(
+            lora_config, adapter_name, target, target_name, parent, current_key, parameter_name=parameter_name
+        )
+        layer: LoraLayer = getattr(parent, target_name)
+        if adapter_name not in layer.lora_B:
+            raise ValueError(f"{current_key}: LoRI adapts linear layers, not {type(layer.get_base_layer()).__name__}")
+        if lora_config.sparsity:
+            self._make_sparse(layer, adapter_name, current_key, lora_config)
+        # The way PEFT's own variants freeze a factor, which outlives switching adapters.
+        layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter_name: ("lora_A",)}
+        layer._freeze_non_trainable_peft_weights(adapter_name)
+
+    @staticmethod
+    def _make_sparse(layer: LoraLayer, adapter_name: str, key: str, config: LoriConfig) -> None:
+        base_layer = layer.get_base_layer()
+        entries = getattr(base_layer, CHOSEN, None)
+        if entries is None:
+            raise ValueError(
+                f"{key}: sparsity={config.sparsity} and no entries are chosen: call diablo.lori.choose_entries first, "
+                "and save with diablo.residual.save_adapter"
+            )
+        delattr(base_layer, CHOSEN)
+        dense = layer.lora_B[adapter_name]
+        assert isinstance(dense, nn.Linear)
+        shape = (dense.out_features, dense.in_features)
+        layer.lora_B[adapter_name] = SparseB(shape, entries, dense.weight)
+
+
+def dense_factors(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """A LoRI adapter's tensors as plain LoRA names them: `lora_B.weight` `(out, r)` for each sparse `lora_B.values`."""
+    dense = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".lora_B.values"):
+            layer = model.get_submodule(name.removesuffix(".lora_B.values"))
+            assert isinstance(layer, LoraLayer)
+            sparse = layer.lora_B[adapter_name]
+            assert isinstance(sparse, SparseB)
+            dense[name.removesuffix("values") + "weight"] = sparse.weight.detach()
+        else:
+            dense[name] = tensor
+    return dense
+
+
+register(LORI, LoriConfig, LoriModel)

@@ -1,0 +1,264 @@
+"""Runs of methods that are prepared with data or come after another run, on the real pipeline."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from eval.run import evaluate
+from experiments import methods
+from experiments.data import load_rows
+from experiments.first import first_config, first_run
+from experiments.models import load_base
+from experiments.plan import plan, resolve, resolve_with_hydra, sweep
+from experiments.prompts import collate, select_rows
+from experiments.records import RunPaths, file_hash, read_config, read_json, read_lines
+from experiments.tokens import tokenised
+from experiments.train import train
+from experiments.trainer import micro_batches
+from tests.conftest import planned
+from tests.test_distributed import torchrun
+from tests.test_lock import held_elsewhere
+from tests.test_methods import random_batches
+from tests.test_run import files_of, train_until
+
+ROOT = Path(__file__).resolve().parent.parent
+LORI_S = ["method=lori_s", "method.adapter.sparsity=0.8"]
+
+
+def before(run: RunPaths) -> RunPaths:
+    first = first_run(run, read_config(run))
+    assert first is not None
+    return first
+
+
+def test_a_run_trains_the_one_before_it_and_both_are_scored(small: list[str]) -> None:
+    run = planned([*small, *LORI_S])
+    record = train(run)
+    first = before(run)
+    assert first == planned([*small, "method=lori_d"])  # as if planned for itself
+    whole = train(first)
+    assert record.changed
+    assert record.base_hash == whole.base_hash
+    assert record.trainable_parameters == int((1 - 0.8) * whole.trainable_parameters)
+    assert record.steps == whole.steps == 16
+    for name, factor in load_file(run.adapter / "adapter_model.safetensors").items():
+        if "lora_A" in name:  # the same A, so that an entry of B means the same in both
+            assert torch.equal(factor, load_file(first.adapter / "adapter_model.safetensors")[name])
+    (scored,) = evaluate(run)
+    assert scored.n == 28
+    assert not scored.identity
+
+
+def test_the_run_before_is_shared_and_trained_once(small: list[str]) -> None:
+    one, other = (planned([*small, *LORI_S, f"recipe.learning_rate={rate}"]) for rate in (1e-2, 1e-1))
+    assert one != other
+    assert before(one) == before(other)
+    train(one)
+    times = {path: path.stat().st_mtime_ns for path in before(one).root.rglob("*")}
+    train(other)
+    assert times == {path: path.stat().st_mtime_ns for path in before(one).root.rglob("*")}
+    assert load_lines(one) != load_lines(other)
+
+
+def load_lines(run: RunPaths) -> list[float]:
+    return [line["loss"] for line in read_lines(run.metrics)]
+
+
+@pytest.mark.parametrize("method", [LORI_S, ["method=lora_ga"]], ids=["lori_s", "lora_ga"])
+def test_killed_and_resumed_equals_undisturbed(
+    method: list[str], small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*small, *method, "recipe.adapter_dropout=0.1", "recipe.micro_batch_size=4"]
+    whole = planned(arguments)
+    record = train(whole)
+    assert record.changed
+    broken = planned([*arguments, "runtime.checkpoint_every=3", f"runtime.runs_dir={tmp_path / 'broken'}"])
+    if method == LORI_S:  # killed in the run before, too
+        train_until(broken, 7, monkeypatch)
+        assert not before(broken).train_record.exists()
+        train(before(broken))
+        assert train(before(broken)).resumed_at == [6]
+        assert files_of(before(broken)) == files_of(before(whole))
+    for step in (5, 13):
+        train_until(broken, step, monkeypatch)
+    assert train(broken).resumed_at == [3, 12]
+    assert files_of(broken) == files_of(whole)
+    if method != LORI_S:
+        (scored,) = evaluate(broken)
+        assert not scored.identity
+
+
+def test_another_start_is_noticed(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints are not resumed where other entries are trained."""
+    run = planned([*small, *LORI_S, "runtime.checkpoint_every=3"])
+    train(before(run))
+    train_until(run, 5, monkeypatch)
+    change_adapter(before(run))
+    assert train(run).resumed_at == []
+
+
+def change_adapter(run: RunPaths) -> None:
+    """As many entries are large, others."""
+    path = run.adapter / "adapter_model.safetensors"
+    save_file({name: tensor.flip(0).contiguous() for name, tensor in load_file(path).items()}, path)
+    record = read_json(run.train_record)
+    record["adapter_files"][path.name] = file_hash(path)
+    run.train_record.write_text(json.dumps(record))
+
+
+def test_a_mask_of_another_base_is_refused(small: list[str], fails_with: Callable[[Callable[[], object]], str]) -> None:
+    run = planned([*small, *LORI_S])
+    first = before(run)
+    real = train(first).base_hash
+    record = read_json(first.train_record)
+    first.train_record.write_text(json.dumps({**record, "base_hash": "0123456789abcdef"}))
+    message = fails_with(lambda: train(run))
+    assert "mask from another base" in message
+    assert "hash 0123456789ab, the one at hand has " + real[:12] in message
+    first.train_record.write_text(json.dumps(record))
+    (first.adapter / "adapter_model.safetensors").write_bytes(b"")
+    assert "not what training wrote" in fails_with(lambda: train(run))
+
+
+def test_a_first_adapter_of_another_size_is_refused(
+    small: list[str], fails_with: Callable[[Callable[[], object]], str]
+) -> None:
+    """`method.…` is of the method alone; what both follow is set elsewhere."""
+    run = planned([*small, *LORI_S, "method.adapter.r=3"])
+    assert "in the adapter of the first run" in fails_with(lambda: train(run))
+    (both,) = plan([*small, *LORI_S, "model.adapter_size.rank=3"])
+    assert both["method"]["first"]["method"]["adapter"]["r"] == both["method"]["adapter"]["r"] == 3
+
+
+def test_another_process_at_the_run_before_is_waited_for(small: list[str]) -> None:
+    run = planned([*small, *LORI_S])
+    command = [sys.executable, "-m", "experiments.train", str(before(run).root)]
+    other = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while other.poll() is None and not before(run).heartbeat.is_file():
+            time.sleep(0.01)
+        assert before(run).lock.is_file()
+        train(run)
+        assert other.wait(60) == 0
+    finally:
+        other.kill()
+        other.wait()
+    attempts = json.loads(before(run).attempts.read_text())
+    assert [entry["pid"] == os.getpid() for entry in attempts] == [False, True]
+    assert attempts[0]["how"] == "finished"
+    assert train(before(run)).resumed_at == []
+
+
+def test_processes_that_train_together_do_not_wait(
+    small: list[str], monkeypatch: pytest.MonkeyPatch, fails_with: Callable[[Callable[[], object]], str]
+) -> None:
+    from experiments import lock
+
+    run = planned([*small, *LORI_S])
+    monkeypatch.setattr(lock, "_job_gone", lambda job: False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    held_elsewhere(before(run))
+    beats = itertools.count()
+    read = lock._read
+    monkeypatch.setattr(lock, "_read", lambda path: str(next(beats)) if path.name == "heartbeat.json" else read(path))
+    assert "is being written by" in fails_with(lambda: train(run))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [LORI_S, ["method=lora_ga"]], ids=["lori_s", "lora_ga"])
+def test_two_processes_equal_one(method: list[str], small: list[str], tmp_path: Path) -> None:
+    """The run before is trained in the same group; all processes prepare alike."""
+    arguments = [*small, *method, "recipe.learning_rate=1e-3", "recipe.micro_batch_size=4"]
+    one, two = planned(arguments), planned([*arguments, f"runtime.runs_dir={tmp_path / 'two'}"])
+    train(one)
+    torchrun(two)
+    record = train(two)
+    assert record.world_size == 2
+    assert record.trainable_parameters == train(one).trainable_parameters
+    for first, second in zip(read_lines(one.metrics), read_lines(two.metrics), strict=True):
+        assert second["loss"] == pytest.approx(first["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        LORI_S,
+        ["method=lori_s", "recipe.learning_rate=1e-3", "recipe.epochs=7", "seed=3", "model.adapter_size.rank=2"],
+        ["recipe.adapter_dropout=0.1", "method=lori_s", "task=gsm8k", "model=llama3_8b", "protocol=diablo_release"],
+    ],
+)
+def test_the_method_before_is_frozen_with_its_own_learning_rate(arguments: list[str]) -> None:
+    (overrides,) = sweep(arguments)
+    config = resolve(overrides)
+    assert config == resolve_with_hydra(overrides)
+    assert config["recipe"]["learning_rate"] != config["method"]["first"]["learning_rate"]
+    shared = [line for line in arguments if not line.startswith(("method", "recipe.learning_rate"))]
+    (alone,) = plan([*shared, "method=lori_d"])
+    assert first_config(config) == alone
+    assert first_config(alone) is None
+
+
+def test_a_method_before_without_a_learning_rate_is_refused(
+    fails_with: Callable[[Callable[[], object]], str],
+) -> None:
+    said = fails_with(lambda: plan(["method=lori_s", "task=metamathqa", "recipe.learning_rate=1e-3"]))
+    assert said.startswith(
+        "the run that lori_s needs first is set by configs/method/lori_d.yaml alone: no learning rate is recorded for "
+        "lori_d on metamathqa"
+    )
+
+
+def test_micro_batches_are_the_examples_in_an_order_of_the_seed(small: list[str]) -> None:
+    (config,) = plan([*small, "recipe.micro_batch_size=24"])
+    _, tokenizer = load_base(config)
+    rows = select_rows(config["protocol"], load_rows(config["task"]["data"], "train", None))
+    examples = tokenised(config["protocol"], tokenizer, rows, Path(config["runtime"]["cache_dir"]))
+    padded = partial(collate, pad_token_id=0)
+
+    def drawn(seed: int) -> list[Any]:
+        batches = micro_batches(examples, {**config, "seed": seed}, padded, torch.device("cpu"))
+        return [batch["input_ids"] for batch in itertools.islice(batches, 5)]
+
+    assert [len(batch) for batch in drawn(0)] == [24] * 5  # 64 rows give two batches per epoch, without end
+    assert all(torch.equal(*pair) for pair in zip(drawn(0), drawn(0), strict=True))
+    assert not torch.equal(drawn(0)[0], drawn(0)[2])
+    assert not torch.equal(drawn(0)[0], drawn(1)[0])
+    texts = {tuple(examples[index].input_ids) for index in range(len(examples))}
+    epoch = [tuple(row[row != 0].tolist()) for batch in drawn(0)[:2] for row in batch]
+    assert len(set(epoch)) == 48
+    assert set(epoch) <= texts
+
+
+def test_what_preparing_lacks_is_a_users_error(
+    small: list[str], fails_with: Callable[[Callable[[], object]], str]
+) -> None:
+    (config,) = plan([*small, "method=lora_ga"])
+    base, _ = load_base(config)
+    assert "lora_ga-r6 on llama: LoRA-GA estimates gradients on 8 batches" in fails_with(
+        lambda: methods.attach(config["method"], base)
+    )
+    config["method"]["prepare"]["_target_"] = "diablo.nothing.prepare"
+    assert "method.prepare._target_=diablo.nothing.prepare: no such function" in fails_with(
+        lambda: methods.attach(config["method"], base, random_batches())
+    )
+
+
+def test_step_times_need_no_data(small: list[str], tmp_path: Path) -> None:
+    from experiments.timing import measure_step_times
+
+    configs = [plan([*small, f"method={name}"])[0] for name in ("lori_s", "lora_ga")]
+    seconds = read_json(measure_step_times(configs, tmp_path, rounds=1))["seconds"]
+    assert set(seconds) == {"floor", "lori_s-r6", "lora_ga-r6"}
