@@ -81,6 +81,8 @@ def _train(run: RunPaths, config: Config, progress: str, heartbeat: Heartbeat) -
     }
     set_seed(config["seed"])
     model: Any = methods.attach(config["method"], base)
+    if arguments.gradient_checkpointing:
+        methods.check_checkpointing(config["method"], model)
     initial = methods.initial_state(model)
     start = weights_hash(methods.trained_tensors(model))
     steps, tokens, seconds, truncated, kept, tensors, resumed_at, held_out = 0, 0, 0.0, 0, 0, [], [], None
