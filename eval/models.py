@@ -106,9 +106,10 @@ def _with_prompt(model: Any) -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Position ids are not supported")  # they are set here
             inputs = prepare(*args, **kwargs)
-        if inputs.get("position_ids") is None:
+        mask = inputs.get("attention_mask")
+        if mask is not None and inputs.get("position_ids") is None:
             asked = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-            positions = inputs["attention_mask"].long().cumsum(-1) - 1
+            positions = mask.long().cumsum(-1) - 1
             inputs["position_ids"] = positions.clamp(min=0)[:, -asked.shape[1] :]
         return inputs
 
