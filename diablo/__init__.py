@@ -8,6 +8,7 @@
 Importing this package makes PEFT know the methods; import it before loading a saved adapter.
 """
 
+from diablo.bottleneck import BottleneckConfig, BottleneckModel
 from diablo.config import DiabloConfig
 from diablo.in_place import refresh
 from diablo.layer import DiabloLayer
@@ -21,6 +22,8 @@ from diablo.sparse import SparseConfig, SparseModel
 from diablo.suggest import suggest_num_blocks
 
 __all__ = [
+    "BottleneckConfig",
+    "BottleneckModel",
     "DiabloConfig",
     "DiabloLayer",
     "DiabloLinear",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,8 +34,8 @@ class Scored:
 
     @property
     def context(self) -> int:
-        """Tokens that fit the model."""
-        return self.model.config.max_position_embeddings
+        """Tokens that fit the model beside a prompt method's virtual ones."""
+        return self.model.config.max_position_embeddings - _virtual_tokens(self.model)
 
 
 def trained_record(run: RunPaths) -> TrainRecord:
@@ -55,6 +56,7 @@ def trained_record(run: RunPaths) -> TrainRecord:
 def load(config: Config, run: RunPaths, trained: TrainRecord, allow_identity: bool) -> Scored:
     """The base with what was trained on it. Refused: another base, and, unless allowed, an adapter without effect."""
     import torch
+    from peft import PeftModel
 
     from experiments import methods
     from experiments.models import load_base, resolve_device, weights_hash
@@ -71,15 +73,48 @@ def load(config: Config, run: RunPaths, trained: TrainRecord, allow_identity: bo
         before = base(input_ids=probe).logits
         model = methods.load(config["method"], base, run.adapter, merge=config["evaluation"]["merge"]).eval()
         # What moves the base when it is attached (PiSSA) computes it to rounding, so its tensors are asked too.
-        identity = torch.equal(before, model(input_ids=probe).logits) or not trained.changed
+        after = model(input_ids=probe).logits[:, -probe.shape[1] :]  # prompt tuning's begin with its virtual tokens'
+        identity = torch.equal(before, after) or not trained.changed
     if identity and config["method"]["trains"] != "nothing" and not allow_identity:
         raise UserError(
             f"{run.root.name}: after loading {run.adapter} the model still computes what its base does: the adapter "
             f"was not applied, or its {trained.steps} steps changed nothing; --allow-identity scores it all the same"
         )
     # PEFT's wrapper is not a PreTrainedModel, the model inside it is and carries the adapter's layers.
-    causal: Any = getattr(model, "base_model", model).model if hasattr(model, "peft_config") else model
-    return Scored(plain_generation(causal, tokenizer), tokenizer, identity)
+    causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    plain_generation(causal, tokenizer)
+    # What prompt methods train is in the wrapper.
+    return Scored(_with_prompt(model) if _virtual_tokens(model) else causal, tokenizer, identity)
+
+
+def _virtual_tokens(model: Any) -> int:
+    """How many tokens a prompt method puts before every row."""
+    from peft import PeftModel
+
+    return getattr(model.active_peft_config, "num_virtual_tokens", 0) if isinstance(model, PeftModel) else 0
+
+
+def _with_prompt(model: Any) -> Any:
+    """A prompt method's model whose rows do not depend on the padding beside them.
+
+    PEFT puts the embeddings of prompt tuning before the padding and lets the model count positions, so that a shorter
+    row's tokens stand further from them than in training.
+    """
+    prepare = model.prepare_inputs_for_generation
+
+    def prepared(*args: Any, **kwargs: Any) -> Config:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Position ids are not supported")  # they are set here
+            inputs = prepare(*args, **kwargs)
+        mask = inputs.get("attention_mask")
+        if mask is not None and inputs.get("position_ids") is None:
+            asked = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+            positions = mask.long().cumsum(-1) - 1
+            inputs["position_ids"] = positions.clamp(min=0)[:, -asked.shape[1] :]
+        return inputs
+
+    model.prepare_inputs_for_generation = prepared
+    return model
 
 
 def plain_generation(model: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -105,7 +140,7 @@ def language_model(config: Config, run: RunPaths, scored: Scored) -> Iterator[An
 
     evaluation = config["evaluation"]
     if evaluation["backend"] == "hf":
-        yield hf(scored.model, scored.tokenizer, evaluation["batch_size"], evaluation["bos"])
+        yield hf(scored.model, scored.tokenizer, evaluation["batch_size"], evaluation["bos"], scored.context)
         return
     # vLLM reads a folder; it knows no adapters but LoRA's, so what it gets is the merged model.
     with tempfile.TemporaryDirectory(dir=run.root, prefix=".merged-") as folder:
@@ -116,8 +151,8 @@ def language_model(config: Config, run: RunPaths, scored: Scored) -> Iterator[An
         yield vllm(folder, scored.dtype, scored.context, evaluation["bos"])
 
 
-def hf(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, bos: bool) -> Any:
-    """lm-eval's transformers model: left-padded with the mask passed, sorted by length.
+def hf(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, bos: bool, context: int | None = None) -> Any:
+    """lm-eval's transformers model: left-padded with the mask passed, sorted by length. No `context`: the model's own.
 
     lm-eval hands transformers a criterion that ends a batch once every row wrote a stop string. With beams it looks at
     the wrong rows and ends others in the middle of a sentence, so there texts are only cut afterwards, which lm-eval
@@ -133,7 +168,7 @@ def hf(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, bos: boo
             return ask(context, max_length, stop, **settings)
 
     kind: Any = Transformers  # lm-eval's registry hides the class's signature
-    return kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=bos)
+    return kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=bos, max_length=context)
 
 
 def vllm(model: str, dtype: str, context: int, bos: bool, revision: str | None = None) -> Any:

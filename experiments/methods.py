@@ -118,6 +118,15 @@ def _sized(method: Config, base: PreTrainedModel) -> Config:
     return {**adapter, "num_blocks": suggest_num_blocks(base, budget, target_modules=targets)}
 
 
+def check_checkpointing(method: Config, model: torch.nn.Module) -> None:
+    """UserError if gradient checkpointing would take away what is trained: it runs layers without the cache."""
+    if getattr(model, "peft_type", None) == "PREFIX_TUNING":
+        raise UserError(
+            f"runtime.gradient_checkpointing=true: {method['label']} puts what it trains into the cache, which "
+            f"checkpointing switches off: give false, and a smaller recipe.micro_batch_size"
+        )
+
+
 def forward_modes(model: torch.nn.Module) -> dict[str, str]:
     """How each layer computed with its adapter, for methods that can do it in several ways: layer name -> mode."""
     modules = model.named_modules()
@@ -176,7 +185,7 @@ def _sort_sets(config: Any, path: Path) -> None:
 
 
 def load(method: Config, base: PreTrainedModel, folder: Path, merge: bool) -> PreTrainedModel:
-    """A fresh base with what was trained on it. `merge` folds an adapter into the weights."""
+    """A fresh base with what was trained on it. `merge` folds an adapter into the weights, where the method can."""
     if method["trains"] == "nothing":
         return base
     if method["trains"] == "all":
@@ -190,4 +199,16 @@ def load(method: Config, base: PreTrainedModel, folder: Path, merge: bool) -> Pr
         model = peft.PeftModel.from_pretrained(base, folder)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise UserError(f"{folder}: this adapter does not fit the base model: {error}") from None
+    if merge and not _merges(model):
+        raise UserError(
+            f"evaluation.merge=true: {method['label']} cannot be folded into the base's weights: set it to false"
+        )
     return cast(Any, model.merge_and_unload() if merge else model)
+
+
+def _merges(model: torch.nn.Module) -> bool:
+    """Whether PEFT can fold the adapter into the weights: prompt methods have no layers, and some layers no merge."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    return any(type(layer).merge is not BaseTunerLayer.merge for layer in layers)

@@ -112,6 +112,8 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
         batches = micro_batches(examples, config, padded, arguments.device)
     set_seed(config["seed"])
     model: Any = methods.attach(config["method"], base, batches, first and first.adapter)
+    if arguments.gradient_checkpointing:
+        methods.check_checkpointing(config["method"], model)
     initial = methods.initial_state(model)
     start = weights_hash(methods.trained_tensors(model))
     chosen = weights_hash({**initial, **methods.prepared_tensors(model)})

@@ -1,7 +1,8 @@
 """The contract of a method, over every file in configs/method.
 
-What a method may do differently is in its file's `contract` record: whether it starts at the base's outputs, whether it
-merges, and whether it changes the base's weights when it is attached.
+What a method may do differently is in its file's `contract` record: whether it starts at the base's outputs, whether
+the base's weights can take in what was trained (`merges`), whether attaching changes these weights, and, of a method
+that does not, whether it trains under gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from experiments import methods
 from experiments.counting import count
+from experiments.errors import UserError
 from experiments.models import build_config
 from experiments.plan import CONFIGS, options, plan
 
@@ -37,6 +40,7 @@ ARCHITECTURE = {
 TOLERANCE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
 
 every_method = pytest.mark.parametrize("name", options("method"))
+every_contract = {"starts_at_base", "merges", "changes_base_at_start"}
 training_methods = pytest.mark.parametrize("name", [name for name in options("method") if name != "base"])
 
 
@@ -89,8 +93,9 @@ def batch() -> torch.Tensor:
 
 
 def logits(model: nn.Module) -> torch.Tensor:
+    """Those of the batch's own tokens; prompt tuning's virtual tokens come before them."""
     with torch.no_grad():
-        return model(input_ids=batch()).logits
+        return model(input_ids=batch()).logits[:, -batch().shape[1] :]
 
 
 def train_a_little(model: nn.Module, steps: int = 3) -> None:
@@ -103,22 +108,20 @@ def train_a_little(model: nn.Module, steps: int = 3) -> None:
 
 def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """The base's own tensors in an attached model, under one name whether they are wrapped or not."""
-    return {
-        name.replace("base_model.model.", "").replace("base_layer.", ""): tensor.clone()
-        for name, tensor in model.state_dict().items()
-        if not any(part in name for part in ("lora_", "diablo_"))
-    }
+    base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    found = {name.replace("base_layer.", ""): tensor.clone() for name, tensor in base.state_dict().items()}
+    return {name: found[name] for name in fresh_base().state_dict()}
 
 
 def test_every_contract_says_all_three_things() -> None:
     for name in options("method"):
-        assert set(contract_of(name)) == {"starts_at_base", "merges", "changes_base_at_start"}, name
+        assert contract_of(name).keys() - {"gradient_checkpointing"} == every_contract, name
 
 
 @every_method
-def test_attaching_changes_no_output(name: str) -> None:
-    assert contract_of(name)["starts_at_base"]
-    torch.testing.assert_close(logits(attached(name)), logits(fresh_base()), **TOLERANCE)
+def test_attaching_changes_no_output_where_the_contract_says_so(name: str) -> None:
+    same = torch.allclose(logits(attached(name)), logits(fresh_base()), **TOLERANCE)
+    assert same == contract_of(name)["starts_at_base"]
 
 
 @every_method
@@ -160,11 +163,22 @@ def test_saved_and_loaded_on_a_fresh_base_gives_the_same_outputs(name: str, merg
     expected = logits(model)
     methods.save(method, model, tmp_path / "adapter", initial)
     torch.testing.assert_close(logits(model), expected, atol=0, rtol=0)  # saving leaves the live model alone
+    if merge and not contract_of(name)["merges"]:
+        with pytest.raises(UserError, match="cannot be folded into the base's weights"):
+            methods.load(method, fresh_base(), tmp_path / "adapter", merge=merge)
+        return
     loaded = methods.load(method, fresh_base(), tmp_path / "adapter", merge=merge).eval()
     torch.testing.assert_close(logits(loaded), expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", [name for name in options("method") if contract_of(name)["merges"]])
+@every_method
+def test_a_run_is_scored_merged_where_the_contract_says_so(name: str) -> None:
+    assert config_of(name)["evaluation"]["merge"] == contract_of(name)["merges"]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in options("method") if contract_of(name)["merges"] and name not in ("base", "full")]
+)
 def test_merged_equals_unmerged_and_unmerge_restores(name: str) -> None:
     model = attached(name)
     train_a_little(model)
@@ -195,6 +209,12 @@ def test_gradients_under_accumulation_equal_those_of_the_whole_batch(name: str) 
 def test_gradients_under_checkpointing_are_the_same(name: str) -> None:
     plain = attached(name).train()
     saving = attached(name).train()
+    method = config_of(name)["method"]
+    if not contract_of(name).get("gradient_checkpointing", True):
+        with pytest.raises(UserError, match="checkpointing switches off"):
+            methods.check_checkpointing(method, saving)
+        return
+    methods.check_checkpointing(method, saving)
     saving.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for model in (plain, saving):
         model(input_ids=batch(), labels=batch()).loss.backward()
@@ -225,8 +245,6 @@ def test_trains_under_bf16_autocast_with_float32_parameters(name: str) -> None:
 
 
 def test_an_adapter_for_other_shapes_is_refused(tmp_path: Path) -> None:
-    from experiments.errors import UserError
-
     method = config_of("diablo")["method"]
     methods.save(method, attached("diablo"), tmp_path / "adapter", {})
     from transformers import AutoModelForCausalLM

@@ -119,7 +119,7 @@ def test_every_top_level_section_but_two_is_part_of_the_id() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["method=diabo"], "no method 'diabo': did you mean diablo?"),
+        (["method=dablo"], "no method 'dablo': did you mean diablo?"),
         (["model=llama3"], "no model 'llama3': did you mean llama"),
         (["task=gsm"], "no task 'gsm': did you mean gsm8k?"),
         (["recipe.lerning_rate=1"], "no setting 'recipe.lerning_rate': did you mean learning_rate?"),

@@ -98,6 +98,7 @@ def test_a_finished_run_is_left_as_it_is(finished: RunPaths) -> None:
         ["method=diablo", "method.adapter.mode=in_place"],
         ["method=milora", "recipe.adapter_dropout=0.1"],
         ["method=full"],
+        ["method=prefix"],
     ],
     ids=" ".join,
 )

@@ -1,0 +1,143 @@
+"""The serial adapter of Houlsby et al. (arXiv 1902.00751): a small network with a residual behind a linear layer.
+
+PEFT has no such method. The linear layer that ends a sublayer gives `y + W_up gelu(W_down y + b_down) + b_up` where it
+gave y, before that is added to the residual stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _get_in_out_features,  # also reads the sizes of quantised layers  # pyright: ignore[reportPrivateUsage]
+)
+from torch import Tensor, nn
+
+from diablo.register import peft_type, register
+
+BOTTLENECK = peft_type("BOTTLENECK")
+ENDS_OF_SUBLAYERS = ["o_proj", "down_proj"]
+
+
+@dataclass
+class BottleneckConfig(PeftConfig):
+    """Configuration of [`BottleneckModel`].
+
+    Raises:
+        ValueError: a size below one.
+    """
+
+    bottleneck_size: int = field(default=64, metadata={"help": "Width of the network between W_down and W_up."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names (or endings) of the linear layers that get a bottleneck behind them, or a regular "
+            "expression. None takes the ends of the sublayers where the architecture is known: o_proj and down_proj."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names (or endings) of modules not to adapt, or a regular expression."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that are trained in full and saved beside, such as a new classifier."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = BOTTLENECK
+        if (
+            isinstance(self.bottleneck_size, bool)
+            or not isinstance(self.bottleneck_size, int)
+            or self.bottleneck_size < 1
+        ):
+            raise ValueError(f"bottleneck_size={self.bottleneck_size!r} must be a whole number of at least 1")
+        for name in ("target_modules", "exclude_modules"):  # sets, as in PEFT's own configs
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+
+
+class BottleneckLayer(nn.Module, BaseTunerLayer):
+    """A linear layer with bottlenecks behind it, keyed by adapter name; active ones each see the base layer's output.
+
+    `bottleneck_down[name]` is `(size, out)`, `bottleneck_up[name]` `(out, size)`, both with a bias. Up is zero at the
+    start, so that attaching changes nothing, and down is drawn as in any nn.Linear. There is no merging: the network is
+    not linear.
+    """
+
+    adapter_layer_names = ("bottleneck_down", "bottleneck_up")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: BottleneckConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.bottleneck_down, self.bottleneck_up = nn.ModuleDict(), nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        if self.out_features is None:
+            raise ValueError(f"the sizes of {type(self.get_base_layer()).__name__} are unknown: it is no linear layer")
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
+        """Adds an adapter, in float32 whatever the base's dtype, or replaces the one of this name."""
+        assert self.out_features is not None
+        up = nn.Linear(config.bottleneck_size, self.out_features, dtype=torch.float32)
+        nn.init.zeros_(up.weight)
+        nn.init.zeros_(up.bias)
+        self.bottleneck_down[adapter_name] = nn.Linear(self.out_features, config.bottleneck_size, dtype=torch.float32)
+        self.bottleneck_up[adapter_name] = up
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Not PEFT's version, which casts to the base's dtype too.
+        device = device or next(self.base_layer.parameters()).device
+        for networks in (self.bottleneck_down, self.bottleneck_up):
+            if adapter_name in networks and not next(networks[adapter_name].parameters()).is_meta:
+                networks[adapter_name].to(device)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`x` is `(..., in_features)`, the result `(..., out_features)` in the base layer's output dtype."""
+        y = result = self.base_layer(x, *args, **kwargs)
+        for name in () if self.disable_adapters else self.active_adapters:
+            if name in self.bottleneck_down:
+                down, up = self.bottleneck_down[name], self.bottleneck_up[name]
+                update = up(nn.functional.gelu(down(y.to(next(down.parameters()).dtype))))
+                result = result + update.to(result.dtype)
+        return result
+
+
+class BottleneckModel(BaseTuner):
+    """A model with bottlenecks behind its target layers. Made by `get_peft_model(model, BottleneckConfig(...))`."""
+
+    prefix = "bottleneck_"
+    tuner_layer_cls = BottleneckLayer
+    target_module_mapping = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), ENDS_OF_SUBLAYERS)
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,  # part of PEFT's signature; set only for targets that are parameters
+    ) -> None:
+        assert isinstance(peft_config, BottleneckConfig)
+        if isinstance(target, BottleneckLayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        try:
+            layer = BottleneckLayer(target, adapter_name, peft_config)
+        except ValueError as error:
+            raise ValueError(f"{current_key}: {error}") from None
+        self._replace_module(parent, target_name, layer, target)
+
+
+register(BOTTLENECK, BottleneckConfig, BottleneckModel)
