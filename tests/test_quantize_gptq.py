@@ -34,8 +34,10 @@ def column_by_column(weight: Tensor, gram: Tensor, bits: int, group: int, sym: b
     codes = torch.empty_like(weight)
     scale = zero = weight[:, 0]
     for j in range(weight.shape[1]):
+        if j % 128 == 0:
+            corrected = weight.clone()  # what grids are fitted to until the next block of columns
         if j % group == 0:
-            scale, zero = fit_grid(weight[:, j : j + group], bits, sym)
+            scale, zero = fit_grid(corrected[:, j : j + group], bits, sym)  # pyright: ignore
         codes[:, j] = to_codes(weight[:, j], scale, zero, bits)
         error = (weight[:, j] - scale * (codes[:, j] - zero)) / inverse[j, j]
         weight -= error[:, None] * inverse[j]

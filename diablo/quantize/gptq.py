@@ -21,7 +21,8 @@ def gptq(
 ) -> QuantizedWeight:
     """Minimises `||X (Q - W)ᵀ||` over Q on the grid, greedily.
 
-    A group's grid is fitted to what the weights are when its first column is reached.
+    A group's grid is fitted when its first column is reached, to weights that have been corrected for all blocks of
+    columns before this one. So it is in the authors' code and in gptqmodel, which gives the same codes.
 
     Args:
         weight: `(out, in)`. Columns whose inputs are always 0 are set to 0.
@@ -40,20 +41,21 @@ def gptq(
     weight = weight.masked_fill(dead, 0)  # a copy, which takes the corrections
     codes = torch.empty_like(weight)
     scales, zeros = weight.new_empty(rows, columns // group), weight.new_empty(rows, columns // group)
-    for index in range(columns // group):
-        first, last = index * group, (index + 1) * group
-        scale, zero = fit_grid(weight[:, first:last], bits, sym, shrink)
-        scales[:, index], zeros[:, index] = scale, zero
-        for start in range(first, last, BLOCK):
-            stop = min(start + BLOCK, last)
-            block, upper = weight[:, start:stop], factor[start:stop, start:stop]
-            errors = torch.empty_like(block)
-            for j in range(stop - start):
-                code = to_codes(block[:, j], scale, zero, bits)
-                error = (block[:, j] - scale * (code - zero)) / upper[j, j]
-                block[:, j + 1 :].addr_(error, upper[j, j + 1 :], alpha=-1)
-                codes[:, start + j], errors[:, j] = code, error
-            weight[:, stop:] -= errors @ factor[start:stop, stop:]
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        block, upper = weight[:, start:stop].clone(), factor[start:stop, start:stop]
+        errors = torch.empty_like(block)
+        for j in range(stop - start):
+            index, offset = divmod(start + j, group)
+            if offset == 0:
+                grid = fit_grid(weight[:, start + j : start + j + group], bits, sym, shrink)
+                scales[:, index], zeros[:, index] = grid
+            scale, zero = scales[:, index], zeros[:, index]
+            code = to_codes(block[:, j], scale, zero, bits)
+            error = (block[:, j] - scale * (code - zero)) / upper[j, j]
+            block[:, j + 1 :].addr_(error, upper[j, j + 1 :], alpha=-1)
+            codes[:, start + j], errors[:, j] = code, error
+        weight[:, stop:] -= errors @ factor[start:stop, stop:]
     return uniform(codes, scales, zeros, bits)
 
 
