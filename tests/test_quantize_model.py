@@ -17,6 +17,7 @@ from diablo.quantize import (
     QuantizedLinear,
     calibration_windows,
     load_quantized,
+    normal_float,
     quantize_model,
     save_quantized,
     sizes,
@@ -25,14 +26,15 @@ from diablo.quantize import model as model_module
 from diablo.quantize.activations import Activations
 from diablo.quantize.apiq import ClippedLinear
 from diablo.quantize.grids import fit_grid
+from diablo.quantize.loftq import loftq
 from diablo.quantize.storage import quantized_layers
 from tests.quantized_models import GROUP, LAYERS, LINEARS, decoder_linears, llama, logits, quantized_llama, tokens
 
-APIQ = {"rank": 4, "epochs": 3}
+FACTORS = {"apiq": {"rank": 4, "epochs": 3}, "loftq": {"rank": 4}}
 
 
 def settings_of(method: str, bits: int = 3, **options: Any) -> QuantizationSettings:
-    return QuantizationSettings(method, bits, GROUP, options=APIQ | options if method == "apiq" else options)
+    return QuantizationSettings(method, bits, GROUP, options=FACTORS.get(method, {}) | options)
 
 
 def quantized(method: str, folder: Path, bits: int = 3, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -88,12 +90,12 @@ def test_the_second_layer_is_fitted_to_what_the_quantised_first_one_gives(tmp_pa
         model(input_ids=row[None])
     inputs = torch.cat([part.reshape(-1, 64) for part in x])
     weight = llama().model.layers[1].self_attn.q_proj.weight
-    expected = settings_of("gptq", 2).quantize(weight, inputs.T @ inputs)
+    expected, _ = settings_of("gptq", 2).quantize(weight, inputs.T @ inputs)
     found = model.model.layers[1].self_attn.q_proj.quantized()
     assert (found.codes == expected.codes).float().mean() > 0.99
 
 
-@pytest.mark.parametrize("method", ["rtn", "nf", "gptq", "magr", "apiq"])
+@pytest.mark.parametrize("method", ["rtn", "nf", "gptq", "magr", "loftq", "apiq"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_saved_and_loaded_it_is_the_same_model(method: str, tied: bool, tmp_path: Path) -> None:
     model = llama(tie_word_embeddings=tied)
@@ -137,12 +139,12 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("method", ["gptq", "apiq"])
+@pytest.mark.parametrize("method", ["gptq", "loftq", "apiq"])
 def test_an_interrupted_quantisation_goes_on_and_gives_the_same(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, record = quantized(method, tmp_path / "whole")
-    work, name = ("_quantize_each", "model.layers.1") if method == "gptq" else ("_train", "model.layers.1")
+    work, name = "_train" if method == "apiq" else "_quantize_each", "model.layers.1"
     original = getattr(model_module, work)
 
     def interrupted(layer: str, *rest: Any) -> Any:
@@ -162,7 +164,7 @@ def test_an_interrupted_quantisation_goes_on_and_gives_the_same(
     assert calls == [name]
     assert again["hash"] == record["hash"]
     assert torch.equal(logits(resumed), logits(expected))
-    if method == "apiq":
+    if method in FACTORS:
         one, other = (tmp_path / part / "adapter" / "adapter_model.safetensors" for part in ("whole", "parts"))
         assert one.read_bytes() == other.read_bytes()
 
@@ -194,7 +196,7 @@ def test_activations_that_are_not_finite_name_the_layer_and_leave_the_finished_o
 def test_bad_settings_and_calibration_sets_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="bits=9: from 2 to 8"):
         QuantizationSettings("gptq", 9)
-    with pytest.raises(ValueError, match="method=awq: known are rtn, nf, gptq, magr, apiq"):
+    with pytest.raises(ValueError, match="method=awq: known are rtn, nf, gptq, magr, loftq, apiq"):
         QuantizationSettings("awq", 4)
     with pytest.raises(ValueError, match=r"options\.damp: gptq takes damp_percent, shrink"):
         QuantizationSettings("gptq", 4, options={"damp": 0.1})
@@ -311,3 +313,42 @@ def test_grouped_query_attention_and_biases_are_kept(tmp_path: Path) -> None:
     assert isinstance(loaded.config, LlamaConfig)
     assert loaded.model.layers[0].self_attn.k_proj.bias.shape == (32,)
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_loftq_equals_its_definition_and_the_rank_decides_how_much_is_left() -> None:
+    weight = llama().model.layers[0].mlp.up_proj.weight.detach()
+    left = []
+    for rank in (1, 8, 32, 64):
+        quantized, (a, b) = loftq(weight, 2, GROUP, rank, lora_alpha=16, iterations=1)
+        assert torch.equal(quantized.codes, normal_float(weight, 2, GROUP).codes)
+        # What is left of the error are its singular values beyond the rank.
+        difference = weight - quantized.dequantize()
+        left.append((difference - 16 / rank * b @ a).square().sum().item())
+        expected = torch.linalg.svdvals(difference)[rank:].square().sum().item()
+        assert left[-1] == pytest.approx(expected, abs=1e-5)
+    assert left == sorted(left, reverse=True)
+    quantized, (a, b) = loftq(weight, 2, GROUP, 8, lora_alpha=8, iterations=5)
+    assert (weight - quantized.dequantize() - b @ a).square().sum().item() < left[1]
+    with pytest.raises(ValueError, match="rank=65 exceeds the 64 singular values"):
+        loftq(weight, 2, GROUP, 65)
+
+
+def test_loftq_agrees_with_peft_which_has_four_bits_only() -> None:
+    pytest.importorskip("bitsandbytes")
+    from peft.utils.loftq_utils import loftq_init
+
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    theirs, a, b = loftq_init(weight.clone(), num_bits=4, reduced_rank=8, num_iter=2)
+    quantized, (ours_a, ours_b) = loftq(weight, 4, 64, 8, lora_alpha=8, iterations=2)
+    same = torch.isclose(quantized.dequantize(), theirs.float(), rtol=2e-3, atol=1e-4).float().mean()
+    assert same > 0.98  # float16 scales move a few weights to the next level
+    torch.testing.assert_close((ours_b @ ours_a).norm(), (b @ a).float().norm(), rtol=0.01, atol=0)
+
+
+def test_loftq_starts_nearer_to_the_base_than_its_weights_alone(tmp_path: Path) -> None:
+    _, record = quantized("loftq", tmp_path, 2, rank=16)
+    alone = load_quantized(tmp_path)
+    distance = (logits(alone) - logits(llama())).norm()
+    adapted: Any = PeftModel.from_pretrained(alone, str(tmp_path / "adapter")).eval()
+    assert (logits(adapted) - logits(llama())).norm() < distance
+    assert len(output_errors(record)) == LINEARS

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from diablo.quantize.apiq import first
-
-Factors = dict[str, tuple[Tensor, Tensor]]  # LoRA's A and B by linear layer
+Factors = dict[str, tuple[Tensor, Tensor]]  # LoRA's A (r, in) and B (out, r), by linear layer
 
 
 class Activations:
@@ -61,7 +59,7 @@ class Activations:
         outputs = []
         try:
             for x, kwargs in zip(states, self.kwargs, strict=True):
-                outputs.append(first(layer(_on(device, x), **_on(device, kwargs))).to(x.device))
+                outputs.append(first(layer(moved(x, device), **moved(kwargs, device))).to(x.device))
                 if not outputs[-1].isfinite().all():
                     raise ValueError(f"{name}: activations are not finite (NaN or infinity): check the base model")
         finally:
@@ -90,10 +88,15 @@ class Activations:
         return grams
 
 
-def _on(device: torch.device, value: Any) -> Any:
-    """(Nested) arguments on a device."""
+def first(output: Any) -> Tensor:
+    """The hidden states of a decoder layer's output, which some models give in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def moved(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """(Nested) arguments on a device; with a dtype, floating-point tensors in it."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return value.to(device, dtype if value.is_floating_point() else None)
     if isinstance(value, dict):
-        return {key: _on(device, item) for key, item in value.items()}
-    return tuple(_on(device, item) for item in value) if isinstance(value, tuple) else value
+        return {key: moved(item, device, dtype) for key, item in value.items()}
+    return tuple(moved(item, device, dtype) for item in value) if isinstance(value, tuple) else value

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diablo.quantize.activations import Factors, first, moved
 from diablo.quantize.grids import SMALLEST_SCALE, QuantizedWeight, check_bits, uniform, width_of_groups, working
 from diablo.quantize.linear import set_module
 
@@ -23,10 +24,10 @@ CLIPPING_RATE, FACTOR_RATE, WEIGHT_DECAY = 5e-3, 5e-4, 0.1
 
 
 class Block(NamedTuple):
-    """A trained decoder layer, by the name of the linear layer in it."""
+    """A quantised decoder layer, by the names of the linear layers in it."""
 
     weights: dict[str, QuantizedWeight]
-    factors: dict[str, tuple[Tensor, Tensor]]  # LoRA's A (r, in) and B (out, r), float32
+    factors: Factors
     losses: list[float]  # mean loss of each epoch
 
 
@@ -110,13 +111,13 @@ def train_block(
     optimizer = torch.optim.AdamW(
         [{"params": clipping, "lr": CLIPPING_RATE}, {"params": factors, "lr": FACTOR_RATE}], weight_decay=WEIGHT_DECAY
     )
-    losses = []
+    losses, device = [], next(trained.parameters()).device
     for _ in range(epochs):
         total = 0.0
         for x, others, wanted in zip(inputs, kwargs, targets, strict=True):
             with torch.enable_grad():
-                output = first(trained(x.float(), **in_float32(others)))
-                loss = torch.stack([F.mse_loss(output, target.float()) for target in wanted]).sum()
+                output = first(trained(moved(x, device, torch.float32), **moved(others, device, torch.float32)))
+                loss = torch.stack([F.mse_loss(output, target.to(output)) for target in wanted]).sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -127,17 +128,3 @@ def train_block(
         {name: (module.factor_a.detach(), module.factor_b.detach()) for name, module in linears.items()},
         losses,
     )
-
-
-def first(output: Any) -> Tensor:
-    """The hidden states of a decoder layer's output, which some models give in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-def in_float32(value: Any) -> Any:
-    """Floating-point tensors in (nested) arguments, in float32."""
-    if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: in_float32(item) for key, item in value.items()}
-    return tuple(in_float32(item) for item in value) if isinstance(value, tuple) else value

@@ -24,7 +24,7 @@ from diablo.quantize.activations import Activations, Factors
 from diablo.quantize.apiq import Block, train_block
 from diablo.quantize.grids import QuantizedWeight, width_of_groups
 from diablo.quantize.linear import QuantizedLinear, replace_linears, set_module
-from diablo.quantize.settings import DATA_FREE, QuantizationSettings
+from diablo.quantize.settings import DATA_FREE, NORMAL_FLOAT, WITH_FACTORS, QuantizationSettings
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def quantize_model(
     """Quantises the linear layers in the model's decoder layers, in place, and writes the result to a folder.
 
     Args:
-        calibration: token ids, `(sequences, length)`; all methods but rtn and nf need them. One sequence at a time goes
+        calibration: token ids, `(sequences, length)`; gptq, magr and apiq need them. One sequence at a time goes
             through the model.
         device: where each decoder layer is taken while it is worked on; None: where it is.
 
@@ -71,7 +71,7 @@ def quantize_model(
         layer.to(device or home)
         _quantize_layer(f"{prefix}.{index}", layer, storage.layer_file(folder, index), settings, activations)
         layer.to(home)
-    if settings.method == "apiq":
+    if settings.method in WITH_FACTORS:
         _write_adapter(folder, prefix, layers, settings)
     costs = [json.loads(storage.layer_file(folder, i).with_suffix(".json").read_text()) for i in range(len(layers))]
     record = storage.finish(model, folder, {"settings": asdict(settings), "layers": costs})
@@ -95,7 +95,7 @@ def _quantize_layer(
         if activations and settings.method == "apiq":
             block = _train(name, layer, full, settings, activations)
         else:
-            block = Block(_quantize_each(name, linears, grams, settings), {}, [])
+            block = _quantize_each(name, linears, grams, settings)
         errors = {n: _errors(linear.weight, block.weights[n], grams.get(n)) for n, linear in linears.items()}
         for n, linear in linears.items():
             set_module(layer, n, QuantizedLinear.from_weight(block.weights[n], linear.bias))
@@ -113,14 +113,16 @@ def _quantize_layer(
 
 def _quantize_each(
     name: str, linears: dict[str, nn.Linear], grams: dict[str, Tensor], settings: QuantizationSettings
-) -> dict[str, QuantizedWeight]:
-    weights = {}
+) -> Block:
+    block = Block({}, {}, [])
     for n, linear in linears.items():
         try:
-            weights[n] = settings.quantize(linear.weight, grams.get(n))
+            block.weights[n], factors = settings.quantize(linear.weight, grams.get(n))
         except ValueError as error:
             raise ValueError(f"{name}.{n}: {error}") from None
-    return weights
+        if factors is not None:
+            block.factors[n] = factors
+    return block
 
 
 def _train(
@@ -143,9 +145,9 @@ def _restore(layer: nn.Module, file: Path, settings: QuantizationSettings) -> Fa
     """Puts a finished layer's tensors in place of those of full precision."""
     linears = _linears(layer)
     device = next(layer.parameters()).device
-    replace_linears(layer, linears, settings.bits, settings.group_size, settings.method == "nf")
+    replace_linears(layer, linears, settings.bits, settings.group_size, settings.method in NORMAL_FLOAT)
     layer.load_state_dict(load_file(file, device=str(device)), assign=True)
-    if settings.method != "apiq":
+    if settings.method not in WITH_FACTORS:
         return {}
     stored = load_file(_factors_file(file), device=str(device))
     return {n: (stored[f"{n}.lora_A"], stored[f"{n}.lora_B"]) for n in linears}
@@ -181,7 +183,7 @@ def _begin(folder: Path, settings: QuantizationSettings, model: PreTrainedModel,
 
 
 def _write_adapter(folder: Path, prefix: str, layers: nn.ModuleList, settings: QuantizationSettings) -> None:
-    """ApiQ's factors as a LoRA that PEFT loads."""
+    """The factors that go with the weights, as a LoRA that PEFT loads."""
     tensors = {
         f"base_model.model.{prefix}.{index}.{name}.weight": tensor
         for index in range(len(layers))

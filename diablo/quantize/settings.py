@@ -13,6 +13,7 @@ from torch import Tensor
 from diablo.quantize.apiq import LORA_ALPHA, RANK, train_block
 from diablo.quantize.gptq import gptq
 from diablo.quantize.grids import QuantizedWeight, check_bits, normal_float, round_to_nearest
+from diablo.quantize.loftq import loftq
 from diablo.quantize.magr import magr
 
 METHODS: dict[str, Callable[..., Any]] = {
@@ -20,9 +21,12 @@ METHODS: dict[str, Callable[..., Any]] = {
     "nf": normal_float,
     "gptq": gptq,
     "magr": magr,
+    "loftq": loftq,
     "apiq": train_block,
 }
-DATA_FREE = ("rtn", "nf")
+DATA_FREE = ("rtn", "nf", "loftq")
+NORMAL_FLOAT = ("nf", "loftq")
+WITH_FACTORS = ("loftq", "apiq")  # that make a LoRA to go with the weights
 # Arguments of those functions that come from elsewhere than `options`.
 GIVEN = ("weight", "gram", "layer", "inputs", "kwargs", "targets", "bits", "group_size", "sym")
 
@@ -32,7 +36,7 @@ class QuantizationSettings:
     """How the linear layers in a model's decoder layers are quantised.
 
     Attributes:
-        method: rtn (round to nearest), nf (normal-float), gptq, magr (with GPTQ) or apiq.
+        method: rtn (round to nearest), nf (normal-float), gptq, magr (with GPTQ), loftq or apiq.
         group_size: weights of a row that share a scale; -1 for whole rows.
         sym: grids that reach as far below 0 as above; for rtn, gptq and magr.
         options: further arguments of the method, such as `damp_percent` of gptq or `epochs` of apiq.
@@ -58,15 +62,20 @@ class QuantizationSettings:
             if name not in known:
                 raise ValueError(f"options.{name}: {self.method} takes {', '.join(known) or 'no options'}")
 
-    def quantize(self, weight: Tensor, gram: Tensor | None) -> QuantizedWeight:
-        """One weight, by all methods but apiq; `gram` is `XᵀX` of its inputs, for the methods that use it."""
+    def quantize(self, weight: Tensor, gram: Tensor | None) -> tuple[QuantizedWeight, tuple[Tensor, Tensor] | None]:
+        """One weight, by all methods but apiq, and the factors that loftq gives it.
+
+        Args:
+            gram: `XᵀX` of its inputs, for the methods that use it.
+        """
         given = {"gram": gram, "sym": self.sym}
         arguments = {name: value for name, value in given.items() if name in self._parameters()}
-        return METHODS[self.method](weight, bits=self.bits, group_size=self.group_size, **arguments, **self.options)
+        result = METHODS[self.method](weight, bits=self.bits, group_size=self.group_size, **arguments, **self.options)
+        return result if self.method in WITH_FACTORS else (result, None)
 
     @property
     def lora(self) -> tuple[int, float]:
-        """Rank and alpha of the LoRA that apiq trains beside the weights."""
+        """Rank and alpha of the LoRA of loftq and apiq."""
         return self.options.get("rank", RANK), self.options.get("lora_alpha", LORA_ALPHA)
 
     def _parameters(self) -> list[str]:

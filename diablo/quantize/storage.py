@@ -6,7 +6,7 @@
     layers/00000.json …      what quantising that layer cost
     rest.safetensors         embeddings, last norm, output layer
     quantization.json        every packed layer's grid, bits per weight, the hash of each file and of all; written last
-    adapter/                 with ApiQ: the LoRA that was trained beside the weights, in PEFT's format
+    adapter/                 with LoftQ and ApiQ: the LoRA that goes with the weights, in PEFT's format
 
 Every file is written aside and renamed, so a layer that is there is whole.
 """
