@@ -23,6 +23,7 @@ from diablo.quantize import (
     round_to_nearest,
     sizes,
 )
+from diablo.quantize import linear as linear_module
 from diablo.quantize.storage import quantized_layers
 from tests.quantized_models import GROUP, LINEARS, decoder_linears, llama, logits, quantized_llama, train_a_little
 
@@ -246,6 +247,17 @@ def test_starts_that_change_the_base_are_refused() -> None:
         get_peft_model(quantized_llama(), LoraConfig(r=4, init_lora_weights="pissa", target_modules=["q_proj"]))
 
 
+@pytest.mark.parametrize("name", ["lora", "diablo"])
+def test_a_weight_is_made_once_in_a_forward_pass_and_once_backwards(name: str, monkeypatch: Any) -> None:
+    model, made = adapted(name).train(), []
+    original = linear_module.unpack
+    monkeypatch.setattr(linear_module, "unpack", lambda *args: made.append(1) or original(*args))
+    loss = model(input_ids=torch.arange(24).view(2, 12), labels=torch.arange(24).view(2, 12)).loss
+    assert len(made) == LINEARS
+    loss.backward()
+    assert len(made) == 2 * LINEARS - 3  # q, k and v of the first layer: their input needs no gradient
+
+
 @every_adapter
 def test_gradients_under_checkpointing_are_the_same(name: str) -> None:
     one, other = adapted(name).train(), adapted(name).train()
@@ -255,6 +267,18 @@ def test_gradients_under_checkpointing_are_the_same(name: str) -> None:
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None)
         assert a.grad is None or torch.equal(a.grad, b.grad)
+
+
+@every_adapter
+def test_trains_on_a_bf16_base_under_autocast_with_float32_parameters(name: str) -> None:
+    model = adapted(name, quantized_llama().to(torch.bfloat16)).train()
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=torch.arange(24).view(2, 12), labels=torch.arange(24).view(2, 12)).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert sum(bool(p.grad is not None and p.grad.abs().max() > 0) for p in trained.values()) >= len(trained) / 2
 
 
 def test_a_bias_that_an_adapter_trains_is_merged() -> None:

@@ -1,7 +1,7 @@
 """LoftQ (arXiv 2310.08659): normal-float weights and LoRA factors that together come close to a weight.
 
-PEFT's LoftQ has 4 and 8 bits, and leaves rounded weights of full precision in the base, to be made again wherever the
-adapter is loaded. Here the weights are packed and the factors are an adapter for them.
+PEFT's LoftQ has 4 and 8 bits, and only on a GPU; it leaves rounded weights of full precision in the base, to be made
+again wherever the adapter is loaded. Here the weights are packed and the factors are an adapter for them.
 """
 
 from __future__ import annotations
