@@ -49,13 +49,10 @@ def obstacle_to_in_place(layer: nn.Module, dropout: float) -> str | None:
     """Why blocks cannot be trained inside the weight of a base layer; None if they can."""
     if dropout:
         return f"dropout={dropout}, which would have to drop the base layer's input too"
-    if (
-        type(layer) is not nn.Linear
-        or type(layer.weight.data) is not torch.Tensor
-        or layer.weight.dtype not in FLOAT_DTYPES
-    ):
-        kind = f"{type(layer).__name__} with {getattr(getattr(layer, 'weight', None), 'dtype', 'no weight')}"
-        return f"a base layer that is quantised or no plain nn.Linear ({kind})"
+    if type(layer) is not nn.Linear:  # and whose weight may have to be made before it can be looked at
+        return f"a base layer that is quantised or no plain nn.Linear ({type(layer).__name__})"
+    if type(layer.weight.data) is not torch.Tensor or layer.weight.dtype not in FLOAT_DTYPES:
+        return f"a base layer that is quantised (with {layer.weight.dtype})"
     if layer.weight.is_meta:
         return "a base weight on the meta device, which holds no values to write"
     if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):

@@ -1,0 +1,102 @@
+"""The hidden states of the calibration sequences on their way through a model's decoder layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+Factors = dict[str, tuple[Tensor, Tensor]]  # LoRA's A (r, in) and B (out, r), by linear layer
+
+
+class Activations:
+    """What the next decoder layer is called with, for each sequence.
+
+    `quantized` has gone through the quantised layers so far, `full` through those of full precision (kept up where the
+    method needs it), each `(1, length, hidden)`; `kwargs` is everything else a layer is called with.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, calibration: Tensor) -> None:
+        self.quantized: list[Tensor] = []
+        self.kwargs: list[dict[str, Any]] = []
+
+        class Reached(Exception):
+            pass
+
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+            self.quantized.append(args[0])
+            self.kwargs.append(kwargs)
+            raise Reached
+
+        hook = layers[0].register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            for row in calibration:
+                try:
+                    model(input_ids=row[None].to(model.device), use_cache=False)
+                except Reached:
+                    continue
+        finally:
+            hook.remove()
+        self.full = self.quantized
+
+    def through(
+        self, name: str, layer: nn.Module, states: list[Tensor], factors: Factors | None = None, scaling: float = 1.0
+    ) -> list[Tensor]:
+        """The outputs of a decoder layer; with factors, `scaling * B A` is added to its linear layers' weights.
+
+        Raises:
+            ValueError: they are not finite.
+        """
+
+        def beside(a: Tensor, b: Tensor) -> Callable[..., Tensor]:
+            return lambda _, args, output: output + (scaling * (args[0].float() @ a.T) @ b.T).to(output.dtype)
+
+        hooks = [layer.get_submodule(n).register_forward_hook(beside(*ab)) for n, ab in (factors or {}).items()]
+        device = next(layer.parameters()).device
+        outputs = []
+        try:
+            for x, kwargs in zip(states, self.kwargs, strict=True):
+                outputs.append(first(layer(moved(x, device), **moved(kwargs, device))).to(x.device))
+                if not outputs[-1].isfinite().all():
+                    raise ValueError(f"{name}: activations are not finite (NaN or infinity): check the base model")
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return outputs
+
+    def gram_matrices(self, name: str, layer: nn.Module) -> dict[str, Tensor]:
+        """`XᵀX` of the inputs of each linear layer in a decoder layer, float32, over all sequences."""
+        grams: dict[str, Tensor] = {}
+
+        def watch(linear: str) -> Callable[..., None]:
+            def add(_: nn.Module, args: tuple[Any, ...]) -> None:
+                x = args[0].reshape(-1, args[0].shape[-1]).float()
+                grams[linear] = grams[linear].addmm_(x.T, x) if linear in grams else x.T @ x
+
+            return add
+
+        linears = [(n, module) for n, module in layer.named_modules() if isinstance(module, nn.Linear)]
+        hooks = [module.register_forward_pre_hook(watch(n)) for n, module in linears]
+        try:
+            self.through(name, layer, self.quantized)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return grams
+
+
+def first(output: Any) -> Tensor:
+    """The hidden states of a decoder layer's output, which some models give in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def moved(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """(Nested) arguments on a device; with a dtype, floating-point tensors in it."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else None)
+    if isinstance(value, dict):
+        return {key: moved(item, device, dtype) for key, item in value.items()}
+    return tuple(moved(item, device, dtype) for item in value) if isinstance(value, tuple) else value

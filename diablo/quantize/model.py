@@ -1,0 +1,212 @@
+"""Quantising a causal language model decoder layer by decoder layer, with the layers' real inputs.
+
+Each layer is fitted to the outputs of the quantised layers before it. Finished layers are kept in the folder: the same
+call goes on after the last of them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, TaskType
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from diablo.quantize import storage
+from diablo.quantize.activations import Activations, Factors
+from diablo.quantize.apiq import Block, train_block
+from diablo.quantize.grids import QuantizedWeight, width_of_groups
+from diablo.quantize.linear import QuantizedLinear, replace_linears, set_module
+from diablo.quantize.settings import DATA_FREE, NORMAL_FLOAT, WITH_FACTORS, QuantizationSettings
+
+
+@torch.no_grad()
+def quantize_model(
+    model: PreTrainedModel,
+    settings: QuantizationSettings,
+    folder: Path,
+    calibration: Tensor | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Quantises the linear layers in the model's decoder layers, in place, and writes the result to a folder.
+
+    Args:
+        calibration: token ids, `(sequences, length)`; gptq, magr and apiq need them. One sequence at a time goes
+            through the model.
+        device: where each decoder layer is taken while it is worked on; None: where it is.
+
+    Returns:
+        The record of the quantised model; `load_quantized(folder)` gives the model again.
+
+    Raises:
+        ValueError: the calibration set is empty, activations are not finite (it names the layer), a group size does not
+            divide, or the folder was begun with other settings. Finished layers are kept.
+    """
+    prefix, layers = storage.decoder_layers(model)
+    if storage.quantized_layers(model):
+        raise ValueError("the model is quantised already: give it in full precision")
+    if calibration is None and settings.method not in DATA_FREE:
+        raise ValueError(f"calibration: {settings.method} needs token ids, (sequences, length)")
+    if calibration is not None and (calibration.ndim != 2 or not calibration.numel()):
+        raise ValueError(f"calibration: ids of shape {tuple(calibration.shape)} are no (sequences, length), or empty")
+    for name, linear in _linears(layers).items():  # before hours are spent
+        try:
+            width_of_groups(linear.in_features, settings.group_size)
+        except ValueError as error:
+            raise ValueError(f"{prefix}.{name}: {error}") from None
+    _begin(folder, settings, model, calibration)
+    model.eval()
+    activations = None if calibration is None else Activations(model, layers, calibration)
+    bar = tqdm(layers, desc=f"quantising to {settings.bits} bits", unit="layer", disable=not progress)
+    for index, layer in enumerate(bar):
+        home = next(layer.parameters()).device
+        layer.to(device or home)
+        _quantize_layer(f"{prefix}.{index}", layer, storage.layer_file(folder, index), settings, activations)
+        layer.to(home)
+    if settings.method in WITH_FACTORS:
+        _write_adapter(folder, prefix, layers, settings)
+    costs = [json.loads(storage.layer_file(folder, i).with_suffix(".json").read_text()) for i in range(len(layers))]
+    record = storage.finish(model, folder, {"settings": asdict(settings), "layers": costs})
+    model.quantization = record  # pyright: ignore[reportArgumentType]
+    return record
+
+
+def _quantize_layer(
+    name: str, layer: nn.Module, file: Path, settings: QuantizationSettings, activations: Activations | None
+) -> None:
+    """Quantises a decoder layer in place, or takes it from its file, and moves the hidden states past it."""
+    full: list[Tensor] = []
+    if activations and settings.method == "apiq":
+        full = activations.through(name, layer, activations.full)
+    if file.is_file():
+        factors = _restore(layer, file, settings)
+    else:
+        began = time.monotonic()
+        linears = _linears(layer)
+        grams = activations.gram_matrices(name, layer) if activations else {}
+        if activations and settings.method == "apiq":
+            block = _train(name, layer, full, settings, activations)
+        else:
+            block = _quantize_each(name, linears, grams, settings)
+        errors = {n: _errors(linear.weight, block.weights[n], grams.get(n)) for n, linear in linears.items()}
+        for n, linear in linears.items():
+            set_module(layer, n, QuantizedLinear.from_weight(block.weights[n], linear.bias))
+        factors = block.factors
+        if factors:
+            storage.write_tensors(_factors_file(file), _by_name(factors))
+        cost = {"name": name, "seconds": time.monotonic() - began, "linears": errors, "losses": block.losses}
+        storage.write_json(file.with_suffix(".json"), cost)
+        storage.write_tensors(file, layer.state_dict())  # last: with it, the layer is finished
+    if activations:
+        rank, lora_alpha = settings.lora
+        activations.quantized = activations.through(name, layer, activations.quantized, factors, lora_alpha / rank)
+        activations.full = full
+
+
+def _quantize_each(
+    name: str, linears: dict[str, nn.Linear], grams: dict[str, Tensor], settings: QuantizationSettings
+) -> Block:
+    block = Block({}, {}, [])
+    for n, linear in linears.items():
+        try:
+            block.weights[n], factors = settings.quantize(linear.weight, grams.get(n))
+        except ValueError as error:
+            raise ValueError(f"{name}.{n}: {error}") from None
+        if factors is not None:
+            block.factors[n] = factors
+    return block
+
+
+def _train(
+    name: str, layer: nn.Module, full: list[Tensor], settings: QuantizationSettings, activations: Activations
+) -> Block:
+    """ApiQ's weights and factors of one decoder layer."""
+    beside = activations.through(name, layer, activations.quantized)
+    return train_block(
+        layer,
+        activations.quantized,
+        activations.kwargs,
+        [[one, other] for one, other in zip(full, beside, strict=True)],
+        settings.bits,
+        settings.group_size,
+        **settings.options,
+    )
+
+
+def _restore(layer: nn.Module, file: Path, settings: QuantizationSettings) -> Factors:
+    """Puts a finished layer's tensors in place of those of full precision."""
+    linears = _linears(layer)
+    device = next(layer.parameters()).device
+    replace_linears(layer, linears, settings.bits, settings.group_size, settings.method in NORMAL_FLOAT)
+    layer.load_state_dict(load_file(file, device=str(device)), assign=True)
+    if settings.method not in WITH_FACTORS:
+        return {}
+    stored = load_file(_factors_file(file), device=str(device))
+    return {n: (stored[f"{n}.lora_A"], stored[f"{n}.lora_B"]) for n in linears}
+
+
+def _errors(weight: Tensor, quantized: QuantizedWeight, gram: Tensor | None) -> dict[str, float]:
+    """Relative squared errors: of the weight, and of the layer's outputs on the calibration inputs."""
+    weight = weight.float()
+    difference = quantized.dequantize() - weight
+    errors = {"weight": (difference.square().sum() / weight.square().sum()).item()}
+    if gram is not None:
+        errors["output"] = (((difference @ gram) * difference).sum() / ((weight @ gram) * weight).sum()).item()
+    return errors
+
+
+def _begin(folder: Path, settings: QuantizationSettings, model: PreTrainedModel, calibration: Tensor | None) -> None:
+    """Writes what the result depends on, or compares it with what the folder was begun with."""
+    wanted = {
+        **asdict(settings),
+        "base": storage.tensors_hash(model.state_dict()),
+        "calibration": None if calibration is None else storage.tensors_hash({"tokens": calibration}),
+    }
+    path = folder / storage.SETTINGS
+    if not path.is_file():
+        storage.write_json(path, wanted)
+    begun = json.loads(path.read_text())
+    for key, value in wanted.items():
+        if begun.get(key) != value:
+            raise ValueError(
+                f"{folder}: begun with {key}={begun.get(key)}, this has {key}={value}: use another folder; "
+                "the finished layers are kept"
+            )
+
+
+def _write_adapter(folder: Path, prefix: str, layers: nn.ModuleList, settings: QuantizationSettings) -> None:
+    """The factors that go with the weights, as a LoRA that PEFT loads."""
+    tensors = {
+        f"base_model.model.{prefix}.{index}.{name}.weight": tensor
+        for index in range(len(layers))
+        for name, tensor in load_file(_factors_file(storage.layer_file(folder, index))).items()
+    }
+    rank, lora_alpha = settings.lora
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=lora_alpha,  # pyright: ignore[reportArgumentType]
+        target_modules=sorted({name.rpartition(".")[2] for name in _linears(layers)}),
+        task_type=TaskType.CAUSAL_LM,
+    )
+    config.save_pretrained(str(folder / "adapter"))
+    storage.write_tensors(folder / "adapter" / "adapter_model.safetensors", tensors)
+
+
+def _linears(module: nn.Module) -> dict[str, nn.Linear]:
+    return {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+
+
+def _factors_file(file: Path) -> Path:
+    return file.with_suffix(".factors.safetensors")
+
+
+def _by_name(factors: Factors) -> dict[str, Tensor]:
+    return {f"{name}.lora_{key}": pair[index] for name, pair in factors.items() for index, key in enumerate("AB")}

@@ -1,0 +1,103 @@
+"""How a model is to be quantised, and the text it is calibrated with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diablo.quantize.apiq import LORA_ALPHA, RANK, train_block
+from diablo.quantize.gptq import gptq
+from diablo.quantize.grids import QuantizedWeight, check_bits, normal_float, round_to_nearest
+from diablo.quantize.loftq import loftq
+from diablo.quantize.magr import magr
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "rtn": round_to_nearest,
+    "nf": normal_float,
+    "gptq": gptq,
+    "magr": magr,
+    "loftq": loftq,
+    "apiq": train_block,
+}
+DATA_FREE = ("rtn", "nf", "loftq")
+NORMAL_FLOAT = ("nf", "loftq")
+WITH_FACTORS = ("loftq", "apiq")  # that make a LoRA to go with the weights
+# Arguments of those functions that come from elsewhere than `options`.
+GIVEN = ("weight", "gram", "layer", "inputs", "kwargs", "targets", "bits", "group_size", "sym")
+
+
+@dataclass(frozen=True)
+class QuantizationSettings:
+    """How the linear layers in a model's decoder layers are quantised.
+
+    Attributes:
+        method: rtn (round to nearest), nf (normal-float), gptq, magr (with GPTQ), loftq or apiq.
+        group_size: weights of a row that share a scale; -1 for whole rows.
+        sym: grids that reach as far below 0 as above; for rtn, gptq and magr.
+        options: further arguments of the method, such as `damp_percent` of gptq or `epochs` of apiq.
+
+    Raises:
+        ValueError: one of them is not possible.
+    """
+
+    method: str
+    bits: int
+    group_size: int = 64
+    sym: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method}: known are {', '.join(METHODS)}")
+        if self.sym and "sym" not in self._parameters():
+            raise ValueError(f"sym=True: {self.method} has no symmetric grid: leave it out")
+        known = [name for name in self._parameters() if name not in GIVEN]
+        for name in self.options:
+            if name not in known:
+                raise ValueError(f"options.{name}: {self.method} takes {', '.join(known) or 'no options'}")
+
+    def quantize(self, weight: Tensor, gram: Tensor | None) -> tuple[QuantizedWeight, tuple[Tensor, Tensor] | None]:
+        """One weight, by all methods but apiq, and the factors that loftq gives it.
+
+        Args:
+            gram: `XᵀX` of its inputs, for the methods that use it.
+        """
+        given = {"gram": gram, "sym": self.sym}
+        arguments = {name: value for name, value in given.items() if name in self._parameters()}
+        result = METHODS[self.method](weight, bits=self.bits, group_size=self.group_size, **arguments, **self.options)
+        return result if self.method in WITH_FACTORS else (result, None)
+
+    @property
+    def lora(self) -> tuple[int, float]:
+        """Rank and alpha of the LoRA of loftq and apiq."""
+        return self.options.get("rank", RANK), self.options.get("lora_alpha", LORA_ALPHA)
+
+    def _parameters(self) -> list[str]:
+        return list(inspect.signature(METHODS[self.method]).parameters)
+
+
+def calibration_windows(tokens: Tensor, samples: int, length: int, seed: int = 0) -> Tensor:
+    """Random stretches of a long text, as GPTQ takes them from WikiText-2.
+
+    Args:
+        tokens: the ids of the text, `(n,)`.
+
+    Returns:
+        `(samples, length)`.
+
+    Raises:
+        ValueError: the text is empty or shorter than one stretch.
+    """
+    if tokens.numel() < length or samples < 1 or length < 1:
+        raise ValueError(
+            f"calibration: {tokens.numel()} tokens do not give {samples} sequences of {length}: give a longer text"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(tokens.numel() - length + 1, (samples,), generator=generator)
+    return torch.stack([tokens.view(-1)[start : start + length] for start in starts.tolist()])

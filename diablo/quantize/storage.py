@@ -1,0 +1,192 @@
+"""A quantised base model as a folder.
+
+    config.json              transformers' config of the model
+    settings.json            how it is quantised, and the hashes of the base and the calibration tokens; written first
+    layers/00000.safetensors …  one decoder layer each, its linear layers packed
+    layers/00000.json …      what quantising that layer cost
+    rest.safetensors         embeddings, last norm, output layer
+    quantization.json        every packed layer's grid, bits per weight, the hash of each file and of all; written last
+    adapter/                 with LoftQ and ApiQ: the LoRA that goes with the weights, in PEFT's format
+
+Every file is written aside and renamed, so a layer that is there is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from diablo.quantize.linear import QuantizedLinear, replace_linears
+
+RECORD, SETTINGS, REST = "quantization.json", "settings.json", "rest.safetensors"
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The decoder layers of a causal language model and their name in it.
+
+    Raises:
+        ValueError: it has none where Llama and its kin have them.
+    """
+    decoder: Any = model.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    for name, module in model.named_modules():
+        if module is layers and isinstance(module, nn.ModuleList):
+            return name, module
+    raise ValueError(f"{type(model).__name__} has no decoder layers where Llama has them: it cannot be quantised here")
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def sizes(model: nn.Module) -> dict[str, float]:
+    """Bytes and bits per weight of a quantised model, from shapes alone: it may be on the meta device.
+
+    Returns:
+        `quantized_bytes` of the packed layers with their scales and zero points, `other_bytes` of all other tensors
+        (each once), `quantized_weights`, and `bits_per_weight` of the packed layers.
+    """
+    layers = quantized_layers(model).values()
+    packed = {id(buffer): buffer.nbytes for layer in layers for buffer in layer.buffers()}
+    everything = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    total = sum(packed.values())
+    return {
+        "quantized_bytes": total,
+        "other_bytes": sum(everything.values()) - total,
+        "quantized_weights": weights,
+        "bits_per_weight": 8 * total / weights if weights else 0.0,
+    }
+
+
+def save_quantized(model: PreTrainedModel, folder: Path, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Writes a quantised model.
+
+    Args:
+        extra: more entries for the record.
+
+    Returns:
+        The record that `quantization.json` holds.
+
+    Raises:
+        ValueError: nothing in the model is quantised.
+    """
+    if not quantized_layers(model):
+        raise ValueError("no layer of the model is quantised: quantise it first")
+    for index, layer in enumerate(decoder_layers(model)[1]):
+        write_tensors(layer_file(folder, index), layer.state_dict())
+    return finish(model, folder, extra or {})
+
+
+def finish(model: PreTrainedModel, folder: Path, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Completes a folder that holds all decoder layers."""
+    prefix, layers = decoder_layers(model)
+    rest = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{prefix}.")}
+    for name in getattr(model, "_tied_weights_keys", None) or ():
+        if model.config.tie_word_embeddings:
+            rest.pop(name, None)  # the same tensor as the embedding
+    write_tensors(folder / REST, rest)
+    write_json(folder / "config.json", model.config.to_dict())
+    files = [REST, *(str(layer_file(folder, index).relative_to(folder)) for index in range(len(layers)))]
+    linears = {
+        name: {"bits": layer.bits, "group_size": layer.group_size, "normal_float": layer.normal_float}
+        for name, layer in quantized_layers(model).items()
+    }
+    content = {"files": {file: _file_hash(folder / file) for file in files}, "linears": linears}
+    record = {**extra, **sizes(model), **content, "hash": _hash(content)}
+    write_json(folder / RECORD, record)
+    return record
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record of a complete folder; None where there is none."""
+    path = folder / RECORD
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def load_quantized(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The quantised model in a folder, in evaluation mode. No full-precision copy of it ever exists.
+
+    `model.quantization` is its record, whose `hash` names the base in what is trained on it.
+
+    Raises:
+        ValueError: the folder is not complete, or a file is not the one that was written.
+    """
+    record = read_record(folder)
+    if record is None:
+        raise ValueError(f"{folder}: no {RECORD}: no quantised model, or one that is not finished")
+    content = {"files": record["files"], "linears": record["linears"]}
+    if record["hash"] != _hash(content):
+        raise ValueError(f"{folder / RECORD}: changed since it was written: quantise the base again")
+    for file, expected in record["files"].items():
+        if not (folder / file).is_file() or _file_hash(folder / file) != expected:
+            raise ValueError(f"{folder / file}: missing or changed since it was written: quantise the base again")
+    model = empty_model(folder)
+    for name, grid in record["linears"].items():
+        replace_linears(model, [name], **grid)
+    for index, layer in enumerate(decoder_layers(model)[1]):
+        layer.load_state_dict(load_file(layer_file(folder, index), device=str(device)), assign=True)
+    rest = load_file(folder / REST, device=str(device))
+    _, unknown = model.load_state_dict(rest, strict=False, assign=True)
+    model.tie_weights()
+    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if missing or unknown:
+        raise ValueError(f"{folder / REST}: lacks {missing or 'nothing'}, has unknown {unknown or 'nothing'}")
+    model = model.to(torch.device(device)).eval().requires_grad_(False)
+    model.quantization = record
+    return model
+
+
+def empty_model(folder: Path) -> Any:
+    """The model of a folder's config: parameters on the meta device, buffers that are computed (rotary) real."""
+    from accelerate import init_empty_weights
+
+    config = AutoConfig.from_pretrained(folder)
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+
+
+def layer_file(folder: Path, index: int) -> Path:
+    return folder / "layers" / f"{index:05d}.safetensors"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, aside)
+    aside.chmod(0o644)  # safetensors writes 0600 whatever the umask
+    os.replace(aside, path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    os.replace(aside, path)
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes, dtypes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

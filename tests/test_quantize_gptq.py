@@ -1,0 +1,187 @@
+"""GPTQ and MagR against their definitions, in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from diablo.quantize import gptq, magr, round_to_nearest
+from diablo.quantize.grids import fit_grid, to_codes
+from diablo.quantize.magr import coordinate_descent, project_on_l1_ball, prox_max, shrink_magnitudes
+
+ROWS, COLUMNS = 12, 192  # more columns than GPTQ's block
+
+
+def problem(seed: int = 0, samples: int = 500) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight, correlated inputs and their Gram matrix."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(ROWS, COLUMNS, generator=generator, dtype=torch.float64)
+    mixing = torch.randn(COLUMNS, COLUMNS, generator=generator, dtype=torch.float64) / COLUMNS**0.5
+    x = torch.randn(samples, COLUMNS, generator=generator, dtype=torch.float64) @ mixing
+    return weight, x, x.T @ x
+
+
+def column_by_column(weight: Tensor, gram: Tensor, bits: int, group: int, sym: bool, damp: float = 0.01) -> Tensor:
+    """GPTQ without factor and blocks: each column's error is spread by the inverse of what is left of the Hessian."""
+    weight, gram = weight.clone(), gram.clone()
+    dead = gram.diagonal() == 0
+    gram[dead, dead] = 1
+    weight[:, dead] = 0
+    inverse = torch.linalg.inv(gram + damp * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype))
+    codes = torch.empty_like(weight)
+    scale = zero = weight[:, 0]
+    for j in range(weight.shape[1]):
+        if j % 128 == 0:
+            corrected = weight.clone()  # what grids are fitted to until the next block of columns
+        if j % group == 0:
+            scale, zero = fit_grid(corrected[:, j : j + group], bits, sym)  # pyright: ignore
+        codes[:, j] = to_codes(weight[:, j], scale, zero, bits)
+        error = (weight[:, j] - scale * (codes[:, j] - zero)) / inverse[j, j]
+        weight -= error[:, None] * inverse[j]
+        inverse -= torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    return codes.to(torch.uint8)
+
+
+def output_error(x: Tensor, weight: Tensor, quantized: Tensor) -> float:
+    return (x @ (quantized.to(weight) - weight).T).norm().item()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [-1, 32])
+@pytest.mark.parametrize("sym", [False, True])
+def test_gptq_equals_its_definition(bits: int, group_size: int, sym: bool) -> None:
+    weight, _, gram = problem()
+    gram[:, 5] = gram[5] = 0  # an input that is always 0
+    expected = column_by_column(weight, gram, bits, COLUMNS if group_size == -1 else group_size, sym)
+    assert torch.equal(gptq(weight, gram, bits, group_size, sym).codes, expected)
+
+
+def test_in_float32_hardly_a_code_differs() -> None:
+    weight, _, gram = problem()
+    one, other = gptq(weight, gram, 3), gptq(weight.float(), gram.float(), 3)
+    assert (one.codes != other.codes).float().mean() < 0.01
+
+
+def test_a_group_as_wide_as_the_row_is_the_row() -> None:
+    weight, _, gram = problem()
+    one, other = gptq(weight, gram, 3, COLUMNS), gptq(weight, gram, 3, -1)
+    assert torch.equal(one.codes, other.codes)
+    assert torch.equal(one.scales, other.scales)
+
+
+def test_the_scale_of_the_inputs_does_not_matter() -> None:
+    weight, _, gram = problem()
+    assert torch.equal(gptq(weight, gram, 3).codes, gptq(weight, 2 * gram, 3).codes)
+
+
+def test_with_independent_inputs_gptq_is_rounding() -> None:
+    weight, _, _ = problem()
+    gram = 7 * torch.eye(COLUMNS, dtype=torch.float64)
+    assert torch.equal(gptq(weight, gram, 3, 32).codes, round_to_nearest(weight, 3, 32).codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("group_size", [-1, 64])
+def test_gptq_leaves_a_smaller_error_in_the_outputs_than_rounding(bits: int, group_size: int) -> None:
+    weight, x, gram = problem()
+    rounded = output_error(x, weight, round_to_nearest(weight, bits, group_size).dequantize())
+    assert output_error(x, weight, gptq(weight, gram, bits, group_size).dequantize()) < 0.8 * rounded
+
+
+def test_columns_without_input_become_zero() -> None:
+    weight, _, gram = problem()
+    gram[:, 7] = gram[7] = 0
+    assert (gptq(weight, gram, 4, 32).dequantize()[:, 7] == 0).all()
+
+
+def test_inputs_gptq_cannot_use_are_refused() -> None:
+    weight, _, gram = problem()
+    with pytest.raises(ValueError, match="group_size=100 does not divide 192"):
+        gptq(weight, gram, 4, 100)
+    with pytest.raises(ValueError, match="not finite"):
+        gptq(weight, gram.fill_diagonal_(torch.nan), 4)
+    with pytest.raises(ValueError, match=r"damp_percent=0\.0 is too little"):
+        gptq(weight, torch.ones_like(gram), 4, damp_percent=0.0)
+
+
+def test_the_projection_on_the_l1_ball_is_the_nearest_point() -> None:
+    # By hand: (3, 1) on radius 2 loses 1 from each side; (0.5, -0.25) is inside; (-4, 0, 0) keeps its direction.
+    rows = torch.tensor([[3.0, 1.0], [0.5, -0.25], [-4.0, 0.0]], dtype=torch.float64)
+    assert project_on_l1_ball(rows, 2.0).tolist() == [[2.0, 0.0], [0.5, -0.25], [-2.0, 0.0]]
+
+
+def test_the_proximal_map_minimises_its_objective() -> None:
+    row, alpha = problem()[0][:1, :20], 0.7
+
+    def objective(v: Tensor) -> float:
+        return (0.5 * (v - row).square().sum() + alpha * v.abs().max()).item()
+
+    best = prox_max(row, alpha)
+    assert objective(best) < objective(row)
+    for seed in range(50):
+        nudge = torch.randn(1, 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        assert objective(best + 1e-3 * nudge) > objective(best)
+
+
+@pytest.mark.parametrize("group_size", [-1, 32])
+def test_each_proximal_step_lowers_the_objective_and_the_magnitudes_shrink(group_size: int) -> None:
+    weight, x, gram = problem(samples=100)  # fewer inputs than columns: directions that cost nothing
+    scaled = x / torch.linalg.matrix_norm(x, 2)
+    alpha = 0.02
+
+    def objective(v: Tensor) -> float:
+        largest = v.view(ROWS, -1, COLUMNS if group_size == -1 else group_size).abs().amax(-1)
+        return (0.5 * (scaled @ (v - weight).T).square().sum() + alpha * largest.sum()).item()
+
+    iterates = [shrink_magnitudes(weight, gram, alpha, steps, group_size) for steps in range(30)]
+    values = [objective(iterate) for iterate in iterates]
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(values))
+    assert values[-1] < 0.95 * values[0]
+    smaller = shrink_magnitudes(weight, gram, alpha, 200, group_size)
+    assert (smaller.abs().amax(1) < weight.abs().amax(1)).all()
+    assert smaller.abs().max() < 0.8 * weight.abs().max()
+    assert output_error(x, weight, smaller) < 0.1 * (x @ weight.T).norm()
+
+
+@pytest.mark.parametrize("group_size", [-1, 32])
+def test_each_pass_of_coordinate_descent_lowers_its_objective(group_size: int) -> None:
+    weight, _, gram = problem()
+    gram = 1000 * gram  # against which the 0.1 in the denominator is nothing
+    sigma = gram + 0.75 * gram.diagonal().mean() * torch.eye(COLUMNS, dtype=torch.float64)
+    start = round_to_nearest(weight, 2, group_size)
+    results = [start, *(coordinate_descent(weight, start, gram, passes) for passes in (1, 2, 5))]
+    differences = [weight - result.dequantize() for result in results]
+    values = [(difference @ sigma * difference).sum().item() for difference in differences]
+    assert values[1] < 0.9 * values[0]
+    assert values[1] >= values[2] >= values[3]
+    assert torch.equal(results[-1].scales, start.scales)
+
+
+def test_coordinate_descent_equals_its_definition() -> None:
+    weight, _, gram = problem()
+    start = round_to_nearest(weight, 3, 32)
+    sigma = gram + 0.75 * gram.diagonal().mean() * torch.eye(COLUMNS, dtype=torch.float64)
+    q = start.dequantize().double()
+    assert start.zeros is not None
+    for j in range(COLUMNS):
+        scale, zero = start.scales[:, j // 32].double(), start.zeros[:, j // 32].double()
+        others = torch.arange(COLUMNS) != j
+        best = (weight @ sigma[:, j] - q[:, others] @ sigma[others, j]) / (sigma[j, j] + 0.1)
+        q[:, j] = scale * (to_codes(best, scale, zero, 3) - zero)
+    torch.testing.assert_close(coordinate_descent(weight, start, gram, 1).dequantize().double(), q)
+
+
+@pytest.mark.parametrize(("bits", "group_size", "beta"), [(2, -1, 0.8), (3, -1, 0.9), (4, -1, 1.0), (2, 64, 1.0)])
+def test_magr_quantises_on_a_narrower_grid(bits: int, group_size: int, beta: float) -> None:
+    weight, x, gram = problem()
+    result = magr(weight, gram, bits, group_size)
+    alpha = 1e-3 if group_size == -1 else 1e-4
+    smaller = shrink_magnitudes(weight, gram, alpha, 200, group_size)
+    scale, _ = fit_grid(smaller.view(ROWS, -1, COLUMNS if group_size == -1 else group_size)[:, 0], bits, shrink=beta)
+    assert torch.equal(result.scales[:, 0].double(), scale)  # GPTQ finds the first group as it was
+    assert output_error(x, weight, result.dequantize()) < output_error(
+        x, weight, round_to_nearest(weight, bits, group_size).dequantize()
+    )
