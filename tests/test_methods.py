@@ -45,7 +45,14 @@ training_methods = pytest.mark.parametrize("name", [name for name in options("me
 
 
 def config_of(name: str) -> dict[str, Any]:
-    (config,) = plan([f"method={name}", "model.adapter_size.num_blocks=4", "model.adapter_size.rank=4"])
+    (config,) = plan(
+        [
+            f"method={name}",
+            "model.adapter_size.num_blocks=4",
+            "model.adapter_size.rank=4",
+            "model.adapter_size.smt_blocks=6",
+        ]
+    )
     return config
 
 
