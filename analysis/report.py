@@ -3,8 +3,8 @@
     python -m analysis.report runs --out report
     python -m analysis.report runs/tiny-* --out report --step-times step_times.json --note "Learning rates: see …"
 
-Writes `index.html`, which needs nothing beside it and no network, `table.md`, `table.csv` and `figures/`. The page
-shows what was measured; it ranks nothing.
+Writes `index.html`, which needs nothing beside it and no network, `table.md`, `table.csv`, `comparisons.md`,
+`comparisons.csv` and `figures/`. The page shows what was measured; it ranks nothing.
 """
 
 from __future__ import annotations
@@ -38,25 +38,32 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--note", action="append", default=[], metavar="TEXT", help="a paragraph for the page; repeatable"
     )
+    parser.add_argument("--reference", metavar="LABEL", help="compare every method with this one, such as lora-r32")
     options = parser.parse_args(arguments)
 
     from analysis.load import find_runs
 
-    print(write_report(find_runs(options.runs), options.out, options.step_times, options.title, options.note))
+    runs = find_runs(options.runs)
+    print(write_report(runs, options.out, options.step_times, options.title, options.note, options.reference))
 
 
 def write_report(
-    run_directories: Sequence[Path], out: Path, step_times: Path | None, title: str, notes: Sequence[str] = ()
+    run_directories: Sequence[Path],
+    out: Path,
+    step_times: Path | None,
+    title: str,
+    notes: Sequence[str] = (),
+    reference: str | None = None,
 ) -> Path:
     """Write the report of these runs into `out` and return the path of its `index.html`.
 
     `step_times` is a measurement of `experiments.timing`, or None for blank cells. `notes` are paragraphs of plain
-    text that say what the records cannot, such as how the learning rates were chosen. UserError when no run can be
-    read.
+    text that say what the records cannot, such as how the learning rates were chosen. `reference` is the label that
+    `analysis.comparisons` compares with. UserError when no run can be read.
     """
     import jinja2
 
-    from analysis import tables
+    from analysis import comparisons, tables
     from analysis.load import load_runs, load_step_times
     from experiments.records import write_atomically
 
@@ -65,8 +72,15 @@ def write_report(
         raise UserError(f"nothing to report: none of the {len(run_directories)} directories is a readable run")
     times = load_step_times(step_times) if step_times else None
     table = tables.method_table(runs.frame, times)
+    compared = comparisons.comparison_table(runs.frame, reference)
+    pairs = {heading: comparisons.display(rows) for heading, rows in tables.by_section(compared)}
     sections = [
-        {"title": heading, "table": tables.display(rows), "figure": _accuracy_figure(number, heading, rows, table, out)}
+        {
+            "title": heading,
+            "table": tables.display(rows),
+            "figure": _accuracy_figure(number, heading, rows, table, out),
+            "pairs": pairs.get(heading),
+        }
         for number, (heading, rows) in enumerate(tables.by_section(table), start=1)
     ]
     gradients, not_drawn = _gradient_figures(runs.frame, out)
@@ -79,6 +93,7 @@ def write_report(
         facts=_facts(runs.frame),
         sections=sections,
         interval_kinds=set(table["interval_over"]),
+        difference_kinds=set(compared["over"]),
         times=times,
         gradients=gradients,
         problems=runs.problems + not_drawn,
@@ -87,6 +102,8 @@ def write_report(
     )
     write_atomically(out / "table.md", tables.to_markdown(table))
     write_atomically(out / "table.csv", tables.to_csv(table))
+    write_atomically(out / "comparisons.md", comparisons.to_markdown(compared))
+    write_atomically(out / "comparisons.csv", comparisons.to_csv(compared))
     write_atomically(out / "index.html", page)
     return out / "index.html"
 

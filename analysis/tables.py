@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from analysis.load import StepTimes, records
 from analysis.stats import accuracy_interval
@@ -35,7 +36,7 @@ def method_table(frame: pd.DataFrame, step_times: StepTimes | None = None) -> pd
     relative to the frozen model's, for the model they were measured on. What is not there is NaN.
     """
     rows = []
-    for section, part in _sections(frame):
+    for section, part in sections(frame):
         for setting, runs in part.groupby("setting", sort=False):
             scored = runs.dropna(subset=["accuracy"]).sort_values("seed")
             first = runs.iloc[0]
@@ -83,12 +84,13 @@ def display(table: pd.DataFrame) -> pd.DataFrame:
 
 def to_markdown(table: pd.DataFrame) -> str:
     """One Markdown table per section, under a heading that names it."""
-    parts = []
-    for title, section in by_section(table):
-        body = display(section)
-        text = body.to_markdown(index=False, disable_numparse=True, colalign=["left"] + ["right"] * (body.shape[1] - 1))
-        parts.append(f"## {title}\n\n{text}\n")
-    return "\n".join(parts)
+    return "\n".join(f"## {title}\n\n{markdown(display(section))}" for title, section in by_section(table))
+
+
+def markdown(body: pd.DataFrame) -> str:
+    """A frame of text as a Markdown table: the first column to the left, the others to the right."""
+    columns = ["left"] + ["right"] * (body.shape[1] - 1)
+    return body.to_markdown(index=False, disable_numparse=True, colalign=columns) + "\n"
 
 
 def to_csv(table: pd.DataFrame) -> str:
@@ -107,7 +109,7 @@ def by_section(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         yield f"{first['model']} trained on {first['task']}, {scored}", section
 
 
-def _sections(frame: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+def sections(frame: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
     """Each section's key with its runs, among them those that are planned for its benchmark and not scored."""
     for _, part in frame.groupby(["model", "task", "benchmark"], dropna=False):
         scored, waiting = part.dropna(subset=["accuracy"]), part.loc[part["accuracy"].isna()]
@@ -117,12 +119,17 @@ def _sections(frame: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFram
             yield records(waiting.filter(SECTION))[0], waiting
 
 
+def item_arrays(scored: pd.DataFrame) -> list[NDArray[np.float64]]:
+    """The items of runs that answered the same ones, a (runs, n) array per benchmark: a mean has several."""
+    by_run = [items if isinstance(items, list) else [items] for items in scored["items"]]
+    return [np.stack(part) for part in zip(*by_run, strict=True)]
+
+
 def _accuracy(scored: pd.DataFrame) -> dict[str, Any]:
     """The cells of the runs of one setting that have a score, one run per seed."""
     if scored.empty:
         return {"interval_over": "", "by_seed": {}, "seeds": 0}
-    by_run = [items if isinstance(items, list) else [items] for items in scored["items"]]  # a mean has several parts
-    interval = accuracy_interval(*(np.stack(part) for part in zip(*by_run, strict=True)))
+    interval = accuracy_interval(*item_arrays(scored))
     return {
         "accuracy": interval.mean,
         "low": interval.low,

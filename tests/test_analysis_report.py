@@ -163,7 +163,7 @@ def test_the_report_is_one_page_with_its_files(report: Path) -> None:
     figures = {
         f"figures/{name}_1.{end}" for name in ("accuracy_by_parameters", "gradient_norms") for end in ("svg", "png")
     }
-    assert files == {"index.html", "table.md", "table.csv"} | figures
+    assert files == {"index.html", "table.md", "table.csv", "comparisons.md", "comparisons.csv"} | figures
     assert len(pd.read_csv(report.with_name("table.csv"))) == 7
 
 
@@ -192,7 +192,7 @@ def test_the_page_in_a_browser(report: Path, tmp_path: Path, width: int) -> None
     assert seen["scroll"] <= width
     assert len(seen["images"]) == 2
     assert all(alt > 20 and pixels > 0 for alt, pixels in seen["images"])
-    assert seen["tables"] == 3
+    assert seen["tables"] == 4
 
 
 def test_a_report_of_unscored_runs_has_no_figure_and_says_why(tmp_path: Path) -> None:
