@@ -93,8 +93,8 @@ _ORDER = ["method", "size_number", "learning_rate", "setting", "seed"]
 
 
 def _without_sweeps(scored: pd.DataFrame) -> pd.DataFrame:
-    rates = {label: part["learning_rate"].nunique() for label, part in scored.groupby("label")}
-    return scored.loc[scored["label"].map(rates) <= 1]
+    swept = [label for label, part in scored.groupby("label") if len(part["learning_rate"].dropna().unique()) > 1]
+    return scored.loc[~scored["label"].isin(swept)]
 
 
 def _pairs(settings: Sequence[pd.DataFrame], reference: str | None) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
