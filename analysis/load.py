@@ -31,10 +31,19 @@ from experiments.records import (
 
 UNREADABLE = (UserError, OSError, ValueError, KeyError, TypeError, AttributeError)  # what a damaged file can raise
 SIZES = {"num_blocks": "N", "r": "r"}  # the setting that sizes an adapter -> the letter the literature gives it
-RUN_COLUMNS = ("run_id", "path", "model", "method", "label", "size", "size_number", "task", "seed", "learning_rate")
-TRAIN_COLUMNS = ("trainable_parameters", "base_parameters", "percent_of_base", "steps", "train_seconds")
+RUN_COLUMNS = (
+    *("run_id", "path", "model", "method", "label", "size", "size_number", "task", "seed", "learning_rate"),
+    *("train_protocol", "pattern"),
+)
+TRAIN_COLUMNS = (
+    *("trainable_parameters", "base_parameters", "percent_of_base", "steps", "train_seconds", "final_loss"),
+    *("held_out_loss", "step_seconds", "peak_memory_bytes"),
+)
 HASH_COLUMNS = ("base_hash", "train_data_hash", "environment")
-EVAL_COLUMNS = ("benchmark", "metric", "protocol", "evaluation", "n", "accuracy", "standard_error", "beside")
+EVAL_COLUMNS = (
+    *("benchmark", "place", "metric", "protocol", "protocol_version", "evaluation", "n", "accuracy"),
+    *("standard_error", "beside", "commits"),
+)
 COUNT_COLUMNS = (
     "no_match",
     "fallback",
@@ -46,7 +55,10 @@ COUNT_COLUMNS = (
     "eval_environment",
 )
 COLUMNS = [*RUN_COLUMNS, "setting", *TRAIN_COLUMNS, *HASH_COLUMNS, *EVAL_COLUMNS, *COUNT_COLUMNS]
-WHOLE_NUMBERS = ["seed", "trainable_parameters", "base_parameters", "steps", "n", *COUNT_COLUMNS[:5]]
+WHOLE_NUMBERS = [
+    *("seed", "trainable_parameters", "base_parameters", "steps", "peak_memory_bytes"),
+    *("protocol_version", "place", "n", *COUNT_COLUMNS[:5]),
+]
 
 
 @dataclass(frozen=True)
@@ -54,11 +66,15 @@ class Runs:
     """What was read.
 
     `frame` has a row per run and evaluation, with the columns `COLUMNS`: `setting` is a hash of the config without its
-    seed, so rows of one setting differ in nothing but the seed; `evaluation` is the folder under `eval/`, which names
-    benchmark, protocol and settings; `items` is an (n,) array of 1 and 0, or of shares where a row has several
-    completions, and a list of such arrays for the mean over a task's benchmarks; `percent_of_base` is in percent,
-    `accuracy` in [0, 1], `train_seconds` in seconds. A planned evaluation without a score has a row with `benchmark`
-    alone. `problems` has a line for everything that was left out or is not there yet.
+    seed, so rows of one setting differ in nothing but the seed; `train_protocol` is the protocol it was trained under,
+    `pattern` the sparse pattern of methods that have one; `final_loss` is the mean training loss at the end (NaN of a
+    training that diverged), `held_out_loss` that on the held-out rows where they were read; `evaluation` is the folder
+    under `eval/`, which names benchmark, protocol and settings, and `place` is the benchmark's in the task's order,
+    their mean last; `commits` are the versions of this code that trained and scored; `items` is an (n,) array of 1 and
+    0, or of shares where a row has several completions, and a list of such arrays for the mean over a task's
+    benchmarks; `percent_of_base` is in percent, `accuracy` in [0, 1], `train_seconds` in seconds. A planned evaluation
+    without a score has a row with `benchmark` alone. `problems` has a line for everything that was left out or is not
+    there yet.
     """
 
     frame: pd.DataFrame
@@ -103,9 +119,12 @@ def load_runs(directories: Iterable[Path]) -> Runs:
         scored = {evaluation["benchmark"] for evaluation in evaluations}
         if (config.get("evaluation") or {}).get("mean"):
             evaluations += list(_means(run, evaluations, planned, problems))
+        for evaluation in evaluations:
+            if evaluation["benchmark"] in planned:
+                evaluation["place"] = planned.index(evaluation["benchmark"])
         for benchmark in planned:
             if benchmark not in scored:
-                evaluations.append({"benchmark": benchmark})
+                evaluations.append({"benchmark": benchmark, "place": planned.index(benchmark)})
                 problems.append(f"{directory}: no score for {benchmark}")
         rows += [about_run | training | evaluation for evaluation in evaluations or [{}]]
     for problem in problems:
@@ -186,6 +205,8 @@ def _about_run(run: RunPaths, config: dict[str, Any]) -> dict[str, Any]:
         "task": config["task"]["name"],
         "seed": config["seed"],
         "learning_rate": None if method["trains"] == "nothing" else config["recipe"]["learning_rate"],
+        "train_protocol": config["protocol"]["name"],
+        "pattern": adapter.get("pattern"),
         "setting": content_hash({key: value for key, value in config.items() if key not in (*NOT_IN_THE_ID, "seed")}),
     }
 
@@ -205,6 +226,10 @@ def _training(run: RunPaths, problems: list[str]) -> tuple[TrainRecord | None, d
             "percent_of_base": 100 * record.trainable_parameters / record.base_parameters,
             "steps": record.steps,
             "train_seconds": record.train_seconds if record.steps else None,
+            "final_loss": record.final_loss,
+            "held_out_loss": (getattr(record, "held_out", None) or {}).get("loss"),
+            "step_seconds": record.step_seconds,
+            "peak_memory_bytes": record.peak_memory_bytes if record.steps else None,
             "base_hash": record.base_hash,
             "train_data_hash": record.data_hash,
             "environment": record.environment,
@@ -228,11 +253,13 @@ def _evaluations(run: RunPaths, trained: TrainRecord | None, problems: list[str]
             "benchmark": record.benchmark,
             "metric": record.metric,
             "protocol": record.protocol,
+            "protocol_version": record.protocol_version,
             "evaluation": path.parent.relative_to(run.root / "eval").as_posix(),
             "n": record.n,
             "accuracy": record.accuracy,
             "standard_error": record.standard_error,
             "beside": record.beside,
+            "commits": _commits(record, *([trained] if trained else [])),
             "asked": record.generation,
             "searched": record.searched,
             "no_match": record.no_match,
@@ -275,17 +302,26 @@ def _mean(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "benchmark": f"mean of {len(parts)}",
         "metric": parts[0]["metric"],
         "protocol": parts[0]["protocol"],
+        "protocol_version": parts[0]["protocol_version"],
         "evaluation": "mean: " + ", ".join(row["evaluation"] for row in parts),
         "n": sum(row["n"] for row in parts),
         "accuracy": float(np.mean([row["accuracy"] for row in parts])),
         "standard_error": float(np.sqrt(sum(row["standard_error"] ** 2 for row in parts))) / len(parts),
         "beside": {},
+        "place": len(parts),
+        "commits": sorted({commit for row in parts for commit in row["commits"]}),
         **{count: sum(row[count] for row in parts) for count in COUNT_COLUMNS[:4]},
         "samples": parts[0]["samples"],
         "items": [row["items"] for row in parts],
         "test_data_hash": content_hash([row["test_data_hash"] for row in parts]),
         "eval_environment": parts[0]["eval_environment"],
     }
+
+
+def _commits(*found: TrainRecord | EvalRecord) -> list[str]:
+    """The versions of this code that made the records, as far as they were made in a git checkout."""
+    commits = {record.environment.get("commit") for record in found}
+    return sorted(commit for commit in commits if commit)
 
 
 def _check_score(path: Path, run: RunPaths, record: EvalRecord, items: np.ndarray, trained: TrainRecord | None) -> None:

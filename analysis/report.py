@@ -83,6 +83,7 @@ def write_report(
         }
         for number, (heading, rows) in enumerate(tables.by_section(table), start=1)
     ]
+    mixed = {name for names in table["mixed"] for name in names}
     gradients, not_drawn = _gradient_figures(runs.frame, out)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -91,6 +92,8 @@ def write_report(
         title=title,
         notes=notes,
         facts=_facts(runs.frame),
+        wide=[{"title": heading, "table": wide} for heading, wide in tables.wide_tables(table)],
+        legend=[(tables.MARKS[name], tables.MEANINGS[name]) for name in tables.MARKS if name in mixed],
         sections=sections,
         interval_kinds=set(table["interval_over"]),
         difference_kinds=set(compared["over"]),
