@@ -33,7 +33,7 @@ UNREADABLE = (UserError, OSError, ValueError, KeyError, TypeError, AttributeErro
 SIZES = {"num_blocks": "N", "r": "r"}  # the setting that sizes an adapter -> the letter the literature gives it
 RUN_COLUMNS = (
     *("run_id", "path", "model", "method", "label", "size", "size_number", "task", "seed", "learning_rate"),
-    *("train_protocol", "pattern"),
+    *("train_protocol", "pattern", "quantizer", "bits"),
 )
 TRAIN_COLUMNS = (
     *("trainable_parameters", "base_parameters", "percent_of_base", "steps", "train_seconds", "final_loss"),
@@ -57,7 +57,7 @@ COUNT_COLUMNS = (
 COLUMNS = [*RUN_COLUMNS, "setting", *TRAIN_COLUMNS, *HASH_COLUMNS, *EVAL_COLUMNS, *COUNT_COLUMNS]
 WHOLE_NUMBERS = [
     *("seed", "trainable_parameters", "base_parameters", "steps", "peak_memory_bytes"),
-    *("protocol_version", "place", "n", *COUNT_COLUMNS[:5]),
+    *("bits", "protocol_version", "place", "n", *COUNT_COLUMNS[:5]),
 ]
 
 
@@ -67,14 +67,14 @@ class Runs:
 
     `frame` has a row per run and evaluation, with the columns `COLUMNS`: `setting` is a hash of the config without its
     seed, so rows of one setting differ in nothing but the seed; `train_protocol` is the protocol it was trained under,
-    `pattern` the sparse pattern of methods that have one; `final_loss` is the mean training loss at the end (NaN of a
-    training that diverged), `held_out_loss` that on the held-out rows where they were read; `evaluation` is the folder
-    under `eval/`, which names benchmark, protocol and settings, and `place` is the benchmark's in the task's order,
-    their mean last; `commits` are the versions of this code that trained and scored; `items` is an (n,) array of 1 and
-    0, or of shares where a row has several completions, and a list of such arrays for the mean over a task's
-    benchmarks; `percent_of_base` is in percent, `accuracy` in [0, 1], `train_seconds` in seconds. A planned evaluation
-    without a score has a row with `benchmark` alone. `problems` has a line for everything that was left out or is not
-    there yet.
+    `pattern` the sparse pattern of methods that have one, `quantizer` and `bits` the quantisation of the base;
+    `final_loss` is the mean training loss at the end (NaN of a training that diverged), `held_out_loss` that on the
+    held-out rows where they were read; `evaluation` is the folder under `eval/`, which names benchmark, protocol and
+    settings, and `place` is the benchmark's in the task's order, their mean last; `commits` are the versions of this
+    code that trained and scored; `items` is an (n,) array of 1 and 0, or of shares where a row has several completions,
+    and a list of such arrays for the mean over a task's benchmarks; `percent_of_base` is in percent, `accuracy` in [0,
+    1], `train_seconds` in seconds. A planned evaluation without a score has a row with `benchmark` alone. `problems`
+    has a line for everything that was left out or is not there yet.
     """
 
     frame: pd.DataFrame
@@ -193,6 +193,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 def _about_run(run: RunPaths, config: dict[str, Any]) -> dict[str, Any]:
     method = config["method"]
     adapter = method["adapter"] or {}
+    quantization = config.get("quantization") or {}
     size = next((key for key in SIZES if adapter.get(key) is not None), None)
     return {
         "run_id": run.root.name,
@@ -207,6 +208,8 @@ def _about_run(run: RunPaths, config: dict[str, Any]) -> dict[str, Any]:
         "learning_rate": None if method["trains"] == "nothing" else config["recipe"]["learning_rate"],
         "train_protocol": config["protocol"]["name"],
         "pattern": adapter.get("pattern"),
+        "quantizer": quantization.get("name"),
+        "bits": quantization.get("bits"),
         "setting": content_hash({key: value for key, value in config.items() if key not in (*NOT_IN_THE_ID, "seed")}),
     }
 

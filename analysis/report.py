@@ -63,7 +63,7 @@ def write_report(
     """
     import jinja2
 
-    from analysis import comparisons, tables
+    from analysis import comparisons, paper_tables, tables
     from analysis.load import load_runs, load_step_times
     from experiments.records import write_atomically
 
@@ -92,6 +92,7 @@ def write_report(
         title=title,
         notes=notes,
         facts=_facts(runs.frame),
+        papers=[paper for paper in (table(runs.frame) for table in paper_tables.TABLES) if paper.has_ours],
         wide=[{"title": heading, "table": wide} for heading, wide in tables.wide_tables(table)],
         legend=[(tables.MARKS[name], tables.MEANINGS[name]) for name in tables.MARKS if name in mixed],
         sections=sections,

@@ -19,20 +19,11 @@ from analysis.stats import accuracy_interval
 # What one table compares.
 SECTION = ["model", "task", "benchmark", "metric", "protocol", "evaluation", "test_data_hash", "n"]
 ROW_ORDER = ["model", "task", "benchmark", "evaluation", "method", "size_number", "learning_rate"]
+OF_A_SETTING = ["place", "method", "label", "size", "pattern", "quantizer", "bits"]
 STEP_TIME_COLUMNS = ["step_time_ratio", "step_time_low", "step_time_high"]
 COLUMNS = [
     *SECTION,
-    *(
-        "place",
-        "setting",
-        "method",
-        "label",
-        "size",
-        "size_number",
-        "trainable_parameters",
-        "percent_of_base",
-        "learning_rate",
-    ),
+    *("setting", *OF_A_SETTING, "size_number", "trainable_parameters", "percent_of_base", "learning_rate"),
     *("accuracy", "low", "high", "interval_over", "by_seed", "seeds", "planned_seeds", "mixed", "train_seconds"),
     *("step_seconds", "peak_memory_bytes"),
     *STEP_TIME_COLUMNS,
@@ -64,7 +55,7 @@ def method_table(frame: pd.DataFrame, step_times: StepTimes | None = None) -> pd
             rows.append(
                 section
                 | {"setting": setting}
-                | {name: first[name] for name in ("place", "method", "label", "size", "size_number", "learning_rate")}
+                | {name: first[name] for name in (*OF_A_SETTING, "size_number", "learning_rate")}
                 | {name: _known(runs, name) for name in ("trainable_parameters", "percent_of_base")}
                 | _accuracy(scored)
                 | {"planned_seeds": runs["seed"].nunique(), "mixed": _mixed(scored)}

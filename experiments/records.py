@@ -260,7 +260,7 @@ def read_config(run: RunPaths) -> dict[str, Any]:
             f"{run.root}: no config.yaml, so not a run directory: plan one with `python -m experiments.plan`"
         )
     try:
-        config = yaml.safe_load(run.config.read_text())
+        config = yaml.load(run.config.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         expected = run_id(config)
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{run.config}: not a run's config ({error}): plan the run again") from None
