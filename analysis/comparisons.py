@@ -89,7 +89,7 @@ def to_csv(table: pd.DataFrame) -> str:
     return table.assign(seeds=table["seeds"].map(lambda seeds: " ".join(map(str, seeds)))).to_csv(index=False)
 
 
-_ORDER = ["method", "size_number", "learning_rate", "setting", "seed"]
+_ORDER = ["method", "size_number", "label", "learning_rate", "setting", "seed"]
 
 
 def _without_sweeps(scored: pd.DataFrame) -> pd.DataFrame:

@@ -201,7 +201,7 @@ def _about_run(run: RunPaths, config: dict[str, Any]) -> dict[str, Any]:
         "model": config["model"]["name"],
         "method": method["name"],
         "label": method["label"],
-        "size": f"{SIZES[size]}={adapter[size]}" if size else "",
+        "size": f"{SIZES[size]}={adapter[size]}" if size else adapter.get("pattern") or "",
         "size_number": adapter[size] if size else None,
         "task": config["task"]["name"],
         "seed": config["seed"],

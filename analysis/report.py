@@ -93,6 +93,8 @@ def write_report(
         notes=notes,
         facts=_facts(runs.frame),
         papers=[paper for paper in (table(runs.frame) for table in paper_tables.TABLES) if paper.has_ours],
+        sweeps=_sweeps(runs.frame, out),
+        costs=_costs(runs.frame, out),
         wide=[{"title": heading, "table": wide} for heading, wide in tables.wide_tables(table)],
         legend=[(tables.MARKS[name], tables.MEANINGS[name]) for name in tables.MARKS if name in mixed],
         sections=sections,
@@ -115,11 +117,19 @@ def write_report(
 def _accuracy_figure(
     number: int, heading: str, rows: pd.DataFrame, table: pd.DataFrame, out: Path
 ) -> dict[str, str] | None:
-    """The figure of one section, saved and ready for the page; None where a table says as much with fewer settings."""
+    """The figure of one section, saved and ready for the page.
+
+    None where a table says as much with fewer settings, and for sweeps over learning rates, which have their own.
+    """
     from analysis.plots import accuracy_by_parameters
+    from analysis.plots_sweeps import accuracy_by_setting
 
     if rows.loc[rows["trainable_parameters"] > 0, "accuracy"].notna().sum() < FEWEST_DRAWN:
         return None
+    if rows.drop_duplicates(["label", "learning_rate"])["label"].duplicated().any():
+        return None
+    if rows[["pattern", "quantizer"]].notna().to_numpy().any():
+        return _embed(accuracy_by_setting(f"accuracy_by_setting_{number}", heading, rows), out)
     methods = sorted(table["method"].unique())
     return _embed(accuracy_by_parameters(f"accuracy_by_parameters_{number}", heading, rows, methods), out)
 
@@ -149,6 +159,38 @@ def _gradient_figures(frame: pd.DataFrame, out: Path) -> tuple[list[dict[str, st
             except ValueError as error:
                 problems.append(f"no gradient figure for {model} on {task}: {error}")
     return figures, problems
+
+
+def _sweeps(frame: pd.DataFrame, out: Path) -> list[dict[str, Any]]:
+    """Every learning-rate sweep with its table, its figure and a line for each run that failed."""
+    from analysis.plots_sweeps import learning_rates
+    from analysis.sweeps import failures, find_sweeps, sweep_table
+
+    methods = sorted(set(frame["method"]))
+    return [
+        {
+            "title": f"{sweep.model} trained on {sweep.task}, {sweep.quantity}",
+            "table": sweep_table(sweep),
+            "figure": _embed(learning_rates(f"learning_rates_{number}", sweep, methods), out),
+            "failures": failures(sweep),
+        }
+        for number, sweep in enumerate(find_sweeps(frame), start=1)
+    ]
+
+
+def _costs(frame: pd.DataFrame, out: Path) -> list[dict[str, str]]:
+    """A figure of step time and memory for every model and task of which several methods were trained."""
+    from analysis.load import records
+    from analysis.plots_sweeps import time_and_memory
+
+    figures = []
+    trained = frame.dropna(subset=["step_seconds"])
+    for number, (model, task) in enumerate(sorted({(row["model"], row["task"]) for row in records(trained)}), start=1):
+        part = trained.loc[(trained["model"] == model) & (trained["task"] == task)]
+        if len(set(part["label"])) >= FEWEST_DRAWN:
+            title = f"{model} trained on {task}"
+            figures.append(_embed(time_and_memory(f"time_and_memory_{number}", title, part), out))
+    return figures
 
 
 def _nearest_in_size(runs: Sequence[dict[str, Any]]) -> list[str]:

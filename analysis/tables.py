@@ -18,7 +18,7 @@ from analysis.stats import accuracy_interval
 
 # What one table compares.
 SECTION = ["model", "task", "benchmark", "metric", "protocol", "evaluation", "test_data_hash", "n"]
-ROW_ORDER = ["model", "task", "benchmark", "evaluation", "method", "size_number", "learning_rate"]
+ROW_ORDER = ["model", "task", "benchmark", "evaluation", "method", "size_number", "label", "learning_rate"]
 OF_A_SETTING = ["place", "method", "label", "size", "pattern", "quantizer", "bits"]
 STEP_TIME_COLUMNS = ["step_time_ratio", "step_time_low", "step_time_high"]
 COLUMNS = [
@@ -133,7 +133,7 @@ def wide_tables(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         if single["benchmark"].nunique() < 2:
             continue
         ways = records(part.drop_duplicates(SECTION).sort_values(["place", "evaluation"]))
-        settings = part.drop_duplicates("setting").sort_values(["method", "size_number", "learning_rate"])
+        settings = part.drop_duplicates("setting").sort_values(["method", "size_number", "label", "learning_rate"])
         columns = ["Method", "N / r", "Trainable", "% of base", "Learning rate"]
         wide = display(settings).filter(columns).reset_index(drop=True)
         for way in ways:

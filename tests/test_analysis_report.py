@@ -161,7 +161,9 @@ def test_the_report_is_one_page_with_its_files(report: Path) -> None:
     assert "<script" not in text
     files = {path.relative_to(report.parent).as_posix() for path in report.parent.rglob("*") if path.is_file()}
     figures = {
-        f"figures/{name}_1.{end}" for name in ("accuracy_by_parameters", "gradient_norms") for end in ("svg", "png")
+        f"figures/{name}_1.{end}"
+        for name in ("accuracy_by_parameters", "gradient_norms", "time_and_memory")
+        for end in ("svg", "png")
     }
     assert files == {"index.html", "table.md", "table.csv", "comparisons.md", "comparisons.csv"} | figures
     assert len(pd.read_csv(report.with_name("table.csv"))) == 7
@@ -190,7 +192,7 @@ def test_the_page_in_a_browser(report: Path, tmp_path: Path, width: int) -> None
     seen = json.loads(dom.partition('<pre id="seen">')[2].partition("</pre>")[0])
     assert seen["inner"] == width
     assert seen["scroll"] <= width
-    assert len(seen["images"]) == 2
+    assert len(seen["images"]) == 3
     assert all(alt > 20 and pixels > 0 for alt, pixels in seen["images"])
     assert seen["tables"] == 5  # methods, differences, beside the paper, hashes, environment
 
