@@ -7,8 +7,10 @@ missing (NaN, None), it never becomes a zero.
 from __future__ import annotations
 
 import math
+import multiprocessing
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,10 +21,12 @@ import pandas as pd
 from experiments.errors import UserError
 from experiments.records import (
     NOT_IN_THE_ID,
+    SCHEMA,
     EvalRecord,
     RunPaths,
     TrainRecord,
     content_hash,
+    file_hash,
     read_config,
     read_json,
     read_lines,
@@ -59,6 +63,12 @@ WHOLE_NUMBERS = [
     *("seed", "trainable_parameters", "base_parameters", "steps", "peak_memory_bytes"),
     *("bits", "protocol_version", "place", "n", *COUNT_COLUMNS[:5]),
 ]
+NUMBERS = [
+    *("size_number", "learning_rate", "percent_of_base", "train_seconds", "final_loss", "held_out_loss"),
+    *("step_seconds", "accuracy", "standard_error"),
+]
+TYPES = dict.fromkeys(WHOLE_NUMBERS, "Int64") | dict.fromkeys(NUMBERS, "float64")
+MANY = 200  # runs from which reading is shared between processors and kept for the next time
 
 
 @dataclass(frozen=True)
@@ -96,41 +106,90 @@ class StepTimes:
 
 
 def load_runs(directories: Iterable[Path]) -> Runs:
-    """Read run directories, in the order given. A directory without a readable config is a problem, not an error."""
-    rows: list[dict[str, Any]] = []
-    problems: list[str] = []
+    """Read run directories, in the order given. A directory without a readable config is a problem, not an error.
+
+    From `MANY` on they are read by all processors, and what was read is kept (analysis/cache.py). UserError when two
+    directories of one run id have different configs.
+    """
     seen: dict[str, Path] = {}
+    problems: list[str] = []
     for directory in directories:
-        run = RunPaths(directory)
-        if directory.name in seen:  # counted twice it would look like one more seed
-            if directory.resolve() != seen[directory.name].resolve():
-                problems.append(f"{directory}: the same run as {seen[directory.name]}, left out")
-            continue
-        seen[directory.name] = directory
-        try:
-            config = read_config(run)
-            about_run = _about_run(run, config)
-            planned = (config.get("evaluation") or {}).get("benchmarks") or []
-        except UNREADABLE as error:
-            problems.append(_line(run.config, error))
-            continue
-        trained, training = _training(run, problems)
-        evaluations = list(_evaluations(run, trained, problems))
-        scored = {evaluation["benchmark"] for evaluation in evaluations}
-        if (config.get("evaluation") or {}).get("mean"):
-            evaluations += list(_means(run, evaluations, planned, problems))
-        for evaluation in evaluations:
-            if evaluation["benchmark"] in planned:
-                evaluation["place"] = planned.index(evaluation["benchmark"])
-        for benchmark in planned:
-            if benchmark not in scored:
-                evaluations.append({"benchmark": benchmark, "place": planned.index(benchmark)})
-                problems.append(f"{directory}: no score for {benchmark}")
-        rows += [about_run | training | evaluation for evaluation in evaluations or [{}]]
+        first = seen.setdefault(directory.name, directory)
+        if first is not directory and first.resolve() != directory.resolve():  # it would look like one more seed
+            _check_same_config(first, directory)
+            problems.append(f"{directory}: the same run as {first}, left out")
+    chosen = list(seen.values())
+    if len(chosen) < MANY:
+        frame = _frame([row for directory in chosen for row in _read_run(directory)])
+    else:
+        from analysis.cache import cached_rows
+
+        version = content_hash([SCHEMA, file_hash(Path(__file__)), pd.__version__])
+        frame = cached_rows(chosen, _read_in_parallel, _frame, version)
+    told = frame.drop_duplicates("path")["problems"]
+    problems = [line for lines in told for line in lines] + problems
     for problem in problems:
         print(problem, file=sys.stderr)
-    frame = pd.DataFrame(rows, columns=pd.Index(COLUMNS))
-    return Runs(frame.astype(dict.fromkeys(WHOLE_NUMBERS, "Int64")), problems)
+    frame = frame.loc[frame["run_id"].notna()].drop(columns="problems").reset_index(drop=True)
+    return Runs(frame, problems)
+
+
+def _read_in_parallel(directories: Sequence[Path]) -> list[list[dict[str, Any]]]:
+    if len(directories) < MANY:
+        return [_read_run(directory) for directory in directories]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(_read_run, directories, chunksize=100))
+
+
+def _frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=pd.Index([*COLUMNS, "problems"])).astype(TYPES)
+
+
+def _read_run(directory: Path) -> list[dict[str, Any]]:
+    """The rows of one run, each with what is wrong with it as `problems`; of a run without a config that alone."""
+    problems: list[str] = []
+    run = RunPaths(directory)
+    try:
+        config = read_config(run)
+        about_run = _about_run(run, config)
+        planned = (config.get("evaluation") or {}).get("benchmarks") or []
+    except UNREADABLE as error:
+        return [{"path": directory, "problems": [_line(run.config, error)]}]
+    trained, training = _training(run, problems)
+    evaluations = list(_evaluations(run, trained, problems))
+    scored = {evaluation["benchmark"] for evaluation in evaluations}
+    if (config.get("evaluation") or {}).get("mean"):
+        evaluations += list(_means(run, evaluations, planned, problems))
+    for evaluation in evaluations:
+        if evaluation["benchmark"] in planned:
+            evaluation["place"] = planned.index(evaluation["benchmark"])
+    for benchmark in planned:
+        if benchmark not in scored:
+            evaluations.append({"benchmark": benchmark, "place": planned.index(benchmark)})
+            problems.append(f"{directory}: no score for {benchmark}")
+    return [about_run | training | evaluation | {"problems": problems} for evaluation in evaluations or [{}]]
+
+
+def _check_same_config(first: Path, second: Path) -> None:
+    """UserError with the difference when two directories of one run id were configured differently."""
+    import yaml
+
+    try:
+        ours, theirs = (_flat(yaml.safe_load((run / "config.yaml").read_text())) for run in (first, second))
+    except (OSError, yaml.YAMLError, AttributeError):
+        return  # not a config: reading the run says so
+    keys = [key for key in sorted(ours.keys() | theirs.keys()) if not key.startswith("runtime.")]
+    differ = [f"{key} is {ours.get(key)!r} and {theirs.get(key)!r}" for key in keys if ours.get(key) != theirs.get(key)]
+    if differ:
+        raise UserError(f"{first} and {second} are one run id with different configs: {'; '.join(differ[:5])}")
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def load_metrics(directory: Path) -> pd.DataFrame:
