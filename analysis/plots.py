@@ -6,6 +6,7 @@ of its own, so that a figure reads in grey.
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,6 +50,13 @@ class Picture:
     figure: Figure
     caption: str
     alt: str
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        image = io.BytesIO()
+        with matplotlib.rc_context(STYLE):
+            self.figure.savefig(image, format="png", dpi=110)
+        return image.getvalue()
 
 
 @dataclass(frozen=True)

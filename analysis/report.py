@@ -84,7 +84,7 @@ def write_report(
         for number, (heading, rows) in enumerate(tables.by_section(table), start=1)
     ]
     mixed = {name for names in table["mixed"] for name in names}
-    gradients, not_drawn = _gradient_figures(runs.frame, out)
+    gradients, not_drawn = gradient_pictures(runs.frame)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -101,7 +101,7 @@ def write_report(
         interval_kinds=set(table["interval_over"]),
         difference_kinds=set(compared["over"]),
         times=times,
-        gradients=gradients,
+        gradients=[_embed(picture, out) for picture in gradients],
         problems=runs.problems + not_drawn,
         hashes=_hashes(runs.frame),
         environment=_environment(runs.frame),
@@ -134,12 +134,12 @@ def _accuracy_figure(
     return _embed(accuracy_by_parameters(f"accuracy_by_parameters_{number}", heading, rows, methods), out)
 
 
-def _gradient_figures(frame: pd.DataFrame, out: Path) -> tuple[list[dict[str, str]], list[str]]:
+def gradient_pictures(frame: pd.DataFrame) -> tuple[list[Picture], list[str]]:
     """One figure for every model and task with runs of LoRA or DiaBlo, and a line for each that cannot be drawn."""
     from analysis.load import load_metrics, records
     from analysis.plots import Trace, gradient_norms
 
-    figures: list[dict[str, str]] = []
+    pictures: list[Picture] = []
     problems: list[str] = []
     trained = frame.dropna(subset=["trainable_parameters"]).drop_duplicates("run_id")
     for number, (_, part) in enumerate(trained.groupby(["model", "task"]), start=1):
@@ -155,10 +155,10 @@ def _gradient_figures(frame: pd.DataFrame, out: Path) -> tuple[list[dict[str, st
                     problems.append(str(error))
         if traces:
             try:
-                figures.append(_embed(gradient_norms(f"gradient_norms_{number}", model, task, traces), out))
+                pictures.append(gradient_norms(f"gradient_norms_{number}", model, task, traces))
             except ValueError as error:
                 problems.append(f"no gradient figure for {model} on {task}: {error}")
-    return figures, problems
+    return pictures, problems
 
 
 def _sweeps(frame: pd.DataFrame, out: Path) -> list[dict[str, Any]]:
