@@ -98,12 +98,15 @@ def test_gradient_figure_shows_three_layers_and_names_what_it_shows(tmp_path: Pa
     runs = [("lora-r7", 1e-3, write_run(tmp_path, "lora")), ("diablo-N8", 2e-3, write_run(tmp_path, "diablo", size=8))]
     traces = [Trace(label, 0, rate, load_metrics(run)) for label, rate, run in runs]
     picture = gradient_norms("norms", "tiny", "arith", traces)
-    axes = picture.figure.axes
+    axes, below = picture.figure.axes[:3], picture.figure.axes[3:]
     assert [panel.get_title() for panel in axes] == [f"layer {layer}, q_proj" for layer in (0, 2, 3)]
     assert {panel.get_ylim() for panel in axes} == {axes[0].get_ylim()}
     column = "base_model.model.model.layers.2.self_attn.q_proj.lora_B.default.weight"
     (drawn,) = (line for line in axes[1].get_lines() if line.get_label() == "lora-r7: B")
     assert np.asarray(drawn.get_ydata()).tolist() == traces[0].norms[column].tolist()
+    (variance,) = (line for line in below[1].get_lines() if line.get_label() == "lora-r7: B")
+    assert np.isnan(np.asarray(variance.get_ydata())[:2]).all()  # three steps are the fewest for a variance here
+    assert np.asarray(variance.get_ydata())[2] == pytest.approx(np.var(traces[0].norms[column], ddof=1))
     for words in ("tiny", "arith", "lora-r7 0.001", "diablo-N8 0.002", "3 norms of exactly 0"):
         assert words in picture.caption
 
