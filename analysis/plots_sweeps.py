@@ -48,7 +48,7 @@ def learning_rates(name: str, sweep: Sweep, methods: Sequence[str]) -> Picture:
                 axes.tick_params(labelbottom=True)
     caption = (
         f"{sweep.model} trained on {sweep.task}, {sweep.quantity} over the learning rate. Open markers: every run; "
-        f"line: means over seeds; filled: the best mean. {failed} runs failed{' (crosses)' if failed else ''}."
+        f"line: means over seeds; dotted: the best mean. {failed} runs failed{' (crosses)' if failed else ''}."
     )
     alt = f"{sweep.quantity} over the learning rate for {', '.join(labels)}; the table has the numbers."
     return Picture(name, figure, caption, alt)
@@ -123,12 +123,11 @@ def _draw_rates(axes: Axes, sweep: Sweep, label: str, methods: Sequence[str]) ->
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     style: dict[str, Any] = {"color": colour, "markersize": 5, "markerfacecolor": "white", "linestyle": "none"}
-    style["zorder"] = 4
     axes.plot([point.learning_rate for point in points], [point.value for point in points], marker, **style)
     means, best = sweep.means(label), sweep.best(label)
     axes.plot(list(means), list(means.values()), color=colour, linewidth=1)
     if best is not None:
-        axes.plot(best, means[best], marker, color=colour, markersize=8)
+        axes.axvline(best, color=BLACK, linewidth=1, linestyle="dotted")
     failed = [point.learning_rate for point in points if point.failed]
     height = axes.get_xaxis_transform()  # in shares of the panel
     axes.plot(failed, [0.06] * len(failed), "x", color=BLACK, markersize=6, transform=height)

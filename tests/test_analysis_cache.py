@@ -73,15 +73,15 @@ def test_what_was_kept_is_what_was_read(
     same(load_runs(runs), plain)
     (file,) = kept.iterdir()
     before = file.stat().st_mtime_ns
-    monkeypatch.setattr(load, "_read_run", lambda directory: pytest.fail("nothing changed"))
+    monkeypatch.setattr(load, "read_run", lambda directory: pytest.fail("nothing changed"))
     same(load_runs(runs), plain)
     assert file.stat().st_mtime_ns == before
 
 
 def test_only_what_changed_is_read_again(runs: list[Path], monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
     load_runs(runs)
-    read_run, read = load._read_run, []
-    monkeypatch.setattr(load, "_read_run", lambda directory: read.append(directory) or read_run(directory))
+    read_run, read = load.read_run, []
+    monkeypatch.setattr(load, "read_run", lambda directory: read.append(directory) or read_run(directory))
     lora = next(run for run in runs if "lora" in run.name)
     change(score_file(lora), items=[1.0, 1.0, 1.0], accuracy=1.0)
     new = write_run(lora.parent, "lora", seed=5, items=[1, 0])
