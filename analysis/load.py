@@ -6,47 +6,31 @@ missing (NaN, None), it never becomes a zero.
 
 from __future__ import annotations
 
-import math
+import multiprocessing
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import pandas as pd
 
+from analysis import rows
+from analysis.rows import COLUMNS, TYPES, UNREADABLE, line_of, read_run
+from experiments import records as run_records
 from experiments.errors import UserError
 from experiments.records import (
-    NOT_IN_THE_ID,
-    EvalRecord,
     RunPaths,
     TrainRecord,
     content_hash,
-    read_config,
+    file_hash,
     read_json,
     read_lines,
     read_record,
 )
 
-UNREADABLE = (UserError, OSError, ValueError, KeyError, TypeError, AttributeError)  # what a damaged file can raise
-SIZES = {"num_blocks": "N", "r": "r"}  # the setting that sizes an adapter -> the letter the literature gives it
-RUN_COLUMNS = ("run_id", "path", "model", "method", "label", "size", "size_number", "task", "seed", "learning_rate")
-TRAIN_COLUMNS = ("trainable_parameters", "base_parameters", "percent_of_base", "steps", "train_seconds")
-HASH_COLUMNS = ("base_hash", "train_data_hash", "environment")
-EVAL_COLUMNS = ("benchmark", "metric", "protocol", "evaluation", "n", "accuracy", "standard_error", "beside")
-COUNT_COLUMNS = (
-    "no_match",
-    "fallback",
-    "dropped",
-    "cut_prompts",
-    "samples",
-    "items",
-    "test_data_hash",
-    "eval_environment",
-)
-COLUMNS = [*RUN_COLUMNS, "setting", *TRAIN_COLUMNS, *HASH_COLUMNS, *EVAL_COLUMNS, *COUNT_COLUMNS]
-WHOLE_NUMBERS = ["seed", "trainable_parameters", "base_parameters", "steps", "n", *COUNT_COLUMNS[:5]]
+MANY = 200  # runs from which reading is shared between processors and kept for the next time
 
 
 @dataclass(frozen=True)
@@ -54,11 +38,15 @@ class Runs:
     """What was read.
 
     `frame` has a row per run and evaluation, with the columns `COLUMNS`: `setting` is a hash of the config without its
-    seed, so rows of one setting differ in nothing but the seed; `evaluation` is the folder under `eval/`, which names
-    benchmark, protocol and settings; `items` is an (n,) array of 1 and 0, or of shares where a row has several
-    completions, and a list of such arrays for the mean over a task's benchmarks; `percent_of_base` is in percent,
-    `accuracy` in [0, 1], `train_seconds` in seconds. A planned evaluation without a score has a row with `benchmark`
-    alone. `problems` has a line for everything that was left out or is not there yet.
+    seed, so rows of one setting differ in nothing but the seed; `train_protocol` is the protocol it was trained under,
+    `pattern` the sparse pattern of methods that have one, `quantizer` and `bits` the quantisation of the base;
+    `final_loss` is the mean training loss at the end (NaN of a training that diverged), `held_out_loss` that on the
+    held-out rows where they were read; `evaluation` is the folder under `eval/`, which names benchmark, protocol and
+    settings, and `place` is the benchmark's in the task's order, their mean last; `commits` are the versions of this
+    code that trained and scored; `items` is an (n,) array of 1 and 0, or of shares where a row has several completions,
+    and a list of such arrays for the mean over a task's benchmarks; `percent_of_base` is in percent, `accuracy` in [0,
+    1], `train_seconds` in seconds. A planned evaluation without a score has a row with `benchmark` alone. `problems`
+    has a line for everything that was left out or is not there yet.
     """
 
     frame: pd.DataFrame
@@ -80,38 +68,66 @@ class StepTimes:
 
 
 def load_runs(directories: Iterable[Path]) -> Runs:
-    """Read run directories, in the order given. A directory without a readable config is a problem, not an error."""
-    rows: list[dict[str, Any]] = []
-    problems: list[str] = []
+    """Read run directories, in the order given. A directory without a readable config is a problem, not an error.
+
+    From `MANY` on they are read by all processors, and what was read is kept (analysis/cache.py). UserError when two
+    directories of one run id have different configs.
+    """
     seen: dict[str, Path] = {}
+    problems: list[str] = []
     for directory in directories:
-        run = RunPaths(directory)
-        if directory.name in seen:  # counted twice it would look like one more seed
-            if directory.resolve() != seen[directory.name].resolve():
-                problems.append(f"{directory}: the same run as {seen[directory.name]}, left out")
-            continue
-        seen[directory.name] = directory
-        try:
-            config = read_config(run)
-            about_run = _about_run(run, config)
-            planned = (config.get("evaluation") or {}).get("benchmarks") or []
-        except UNREADABLE as error:
-            problems.append(_line(run.config, error))
-            continue
-        trained, training = _training(run, problems)
-        evaluations = list(_evaluations(run, trained, problems))
-        scored = {evaluation["benchmark"] for evaluation in evaluations}
-        if (config.get("evaluation") or {}).get("mean"):
-            evaluations += list(_means(run, evaluations, planned, problems))
-        for benchmark in planned:
-            if benchmark not in scored:
-                evaluations.append({"benchmark": benchmark})
-                problems.append(f"{directory}: no score for {benchmark}")
-        rows += [about_run | training | evaluation for evaluation in evaluations or [{}]]
+        first = seen.setdefault(directory.name, directory)
+        if first is not directory and first.resolve() != directory.resolve():  # it would look like one more seed
+            _check_same_config(first, directory)
+            problems.append(f"{directory}: the same run as {first}, left out")
+    chosen = list(seen.values())
+    if len(chosen) < MANY:
+        frame = _frame([row for directory in chosen for row in read_run(directory)])
+    else:
+        from analysis.cache import cached_rows
+
+        sources = [Path(str(module.__file__)) for module in (sys.modules[__name__], rows, run_records)]
+        version = content_hash([*map(file_hash, sources), pd.__version__])
+        frame = cached_rows(chosen, _read_in_parallel, _frame, version)
+    told = frame.drop_duplicates("path")["problems"]
+    problems = [line for lines in told for line in lines] + problems
     for problem in problems:
         print(problem, file=sys.stderr)
-    frame = pd.DataFrame(rows, columns=pd.Index(COLUMNS))
-    return Runs(frame.astype(dict.fromkeys(WHOLE_NUMBERS, "Int64")), problems)
+    frame = frame.loc[frame["run_id"].notna()].drop(columns="problems").reset_index(drop=True)
+    return Runs(frame, problems)
+
+
+def _read_in_parallel(directories: Sequence[Path]) -> list[list[dict[str, Any]]]:
+    if len(directories) < MANY:
+        return [read_run(directory) for directory in directories]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(read_run, directories, chunksize=100))
+
+
+def _frame(found: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    return pd.DataFrame(found, columns=pd.Index([*COLUMNS, "problems"])).astype(TYPES)
+
+
+def _check_same_config(first: Path, second: Path) -> None:
+    """UserError with the difference when two directories of one run id were configured differently."""
+    import yaml
+
+    try:
+        ours, theirs = (_flat(yaml.safe_load((run / "config.yaml").read_text())) for run in (first, second))
+    except (OSError, yaml.YAMLError, AttributeError):
+        return  # not a config: reading the run says so
+    keys = [key for key in sorted(ours.keys() | theirs.keys()) if not key.startswith("runtime.")]
+    differ = [f"{key} is {ours.get(key)!r} and {theirs.get(key)!r}" for key in keys if ours.get(key) != theirs.get(key)]
+    if differ:
+        raise UserError(f"{first} and {second} are one run id with different configs: {'; '.join(differ[:5])}")
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def load_metrics(directory: Path) -> pd.DataFrame:
@@ -130,7 +146,7 @@ def load_metrics(directory: Path) -> pd.DataFrame:
             raise UserError(f"{run.metrics}: does not have one gradient norm for each of the {len(tensors)} tensors")
         scalars = pd.DataFrame(lines, columns=pd.Index(["step", "loss", "learning_rate", "gradient_norm", "seconds"]))
     except UNREADABLE as error:
-        raise UserError(_line(run.metrics, error)) from None
+        raise UserError(line_of(run.metrics, error)) from None
     frame = pd.concat([scalars, pd.DataFrame(norms, columns=pd.Index(tensors), dtype=float)], axis="columns")
     return frame.drop_duplicates("step", keep="last").set_index("step").sort_index()
 
@@ -169,138 +185,3 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
         else:
             raise UserError(f"{path}: no run directory and no folder of them (a run has a config.yaml)")
     return found
-
-
-def _about_run(run: RunPaths, config: dict[str, Any]) -> dict[str, Any]:
-    method = config["method"]
-    adapter = method["adapter"] or {}
-    size = next((key for key in SIZES if adapter.get(key) is not None), None)
-    return {
-        "run_id": run.root.name,
-        "path": run.root,
-        "model": config["model"]["name"],
-        "method": method["name"],
-        "label": method["label"],
-        "size": f"{SIZES[size]}={adapter[size]}" if size else "",
-        "size_number": adapter[size] if size else None,
-        "task": config["task"]["name"],
-        "seed": config["seed"],
-        "learning_rate": None if method["trains"] == "nothing" else config["recipe"]["learning_rate"],
-        "setting": content_hash({key: value for key, value in config.items() if key not in (*NOT_IN_THE_ID, "seed")}),
-    }
-
-
-def _training(run: RunPaths, problems: list[str]) -> tuple[TrainRecord | None, dict[str, Any]]:
-    """The training record, and what the frame takes from it; (None, {}) when there is none to trust."""
-    if not run.train_record.is_file():
-        problems.append(f"{run.root}: not trained, or not to the end")
-        return None, {}
-    try:
-        record = read_record(run.train_record, TrainRecord)
-        if record.run_id != run.root.name:
-            raise UserError(f"{run.train_record}: the record of {record.run_id}: train the run again")
-        return record, {
-            "trainable_parameters": record.trainable_parameters,
-            "base_parameters": record.base_parameters,
-            "percent_of_base": 100 * record.trainable_parameters / record.base_parameters,
-            "steps": record.steps,
-            "train_seconds": record.train_seconds if record.steps else None,
-            "base_hash": record.base_hash,
-            "train_data_hash": record.data_hash,
-            "environment": record.environment,
-        }
-    except (*UNREADABLE, ZeroDivisionError) as error:
-        problems.append(_line(run.train_record, error))
-        return None, {}
-
-
-def _evaluations(run: RunPaths, trained: TrainRecord | None, problems: list[str]) -> Iterator[dict[str, Any]]:
-    """What the frame takes from every evaluation of a run that can be read and belongs to its weights."""
-    for path in sorted(run.root.glob("eval/*/*/score.json")):
-        try:
-            record = read_record(path, EvalRecord)
-            items = np.array(record.items, dtype=float)
-            _check_score(path, run, record, items, trained)
-        except UNREADABLE as error:
-            problems.append(_line(path, error))
-            continue
-        yield {
-            "benchmark": record.benchmark,
-            "metric": record.metric,
-            "protocol": record.protocol,
-            "evaluation": path.parent.relative_to(run.root / "eval").as_posix(),
-            "n": record.n,
-            "accuracy": record.accuracy,
-            "standard_error": record.standard_error,
-            "beside": record.beside,
-            "asked": record.generation,
-            "searched": record.searched,
-            "no_match": record.no_match,
-            "fallback": record.fallback,
-            "dropped": record.dropped,
-            "cut_prompts": record.cut_prompts,
-            "samples": record.samples,
-            "items": items,
-            "test_data_hash": record.data_hash,
-            "eval_environment": record.environment,
-        }
-
-
-def _means(
-    run: RunPaths, evaluations: Sequence[dict[str, Any]], planned: Sequence[str], problems: list[str]
-) -> Iterator[dict[str, Any]]:
-    """The plain mean over all planned benchmarks, once for every way that all of them were asked and read whole."""
-    ways: dict[str, list[dict[str, Any]]] = {}
-    for row in evaluations:
-        if row["benchmark"] in planned and row["asked"]["limit"] is None:
-            ways.setdefault(_way(row), []).append(row)
-    for parts in ways.values():
-        parts.sort(key=lambda row: planned.index(row["benchmark"]))
-        if [row["benchmark"] for row in parts] == list(planned):
-            yield _mean(parts)
-        else:
-            scored = ", ".join(row["evaluation"] for row in parts)
-            problems.append(f"{run.root}: no mean over the {len(planned)} benchmarks, asked alike there are {scored}")
-
-
-def _way(row: dict[str, Any]) -> str:
-    """What evaluations of one mean share: protocol and settings, but for the lengths that go with a kind of answer."""
-    asked = row["asked"]
-    generation = {key: value for key, value in asked["generation"].items() if key not in ("max_new_tokens", "stop")}
-    return content_hash([row["protocol"], row["searched"], {**asked, "generation": generation}])
-
-
-def _mean(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "benchmark": f"mean of {len(parts)}",
-        "metric": parts[0]["metric"],
-        "protocol": parts[0]["protocol"],
-        "evaluation": "mean: " + ", ".join(row["evaluation"] for row in parts),
-        "n": sum(row["n"] for row in parts),
-        "accuracy": float(np.mean([row["accuracy"] for row in parts])),
-        "standard_error": float(np.sqrt(sum(row["standard_error"] ** 2 for row in parts))) / len(parts),
-        "beside": {},
-        **{count: sum(row[count] for row in parts) for count in COUNT_COLUMNS[:4]},
-        "samples": parts[0]["samples"],
-        "items": [row["items"] for row in parts],
-        "test_data_hash": content_hash([row["test_data_hash"] for row in parts]),
-        "eval_environment": parts[0]["eval_environment"],
-    }
-
-
-def _check_score(path: Path, run: RunPaths, record: EvalRecord, items: np.ndarray, trained: TrainRecord | None) -> None:
-    """UserError unless the score is this run's, adds up, and was made with the weights that the training recorded."""
-    if record.run_id != run.root.name:
-        raise UserError(f"{path}: the score of {record.run_id}: evaluate the run again")
-    if record.n == 0 or len(items) != record.n or not math.isclose(items.mean(), record.accuracy, abs_tol=1e-9):
-        raise UserError(f"{path}: n and accuracy do not fit its items: evaluate the run again")
-    if trained is not None:
-        for name in trained.adapter_files.keys() & record.adapter_files.keys():
-            if trained.adapter_files[name] != record.adapter_files[name]:
-                raise UserError(f"{path}: scored with another {name} than train.json has: evaluate the run again")
-
-
-def _line(path: Path, error: BaseException) -> str:
-    """One line that names the file: our own errors do already, others are put behind the name."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, UserError) else f"{path}: cannot be read ({type(error).__name__}: {text})"

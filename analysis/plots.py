@@ -6,6 +6,7 @@ of its own, so that a figure reads in grey.
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 METHOD_COLOURS = (BLUE, ORANGE, GREEN, BLACK, VERMILLION, PURPLE, SKY)
 METHOD_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # 8 markers on 7 colours: 56 methods before a pair repeats
 MATRICES = {"lora_A": "A", "lora_B": "B", "diablo_blocks": "D"}  # in a tensor's name -> in the papers
+WINDOW = 20
 MATRIX_STYLES = {"A": (ORANGE, "o"), "B": (BLUE, "s"), "D": (BLACK, "^")}  # light, middle and dark in grey
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -50,6 +52,13 @@ class Picture:
     caption: str
     alt: str
 
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        image = io.BytesIO()
+        with matplotlib.rc_context(STYLE):
+            self.figure.savefig(image, format="png", dpi=110)
+        return image.getvalue()
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -64,6 +73,7 @@ class Trace:
 def gradient_norms(name: str, model: str, task: str, traces: Sequence[Trace]) -> Picture:
     """Gradient norms of LoRA's A and B and of DiaBlo's D over the steps, for an early, a middle and a late layer.
 
+    Below each panel the running variance of the norms, over the last `WINDOW` logged steps (a fifth of a short run).
     Takes the first module, in the model's order, that all `traces` adapt. The first seed of a label is drawn in full
     and the others faint. ValueError when no module is common to them.
     """
@@ -75,14 +85,18 @@ def gradient_norms(name: str, model: str, task: str, traces: Sequence[Trace]) ->
     layers = sorted({layer for matrices in columns for layer, found, _ in matrices if found == module})
     layers = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 3.4), layout="constrained")
-        panels = figure.subplots(1, len(layers), sharex=True, sharey=True, squeeze=False)[0]
-        for axes, layer in zip(panels, layers, strict=True):
+        figure = Figure(figsize=(9.6, 5.2), layout="constrained")
+        panels, below = figure.subplots(2, len(layers), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 2))
+        window = max(3, min(WINDOW, min(len(trace.norms) for trace in traces) // 5))
+        for axes, under, layer in zip(panels, below, layers, strict=True):
             axes.set_title(f"layer {layer}, {module}", fontsize=9)
             axes.set_yscale("log")
-            axes.set_xlabel("optimizer step")
+            under.set_yscale("log")
+            under.set_xlabel("optimizer step")
             _draw_norms(axes, layer, module, traces, columns)
+            _draw_norms(under, layer, module, traces, columns, window)
         panels[0].set_ylabel("gradient norm, before clipping")
+        below[0].set_ylabel(f"its variance over\n{window} logged steps")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     rates = ", ".join(f"{trace.label} {trace.learning_rate:g}" for trace in _one_per_label(traces))
@@ -95,7 +109,8 @@ def gradient_norms(name: str, model: str, task: str, traces: Sequence[Trace]) ->
     )
     caption = (
         f"{model}, fine-tuned on {task}: Frobenius norm of the gradient of each matrix of {module}, at every step and "
-        f"before clipping, log scale, axes shared. Learning rates: {rates}. {_seeds_drawn(seeds)}"
+        f"before clipping, and below it its running variance; log scales, axes shared. Learning rates: {rates}. "
+        f"{_seeds_drawn(seeds)}"
     )
     if zeros:
         caption += f" {zeros} norms of exactly 0 have no place on a log scale (A's gradient is 0 as long as B is)."
@@ -170,15 +185,22 @@ def _matrices(norms: pd.DataFrame) -> dict[tuple[int, str, str], str]:
 
 
 def _draw_norms(
-    axes: Axes, layer: int, module: str, traces: Sequence[Trace], columns: Sequence[dict[tuple[int, str, str], str]]
+    axes: Axes,
+    layer: int,
+    module: str,
+    traces: Sequence[Trace],
+    columns: Sequence[dict[tuple[int, str, str], str]],
+    window: int | None = None,
 ) -> None:
+    """The norms of one layer's matrices; with a `window` their running variance over so many steps."""
     first = {trace.label: trace.seed for trace in reversed(traces)}
     for trace, matrices in zip(traces, columns, strict=True):
         for number, (matrix, (colour, marker)) in enumerate(MATRIX_STYLES.items()):
             column = matrices.get((layer, module, matrix))
             if column is None:
                 continue
-            norm = trace.norms[column].where(trace.norms[column] > 0)  # zero has no logarithm
+            norm = (trace.norms.rolling(window).var() if window else trace.norms)[column]
+            norm = pd.Series(norm).mask(trace.norms[column] <= 0)  # zero has no logarithm
             if trace.seed != first[trace.label]:
                 axes.plot(norm.index, norm, color=colour, linewidth=0.6, alpha=0.35, zorder=2)
                 continue

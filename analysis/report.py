@@ -3,8 +3,8 @@
     python -m analysis.report runs --out report
     python -m analysis.report runs/tiny-* --out report --step-times step_times.json --note "Learning rates: see …"
 
-Writes `index.html`, which needs nothing beside it and no network, `table.md`, `table.csv` and `figures/`. The page
-shows what was measured; it ranks nothing.
+Writes `index.html`, which needs nothing beside it and no network, `table.md`, `table.csv`, `comparisons.md`,
+`comparisons.csv` and `figures/`. The page shows what was measured; it ranks nothing.
 """
 
 from __future__ import annotations
@@ -38,25 +38,32 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--note", action="append", default=[], metavar="TEXT", help="a paragraph for the page; repeatable"
     )
+    parser.add_argument("--reference", metavar="LABEL", help="compare every method with this one, such as lora-r32")
     options = parser.parse_args(arguments)
 
     from analysis.load import find_runs
 
-    print(write_report(find_runs(options.runs), options.out, options.step_times, options.title, options.note))
+    runs = find_runs(options.runs)
+    print(write_report(runs, options.out, options.step_times, options.title, options.note, options.reference))
 
 
 def write_report(
-    run_directories: Sequence[Path], out: Path, step_times: Path | None, title: str, notes: Sequence[str] = ()
+    run_directories: Sequence[Path],
+    out: Path,
+    step_times: Path | None,
+    title: str,
+    notes: Sequence[str] = (),
+    reference: str | None = None,
 ) -> Path:
     """Write the report of these runs into `out` and return the path of its `index.html`.
 
     `step_times` is a measurement of `experiments.timing`, or None for blank cells. `notes` are paragraphs of plain
-    text that say what the records cannot, such as how the learning rates were chosen. UserError when no run can be
-    read.
+    text that say what the records cannot, such as how the learning rates were chosen. `reference` is the label that
+    `analysis.comparisons` compares with. UserError when no run can be read.
     """
     import jinja2
 
-    from analysis import tables
+    from analysis import comparisons, paper_tables, tables
     from analysis.load import load_runs, load_step_times
     from experiments.records import write_atomically
 
@@ -65,11 +72,19 @@ def write_report(
         raise UserError(f"nothing to report: none of the {len(run_directories)} directories is a readable run")
     times = load_step_times(step_times) if step_times else None
     table = tables.method_table(runs.frame, times)
+    compared = comparisons.comparison_table(runs.frame, reference)
+    pairs = {heading: comparisons.display(rows) for heading, rows in tables.by_section(compared)}
     sections = [
-        {"title": heading, "table": tables.display(rows), "figure": _accuracy_figure(number, heading, rows, table, out)}
+        {
+            "title": heading,
+            "table": tables.display(rows),
+            "figure": _accuracy_figure(number, heading, rows, table, out),
+            "pairs": pairs.get(heading),
+        }
         for number, (heading, rows) in enumerate(tables.by_section(table), start=1)
     ]
-    gradients, not_drawn = _gradient_figures(runs.frame, out)
+    mixed = {name for names in table["mixed"] for name in names}
+    gradients, not_drawn = gradient_pictures(runs.frame)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -77,16 +92,24 @@ def write_report(
         title=title,
         notes=notes,
         facts=_facts(runs.frame),
+        papers=[paper for paper in (table(runs.frame) for table in paper_tables.TABLES) if paper.has_ours],
+        sweeps=_sweeps(runs.frame, out),
+        costs=_costs(runs.frame, out),
+        wide=[{"title": heading, "table": wide} for heading, wide in tables.wide_tables(table)],
+        legend=[(tables.MARKS[name], tables.MEANINGS[name]) for name in tables.MARKS if name in mixed],
         sections=sections,
         interval_kinds=set(table["interval_over"]),
+        difference_kinds=set(compared["over"]),
         times=times,
-        gradients=gradients,
+        gradients=[_embed(picture, out) for picture in gradients],
         problems=runs.problems + not_drawn,
         hashes=_hashes(runs.frame),
         environment=_environment(runs.frame),
     )
     write_atomically(out / "table.md", tables.to_markdown(table))
     write_atomically(out / "table.csv", tables.to_csv(table))
+    write_atomically(out / "comparisons.md", comparisons.to_markdown(compared))
+    write_atomically(out / "comparisons.csv", comparisons.to_csv(compared))
     write_atomically(out / "index.html", page)
     return out / "index.html"
 
@@ -94,21 +117,29 @@ def write_report(
 def _accuracy_figure(
     number: int, heading: str, rows: pd.DataFrame, table: pd.DataFrame, out: Path
 ) -> dict[str, str] | None:
-    """The figure of one section, saved and ready for the page; None where a table says as much with fewer settings."""
+    """The figure of one section, saved and ready for the page.
+
+    None where a table says as much with fewer settings, and for sweeps over learning rates, which have their own.
+    """
     from analysis.plots import accuracy_by_parameters
+    from analysis.plots_sweeps import accuracy_by_setting
 
     if rows.loc[rows["trainable_parameters"] > 0, "accuracy"].notna().sum() < FEWEST_DRAWN:
         return None
+    if rows.drop_duplicates(["label", "learning_rate"])["label"].duplicated().any():
+        return None
+    if rows[["pattern", "quantizer"]].notna().to_numpy().any():
+        return _embed(accuracy_by_setting(f"accuracy_by_setting_{number}", heading, rows), out)
     methods = sorted(table["method"].unique())
     return _embed(accuracy_by_parameters(f"accuracy_by_parameters_{number}", heading, rows, methods), out)
 
 
-def _gradient_figures(frame: pd.DataFrame, out: Path) -> tuple[list[dict[str, str]], list[str]]:
+def gradient_pictures(frame: pd.DataFrame) -> tuple[list[Picture], list[str]]:
     """One figure for every model and task with runs of LoRA or DiaBlo, and a line for each that cannot be drawn."""
     from analysis.load import load_metrics, records
     from analysis.plots import Trace, gradient_norms
 
-    figures: list[dict[str, str]] = []
+    pictures: list[Picture] = []
     problems: list[str] = []
     trained = frame.dropna(subset=["trainable_parameters"]).drop_duplicates("run_id")
     for number, (_, part) in enumerate(trained.groupby(["model", "task"]), start=1):
@@ -124,10 +155,42 @@ def _gradient_figures(frame: pd.DataFrame, out: Path) -> tuple[list[dict[str, st
                     problems.append(str(error))
         if traces:
             try:
-                figures.append(_embed(gradient_norms(f"gradient_norms_{number}", model, task, traces), out))
+                pictures.append(gradient_norms(f"gradient_norms_{number}", model, task, traces))
             except ValueError as error:
                 problems.append(f"no gradient figure for {model} on {task}: {error}")
-    return figures, problems
+    return pictures, problems
+
+
+def _sweeps(frame: pd.DataFrame, out: Path) -> list[dict[str, Any]]:
+    """Every learning-rate sweep with its table, its figure and a line for each run that failed."""
+    from analysis.plots_sweeps import learning_rates
+    from analysis.sweeps import failures, find_sweeps, sweep_table
+
+    methods = sorted(set(frame["method"]))
+    return [
+        {
+            "title": f"{sweep.model} trained on {sweep.task}, {sweep.quantity}",
+            "table": sweep_table(sweep),
+            "figure": _embed(learning_rates(f"learning_rates_{number}", sweep, methods), out),
+            "failures": failures(sweep),
+        }
+        for number, sweep in enumerate(find_sweeps(frame), start=1)
+    ]
+
+
+def _costs(frame: pd.DataFrame, out: Path) -> list[dict[str, str]]:
+    """A figure of step time and memory for every model and task of which several methods were trained."""
+    from analysis.load import records
+    from analysis.plots_sweeps import time_and_memory
+
+    figures = []
+    trained = frame.dropna(subset=["step_seconds"])
+    for number, (model, task) in enumerate(sorted({(row["model"], row["task"]) for row in records(trained)}), start=1):
+        part = trained.loc[(trained["model"] == model) & (trained["task"] == task)]
+        if len(set(part["label"])) >= FEWEST_DRAWN:
+            title = f"{model} trained on {task}"
+            figures.append(_embed(time_and_memory(f"time_and_memory_{number}", title, part), out))
+    return figures
 
 
 def _nearest_in_size(runs: Sequence[dict[str, Any]]) -> list[str]:

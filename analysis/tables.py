@@ -6,50 +6,66 @@ Rows are sorted by name and size, never by score, and no cell is marked as a win
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from analysis.load import StepTimes, records
 from analysis.stats import accuracy_interval
 
 # What one table compares.
 SECTION = ["model", "task", "benchmark", "metric", "protocol", "evaluation", "test_data_hash", "n"]
-ROW_ORDER = ["model", "task", "benchmark", "evaluation", "method", "size_number", "learning_rate"]
+ROW_ORDER = ["model", "task", "benchmark", "evaluation", "method", "size_number", "label", "learning_rate"]
+OF_A_SETTING = ["place", "method", "label", "size", "pattern", "quantizer", "bits"]
 STEP_TIME_COLUMNS = ["step_time_ratio", "step_time_low", "step_time_high"]
 COLUMNS = [
     *SECTION,
-    *("setting", "method", "label", "size", "size_number", "trainable_parameters", "percent_of_base", "learning_rate"),
-    *("accuracy", "low", "high", "interval_over", "by_seed", "seeds", "planned_seeds", "train_seconds"),
+    *("setting", *OF_A_SETTING, "size_number", "trainable_parameters", "percent_of_base", "learning_rate"),
+    *("accuracy", "low", "high", "interval_over", "by_seed", "seeds", "planned_seeds", "mixed", "train_seconds"),
+    *("step_seconds", "peak_memory_bytes"),
     *STEP_TIME_COLUMNS,
 ]
+
+
+MARKS = {"code versions": "†", "protocols": "‡", "base weights": "§", "training data": "¶"}
+MEANINGS = {
+    "code versions": "Its runs were trained or scored by different versions of the code.",
+    "protocols": "It was trained under one protocol and scored under another, or under several versions of one.",
+    "base weights": "Its runs started from different base weights.",
+    "training data": "Its runs were trained on different rows.",
+}
 
 
 def method_table(frame: pd.DataFrame, step_times: StepTimes | None = None) -> pd.DataFrame:
     """One row per setting (method, size, learning rate …) and evaluation, with the columns `COLUMNS`.
 
     `frame` is `Runs.frame`. `accuracy`, `low` and `high` are in [0, 1]; `by_seed` maps a seed to its accuracy; `seeds`
-    counts the scored ones and `planned_seeds` all; `train_seconds` is the median over seeds; the step times are
+    counts the scored ones and `planned_seeds` all; `mixed` lists what the runs behind the score do not share (the keys
+    of `MARKS`); `train_seconds`, `step_seconds` and `peak_memory_bytes` are medians over seeds; the step times are
     relative to the frozen model's, for the model they were measured on. What is not there is NaN.
     """
     rows = []
-    for section, part in _sections(frame):
+    for section, part in sections(frame):
         for setting, runs in part.groupby("setting", sort=False):
             scored = runs.dropna(subset=["accuracy"]).sort_values("seed")
             first = runs.iloc[0]
             rows.append(
                 section
                 | {"setting": setting}
-                | {name: first[name] for name in ("method", "label", "size", "size_number", "learning_rate")}
+                | {name: first[name] for name in (*OF_A_SETTING, "size_number", "learning_rate")}
                 | {name: _known(runs, name) for name in ("trainable_parameters", "percent_of_base")}
                 | _accuracy(scored)
-                | {"planned_seeds": runs["seed"].nunique(), "train_seconds": runs["train_seconds"].median()}
+                | {"planned_seeds": runs["seed"].nunique(), "mixed": _mixed(scored)}
+                | {name: runs[name].median() for name in ("train_seconds", "step_seconds", "peak_memory_bytes")}
                 | _step_time(step_times, first["model"], first["label"])
             )
     table = pd.DataFrame(rows, columns=pd.Index(COLUMNS))
-    table = table.astype({"trainable_parameters": "Int64", "n": "Int64", "size_number": float, "learning_rate": float})
+    table = table.astype(
+        {"trainable_parameters": "Int64", "n": "Int64", "place": "Int64", "size_number": float, "learning_rate": float}
+    )
     return table.sort_values(ROW_ORDER, ignore_index=True, na_position="first")
 
 
@@ -62,7 +78,9 @@ def display(table: pd.DataFrame) -> pd.DataFrame:
             "Trainable": table["trainable_parameters"].map(lambda count: _text(count, "{:,}")),
             "% of base": table["percent_of_base"].map(lambda percent: _text(percent, "{:.3f}")),
             "Learning rate": table["learning_rate"].map(lambda rate: _text(rate, "{:g}")),
-            "Score, %": table["accuracy"].map(_percent),
+            "Score, %": [
+                _percent(mean) + marks(mixed) for mean, mixed in zip(table["accuracy"], table["mixed"], strict=True)
+            ],
             "95 % interval": [
                 _range(_percent(low), _percent(high)) for low, high in zip(table["low"], table["high"], strict=True)
             ],
@@ -82,19 +100,52 @@ def display(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def to_markdown(table: pd.DataFrame) -> str:
-    """One Markdown table per section, under a heading that names it."""
-    parts = []
-    for title, section in by_section(table):
-        body = display(section)
-        text = body.to_markdown(index=False, disable_numparse=True, colalign=["left"] + ["right"] * (body.shape[1] - 1))
-        parts.append(f"## {title}\n\n{text}\n")
-    return "\n".join(parts)
+    """The wide tables, then one table per section, each under a heading that names it, and what the marks mean."""
+    parts = [(title, wide) for title, wide in wide_tables(table)]
+    parts += [(title, display(section)) for title, section in by_section(table)]
+    found = {name for mixed in table["mixed"] for name in mixed}
+    legend = [f"{sign} {MEANINGS[name]}" for name, sign in MARKS.items() if name in found]
+    return "\n".join([f"## {title}\n\n{markdown(body)}" for title, body in parts] + [f"{line}\n" for line in legend])
+
+
+def markdown(body: pd.DataFrame) -> str:
+    """A frame of text as a Markdown table: the first column to the left, the others to the right."""
+    columns = ["left"] + ["right"] * (body.shape[1] - 1)
+    return body.to_markdown(index=False, disable_numparse=True, colalign=columns) + "\n"
 
 
 def to_csv(table: pd.DataFrame) -> str:
     """The numbers, unrounded, as CSV; `by_seed` as `0=0.85 1=0.84`."""
     pairs = table["by_seed"].map(lambda scores: " ".join(f"{seed}={score}" for seed, score in scores.items()))
-    return table.assign(by_seed=pairs).to_csv(index=False)
+    return table.assign(by_seed=pairs, mixed=table["mixed"].map("; ".join)).to_csv(index=False)
+
+
+def wide_tables(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Methods × benchmarks for what was trained on one task and scored on several, each with its title.
+
+    `table` is `method_table`'s. Rows are settings; columns are the benchmarks, and their mean where a task has one,
+    each cell with its 95 % interval. A benchmark that was asked in several ways has a column for each. What is missing
+    is an empty cell, and so is a whole row of a method that has no score.
+    """
+    scored = table.dropna(subset=["protocol"])
+    for _, part in scored.groupby(["model", "task", "protocol"], sort=False):
+        single = part.loc[~part["benchmark"].str.startswith("mean of ")]
+        if single["benchmark"].nunique() < 2:
+            continue
+        ways = records(part.drop_duplicates(SECTION).sort_values(["place", "evaluation"]))
+        settings = part.drop_duplicates("setting").sort_values(["method", "size_number", "label", "learning_rate"])
+        columns = ["Method", "N / r", "Trainable", "% of base", "Learning rate"]
+        wide = display(settings).filter(columns).reset_index(drop=True)
+        for way in ways:
+            cells = {row["setting"]: _cell(row) for row in records(part) if _same(row, way)}
+            wide[_heading(way, ways)] = [cells.get(setting, "") for setting in settings["setting"]]
+        first = part.iloc[0]
+        yield f"{first['model']} trained on {first['task']}, all benchmarks, protocol {first['protocol']}", wide
+
+
+def marks(mixed: Sequence[str]) -> str:
+    """The signs behind a number whose runs do not share what `mixed` names."""
+    return "".join(f" {MARKS[name]}" for name in mixed)
 
 
 def by_section(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -107,7 +158,7 @@ def by_section(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         yield f"{first['model']} trained on {first['task']}, {scored}", section
 
 
-def _sections(frame: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+def sections(frame: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
     """Each section's key with its runs, among them those that are planned for its benchmark and not scored."""
     for _, part in frame.groupby(["model", "task", "benchmark"], dropna=False):
         scored, waiting = part.dropna(subset=["accuracy"]), part.loc[part["accuracy"].isna()]
@@ -117,12 +168,17 @@ def _sections(frame: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFram
             yield records(waiting.filter(SECTION))[0], waiting
 
 
+def item_arrays(scored: pd.DataFrame) -> list[NDArray[np.float64]]:
+    """The items of runs that answered the same ones, a (runs, n) array per benchmark: a mean has several."""
+    by_run = [items if isinstance(items, list) else [items] for items in scored["items"]]
+    return [np.stack(part) for part in zip(*by_run, strict=True)]
+
+
 def _accuracy(scored: pd.DataFrame) -> dict[str, Any]:
     """The cells of the runs of one setting that have a score, one run per seed."""
     if scored.empty:
         return {"interval_over": "", "by_seed": {}, "seeds": 0}
-    by_run = [items if isinstance(items, list) else [items] for items in scored["items"]]  # a mean has several parts
-    interval = accuracy_interval(*(np.stack(part) for part in zip(*by_run, strict=True)))
+    interval = accuracy_interval(*item_arrays(scored))
     return {
         "accuracy": interval.mean,
         "low": interval.low,
@@ -137,6 +193,41 @@ def _step_time(times: StepTimes | None, model: str, label: str) -> dict[str, flo
     if times is None or times.model != model or label not in times.ratios.index:
         return {}
     return dict(zip(STEP_TIME_COLUMNS, times.ratios.loc[label, ["median", "low", "high"]], strict=True))
+
+
+def _mixed(scored: pd.DataFrame) -> list[str]:
+    """What the scored runs of one setting do not share: the keys of `MARKS` that apply."""
+    protocols = {
+        *((row["protocol"], row["protocol_version"]) for row in records(scored)),
+        *((name, scored["protocol_version"].iloc[0]) for name in scored["train_protocol"].dropna()),
+    }
+    counts = {
+        "code versions": len({commit for commits in scored["commits"] for commit in commits}),
+        "protocols": len(protocols),
+        "base weights": scored["base_hash"].nunique(),
+        "training data": scored["train_data_hash"].nunique(),
+    }
+    return [name for name in MARKS if counts[name] > 1]
+
+
+def _same(row: dict[str, Any], way: dict[str, Any]) -> bool:
+    return all(row[name] == way[name] for name in SECTION)
+
+
+def _heading(way: dict[str, Any], ways: Sequence[dict[str, Any]]) -> str:
+    """A column's heading: the benchmark; where it was asked in several ways, what tells this one from the others."""
+    alike = sum(other["benchmark"] == way["benchmark"] for other in ways)
+    name = way["benchmark"] if alike == 1 else f"{way['evaluation']}, test data {way['test_data_hash'][:6]}"
+    metric = f", {way['metric']}" if way["metric"] != "accuracy" else ""
+    return f"{name}{metric}, %"
+
+
+def _cell(row: dict[str, Any]) -> str:
+    if pd.isna(row["accuracy"]):
+        return ""
+    missing = f", {row['seeds']} of {row['planned_seeds']} seeds" if row["seeds"] < row["planned_seeds"] else ""
+    interval = _range(_percent(row["low"]), _percent(row["high"]))
+    return f"{_percent(row['accuracy'])} ({interval}){missing}{marks(row['mixed'])}"
 
 
 def _known(runs: pd.DataFrame, column: str) -> Any:

@@ -33,25 +33,33 @@ def write_run(
     steps: int = 3,
     model: str = "tiny",
     mean_with: str | None = None,
+    task: str = "arith",
+    protocol: str = "plain",
+    benchmark: str | None = None,
+    pattern: str | None = None,
 ) -> Path:
     """A finished run as the real stages leave it, with invented numbers. `items=None` leaves it without a score,
-    `mean_with` plans another benchmark and the mean of both."""
+    `mean_with` plans another benchmark and the mean of both; the benchmark is named as the task if not otherwise.
+    A `pattern` makes it a run of the method `sparse`."""
+    benchmark = benchmark or task
     generator = np.random.default_rng(seed)
     key, letter = ("num_blocks", "N") if method == "diablo" else ("r", "r")
     adapter = None if method in ("full", "base") else {key: size, "target_modules": ["q_proj", "down_proj"]}
+    if pattern is not None:
+        adapter = {"pattern": pattern, "density": 1 / size}
     config: dict[str, Any] = {
         "model": {"name": model},
         "method": {
             "name": method,
-            "label": f"{method}-{letter}{size}" if adapter else method,
+            "label": f"{method}-{pattern or f'{letter}{size}'}" if adapter else method,
             "trains": {"full": "all", "base": "nothing"}.get(method, "adapter"),
             "adapter": adapter,
         },
-        "task": {"name": "arith"},
-        "protocol": {"name": "plain"},
+        "task": {"name": task},
+        "protocol": {"name": protocol},
         "recipe": {"learning_rate": learning_rate, "epochs": 1, "batch_size": 16},
         "seed": seed,
-        "evaluation": {"benchmarks": ["arith", *([mean_with] if mean_with else [])], "mean": mean_with is not None},
+        "evaluation": {"benchmarks": [benchmark, *([mean_with] if mean_with else [])], "mean": mean_with is not None},
         "runtime": {"device": "cpu"},
     }
     identity = run_id(config)
@@ -71,7 +79,7 @@ def write_run(
             run_id=identity,
             config_hash=content_hash(config),
             base_hash=content_hash(model),
-            data_hash=content_hash("arith"),
+            data_hash=content_hash(task),
             adapter_files=adapter_files,
             trainable_parameters=parameters,
             base_parameters=BASE_PARAMETERS,
@@ -103,12 +111,12 @@ def write_run(
     if items is not None:
         accuracy = sum(items) / len(items)
         write_record(
-            run.evaluation("arith", "plain", {"max_new_tokens": 64}).score,
+            run.evaluation(benchmark, protocol, {"max_new_tokens": 64}).score,
             EvalRecord(
                 run_id=identity,
-                benchmark="arith",
+                benchmark=benchmark,
                 benchmark_version=1.0,
-                protocol="plain",
+                protocol=protocol,
                 protocol_version=1,
                 searched="completion",
                 parser="hash_marks",
@@ -133,7 +141,7 @@ def write_run(
                 identity=False,
                 base_hash=content_hash(model),
                 adapter_files=adapter_files,
-                data_hash=content_hash("arith test"),
+                data_hash=content_hash(f"{benchmark} test"),
                 samples_hash=content_hash("samples"),
                 environment={"torch": "2.13.0", "device": "cpu"},
             ),

@@ -98,12 +98,15 @@ def test_gradient_figure_shows_three_layers_and_names_what_it_shows(tmp_path: Pa
     runs = [("lora-r7", 1e-3, write_run(tmp_path, "lora")), ("diablo-N8", 2e-3, write_run(tmp_path, "diablo", size=8))]
     traces = [Trace(label, 0, rate, load_metrics(run)) for label, rate, run in runs]
     picture = gradient_norms("norms", "tiny", "arith", traces)
-    axes = picture.figure.axes
+    axes, below = picture.figure.axes[:3], picture.figure.axes[3:]
     assert [panel.get_title() for panel in axes] == [f"layer {layer}, q_proj" for layer in (0, 2, 3)]
     assert {panel.get_ylim() for panel in axes} == {axes[0].get_ylim()}
     column = "base_model.model.model.layers.2.self_attn.q_proj.lora_B.default.weight"
     (drawn,) = (line for line in axes[1].get_lines() if line.get_label() == "lora-r7: B")
     assert np.asarray(drawn.get_ydata()).tolist() == traces[0].norms[column].tolist()
+    (variance,) = (line for line in below[1].get_lines() if line.get_label() == "lora-r7: B")
+    assert np.isnan(np.asarray(variance.get_ydata())[:2]).all()  # three steps are the fewest for a variance here
+    assert np.asarray(variance.get_ydata())[2] == pytest.approx(np.var(traces[0].norms[column], ddof=1))
     for words in ("tiny", "arith", "lora-r7 0.001", "diablo-N8 0.002", "3 norms of exactly 0"):
         assert words in picture.caption
 
@@ -161,9 +164,11 @@ def test_the_report_is_one_page_with_its_files(report: Path) -> None:
     assert "<script" not in text
     files = {path.relative_to(report.parent).as_posix() for path in report.parent.rglob("*") if path.is_file()}
     figures = {
-        f"figures/{name}_1.{end}" for name in ("accuracy_by_parameters", "gradient_norms") for end in ("svg", "png")
+        f"figures/{name}_1.{end}"
+        for name in ("accuracy_by_parameters", "gradient_norms", "time_and_memory")
+        for end in ("svg", "png")
     }
-    assert files == {"index.html", "table.md", "table.csv"} | figures
+    assert files == {"index.html", "table.md", "table.csv", "comparisons.md", "comparisons.csv"} | figures
     assert len(pd.read_csv(report.with_name("table.csv"))) == 7
 
 
@@ -190,9 +195,9 @@ def test_the_page_in_a_browser(report: Path, tmp_path: Path, width: int) -> None
     seen = json.loads(dom.partition('<pre id="seen">')[2].partition("</pre>")[0])
     assert seen["inner"] == width
     assert seen["scroll"] <= width
-    assert len(seen["images"]) == 2
+    assert len(seen["images"]) == 3
     assert all(alt > 20 and pixels > 0 for alt, pixels in seen["images"])
-    assert seen["tables"] == 3
+    assert seen["tables"] == 5  # methods, differences, beside the paper, hashes, environment
 
 
 def test_a_report_of_unscored_runs_has_no_figure_and_says_why(tmp_path: Path) -> None:

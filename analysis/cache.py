@@ -1,0 +1,135 @@
+"""What was read of many runs, kept between two loads in one Parquet file, and read again only where a file changed.
+
+The file lies in `$DIABLO_CACHE` (default ~/.cache/diablo), a file per set of folders. It may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+
+JSON_COLUMNS = ["environment", "eval_environment", "beside", "commits", "problems"]
+LENGTHS = "item_lengths"  # of `items`: one number for one benchmark, several for a mean over benchmarks
+
+
+def signature(directory: str) -> str:
+    """Names, times and sizes of the files that a run's rows are read from; another signature, another content."""
+    names = [f"{directory}/config.yaml", f"{directory}/train.json"]
+    try:
+        for benchmark in sorted(os.listdir(f"{directory}/eval")):
+            folder = f"{directory}/eval/{benchmark}"
+            names += [f"{folder}/{evaluation}/score.json" for evaluation in sorted(os.listdir(folder))]
+    except OSError:  # not evaluated, or a file where a folder should be: reading says so
+        pass
+    parts = [directory]
+    for name in names:
+        try:
+            found = os.stat(name)
+        except OSError:
+            parts.append("-")
+        else:
+            parts.append(f"{name.rpartition('/eval/')[2]} {found.st_mtime_ns} {found.st_size}")
+    return "\n".join(parts)
+
+
+def cached_rows(
+    directories: Sequence[Path],
+    read: Callable[[Sequence[Path]], list[list[dict[str, Any]]]],
+    build: Callable[[Sequence[dict[str, Any]]], pd.DataFrame],
+    version: str,
+) -> pd.DataFrame:
+    """The rows of all `directories`, in their order; only those whose files changed go through `read`.
+
+    `read` gives the rows of every directory, at least one, and `build` makes a frame of rows. `version` names what is
+    read and how: another version, another file.
+    """
+    from experiments.records import content_hash
+
+    parents = sorted({str(directory.resolve().parent) for directory in directories})
+    folder = Path(os.environ.get("DIABLO_CACHE") or Path.home() / ".cache" / "diablo") / "runs"
+    path = folder / f"{content_hash([version, parents])[:16]}.parquet"
+    wanted = [signature(str(directory)) for directory in directories]
+    known = _load(path)
+    if known is not None and known["signature"].drop_duplicates().tolist() == wanted:
+        return _decode(known)
+    places = {} if known is None else known.groupby("signature", sort=False).indices
+    missing = [number for number, name in enumerate(wanted) if name not in places]
+    fresh = dict(zip(missing, read([directories[number] for number in missing]), strict=True))
+    parts: list[pd.DataFrame] = []
+    if known is not None:
+        kept = [number for number in range(len(wanted)) if number not in fresh]
+        rows = [np.asarray(places[wanted[number]]) for number in kept]
+        order = np.repeat(kept, [len(found) for found in rows]) if kept else []
+        parts.append(known.take(np.concatenate(rows) if rows else []).assign(order=order))
+    if fresh:
+        numbers = np.repeat(missing, [len(rows) for rows in fresh.values()])
+        encoded = _encode(build([row for rows in fresh.values() for row in rows]))
+        parts.append(encoded.assign(order=numbers, signature=[wanted[number] for number in numbers]))
+    frame = pd.concat([part for part in parts if len(part)], ignore_index=True)
+    frame = frame.sort_values("order", kind="stable", ignore_index=True).drop(columns="order")
+    _save(frame, path)
+    return _decode(frame)
+
+
+def _encode(frame: pd.DataFrame) -> pd.DataFrame:
+    """A copy with nothing in it that Parquet has no type for."""
+    lists = [[items] if isinstance(items, np.ndarray) else items for items in frame["items"]]
+    several = [isinstance(items, list) for items in lists]
+    encoded = frame.assign(
+        path=frame["path"].map(str),
+        items=[np.concatenate(parts) if ok else None for parts, ok in zip(lists, several, strict=True)],
+        **{LENGTHS: [[len(part) for part in parts] if ok else None for parts, ok in zip(lists, several, strict=True)]},
+    )
+    for column in JSON_COLUMNS:
+        encoded[column] = [json.dumps(value) if isinstance(value, dict | list) else None for value in frame[column]]
+    return encoded
+
+
+def _decode(frame: pd.DataFrame) -> pd.DataFrame:
+    memo: dict[Any, Any] = {}
+
+    def value(text: Any) -> Any:
+        if not isinstance(text, str):
+            return None
+        if text not in memo:
+            memo[text] = json.loads(text)
+        return memo[text]
+
+    decoded = frame.assign(path=[Path(path) for path in frame["path"]])
+    for column in JSON_COLUMNS:
+        decoded[column] = pd.Series([value(text) for text in frame[column]], dtype=object)
+    decoded["items"] = pd.Series(
+        [_parts(items, lengths) for items, lengths in zip(frame["items"], frame[LENGTHS], strict=True)], dtype=object
+    )
+    return decoded.drop(columns=[LENGTHS, "signature"])
+
+
+def _parts(items: Any, lengths: Any) -> Any:
+    if not isinstance(items, np.ndarray):
+        return None
+    return items if len(lengths) == 1 else np.split(items, np.cumsum(lengths)[:-1])
+
+
+def _load(path: Path) -> pd.DataFrame | None:
+    if not path.is_file():
+        return None
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError):  # not whole: read everything again
+        return None
+
+
+def _save(frame: pd.DataFrame, path: Path) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        frame.to_parquet(cast(Any, aside), index=False)
+        os.replace(aside, path)
+    except OSError:  # a full or read-only disk costs the next load its time, no more
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,134 @@
+"""The methods of one table, pair by pair: differences with intervals, tests, and what could have been found.
+
+Only runs that answered the same test items are compared, seed by seed (analysis/paired.py has the statistics). All
+tests of one table are one family, corrected by Holm's method.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from statsmodels.stats.multitest import multipletests
+
+from analysis.load import records
+from analysis.paired import paired_difference
+from analysis.tables import SECTION, by_section, item_arrays, markdown, sections
+from experiments.errors import UserError, nearest
+
+ALL_PAIRS = 6  # up to so many settings every pair is tested, above it each against the reference
+OF_A_SETTING = ["setting", "method", "label", "learning_rate"]
+COLUMNS = [
+    *SECTION,
+    *(f"{side}_{name}" for side in ("first", "second") for name in OF_A_SETTING),
+    *("seeds", "mean", "low", "high", "over", "test", "p_value", "p_holm", "family", "improvement", "smallest"),
+]
+
+
+def comparison_table(frame: pd.DataFrame, reference: str | None = None) -> pd.DataFrame:
+    """One row per pair of settings that share test items and seeds, with the columns `COLUMNS`.
+
+    `frame` is `Runs.frame`. `mean`, `low`, `high` and `smallest` are differences of accuracy, first minus second, over
+    the `seeds` that both have (a list); `p_holm` is corrected over the `family` of tests in its table. Every pair is
+    there where a table has at most `ALL_PAIRS` settings and no `reference` is named; else every setting is compared
+    with the reference, a label, by default the DiaBlo setting nearest in size to one of LoRA: size is known before any
+    score. Labels with several learning rates are left out: they are a sweep. UserError for an unknown label.
+    """
+    labels = set(frame["label"])
+    if reference is not None and reference not in labels:
+        raise UserError(f"reference {reference}: no run has this label, {nearest(reference, labels)}")
+    rows: list[dict[str, Any]] = []
+    for section, part in sections(frame):
+        scored = part.dropna(subset=["accuracy"])
+        settings = [runs for _, runs in _without_sweeps(scored).sort_values(_ORDER).groupby("setting", sort=False)]
+        family = []
+        for first, second in _pairs(settings, reference):
+            seeds = sorted(set(first["seed"]) & set(second["seed"]))
+            if seeds:
+                family.append(section | _compared(first, second, seeds))
+        if family:
+            corrected = np.asarray(multipletests([row["p_value"] for row in family], method="holm")[1])
+            rows += [row | {"p_holm": p, "family": len(family)} for row, p in zip(family, corrected, strict=True)]
+    return pd.DataFrame(rows, columns=pd.Index(COLUMNS)).sort_values(
+        ["model", "task", "benchmark", "evaluation"], kind="stable", ignore_index=True
+    )
+
+
+def display(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `comparison_table` as text for a reader; differences are in percentage points."""
+    rows = []
+    for row in records(table):
+        rows.append(
+            {
+                "Compared": _title(row),
+                "Common seeds": ", ".join(map(str, row["seeds"])),
+                "Difference, points": f"{100 * row['mean']:+.1f}",
+                "95 % interval": f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}",
+                "Interval and test over": row["over"],
+                "Test": row["test"],
+                "p": _probability(row["p_value"]),
+                f"p, Holm over {row['family']}": _probability(row["p_holm"]),
+                "First's seed ahead": "" if pd.isna(row["improvement"]) else f"{100 * row['improvement']:.0f} %",
+                "Smallest found, points": f"{100 * row['smallest']:.1f}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """One Markdown table per section, under a heading that names it."""
+    return "\n".join(f"## {title}\n\n{markdown(display(rows))}" for title, rows in by_section(table))
+
+
+def to_csv(table: pd.DataFrame) -> str:
+    """The numbers, unrounded, as CSV; `seeds` as `0 1 2`."""
+    return table.assign(seeds=table["seeds"].map(lambda seeds: " ".join(map(str, seeds)))).to_csv(index=False)
+
+
+_ORDER = ["method", "size_number", "label", "learning_rate", "setting", "seed"]
+
+
+def _without_sweeps(scored: pd.DataFrame) -> pd.DataFrame:
+    swept = [label for label, part in scored.groupby("label") if len(part["learning_rate"].dropna().unique()) > 1]
+    return scored.loc[~scored["label"].isin(swept)]
+
+
+def _pairs(settings: Sequence[pd.DataFrame], reference: str | None) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
+    if reference is None and len(settings) <= ALL_PAIRS:
+        yield from itertools.combinations(settings, 2)
+        return
+    chosen = [number for number, runs in enumerate(settings) if runs["label"].iloc[0] == reference]
+    for number in chosen if reference else _nearest_in_size(settings):
+        yield from ((other, settings[number]) for place, other in enumerate(settings) if place != number)
+
+
+def _nearest_in_size(settings: Sequence[pd.DataFrame]) -> list[int]:
+    """The place of the DiaBlo setting nearest in trainable parameters to a LoRA setting; the first place if none."""
+    facts = [(runs["method"].iloc[0], runs["trainable_parameters"].iloc[0]) for runs in settings]
+    sizes = [size for method, size in facts if method == "lora" and pd.notna(size)]
+    ours = [place for place, (method, size) in enumerate(facts) if method == "diablo" and pd.notna(size)]
+    if not ours or not sizes:
+        return [*ours, 0][:1]
+    return [min(ours, key=lambda place: min(abs(facts[place][1] - size) for size in sizes))]
+
+
+def _compared(first: pd.DataFrame, second: pd.DataFrame, seeds: Sequence[int]) -> dict[str, Any]:
+    sides = {"first": first, "second": second}
+    arrays = [item_arrays(runs.set_index("seed").loc[list(seeds)]) for runs in sides.values()]
+    about = {f"{side}_{name}": runs[name].iloc[0] for side, runs in sides.items() for name in OF_A_SETTING}
+    return about | {"seeds": list(seeds)} | asdict(paired_difference(*arrays))
+
+
+def _title(row: dict[str, Any]) -> str:
+    """The two labels; where they are one, with the beginning of their settings' hashes."""
+    if row["first_label"] != row["second_label"]:
+        return f"{row['first_label']} − {row['second_label']}"
+    return " − ".join(f"{row[f'{side}_label']} ({row[f'{side}_setting'][:6]})" for side in ("first", "second"))
+
+
+def _probability(p: float) -> str:
+    return "<0.0001" if p < 1e-4 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"

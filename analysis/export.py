@@ -1,0 +1,96 @@
+"""Run directories made small enough to commit: what tables, figures and notebooks read, and nothing else.
+
+    python -m analysis.export runs --out analysis/results/quickstart/runs
+
+Of a run it keeps config.yaml (without the paths of `runtime`), train.json, every score.json and a thinned
+metrics.jsonl. Adapters, plans, samples and checkpoints stay behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.errors import UserError, run_command
+from experiments.records import RunPaths, read_config, read_json, read_lines, write_atomically, write_config
+
+RESULTS = Path(__file__).with_name("results")
+PATHS = ("runs_dir", "data_root", "cache_dir")  # of `runtime`: they say where, on a machine that the reader lacks
+FIRST = 10  # steps kept from the start, where the gradients of LoRA's A grow from zero
+STEPS = 60  # steps kept in all
+DIGITS = 5  # significant ones of a number in metrics.jsonl
+
+
+def export_run(source: Path, out: Path) -> Path:
+    """Write the small copy of one run into the folder `out` and return its directory."""
+    old, new = RunPaths(source), RunPaths(out / source.name)
+    config = read_config(old)
+    config["runtime"] = {key: None if key in PATHS else value for key, value in config["runtime"].items()}
+    write_config(new, config)
+    for path in (old.train_record, *sorted(source.glob("eval/*/*/score.json"))):
+        if path.is_file():
+            write_atomically(new.root / path.relative_to(source), _compact(read_json(path)))
+    if old.metrics.is_file():
+        lines = list(read_lines(old.metrics))
+        write_atomically(new.metrics, "".join(_compact(_rounded(line)) for line in thinned(lines)))
+    return new.root
+
+
+def thinned(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first `FIRST` lines and evenly spaced ones of the rest, `STEPS` in all, the last among them."""
+    if len(lines) <= STEPS:
+        return list(lines)
+    rest = len(lines) - 1 - FIRST
+    return [*lines[:FIRST], *(lines[FIRST + rest * k // (STEPS - FIRST - 1)] for k in range(STEPS - FIRST))]
+
+
+def committed_runs(experiment: str) -> list[Path]:
+    """The committed run directories of an experiment; `DIABLO_RESULTS` names another folder of results.
+
+    UserError when there are none.
+    """
+    from analysis.load import find_runs
+
+    folder = Path(os.environ.get("DIABLO_RESULTS") or RESULTS) / experiment / "runs"
+    try:
+        return find_runs([folder])
+    except UserError:
+        raise UserError(
+            f"{folder}: no committed runs: `python -m experiments.reproduce {experiment}`, then "
+            f"`python -m analysis.export runs --out {folder}`"
+        ) from None
+
+
+def _rounded(line: dict[str, Any]) -> dict[str, Any]:
+    norms = [float(f"{norm:.{DIGITS}g}") for norm in line["gradient_norms"]]
+    numbers = {key: float(f"{value:.{DIGITS}g}") for key, value in line.items() if isinstance(value, float)}
+    return line | numbers | {"gradient_norms": norms}
+
+
+def _compact(record: dict[str, Any]) -> str:
+    """A record as one line; whole numbers, as most items are, without their `.0`."""
+    if "items" in record:
+        items = [int(item) if float(item).is_integer() else item for item in record["items"]]
+        record = record | {"items": items}
+    return json.dumps(record, separators=(",", ":")) + "\n"
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m analysis.export", description="Runs, small enough to commit.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="run directories, or folders of them")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the small copies into")
+    options = parser.parse_args(arguments)
+
+    from analysis.load import find_runs
+
+    copies = [export_run(run, options.out) for run in find_runs(options.runs)]
+    size = sum(path.stat().st_size for copy in copies for path in copy.rglob("*") if path.is_file())
+    print(f"{len(copies)} runs, {size / 2**10:,.0f} KiB in {options.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)

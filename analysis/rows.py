@@ -1,0 +1,240 @@
+"""The rows of one run: what tables take from its config, its training record and its scores.
+
+What cannot be read is left out and named in one line; what is missing stays missing, it never becomes a zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.errors import UserError
+from experiments.records import (
+    NOT_IN_THE_ID,
+    EvalRecord,
+    RunPaths,
+    TrainRecord,
+    content_hash,
+    read_config,
+    read_record,
+)
+
+UNREADABLE = (UserError, OSError, ValueError, KeyError, TypeError, AttributeError)  # what a damaged file can raise
+SIZES = {"num_blocks": "N", "r": "r"}  # the setting that sizes an adapter -> the letter the literature gives it
+RUN_COLUMNS = (
+    *("run_id", "path", "model", "method", "label", "size", "size_number", "task", "seed", "learning_rate"),
+    *("train_protocol", "pattern", "quantizer", "bits"),
+)
+TRAIN_COLUMNS = (
+    *("trainable_parameters", "base_parameters", "percent_of_base", "steps", "train_seconds", "final_loss"),
+    *("held_out_loss", "step_seconds", "peak_memory_bytes"),
+)
+HASH_COLUMNS = ("base_hash", "train_data_hash", "environment")
+EVAL_COLUMNS = (
+    *("benchmark", "place", "metric", "protocol", "protocol_version", "evaluation", "n", "accuracy"),
+    *("standard_error", "beside", "commits"),
+)
+COUNT_COLUMNS = (
+    "no_match",
+    "fallback",
+    "dropped",
+    "cut_prompts",
+    "samples",
+    "items",
+    "test_data_hash",
+    "eval_environment",
+)
+COLUMNS = [*RUN_COLUMNS, "setting", *TRAIN_COLUMNS, *HASH_COLUMNS, *EVAL_COLUMNS, *COUNT_COLUMNS]
+WHOLE_NUMBERS = [
+    *("seed", "trainable_parameters", "base_parameters", "steps", "peak_memory_bytes"),
+    *("bits", "protocol_version", "place", "n", *COUNT_COLUMNS[:5]),
+]
+NUMBERS = [
+    *("size_number", "learning_rate", "percent_of_base", "train_seconds", "final_loss", "held_out_loss"),
+    *("step_seconds", "accuracy", "standard_error"),
+]
+TYPES = dict.fromkeys(WHOLE_NUMBERS, "Int64") | dict.fromkeys(NUMBERS, "float64")
+
+
+def read_run(directory: Path) -> list[dict[str, Any]]:
+    """The rows of one run, each with what is wrong with it as `problems`; of a run without a config that alone."""
+    problems: list[str] = []
+    run = RunPaths(directory)
+    try:
+        config = read_config(run)
+        about_run = _about_run(run, config)
+        planned = (config.get("evaluation") or {}).get("benchmarks") or []
+    except UNREADABLE as error:
+        return [{"path": directory, "problems": [line_of(run.config, error)]}]
+    trained, training = _training(run, problems)
+    evaluations = list(_evaluations(run, trained, problems))
+    scored = {evaluation["benchmark"] for evaluation in evaluations}
+    if (config.get("evaluation") or {}).get("mean"):
+        evaluations += list(_means(run, evaluations, planned, problems))
+    for evaluation in evaluations:
+        if evaluation["benchmark"] in planned:
+            evaluation["place"] = planned.index(evaluation["benchmark"])
+    for benchmark in planned:
+        if benchmark not in scored:
+            evaluations.append({"benchmark": benchmark, "place": planned.index(benchmark)})
+            problems.append(f"{directory}: no score for {benchmark}")
+    return [about_run | training | evaluation | {"problems": problems} for evaluation in evaluations or [{}]]
+
+
+def _about_run(run: RunPaths, config: dict[str, Any]) -> dict[str, Any]:
+    method = config["method"]
+    adapter = method["adapter"] or {}
+    quantization = config.get("quantization") or {}
+    size = next((key for key in SIZES if adapter.get(key) is not None), None)
+    return {
+        "run_id": run.root.name,
+        "path": run.root,
+        "model": config["model"]["name"],
+        "method": method["name"],
+        "label": method["label"],
+        "size": f"{SIZES[size]}={adapter[size]}" if size else adapter.get("pattern") or "",
+        "size_number": adapter[size] if size else None,
+        "task": config["task"]["name"],
+        "seed": config["seed"],
+        "learning_rate": None if method["trains"] == "nothing" else config["recipe"]["learning_rate"],
+        "train_protocol": config["protocol"]["name"],
+        "pattern": adapter.get("pattern"),
+        "quantizer": quantization.get("name"),
+        "bits": quantization.get("bits"),
+        "setting": content_hash({key: value for key, value in config.items() if key not in (*NOT_IN_THE_ID, "seed")}),
+    }
+
+
+def _training(run: RunPaths, problems: list[str]) -> tuple[TrainRecord | None, dict[str, Any]]:
+    """The training record, and what the frame takes from it; (None, {}) when there is none to trust."""
+    if not run.train_record.is_file():
+        problems.append(f"{run.root}: not trained, or not to the end")
+        return None, {}
+    try:
+        record = read_record(run.train_record, TrainRecord)
+        if record.run_id != run.root.name:
+            raise UserError(f"{run.train_record}: the record of {record.run_id}: train the run again")
+        return record, {
+            "trainable_parameters": record.trainable_parameters,
+            "base_parameters": record.base_parameters,
+            "percent_of_base": 100 * record.trainable_parameters / record.base_parameters,
+            "steps": record.steps,
+            "train_seconds": record.train_seconds if record.steps else None,
+            "final_loss": record.final_loss,
+            "held_out_loss": (getattr(record, "held_out", None) or {}).get("loss"),
+            "step_seconds": record.step_seconds,
+            "peak_memory_bytes": record.peak_memory_bytes if record.steps else None,
+            "base_hash": record.base_hash,
+            "train_data_hash": record.data_hash,
+            "environment": record.environment,
+        }
+    except (*UNREADABLE, ZeroDivisionError) as error:
+        problems.append(line_of(run.train_record, error))
+        return None, {}
+
+
+def _evaluations(run: RunPaths, trained: TrainRecord | None, problems: list[str]) -> Iterator[dict[str, Any]]:
+    """What the frame takes from every evaluation of a run that can be read and belongs to its weights."""
+    for path in sorted(run.root.glob("eval/*/*/score.json")):
+        try:
+            record = read_record(path, EvalRecord)
+            items = np.array(record.items, dtype=float)
+            _check_score(path, run, record, items, trained)
+        except UNREADABLE as error:
+            problems.append(line_of(path, error))
+            continue
+        yield {
+            "benchmark": record.benchmark,
+            "metric": record.metric,
+            "protocol": record.protocol,
+            "protocol_version": record.protocol_version,
+            "evaluation": path.parent.relative_to(run.root / "eval").as_posix(),
+            "n": record.n,
+            "accuracy": record.accuracy,
+            "standard_error": record.standard_error,
+            "beside": record.beside,
+            "commits": _commits(record, *([trained] if trained else [])),
+            "asked": record.generation,
+            "searched": record.searched,
+            "no_match": record.no_match,
+            "fallback": record.fallback,
+            "dropped": record.dropped,
+            "cut_prompts": record.cut_prompts,
+            "samples": record.samples,
+            "items": items,
+            "test_data_hash": record.data_hash,
+            "eval_environment": record.environment,
+        }
+
+
+def _means(
+    run: RunPaths, evaluations: Sequence[dict[str, Any]], planned: Sequence[str], problems: list[str]
+) -> Iterator[dict[str, Any]]:
+    """The plain mean over all planned benchmarks, once for every way that all of them were asked and read whole."""
+    ways: dict[str, list[dict[str, Any]]] = {}
+    for row in evaluations:
+        if row["benchmark"] in planned and row["asked"]["limit"] is None:
+            ways.setdefault(_way(row), []).append(row)
+    for parts in ways.values():
+        parts.sort(key=lambda row: planned.index(row["benchmark"]))
+        if [row["benchmark"] for row in parts] == list(planned):
+            yield _mean(parts)
+        else:
+            scored = ", ".join(row["evaluation"] for row in parts)
+            problems.append(f"{run.root}: no mean over the {len(planned)} benchmarks, asked alike there are {scored}")
+
+
+def _way(row: dict[str, Any]) -> str:
+    """What evaluations of one mean share: protocol and settings, but for the lengths that go with a kind of answer."""
+    asked = row["asked"]
+    generation = {key: value for key, value in asked["generation"].items() if key not in ("max_new_tokens", "stop")}
+    return content_hash([row["protocol"], row["searched"], {**asked, "generation": generation}])
+
+
+def _mean(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "benchmark": f"mean of {len(parts)}",
+        "metric": parts[0]["metric"],
+        "protocol": parts[0]["protocol"],
+        "protocol_version": parts[0]["protocol_version"],
+        "evaluation": "mean: " + ", ".join(row["evaluation"] for row in parts),
+        "n": sum(row["n"] for row in parts),
+        "accuracy": float(np.mean([row["accuracy"] for row in parts])),
+        "standard_error": float(np.sqrt(sum(row["standard_error"] ** 2 for row in parts))) / len(parts),
+        "beside": {},
+        "place": len(parts),
+        "commits": sorted({commit for row in parts for commit in row["commits"]}),
+        **{count: sum(row[count] for row in parts) for count in COUNT_COLUMNS[:4]},
+        "samples": parts[0]["samples"],
+        "items": [row["items"] for row in parts],
+        "test_data_hash": content_hash([row["test_data_hash"] for row in parts]),
+        "eval_environment": parts[0]["eval_environment"],
+    }
+
+
+def _commits(*found: TrainRecord | EvalRecord) -> list[str]:
+    """The versions of this code that made the records, as far as they were made in a git checkout."""
+    commits = {record.environment.get("commit") for record in found}
+    return sorted(commit for commit in commits if commit)
+
+
+def _check_score(path: Path, run: RunPaths, record: EvalRecord, items: np.ndarray, trained: TrainRecord | None) -> None:
+    """UserError unless the score is this run's, adds up, and was made with the weights that the training recorded."""
+    if record.run_id != run.root.name:
+        raise UserError(f"{path}: the score of {record.run_id}: evaluate the run again")
+    if record.n == 0 or len(items) != record.n or not math.isclose(items.mean(), record.accuracy, abs_tol=1e-9):
+        raise UserError(f"{path}: n and accuracy do not fit its items: evaluate the run again")
+    if trained is not None:
+        for name in trained.adapter_files.keys() & record.adapter_files.keys():
+            if trained.adapter_files[name] != record.adapter_files[name]:
+                raise UserError(f"{path}: scored with another {name} than train.json has: evaluate the run again")
+
+
+def line_of(path: Path, error: BaseException) -> str:
+    """One line that names the file: our own errors do already, others are put behind the name."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{path}: cannot be read ({type(error).__name__}: {text})"

@@ -1,0 +1,134 @@
+"""Learning-rate sweeps: every run of one method at several rates, the failed ones among them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import pandas as pd
+
+from analysis.load import records
+
+FAILED = {"diverged": "its training loss is not finite", "not trained": "no training record", "not scored": "no score"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep; `value` is NaN where it `failed`, a key of `FAILED` or ""."""
+
+    method: str
+    label: str
+    learning_rate: float
+    seed: int
+    value: float
+    failed: str
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The runs of one model and task whose labels have several learning rates.
+
+    `quantity` says what the points' values are; `lower` whether less of it is better.
+    """
+
+    model: str
+    task: str
+    quantity: str
+    lower: bool
+    points: list[Point]
+
+    def labels(self) -> list[str]:
+        return list(dict.fromkeys(point.label for point in self.points))
+
+    def by_rate(self, label: str) -> dict[float, list[Point]]:
+        """The points of a label at each of its learning rates, in order."""
+        points = [point for point in self.points if point.label == label]
+        rates = sorted({point.learning_rate for point in points})
+        return {rate: [point for point in points if point.learning_rate == rate] for rate in rates}
+
+    def means(self, label: str) -> dict[float, float]:
+        """The mean over seeds at each learning rate at which no run failed."""
+        rates = self.by_rate(label).items()
+        return {
+            rate: fmean(point.value for point in points)
+            for rate, points in rates
+            if not any(point.failed for point in points)
+        }
+
+    def best(self, label: str) -> float | None:
+        """The learning rate with the best mean; None when runs failed at every one."""
+        means = self.means(label)
+        return (min if self.lower else max)(means, key=means.__getitem__) if means else None
+
+
+def find_sweeps(frame: pd.DataFrame) -> Iterator[Sweep]:
+    """The sweeps among the rows of `Runs.frame`: by held-out loss where it was recorded, else by score.
+
+    Of several benchmarks the task's mean is taken, or the first where it has none.
+    """
+    trained = records(frame.dropna(subset=["learning_rate"]))
+    for model, task in sorted({(row["model"], row["task"]) for row in trained}):
+        rows = [row for row in trained if (row["model"], row["task"]) == (model, task)]
+        rates = {row["label"]: set() for row in rows}
+        for row in rows:
+            rates[row["label"]].add(row["learning_rate"])
+        rows = [row for row in rows if len(rates[row["label"]]) > 1]
+        if not rows:
+            continue
+        by_loss = any(pd.notna(row["held_out_loss"]) for row in rows)
+        quantity = "held-out loss"
+        if not by_loss:
+            scored = [row for row in rows if pd.notna(row["accuracy"])]
+            scored.sort(key=lambda row: (not str(row["benchmark"]).startswith("mean of "), _place(row)))
+            chosen = scored[0] if scored else {"benchmark": None, "metric": "accuracy"}
+            rows = [row for row in rows if row["benchmark"] == chosen["benchmark"] or pd.isna(row["accuracy"])]
+            quantity = f"{chosen['metric']} on {chosen['benchmark']}, %"
+        rows.sort(key=lambda row: pd.notna(row["accuracy"]))  # of a run with a score and missing ones, the score
+        points = {row["run_id"]: _point(row, by_loss) for row in rows}
+        order = sorted(points.values(), key=lambda point: (point.method, point.label, point.learning_rate, point.seed))
+        yield Sweep(model, task, quantity, by_loss, order)
+
+
+def sweep_table(sweep: Sweep) -> pd.DataFrame:
+    """Labels × learning rates as text: every run's value, or how it failed; an asterisk behind a label's best rate."""
+    layout = "{:.4f}" if sweep.lower else "{:.1f}"
+    rows = []
+    for label in sweep.labels():
+        cells = {
+            rate: " · ".join(point.failed or layout.format(point.value) for point in points)
+            for rate, points in sweep.by_rate(label).items()
+        }
+        best = sweep.best(label)
+        rows.append({rate: text + (" *" if rate == best else "") for rate, text in cells.items()})
+    rates = sorted({point.learning_rate for point in sweep.points})
+    texts = {f"{rate:g}": [row.get(rate, "") for row in rows] for rate in rates}
+    return pd.DataFrame({"Method": sweep.labels(), **texts})
+
+
+def failures(sweep: Sweep) -> list[str]:
+    """One line per failed run."""
+    return [
+        f"{point.label} at learning rate {point.learning_rate:g}, seed {point.seed}: {FAILED[point.failed]}"
+        for point in sweep.points
+        if point.failed
+    ]
+
+
+def _point(row: dict[str, Any], by_loss: bool) -> Point:
+    value = float(row["held_out_loss"]) if by_loss else 100 * float(row["accuracy"])
+    failed = ""
+    if pd.isna(row["trainable_parameters"]):
+        failed = "not trained"
+    elif not math.isfinite(row["final_loss"]) or math.isinf(value):
+        failed = "diverged"
+    elif math.isnan(value):
+        failed = "not scored"
+    place = (row["method"], row["label"], float(row["learning_rate"]), int(row["seed"]))
+    return Point(*place, math.nan if failed else value, failed)
+
+
+def _place(row: dict[str, Any]) -> int:
+    return int(row["place"]) if pd.notna(row["place"]) else 1000  # what was not planned comes last

@@ -1,0 +1,150 @@
+"""Many runs: read by all processors, kept, and read again only where a file changed."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from analysis import load
+from analysis.load import find_runs, load_runs, records
+from experiments.errors import UserError
+from experiments.records import RunPaths, run_id
+from tests.analysis_runs import change, score_file, write_run
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three runs are many; the folder of the kept rows."""
+    monkeypatch.setattr(load, "MANY", 3)
+    monkeypatch.setenv("DIABLO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "runs"
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """A plain run, one with a mean, a pattern, an unscored, an untrained, a damaged one and one without a config."""
+    folder = tmp_path / "runs"
+    write_run(folder, "lora", items=[1, 0, 1])
+    several = RunPaths(write_run(folder, "dora", items=[1, 1, 0], mean_with="other"))
+    other = several.evaluation("other", "plain", {}).score
+    other.parent.mkdir(parents=True)
+    other.write_text(score_file(several.root).read_text())
+    change(other, benchmark="other", items=[0.5, 1.0], n=2, accuracy=0.75, beside={"pass@5": 0.5})
+    write_run(folder, "sparse", pattern="banded", items=[1, 0])
+    write_run(folder, "pissa")
+    RunPaths(write_run(folder, "milora", items=[0, 1])).train_record.unlink()
+    score_file(write_run(folder, "full", items=[0, 1])).write_text('{"half')
+    (folder / "broken").mkdir()
+    (folder / "broken" / "config.yaml").write_text("[")
+    return find_runs([folder])
+
+
+def same(first: load.Runs, second: load.Runs) -> None:
+    assert sorted(first.problems) == sorted(second.problems)
+    columns = ["path", "items", "beside", "commits", "environment", "eval_environment"]
+    pd.testing.assert_frame_equal(first.frame.drop(columns=columns), second.frame.drop(columns=columns))
+    for one, other in zip(records(first.frame), records(second.frame), strict=True):
+        for column in columns:
+            if column == "items" and isinstance(one[column], list):
+                assert all(np.array_equal(a, b) for a, b in zip(one[column], other[column], strict=True))
+            elif column == "items" and isinstance(one[column], np.ndarray):
+                assert np.array_equal(one[column], other[column])
+            elif isinstance(one[column], dict | list | Path):
+                assert one[column] == other[column]
+            else:
+                assert pd.isna(one[column])
+                assert pd.isna(other[column])
+
+
+def test_what_was_kept_is_what_was_read(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: Path
+) -> None:
+    monkeypatch.setattr(load, "MANY", 100)
+    plain = load_runs(runs)
+    assert len(plain.problems) == 5
+    monkeypatch.setattr(load, "MANY", 3)
+    same(load_runs(runs), plain)
+    (file,) = kept.iterdir()
+    before = file.stat().st_mtime_ns
+    monkeypatch.setattr(load, "read_run", lambda directory: pytest.fail("nothing changed"))
+    same(load_runs(runs), plain)
+    assert file.stat().st_mtime_ns == before
+
+
+def test_only_what_changed_is_read_again(runs: list[Path], monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
+    load_runs(runs)
+    read_run, read = load.read_run, []
+    monkeypatch.setattr(load, "read_run", lambda directory: read.append(directory) or read_run(directory))
+    lora = next(run for run in runs if "lora" in run.name)
+    change(score_file(lora), items=[1.0, 1.0, 1.0], accuracy=1.0)
+    new = write_run(lora.parent, "lora", seed=5, items=[1, 0])
+    wanted = [new, *runs[::-1]][:-1]
+    again = load_runs(wanted)
+    assert read == [new, lora]
+    order = [row["run_id"] for row in records(again.frame.drop_duplicates("run_id"))]
+    assert order == [run.name for run in wanted if run.name != "broken"]
+    changed = again.frame.loc[again.frame["run_id"] == lora.name, "accuracy"]
+    assert changed.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("damage", [b"", b"PAR1 no more", None])
+def test_a_kept_file_that_cannot_be_used_is_made_anew(runs: list[Path], kept: Path, damage: bytes | None) -> None:
+    first = load_runs(runs)
+    (file,) = kept.iterdir()
+    if damage is None:
+        file.unlink()
+        file.mkdir()  # cannot be read, nor replaced
+    else:
+        file.write_bytes(damage)
+    same(load_runs(runs), first)
+
+
+def test_one_id_with_two_configs_shows_the_difference(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", items=[1, 0])
+    copy = shutil.copytree(run, tmp_path / "b" / run.name)
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace("epochs: 1", "epochs: 2").replace("device: cpu", "device: cuda"))
+    with pytest.raises(UserError, match=r"different configs: recipe\.epochs is 1 and 2$"):
+        load_runs([run, copy])
+    config.write_text((run / "config.yaml").read_text().replace("device: cpu", "device: cuda"))
+    assert load_runs([run, copy]).problems == [f"{copy}: the same run as {run}, left out"]
+
+
+def seconds() -> float:
+    """Processor time of this process and of those it waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+@pytest.mark.slow
+def test_ten_thousand_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """10 s on two processors, and 1 s the second time; in processor time, which other work does not change much."""
+    monkeypatch.setenv("DIABLO_CACHE", str(tmp_path / "cache"))
+    model = write_run(tmp_path / "model", items=[1, 0] * 200, steps=0)
+    config = yaml.safe_load((model / "config.yaml").read_text())
+    texts = {path.relative_to(model): path.read_text() for path in (model / "train.json", score_file(model))}
+    for seed in range(10_000):
+        name = run_id(config | {"seed": seed})
+        run = tmp_path / "runs" / name
+        run.mkdir(parents=True)
+        text = (model / "config.yaml").read_text().replace("seed: 0", f"seed: {seed}").replace(model.name, name)
+        (run / "config.yaml").write_text(text)
+        for relative, record in texts.items():
+            (run / relative).parent.mkdir(parents=True, exist_ok=True)
+            (run / relative).write_text(record.replace(model.name, name))
+    before = seconds()
+    first = load_runs(find_runs([tmp_path / "runs"]))
+    middle = seconds()
+    second = load_runs(find_runs([tmp_path / "runs"]))
+    after = seconds()
+    assert (len(first.frame), first.problems) == (10_000, [])
+    assert first.frame["accuracy"].tolist() == second.frame["accuracy"].tolist()
+    assert (middle - before) / min(2, os.cpu_count() or 1) < 10
+    assert after - middle < 1

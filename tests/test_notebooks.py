@@ -1,0 +1,103 @@
+"""Small copies of runs, and the notebooks that read them: calls only, stored without outputs, and they run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from analysis.export import FIRST, STEPS, committed_runs, export_run, main, thinned
+from analysis.load import find_runs, load_metrics, load_runs
+from experiments.errors import UserError
+from tests.analysis_runs import score_file, write_run
+from tests.test_analysis_cache import same
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "analysis" / "notebooks").glob("*.ipynb"))
+
+
+def test_a_small_copy_gives_the_same_rows(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "runs", "lora", items=[1, 0, 1], steps=200)
+    (run / "adapter").mkdir()
+    (run / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+    score_file(run).with_name("samples.jsonl").write_text("{}\n")
+    copy = export_run(run, tmp_path / "out")
+    names = {path.name for path in copy.rglob("*") if path.is_file()}
+    assert names == {"config.yaml", "train.json", "score.json", "metrics.jsonl"}
+    assert '"items":[1,0,1]' in score_file(copy).read_text()
+    first, second = load_runs([run]), load_runs([copy])
+    first.frame["path"] = second.frame["path"]
+    same(first, second)
+    whole, thin = load_metrics(run), load_metrics(copy)
+    assert len(thin) == STEPS
+    assert thin.index[:FIRST].tolist() == list(range(1, FIRST + 1))
+    assert thin.index[-1] == 200
+    assert (abs(thin / whole.loc[thin.index] - 1).fillna(0) < 1e-4).all().all()  # rounded, no more
+
+
+@pytest.mark.parametrize("count", [1, STEPS - 1, STEPS, STEPS + 1, 1000])
+def test_thinned_keeps_order_and_both_ends(count: int) -> None:
+    lines = [{"step": step} for step in range(count)]
+    kept = [line["step"] for line in thinned(lines)]
+    assert len(kept) == min(count, STEPS)
+    assert kept == sorted(set(kept))
+    assert (kept[0], kept[-1]) == (0, count - 1)
+
+
+def test_paths_of_a_machine_stay_behind(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "runs", "lora")
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("device: cpu", "device: cpu\n  cache_dir: /some/where"))
+    assert "/some/where" not in (export_run(run, tmp_path / "out") / "config.yaml").read_text()
+
+
+def test_the_command_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path / "runs", seed=seed, items=[1, 0])
+    main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    assert capsys.readouterr().out.startswith("2 runs, ")
+    assert len(find_runs([tmp_path / "out"])) == 2
+
+
+def test_missing_records_say_how_to_make_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIABLO_RESULTS", str(tmp_path))
+    with pytest.raises(UserError, match=r"experiments\.reproduce quickstart.*analysis\.export runs --out"):
+        committed_runs("quickstart")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_stored_without_outputs(path: Path) -> None:
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            assert (cell["outputs"], cell["execution_count"]) == ([], None)
+            assert "def " not in "".join(cell["source"])
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records as they would be committed, of invented runs, through the export."""
+    root = tmp_path_factory.mktemp("results")
+    for method in ("lora", "diablo", "dora"):
+        for seed in (0, 1):
+            run = write_run(root / "runs", method, seed=seed, items=[1, 0, 1, seed], steps=30)
+            export_run(run, root / "quickstart" / "runs")
+    for pattern in ("random_row", "banded"):
+        run = write_run(root / "runs", "sparse", pattern=pattern, items=[1, 0, 0, 1])
+        export_run(run, root / "sparse_patterns_tiny" / "runs")
+    export_run(write_run(root / "runs", "diablo", size=64, items=[1, 1, 0, 1]), root / "sparse_patterns_tiny" / "runs")
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path: Path, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIABLO_RESULTS", str(results))
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}).execute()
+    shown = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert shown
+    kinds = {kind for data in shown for kind in data}
+    assert ("image/png" in kinds) == (path.stem != "tables")
+    assert ("text/markdown" in kinds) == (path.stem in ("tables", "sparse_patterns"))

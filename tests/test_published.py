@@ -1,0 +1,176 @@
+"""The published numbers as data, and the paper's tables with ours beside them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+from analysis.load import find_runs, load_runs, records
+from analysis.paper_tables import TABLES, code_safety, commonsense, efficiency, main, sparse_patterns
+from analysis.published import FILE, KNOWN, read_published
+from experiments.errors import UserError
+from tests.analysis_runs import change, score_file, write_run
+
+MODELS = Path(__file__).resolve().parent.parent / "configs" / "model"
+QKVUD = ("q", "k", "v", "u", "d")
+
+
+def frame_of(*folders: Path) -> pd.DataFrame:
+    return load_runs(find_runs(folders)).frame
+
+
+def parameters(row: dict[str, Any]) -> float:
+    """Trainable parameters of a published row from the model's shapes."""
+    architecture = yaml.safe_load((MODELS / f"{row['model']}.yaml").read_text())["architecture"]
+    h, i = architecture["hidden_size"], architecture["intermediate_size"]
+    kv = h * architecture["num_key_value_heads"] // architecture["num_attention_heads"]
+    shapes = {"q": (h, h), "k": (h, kv), "v": (h, kv), "o": (h, h), "g": (h, i), "u": (h, i), "d": (i, h)}
+    targets = "qkvogud" if row["table"] == "code_safety" else QKVUD
+    size = int(row["setting"][2:])
+    per_matrix = {
+        "diablo": lambda a, b: a * b // size,
+        "lori": lambda a, b: size * b,
+        "dora": lambda a, b: size * (a + b) + b,
+    }
+    count = per_matrix.get(row["method"], lambda a, b: size * (a + b))
+    return architecture["num_hidden_layers"] * sum(count(*shapes[target]) for target in targets)
+
+
+TOTALS = {
+    "llama_7b": 6_738_415_616,
+    "llama2_7b": 6_738_415_616,
+    "llama3_8b": 8_030_261_248,
+    "llama_13b": 13_015_864_320,
+}
+
+
+def test_computed_shares_are_the_shapes() -> None:
+    rows = [row for row in records(read_published()) if row["computed_percent"] > 0 and row["method"] != "full"]
+    assert len(rows) > 100
+    for row in rows:
+        percent = 100 * parameters(row) / TOTALS[row["model"]]
+        assert row["computed_percent"] == pytest.approx(percent, abs=1e-4), row
+
+
+def test_means_are_those_of_their_benchmarks() -> None:
+    """As printed: to a tenth, from values rounded to a tenth."""
+    frame = read_published().query("table in ('commonsense_per_task', 'arithmetic')")
+    for key, part in frame.groupby(["table", "model", "method", "setting"]):
+        mean = part["benchmark"].str.startswith("mean of")
+        assert part.loc[mean, "value"].item() == pytest.approx(part.loc[~mean, "value"].mean(), abs=0.11), key
+
+
+def test_every_table_has_a_function_and_its_numbers() -> None:
+    empty = load_runs([]).frame
+    tables = [table(empty) for table in TABLES]
+    assert {table.name for table in tables} == KNOWN["table"]
+    assert sum(len(table.numbers) for table in tables) == len(read_published())
+    assert not any(table.has_ours for table in tables)
+
+
+def broken(folder: Path, old: str, new: str) -> Path:
+    path = folder / "published.csv"
+    text = FILE.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("table,model", "tabel,model", "expected table"),
+        ("commonsense,llama2_7b,full", "comonsense,llama2_7b,full", "line 2: table 'comonsense', did you mean common"),
+        ("%,83.5", "%,", "line 2: value '' is not a number"),
+        ("%,83.5", "%,-1", "line 2: value '-1'"),
+        ("0.83,0.8325", "183,0.8325", "line 3: printed_percent '183'"),
+        ("copied,NVlabs/DoRA README", "copied,", "line 3: copied_from"),
+        ("commonsense,llama2_7b,dora,r=16", "commonsense,llama2_7b,lora,r=32", "line 4: this number is there twice"),
+    ],
+)
+def test_a_fault_in_the_file_is_named_by_its_line(tmp_path: Path, old: str, new: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        read_published(broken(tmp_path, old, new))
+
+
+def row_of(numbers: pd.DataFrame, **key: str) -> dict[str, Any]:
+    (row,) = [row for row in records(numbers) if all(row[name] == value for name, value in key.items())]
+    return row
+
+
+def test_both_masks_stand_beside_a_copied_row(tmp_path: Path) -> None:
+    """LoRA on LLaMA2-7B, 77.6 as printed with the loss on the prompt: ours under either mask, in its own column."""
+    for protocol, items in (("diablo", [1, 1, 1, 1, 0]), ("llm_adapters", [1, 1, 1, 0, 0])):
+        for seed in (0, 1):
+            run = write_run(
+                *(tmp_path, "lora"),
+                **{"size": 32, "model": "llama2_7b", "task": "commonsense_170k", "protocol": protocol},
+                **{"benchmark": "mean of 8", "items": items, "seed": seed},
+            )
+    change(score_file(run), protocol_version=2)
+    table = commonsense(frame_of(tmp_path))
+    row = row_of(table.numbers, model="llama2_7b", method="lora")
+    assert row["ours, loss on the answer"] == pytest.approx(80)
+    assert row["difference, loss on the answer"] == pytest.approx(80 - 77.6)
+    assert row["ours, loss on prompt and answer"] == pytest.approx(60)
+    text = row_of(table.text, Model="LLaMA2-7B", Method="LoRA")
+    assert text["Ours, loss on the answer"].startswith("80.0 (")
+    assert (text["Difference, loss on the answer"], text["Seeds, loss on the answer"]) == ("+2.4", "2")
+    assert text["Ours, loss on prompt and answer"].endswith("‡")
+    assert "copied from NVlabs/DoRA README, protocol llm_adapters, loss on prompt and answer" in text["Provenance"]
+    other = row_of(table.text, Model="LLaMA3-8B", Method="LoRA")
+    assert other["Ours, loss on the answer"] == ""
+    assert pd.isna(row_of(table.numbers, model="llama3_8b", method="lora")["ours, loss on the answer"])
+
+
+def test_pass_at_10_is_read_beside_the_score(tmp_path: Path) -> None:
+    run = write_run(
+        *(tmp_path, "lora"),
+        **{"size": 32, "model": "llama3_8b", "task": "code_alpaca", "protocol": "lori", "benchmark": "human_eval"},
+        items=[1, 0],
+    )
+    change(score_file(run), beside={"pass@5": 0.55, "pass@10": 0.6})
+    numbers = code_safety(frame_of(tmp_path)).numbers
+    found = {name: row_of(numbers, method="lora", benchmark=f"human_eval {name}") for name in ("pass@1", "pass@10")}
+    assert [row["ours, protocol lori"] for row in found.values()] == pytest.approx([50, 60])
+    assert pd.isna(found["pass@10"]["low, protocol lori"])
+
+
+def test_patterns_and_their_time_over_the_diagonal(tmp_path: Path) -> None:
+    common = {"model": "llama3_8b", "task": "gsm8k", "protocol": "lori", "size": 64, "items": [1, 1, 1, 0]}
+    write_run(tmp_path, "diablo", **common)
+    entries = write_run(tmp_path, "sparse", pattern="random_entries", **common)
+    change(entries / "train.json", step_seconds=0.06)
+    table = sparse_patterns(frame_of(tmp_path))
+    score = row_of(table.numbers, setting="random_entries", benchmark="gsm8k")
+    assert score["ours, protocol lori"] == pytest.approx(75)
+    time = row_of(table.numbers, setting="random_entries", benchmark="training time")
+    assert time["ratio"] == pytest.approx(26.51 / 17.26)
+    assert time["ours, protocol lori"] == pytest.approx(2)
+    assert row_of(table.text, Setting="random_block", Benchmark="training time")["Ours, protocol lori"] == ""
+
+
+def test_times_of_two_machines_are_not_divided(tmp_path: Path) -> None:
+    write_run(tmp_path, "diablo", items=[1, 0])
+    run = write_run(tmp_path, "lora", items=[1, 0])
+    assert row_of(efficiency(frame_of(tmp_path)).numbers, method="lora")["ours, tiny on arith"] == 1
+    change(run / "train.json", environment={"device": "another"})
+    assert pd.isna(row_of(efficiency(frame_of(tmp_path)).numbers, method="lora")["ours, tiny on arith"])
+
+
+def test_four_formats(tmp_path: Path) -> None:
+    main(["--out", str(tmp_path)])
+    assert len(list(tmp_path.iterdir())) == 4 * len(TABLES)
+    latex = (tmp_path / "sparse_patterns.tex").read_text()
+    assert all(words in latex for words in (r"\toprule", r"random\_entries", r"\bottomrule"))
+    html = pd.read_html(io.StringIO((tmp_path / "arithmetic.html").read_text()))[0]
+    csv = pd.read_csv(tmp_path / "arithmetic.csv")
+    markdown = (tmp_path / "arithmetic.md").read_text()
+    assert len(html) == len(csv) == len(read_published().query("table == 'arithmetic'"))
+    assert html["Published"].tolist() == csv["value"].tolist()
+    assert "| LLaMA2-7B |" in markdown
