@@ -34,10 +34,11 @@ def idle(cluster: SlurmCluster) -> bool:
 
 
 def table(report: Path) -> list[dict[str, str]]:
-    """The report's table without its clocks."""
+    """The report's table without its clocks and what a process happened to hold."""
     with (report / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
-    return [{key: value for key, value in row.items() if "time" not in key and "seconds" not in key} for row in rows]
+    measured = ("time", "seconds", "memory", "mixed")  # a commit meanwhile makes code versions mixed
+    return [{key: value for key, value in row.items() if not any(word in key for word in measured)} for row in rows]
 
 
 def test_two_stages_from_one_submission(
@@ -76,15 +77,15 @@ def test_two_stages_from_one_submission(
 def test_the_quickstart_preempted_twice_ends_in_the_same_report(
     cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`python -m slurm.submit experiment=quickstart`, and `make quickstart` beside it on the same machine."""
+    """`python -m slurm.submit experiment=quickstart`, one seed, and the same without Slurm on the same machine."""
     cache = os.environ.get("DIABLO_CACHE", f"{os.environ['HOME']}/.cache/diablo")
-    settings = [f"runtime.cache_dir={cache}"]
+    settings = ["seed=0", f"runtime.cache_dir={cache}"]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     runs = tmp_path / "runs"
     arguments = ["experiment=quickstart", *settings, f"runtime.runs_dir={runs}", "runtime.checkpoint_every=20"]
-    subprocess.run([sys.executable, "-m", "slurm.submit", *arguments, CLUSTER, "--pack", "9"], check=True)
+    subprocess.run([sys.executable, "-m", "slurm.submit", *arguments, CLUSTER, "--pack", "5"], check=True)
     jobs = {task.job for tasks in queued(runs).values() for task in tasks}
 
     def training() -> bool:
@@ -99,7 +100,7 @@ def test_the_quickstart_preempted_twice_ends_in_the_same_report(
         wanted = ["--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"]
         cluster.output("sbatch", *wanted)
         wait_for(lambda n=number: all(int(cluster.job(job)["Restarts"]) >= n for job in jobs), "preemption", 120)
-    wait_for(lambda: (tmp_path / "report/quickstart/index.html").is_file(), "the report", 1500)
+    wait_for(lambda: (tmp_path / "report/quickstart/index.html").is_file(), "the report", 900)
     assert all(int(cluster.job(job)["Restarts"]) >= 2 for job in jobs)
     here = ["quickstart", *settings, f"runtime.runs_dir={tmp_path / 'here'}", "--out", "report_here"]
     alone = subprocess.run([sys.executable, "-m", "experiments.reproduce", *here], capture_output=True, text=True)
