@@ -54,12 +54,14 @@ def write_report(
     title: str,
     notes: Sequence[str] = (),
     reference: str | None = None,
+    tried: Sequence[Path] = (),
 ) -> Path:
     """Write the report of these runs into `out` and return the path of its `index.html`.
 
     `step_times` is a measurement of `experiments.timing`, or None for blank cells. `notes` are paragraphs of plain
     text that say what the records cannot, such as how the learning rates were chosen. `reference` is the label that
-    `analysis.comparisons` compares with. UserError when no run can be read.
+    `analysis.comparisons` compares with. `tried` are the runs by which learning rates were chosen; without them the
+    sweeps among the reported runs are drawn. UserError when no run can be read.
     """
     import jinja2
 
@@ -93,7 +95,7 @@ def write_report(
         notes=notes,
         facts=_facts(runs.frame),
         papers=[paper for paper in (table(runs.frame) for table in paper_tables.TABLES) if paper.has_ours],
-        sweeps=_sweeps(runs.frame, out),
+        sweeps=_sweeps(load_runs(tried).frame if tried else runs.frame, out),
         costs=_costs(runs.frame, out),
         wide=[{"title": heading, "table": wide} for heading, wide in tables.wide_tables(table)],
         legend=[(tables.MARKS[name], tables.MEANINGS[name]) for name in tables.MARKS if name in mixed],

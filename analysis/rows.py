@@ -14,13 +14,13 @@ import numpy as np
 
 from experiments.errors import UserError
 from experiments.records import (
-    NOT_IN_THE_ID,
     EvalRecord,
     RunPaths,
     TrainRecord,
     content_hash,
     read_config,
     read_record,
+    setting_hash,
 )
 
 UNREADABLE = (UserError, OSError, ValueError, KeyError, TypeError, AttributeError)  # what a damaged file can raise
@@ -105,7 +105,7 @@ def _about_run(run: RunPaths, config: dict[str, Any]) -> dict[str, Any]:
         "pattern": adapter.get("pattern"),
         "quantizer": quantization.get("name"),
         "bits": quantization.get("bits"),
-        "setting": content_hash({key: value for key, value in config.items() if key not in (*NOT_IN_THE_ID, "seed")}),
+        "setting": setting_hash(config),
     }
 
 

@@ -87,7 +87,12 @@ def report(name: str, found: Stages, out: Path, measure: bool) -> Path:
     one_task = len({config["task"]["name"] for config in found.final}) == 1
     step_times = measure_step_times(found.final, runs[0].root.parent / "step_times") if measure and one_task else None
     return write_report(
-        [run.root for run in runs], out, step_times, experiment["title"], [*experiment.get("notes", []), *notes]
+        [run.root for run in runs],
+        out,
+        step_times,
+        experiment["title"],
+        [*experiment.get("notes", []), *notes],
+        tried=[run.root for run in map(run_paths, found.first) if run.config.is_file()],
     )
 
 
