@@ -7,13 +7,13 @@ and is the same run, with the same id, as one planned for itself. It is trained 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
-
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from typing import TYPE_CHECKING, Any
 
 from experiments.errors import UserError
 from experiments.records import RunPaths, read_config, run_id, write_config
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 Config = dict[str, Any]
 
@@ -27,6 +27,8 @@ def freeze_first(
     """
     method = settings["method"]
     if method.get("first") is not None:
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
         shared = [override for override in overrides if not _of_the_method(override.key_or_group)]
         parse = OverridesParser.create().parse_override
         try:
