@@ -12,7 +12,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, cast
 
 from experiments.errors import UserError
-from experiments.records import RunPaths, TrainRecord, file_hash, read_record
+from experiments.records import RunPaths, TrainRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,21 +36,6 @@ class Scored:
     def context(self) -> int:
         """Tokens that fit the model beside a prompt method's virtual ones."""
         return self.model.config.max_position_embeddings - _virtual_tokens(self.model)
-
-
-def trained_record(run: RunPaths) -> TrainRecord:
-    """The run's train record, once its adapter is what training wrote."""
-    if not run.train_record.is_file():
-        raise UserError(f"{run.root}: not trained yet: run `python -m experiments.train {run.root}` first")
-    record = read_record(run.train_record, TrainRecord)
-    for name, digest in record.adapter_files.items():
-        path = run.adapter / name
-        if not path.is_file() or file_hash(path) != digest:
-            raise UserError(
-                f"{path}: {'not what training wrote' if path.is_file() else 'missing'}: restore it, or delete "
-                f"{run.train_record} and train again"
-            )
-    return record
 
 
 def load(config: Config, run: RunPaths, trained: TrainRecord, allow_identity: bool) -> Scored:

@@ -21,7 +21,7 @@ from typing import Any
 from eval.benchmarks import Benchmark, Row, read_benchmark, rows_of, settings_of
 from eval.generate import begin, check_room, check_weights, generate, make_plan, quiet, reuse
 from eval.judge import judge
-from eval.models import Scored, language_model, load, trained_record
+from eval.models import Scored, language_model, load
 from eval.rescore import score_samples
 from eval.sandbox import check_sandbox
 from experiments import preemption
@@ -31,7 +31,7 @@ from experiments.environment import environment
 from experiments.errors import UserError, run_command
 from experiments.models import leave_out_sklearn, resolve_device
 from experiments.prompts import prompt_text
-from experiments.records import EvalPaths, EvalRecord, RunPaths, TrainRecord, read_config, read_record
+from experiments.records import EvalPaths, EvalRecord, RunPaths, TrainRecord, read_config, read_record, trained_record
 
 Config = dict[str, Any]
 # What a run keeps of its own when another protocol is named.

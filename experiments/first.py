@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from experiments.errors import UserError
-from experiments.records import RunPaths, read_config, run_id, write_config
+from experiments.records import RunPaths, read_config, run_id, trained_record, write_config
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -69,8 +69,6 @@ def first_run(run: RunPaths, config: Config) -> RunPaths | None:
 
 def check_base(run: RunPaths, first: RunPaths, base_hash: str) -> None:
     """UserError unless the run before was trained on the same base and its adapter is what training wrote."""
-    from eval.models import trained_record
-
     trained = trained_record(first).base_hash
     if trained != base_hash:
         raise UserError(

@@ -194,6 +194,21 @@ def write_record(path: Path, record: TrainRecord | EvalRecord) -> None:
     write_atomically(path, json.dumps(dataclasses.asdict(record), indent=1) + "\n")
 
 
+def trained_record(run: RunPaths) -> TrainRecord:
+    """The run's train record, once its adapter is what training wrote."""
+    if not run.train_record.is_file():
+        raise UserError(f"{run.root}: not trained yet: run `python -m experiments.train {run.root}` first")
+    record = read_record(run.train_record, TrainRecord)
+    for name, digest in record.adapter_files.items():
+        path = run.adapter / name
+        if not path.is_file() or file_hash(path) != digest:
+            raise UserError(
+                f"{path}: {'not what training wrote' if path.is_file() else 'missing'}: restore it, or delete "
+                f"{run.train_record} and train again"
+            )
+    return record
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text())

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from eval.models import hf, language_model, load, trained_record
+from eval.models import hf, language_model, load
 from eval.run import evaluate
 from experiments import methods
 from experiments.errors import UserError
 from experiments.models import load_base
-from experiments.records import RunPaths, read_config, read_json, read_lines
+from experiments.records import RunPaths, read_config, read_json, read_lines, trained_record
 from experiments.timing import forward_backward
 from experiments.train import train
 from tests.conftest import SMALL, planned

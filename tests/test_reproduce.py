@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import os
 import re
@@ -142,3 +143,25 @@ def test_the_tiny_model_learns_the_task(tmp_path: Path) -> None:
         accuracy[score.run_id.split("-")[1]] = score.accuracy
     assert accuracy["base"] < 0.1
     assert accuracy["full"] > 0.8
+
+
+MAY_IMPORT = {
+    "diablo": set(),
+    "experiments": {"diablo"},
+    "eval": {"experiments", "diablo"},
+    "analysis": {"experiments"},
+    "slurm": {"experiments"},
+}
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_who_imports_whom(package: str) -> None:
+    """Reading records needs no torch, and the method knows nothing of runs; only reproduce starts the later stages."""
+    for path in (ROOT / package).rglob("*.py"):
+        if path.relative_to(ROOT).as_posix() == "experiments/reproduce.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found = {name.split(".")[0] for name in names} & MAY_IMPORT.keys()
+            assert found <= {package, *MAY_IMPORT[package]}, path
