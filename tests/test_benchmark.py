@@ -28,7 +28,13 @@ def _product_into(_: Any, left: Any, right: Any, **__: Any) -> int:
     return 2 * left[0] * left[1] * left[2] * right[2]
 
 
-@pytest.mark.parametrize("label", [label for label in cases.LABELS if label != cases.DORA])
+# DoRA's norms are no products, and the gradient of single entries need not be one.
+NO_PRODUCTS = (cases.DORA, "random_entry", "banded")
+
+
+@pytest.mark.parametrize(
+    "label", [label for label in (*cases.LABELS, *cases.OTHER_PATTERNS) if label not in NO_PRODUCTS]
+)
 def test_the_operations_beside_each_time_are_those_that_pytorch_counts(label: str) -> None:
     tokens, m, n, num_blocks, rank = 24, 64, 96, 4, 8
     layer = cases.attach(label, nn.Sequential(nn.Linear(m, n, bias=False)), ["0"], num_blocks, rank, None).train()
@@ -55,7 +61,7 @@ def test_the_costs_are_the_formulas_of_the_docstring() -> None:
 def test_budgets_are_matched() -> None:
     assert cases.matched_rank([(4096, 4096)], 64) == 32
     base, trained = nn.Sequential(nn.Linear(64, 64, bias=False)), set()
-    for label in (cases.LORA, cases.ADAPTER, cases.IN_PLACE):
+    for label in (cases.LORA, cases.ADAPTER, cases.IN_PLACE, *cases.OTHER_PATTERNS):
         model = cases.attach(label, cases.sharing(base), ["0"], 4, 8, None)
         trained.add(sum(p.numel() for p in model.parameters() if p.requires_grad))
     assert trained == {1024}
