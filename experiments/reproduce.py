@@ -174,6 +174,7 @@ class Processes:
     def map(self, workers: int, function: Callable[..., Outcome], *arguments: Iterable[Any]) -> list[Outcome]:
         """As the built-in, in threads. When this process is asked to stop, the commands are asked to and waited for."""
         pool = ThreadPoolExecutor(workers)
+        self._stopped = False
         with preemption.listening():
             try:
                 preemption.raise_at_once(True)

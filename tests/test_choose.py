@@ -110,11 +110,14 @@ def test_bad_input(
     assert "held-out rows: give task.data.heldout=1000" in said
 
 
-def test_reproduce_chooses_trains_and_reports(experiment: Callable[..., list[str]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_reproduce_chooses_trains_and_reports(
+    experiment: Callable[..., list[str]], tmp_path: Path, workers: int
+) -> None:
     name, *overrides = experiment(rates="1e-3,1e-2")
     name = name.removeprefix("experiment=")
     overrides = [*overrides, "recipe.max_steps=4"]
-    page = reproduce(name, overrides, tmp_path / "report", workers=1)
+    page = reproduce(name, overrides, tmp_path / "report", workers=workers)
     found = stages([f"experiment={name}", *overrides])
     assert len(found.first) == 4
     assert len(found.final) == 5
