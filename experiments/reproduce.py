@@ -22,8 +22,9 @@ from typing import Any, TypeVar
 from experiments import preemption
 from experiments.choose import Stages, stages, to_csv
 from experiments.errors import UserError, run_command
+from experiments.evaluations import evaluation_paths
 from experiments.plan import read_experiment, run_paths, write_runs
-from experiments.records import RunPaths, write_atomically
+from experiments.records import RunPaths, read_config, write_atomically
 
 Config = dict[str, Any]
 Outcome = TypeVar("Outcome")
@@ -139,10 +140,10 @@ class Runner:
         from eval.run import evaluate
         from experiments.train import train
 
-        if self.processes:
+        if self.processes and not run.train_record.is_file():
             self.processes.run("experiments.train", run)
-            if score:
-                self.processes.run("eval.run", run)
+        if self.processes and score and not _is_scored(run):
+            self.processes.run("eval.run", run)
         record = train(run, progress=title)
         if score:
             return ", ".join(_short(result) for result in evaluate(run, progress=not self.processes))
@@ -199,6 +200,10 @@ def make_bases(configs: list[Config]) -> None:
 
 def _title(name: str) -> str:
     return read_experiment(name)["title"]
+
+
+def _is_scored(run: RunPaths) -> bool:
+    return all(paths.score.is_file() for paths in evaluation_paths(run, read_config(run)))
 
 
 def _rounded(held_out: Config) -> list[tuple[str, str]]:
