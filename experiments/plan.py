@@ -285,10 +285,10 @@ def _resolve_references(composed: Config) -> Config:
 
 def _named(settings: Config) -> Config:
     """Drop the tables that only served to choose a value, and name the run."""
+    name_quantized(settings)
     for section, tables in ONLY_TO_CHOOSE.items():
         for table in tables:
             del settings[section][table]
-    name_quantized(settings)
     return {"run_id": run_id(settings), **settings}
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +43,10 @@ def name_quantized(config: Config) -> None:
         del config["quantization"]
         return
     name = f"{quantization['method']}{quantization['bits']}"
-    if method["trains"] == "all":
+    if not method["contract"].get("on_quantized", True):
         raise UserError(
-            f"method={method['name']} trains the weights, which quantization={quantization['method']} keeps as packed "
-            f"integers: choose a method with an adapter, or quantization=none"
+            f"method={method['name']} changes the weights or needs their gradients, and quantization="
+            f"{quantization['method']} keeps them as packed integers: choose another method, or quantization=none"
         )
     if quantization["method"] in WITH_FACTORS:
         _check_lora(method, quantization)
@@ -148,17 +149,19 @@ def print_sizes(counted: Sequence[tuple[Config, int]]) -> None:
     Args:
         counted: runs and the numbers of their trainable parameters.
     """
-    lines: dict[str, None] = {}
-    for config, trainable in counted:
-        if "quantization" in config:
-            found = planned_sizes(config)
-            base = found["quantized_bytes"] + found["other_bytes"]
-            lines[
-                f"{config['model']['name']}, {config['method']['label']}: base {base:,.0f} bytes "
-                f"({found['bits_per_weight']:.3f} bits per quantised weight; {found['full_bytes']:,.0f} before), "
-                f"adapter {4 * trainable:,}, gradients and AdamW's state {12 * trainable:,}"
-            ] = None
-    print(*lines, sep="\n")
+    known = {
+        content_hash([config[key] for key in ("model", "method", "quantization")]): (config, trainable)
+        for config, trainable in counted
+        if "quantization" in config
+    }
+    for config, trainable in known.values():
+        found = planned_sizes(config)
+        base = found["quantized_bytes"] + found["other_bytes"]
+        print(
+            f"{config['model']['name']}, {config['method']['label']}: base {base:,.0f} bytes "
+            f"({found['bits_per_weight']:.3f} bits per quantised weight; {found['full_bytes']:,.0f} before), "
+            f"adapter {4 * trainable:,}, gradients and AdamW's state {12 * trainable:,}"
+        )
 
 
 def _settings(config: Config) -> QuantizationSettings:
@@ -194,7 +197,7 @@ def _calibration(config: Config) -> Tensor | None:
         cache = Path(config["runtime"]["cache_dir"])
         examples = tokenised(config["protocol"], tokenizer, select_rows(config["protocol"], rows), cache)
         flat: Any = pc.call_function("list_flatten", [examples.table["input_ids"]])
-        tokens = torch.from_numpy(flat.to_numpy()).long()
+        tokens = torch.tensor(flat.to_numpy(), dtype=torch.int64)
     try:
         return calibration_windows(tokens, wanted["samples"], wanted["length"], wanted["seed"])
     except ValueError as error:
@@ -202,8 +205,6 @@ def _calibration(config: Config) -> Tensor | None:
 
 
 def _folder(config: Config, settings: QuantizationSettings, tokens: Tensor | None) -> Path:
-    from dataclasses import asdict
-
     from diablo import quantize
     from diablo.quantize.storage import tensors_hash
 
