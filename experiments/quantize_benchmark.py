@@ -208,6 +208,7 @@ def _build_packed(options: Any) -> dict[str, Any]:
         _fill(layer)
         pack_linears(layer, options)
     _fill(model)
+    model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # its frequencies are computed
     with torch.no_grad():
         logits = model(input_ids=torch.arange(16)[None]).logits
