@@ -51,13 +51,17 @@ def load_full_precision(config: Config, device: str = "cpu") -> tuple[PreTrained
         tokenizer = load_tokenizer(model, path)
         base: Any = AutoModelForCausalLM.from_pretrained(path, revision=model["revision"], dtype=dtype)
     except OSError as error:
-        raise UserError(
-            f"model {model['name']}: cannot load {path} ({str(error).splitlines()[0]}): give a local folder with "
-            f"model.path=…, or a hub id and access to it (huggingface-cli login)"
-        ) from None
+        raise cannot_load(model, error) from None
     _check_architecture(model, base)
     base.config.use_cache = True
     return base.to(device).eval(), tokenizer
+
+
+def cannot_load(model: Config, error: OSError) -> UserError:
+    return UserError(
+        f"model {model['name']}: cannot load {model['path']} ({str(error).splitlines()[0]}): give a local folder with "
+        f"model.path=…, or a hub id and access to it (huggingface-cli login)"
+    )
 
 
 def base_path(config: Config) -> str | Path:

@@ -92,10 +92,14 @@ def make_quantized(config: Config, device: str, progress: bool = True) -> Path:
     """The folder of a run's quantised base, complete. Other processes that want the same one wait for it."""
     from diablo.quantize import quantize_model
     from diablo.quantize.storage import read_record
-    from experiments.models import load_full_precision
+    from experiments.models import cannot_load, load_full_precision
 
-    settings, tokens = _settings(config), _calibration(config)
-    folder = _folder(config, settings, tokens)
+    settings = _settings(config)
+    try:
+        tokens = _calibration(config)
+        folder = _folder(config, settings, tokens)
+    except OSError as error:
+        raise cannot_load(config["model"], error) from None
     if read_record(folder) is None:
         with _alone(folder):
             if read_record(folder) is None:  # else another process made it meanwhile
@@ -191,6 +195,8 @@ def _calibration(config: Config) -> Tensor | None:
         return None
     tokenizer = load_tokenizer(config["model"], base_path(config))
     if wanted["text"] is not None:
+        if not Path(wanted["text"]).is_file():
+            raise UserError(f"quantization.calibration.text={wanted['text']}: no such file")
         tokens = torch.tensor(tokenizer(Path(wanted["text"]).read_text(), verbose=False)["input_ids"])
     else:
         rows = load_rows(config["task"]["data"], "train", config["runtime"]["data_root"])
