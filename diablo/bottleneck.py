@@ -96,7 +96,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Not PEFT's version, which casts to the base's dtype too.
-        device = device or next(self.base_layer.parameters()).device
+        device = device or next(iter(self.base_layer.state_dict().values())).device  # packed weights are buffers
         for networks in (self.bottleneck_down, self.bottleneck_up):
             if adapter_name in networks and not next(networks[adapter_name].parameters()).is_meta:
                 networks[adapter_name].to(device)

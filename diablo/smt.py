@@ -22,6 +22,7 @@ from diablo.config import BlockConfig
 from diablo.model import DiabloModel
 from diablo.patterns import grid_places
 from diablo.places import Places
+from diablo.quantize.linear import QuantizedLinear
 from diablo.register import peft_type, register
 from diablo.sparse import layer_sides
 
@@ -109,6 +110,9 @@ def choose_blocks(
     if score not in SCORES:
         raise ValueError(f"score={score!r}: choose one of {', '.join(SCORES)}")
     layers = _targets(model, config)
+    quantized = [name for name, layer in layers.items() if isinstance(layer, QuantizedLinear)]
+    if quantized:
+        raise ValueError(f"{quantized[0]} is quantised: its weights have no gradients to choose blocks by")
     grids = {name: grid(layer, config.block_size) for name, layer in layers.items()}
     total = sum(rows * columns for rows, columns in grids.values())
     if config.num_blocks > total:

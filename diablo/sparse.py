@@ -79,7 +79,7 @@ class SparseModel(DiabloModel):
         assert isinstance(config, SparseConfig)
         in_features, out_features = layer_sides(base_layer)
         shape = pattern_shape(config.pattern, in_features, out_features, config.fraction, config.count)
-        if all(parameter.is_meta for parameter in base_layer.parameters()):
+        if all(tensor.is_meta for tensor in (*base_layer.parameters(), *base_layer.buffers())):
             # Only the number of parameters is wanted, and a draw takes a second per large layer.
             inputs, outputs = ((shape.num_blocks, side) for side in (shape.d_in, shape.d_out))
             return Places(torch.empty(inputs, device="meta"), torch.empty(outputs, device="meta"))

@@ -44,10 +44,10 @@ def load(config: Config, run: RunPaths, trained: TrainRecord, allow_identity: bo
     from peft import PeftModel
 
     from experiments import methods
-    from experiments.models import load_base, resolve_device, weights_hash
+    from experiments.models import base_hash, load_base, resolve_device
 
     base, tokenizer = load_base(config, str(resolve_device(config["runtime"]["device"])))
-    found = weights_hash(base.state_dict())
+    found = base_hash(base)
     if found != trained.base_hash:
         raise UserError(
             f"{run.root.name} was trained on a base model with hash {trained.base_hash[:12]}, the one at hand has "

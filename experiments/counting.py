@@ -55,6 +55,8 @@ def print_counts(configs: Sequence[Config], to_come: Sequence[Config], speed: Sp
 
     `to_come` are runs whose learning rate is not chosen yet: they only count in the sums.
     """
+    from experiments.quantize import print_sizes
+
     width = max((len(config["run_id"]) for config in configs), default=0)
     grouped = False
     print(f"{'run':{width}}  {'trainable':>15}  {'of base':>8}  {'rate':>8}  {'rows':>9}  {'tokens':>8}  {'GPU-h':>7}")
@@ -74,6 +76,8 @@ def print_counts(configs: Sequence[Config], to_come: Sequence[Config], speed: Sp
         if len(known) == len(everything):
             sums.append(f"{_short(sum(known))} {what}")
     print(", ".join([f"{len(configs)} runs" + (f" and {len(to_come)} to come" if to_come else ""), *sums]))
+    if any("quantization" in config for config in configs):
+        print_sizes([(config, count(config).trainable) for config in configs])
     if grouped:
         print(
             "* as the paper counts: key and value projections as if the model had no grouped-query attention. Its "

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from experiments.errors import UserError, nearest
+from experiments.quantize import start_from
 
 if TYPE_CHECKING:
     import torch
@@ -69,9 +70,21 @@ def attach(
     on_meta = next(base.parameters()).is_meta
     try:
         config = _prepared(method, base, peft_config(_sized(method, base)), batches, first)
-        return peft.get_peft_model(base, config, low_cpu_mem_usage=on_meta)
-    except ValueError as error:
+        model = peft.get_peft_model(base, config, low_cpu_mem_usage=on_meta)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, TypeError) and not _is_quantized(base):  # whose weights cannot be changed
+            raise
         raise UserError(f"{method['label']} on {base.config.model_type}: {error}") from None
+    start = getattr(base, "start_adapter", None)
+    if start is not None:
+        start_from(model, cast(Path, start), method["label"])
+    return model
+
+
+def _is_quantized(base: torch.nn.Module) -> bool:
+    from diablo.quantize import quantized_layers
+
+    return bool(quantized_layers(base))
 
 
 def _prepared(
@@ -185,15 +198,20 @@ def _sort_sets(config: Any, path: Path) -> None:
 
 
 def load(method: Config, base: PreTrainedModel, folder: Path, merge: bool) -> PreTrainedModel:
-    """A fresh base with what was trained on it. `merge` folds an adapter into the weights, where the method can."""
+    """A fresh base with what was trained on it. `merge` folds an adapter into the weights, where the method can.
+
+    A quantised base becomes one of full precision thereby: its dequantised weights with the update.
+    """
+    # Importing from diablo also registers the adapter types that PEFT does not know.
+    from diablo.quantize import dequantize_model, merge_dequantized
+
+    quantized = _is_quantized(base)
     if method["trains"] == "nothing":
-        return base
+        return dequantize_model(base) if merge and quantized else base
     if method["trains"] == "all":
         trained: Any = type(base).from_pretrained(folder, dtype=base.dtype)
         return trained.to(base.device)
     import peft
-
-    import diablo  # noqa: F401  registers the adapter types that PEFT does not know
 
     try:
         model = peft.PeftModel.from_pretrained(base, folder)
@@ -203,7 +221,12 @@ def load(method: Config, base: PreTrainedModel, folder: Path, merge: bool) -> Pr
         raise UserError(
             f"evaluation.merge=true: {method['label']} cannot be folded into the base's weights: set it to false"
         )
-    return cast(Any, model.merge_and_unload() if merge else model)
+    if not merge or not quantized:
+        return cast(Any, model.merge_and_unload() if merge else model)
+    try:
+        return merge_dequantized(model)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"evaluation.merge=true: {method['label']} on a quantised base: {error}") from None
 
 
 def _merges(model: torch.nn.Module) -> bool:

@@ -31,33 +31,69 @@ def load_base(config: Config, device: str = "cpu") -> tuple[PreTrainedModel, Pre
 
     Full fine-tuning gets float32 weights whatever the config's dtype: they are their own master copy.
     """
+    if "quantization" in config:
+        from experiments.quantize import load_quantized_base
+
+        return load_quantized_base(config, device)
+    return load_full_precision(config, device)
+
+
+def load_full_precision(config: Config, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model of a run before any quantising."""
     import torch
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    model = config["model"]
-    if model["pretraining"] is not None:
-        from experiments.tiny import make_base
-
-        path: str | Path = make_base(model, Path(config["runtime"]["cache_dir"]))
-    else:
-        path = model["path"]
+    model, path = config["model"], base_path(config)
     transformers.utils.logging.disable_progress_bar()  # a bar for loading weights on top of ours
     dtype = torch.float32 if config["method"]["trains"] == "all" else getattr(torch, model["dtype"])
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=model["revision"])
+        tokenizer = load_tokenizer(model, path)
         base: Any = AutoModelForCausalLM.from_pretrained(path, revision=model["revision"], dtype=dtype)
     except OSError as error:
-        raise UserError(
-            f"model {model['name']}: cannot load {path} ({str(error).splitlines()[0]}): give a local folder with "
-            f"model.path=…, or a hub id and access to it (huggingface-cli login)"
-        ) from None
+        raise cannot_load(model, error) from None
     _check_architecture(model, base)
+    base.config.use_cache = True
+    return base.to(device).eval(), tokenizer
+
+
+def cannot_load(model: Config, error: OSError) -> UserError:
+    return UserError(
+        f"model {model['name']}: cannot load {model['path']} ({str(error).splitlines()[0]}): give a local folder with "
+        f"model.path=…, or a hub id and access to it (huggingface-cli login)"
+    )
+
+
+def base_path(config: Config) -> str | Path:
+    """Where the base model is: a folder, which is made here if the model is, or a hub id."""
+    model = config["model"]
+    if model["pretraining"] is None:
+        return model["path"]
+    from experiments.tiny import make_base
+
+    return make_base(model, Path(config["runtime"]["cache_dir"]))
+
+
+def load_tokenizer(model: Config, path: str | Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=model["revision"])
     if tokenizer.pad_token_id is None:
         # Padding is masked in training and in generation, so any token serves; a new one would resize the embedding.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    base.config.use_cache = True
-    return base.to(device).eval(), tokenizer
+    return tokenizer
+
+
+def base_hash(base: PreTrainedModel) -> str:
+    """What names a base's weights in records: their hash; of a quantised base that of its folder's content."""
+    record: Any = getattr(base, "quantization", None)
+    return record["hash"] if record else weights_hash(base.state_dict())
+
+
+def count_parameters(base: PreTrainedModel) -> int:
+    """As many as before quantising: packed weights are no parameters to PyTorch."""
+    record: Any = getattr(base, "quantization", None)
+    return base.num_parameters() + (record["quantized_weights"] if record else 0)
 
 
 def empty_base(architecture: Config) -> PreTrainedModel:

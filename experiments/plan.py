@@ -32,10 +32,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.errors import UserError, nearest, run_command
 from experiments.first import freeze_first
+from experiments.quantize import name_quantized
 from experiments.records import RunPaths, read_config, run_id, write_config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-GROUPS = ("model", "method", "task", "protocol")
+GROUPS = ("model", "method", "quantization", "task", "protocol")
 PAPER = "cells=paper"  # beside experiment=…: only the paper's own cells
 CHOSEN_LEARNING_RATE = "${method.learning_rate.${task.name}}"  # what run.yaml says where nobody gives one
 ONLY_TO_CHOOSE = {"method": ("learning_rate", "contract"), "model": ("adapter_size",), "task": ("benchmarks",)}
@@ -284,6 +285,7 @@ def _resolve_references(composed: Config) -> Config:
 
 def _named(settings: Config) -> Config:
     """Drop the tables that only served to choose a value, and name the run."""
+    name_quantized(settings)
     for section, tables in ONLY_TO_CHOOSE.items():
         for table in tables:
             del settings[section][table]

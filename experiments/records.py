@@ -114,7 +114,7 @@ class TrainRecord:
 
     run_id: str
     config_hash: str
-    base_hash: str  # sha256 of the base model's weights before the adapter was attached
+    base_hash: str  # sha256 of the base model's weights before the adapter was attached; of a quantised base its own
     data_hash: str  # sha256 of the training rows
     adapter_files: dict[str, str]  # file name -> sha256
     trainable_parameters: int

@@ -76,7 +76,7 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
     from experiments.environment import environment
     from experiments.first import check_base
     from experiments.held_out import measure, row_scores
-    from experiments.models import load_base, resolve_device, weights_hash
+    from experiments.models import base_hash, count_parameters, load_base, resolve_device, weights_hash
     from experiments.prompts import collate, select_rows
     from experiments.tokens import tokenised
     from experiments.trainer import RunTrainer, micro_batches
@@ -90,10 +90,10 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
         data, data_root = config["task"]["data"], config["runtime"]["data_root"]
         rows = load_rows(data, "train", data_root) if trains else []
         base, tokenizer = load_base(config, str(arguments.device))
-    base_parameters = base.num_parameters()
+    base_parameters = count_parameters(base)
     hashes: Any = {
         "config_hash": config_hash(config),
-        "base_hash": weights_hash(base.state_dict()),
+        "base_hash": base_hash(base),
         "data_hash": rows_hash(rows),
     }
     if first is not None:

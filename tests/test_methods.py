@@ -2,7 +2,7 @@
 
 What a method may do differently is in its file's `contract` record: whether it starts at the base's outputs, whether
 the base's weights can take in what was trained (`merges`), whether attaching changes these weights, and, of a method
-that does not, whether it trains under gradient checkpointing.
+that does not, whether it trains under gradient checkpointing and on a quantised base.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
+from diablo.quantize import QuantizedLinear, quantized_layers, round_to_nearest
+from diablo.quantize.linear import set_module
 from experiments import methods
 from experiments.counting import count
 from experiments.errors import UserError
 from experiments.models import build_config
 from experiments.plan import CONFIGS, options, plan
+from tests.quantized_models import decoder_linears
 
 ARCHITECTURE = {
     "model_type": "llama",
@@ -60,6 +63,9 @@ def contract_of(name: str) -> dict[str, bool]:
     content = yaml.safe_load((CONFIGS / "method" / f"{name}.yaml").read_text())
     inherited = contract_of("lora") if "lora" in content.get("defaults", []) else {}
     return {**inherited, **content.get("contract", {})}
+
+
+on_quantized = [name for name in options("method") if name != "base" and contract_of(name).get("on_quantized", True)]
 
 
 def fresh_base(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -122,7 +128,7 @@ def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def test_every_contract_says_all_three_things() -> None:
     for name in options("method"):
-        assert contract_of(name).keys() - {"gradient_checkpointing"} == every_contract, name
+        assert contract_of(name).keys() - {"gradient_checkpointing", "on_quantized"} == every_contract, name
 
 
 @every_method
@@ -249,6 +255,45 @@ def test_trains_under_bf16_autocast_with_float32_parameters(name: str) -> None:
     changed = [key for key, tensor in trained.items() if not torch.equal(tensor, before[key])]
     # Where B starts at zero, A's first gradient is zero, and the other way round.
     assert len(changed) >= len(trained) / 2
+
+
+def quantized_base() -> PreTrainedModel:
+    base = fresh_base()
+    for name, linear in decoder_linears(base).items():
+        set_module(base, name, QuantizedLinear.from_weight(round_to_nearest(linear.weight, 4, 16)))
+    return base
+
+
+@pytest.mark.parametrize("name", on_quantized)
+def test_on_a_quantised_base_the_codes_stay_and_loading_gives_the_same_outputs(name: str, tmp_path: Path) -> None:
+    method, base = config_of(name)["method"], quantized_base()
+    model = attached(name, base)
+    if contract_of(name)["starts_at_base"]:
+        torch.testing.assert_close(logits(model), logits(quantized_base()), **TOLERANCE)
+    initial, trained = methods.initial_state(model), methods.trained_tensors(model)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    train_a_little(model)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[key]) == (key not in trained), key
+    expected = logits(model)
+    assert not torch.allclose(expected, logits(quantized_base()), **TOLERANCE)
+    methods.save(method, model, tmp_path / "adapter", initial)
+    for merge in (False, True) if contract_of(name)["merges"] else (False,):
+        loaded = methods.load(method, quantized_base(), tmp_path / "adapter", merge=merge).eval()
+        assert (not quantized_layers(loaded)) == merge
+        torch.testing.assert_close(logits(loaded), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", [name for name in options("method") if name not in ("base", *on_quantized)])
+def test_other_methods_are_refused_on_a_quantised_base(name: str) -> None:
+    with pytest.raises(UserError, match=f"method={name} changes the weights or needs their gradients"):
+        plan([f"method={name}", "quantization=nf"])
+
+
+def test_an_untrained_quantised_base_merges_to_full_precision(tmp_path: Path) -> None:
+    loaded = methods.load(config_of("base")["method"], quantized_base(), tmp_path, merge=True)
+    assert not quantized_layers(loaded)
+    torch.testing.assert_close(logits(loaded), logits(quantized_base()), **TOLERANCE)
 
 
 def test_an_adapter_for_other_shapes_is_refused(tmp_path: Path) -> None:

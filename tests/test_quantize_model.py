@@ -90,7 +90,7 @@ def test_the_second_layer_is_fitted_to_what_the_quantised_first_one_gives(tmp_pa
         model(input_ids=row[None])
     inputs = torch.cat([part.reshape(-1, 64) for part in x])
     weight = llama().model.layers[1].self_attn.q_proj.weight
-    expected, _ = settings_of("gptq", 2).quantize(weight, inputs.T @ inputs)
+    expected, _ = settings_of("gptq", 2).quantize("q_proj", weight, inputs.T @ inputs)
     found = model.model.layers[1].self_attn.q_proj.quantized()
     assert (found.codes == expected.codes).float().mean() > 0.99
 

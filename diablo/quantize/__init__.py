@@ -11,10 +11,10 @@ from diablo.quantize.gptq import gptq
 from diablo.quantize.grids import QuantizedWeight, normal_float, normal_float_levels, round_to_nearest
 from diablo.quantize.linear import QuantizedLinear, replace_linears
 from diablo.quantize.magr import magr
-from diablo.quantize.merge import GridMerge, merge_dequantized, merge_to_grid
+from diablo.quantize.merge import GridMerge, dequantize_model, merge_dequantized, merge_to_grid
 from diablo.quantize.model import quantize_model
 from diablo.quantize.settings import QuantizationSettings, calibration_windows
-from diablo.quantize.storage import load_quantized, save_quantized, sizes
+from diablo.quantize.storage import load_quantized, quantized_layers, save_quantized, sizes
 
 __all__ = [
     "GridMerge",
@@ -22,6 +22,7 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedWeight",
     "calibration_windows",
+    "dequantize_model",
     "gptq",
     "load_quantized",
     "magr",
@@ -30,6 +31,7 @@ __all__ = [
     "normal_float",
     "normal_float_levels",
     "quantize_model",
+    "quantized_layers",
     "replace_linears",
     "round_to_nearest",
     "save_quantized",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +49,8 @@ class ClippedLinear(nn.Module):
         self.low = nn.Parameter(torch.full_like(self.groups[..., 0], CLIPPING_START))
         self.factor_a = nn.Parameter(torch.empty(rank, linear.in_features, device=weight.device))
         self.factor_b = nn.Parameter(torch.zeros(linear.out_features, rank, device=weight.device))
-        nn.init.kaiming_uniform_(self.factor_a, a=math.sqrt(5))
+        if rank:
+            nn.init.kaiming_uniform_(self.factor_a, a=math.sqrt(5))
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """scale and zero, `(out, groups)`."""
@@ -85,6 +87,7 @@ def train_block(
     lora_alpha: float = LORA_ALPHA,
     epochs: int = EPOCHS,
     seed: int = 0,
+    target_modules: Collection[str] | None = None,
 ) -> Block:
     """Trains a copy of a decoder layer, in float32, one sequence at a time.
 
@@ -94,12 +97,15 @@ def train_block(
         kwargs: what else the layer is called with, for each sequence.
         targets: for each sequence what the output is to be close to: the layer's outputs on the full-precision inputs,
             and on `inputs`.
+        target_modules: see `gets_factors`.
     """
     trained = copy.deepcopy(layer).float()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         linears = {
-            name: ClippedLinear(module, bits, group_size, rank, lora_alpha / rank)
+            name: ClippedLinear(
+                module, bits, group_size, rank if gets_factors(name, target_modules) else 0, lora_alpha / rank
+            )
             for name, module in trained.named_modules()
             if isinstance(module, nn.Linear)
         }
@@ -107,7 +113,8 @@ def train_block(
     for name, module in linears.items():
         set_module(trained, name, module)
     clipping = [parameter for module in linears.values() for parameter in (module.high, module.low)]
-    factors = [parameter for module in linears.values() for parameter in (module.factor_a, module.factor_b)]
+    adapted = {name: module for name, module in linears.items() if gets_factors(name, target_modules)}
+    factors = [parameter for module in adapted.values() for parameter in (module.factor_a, module.factor_b)]
     optimizer = torch.optim.AdamW(
         [{"params": clipping, "lr": CLIPPING_RATE}, {"params": factors, "lr": FACTOR_RATE}], weight_decay=WEIGHT_DECAY
     )
@@ -125,6 +132,11 @@ def train_block(
         losses.append(total / len(inputs))
     return Block(
         {name: module.quantized() for name, module in linears.items()},
-        {name: (module.factor_a.detach(), module.factor_b.detach()) for name, module in linears.items()},
+        {name: (module.factor_a.detach(), module.factor_b.detach()) for name, module in adapted.items()},
         losses,
     )
+
+
+def gets_factors(name: str, target_modules: Collection[str] | None) -> bool:
+    """Whether a linear layer is among those with LoRA factors, told by the last part of its name; None is all."""
+    return target_modules is None or name.rpartition(".")[2] in target_modules

@@ -57,6 +57,18 @@ def merge_dequantized(model: PeftModel, dtype: torch.dtype | None = None) -> Pre
     return _merge(model, replace)
 
 
+def dequantize_model(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model, without adapters, with ordinary linear layers that hold the dequantised weights; it is changed.
+
+    Args:
+        dtype: of these layers; None for that of the rest of the model.
+    """
+    chosen: torch.dtype = model.dtype if dtype is None else dtype
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedLinear)]:
+        set_module(model, name, _linear(layer, layer.dequantize(), chosen))
+    return model
+
+
 def merge_to_grid(model: PeftModel) -> GridMerge:
     """The model with every merged weight rounded to the grid that its layer has; prints what that cost.
 

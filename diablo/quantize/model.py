@@ -72,7 +72,7 @@ def quantize_model(
         _quantize_layer(f"{prefix}.{index}", layer, storage.layer_file(folder, index), settings, activations)
         layer.to(home)
     if settings.method in WITH_FACTORS:
-        _write_adapter(folder, prefix, layers, settings)
+        _write_adapter(folder, prefix, len(layers), settings)
     costs = [json.loads(storage.layer_file(folder, i).with_suffix(".json").read_text()) for i in range(len(layers))]
     record = storage.finish(model, folder, {"settings": asdict(settings), "layers": costs})
     model.quantization = record  # pyright: ignore[reportArgumentType]
@@ -117,7 +117,7 @@ def _quantize_each(
     block = Block({}, {}, [])
     for n, linear in linears.items():
         try:
-            block.weights[n], factors = settings.quantize(linear.weight, grams.get(n))
+            block.weights[n], factors = settings.quantize(n, linear.weight, grams.get(n))
         except ValueError as error:
             raise ValueError(f"{name}.{n}: {error}") from None
         if factors is not None:
@@ -137,6 +137,7 @@ def _train(
         [[one, other] for one, other in zip(full, beside, strict=True)],
         settings.bits,
         settings.group_size,
+        target_modules=settings.target_modules,
         **settings.options,
     )
 
@@ -150,7 +151,7 @@ def _restore(layer: nn.Module, file: Path, settings: QuantizationSettings) -> Fa
     if settings.method not in WITH_FACTORS:
         return {}
     stored = load_file(_factors_file(file), device=str(device))
-    return {n: (stored[f"{n}.lora_A"], stored[f"{n}.lora_B"]) for n in linears}
+    return {n: (stored[f"{n}.lora_A"], stored[f"{n}.lora_B"]) for n in linears if f"{n}.lora_A" in stored}
 
 
 def _errors(weight: Tensor, quantized: QuantizedWeight, gram: Tensor | None) -> dict[str, float]:
@@ -182,18 +183,18 @@ def _begin(folder: Path, settings: QuantizationSettings, model: PreTrainedModel,
             )
 
 
-def _write_adapter(folder: Path, prefix: str, layers: nn.ModuleList, settings: QuantizationSettings) -> None:
+def _write_adapter(folder: Path, prefix: str, layers: int, settings: QuantizationSettings) -> None:
     """The factors that go with the weights, as a LoRA that PEFT loads."""
     tensors = {
         f"base_model.model.{prefix}.{index}.{name}.weight": tensor
-        for index in range(len(layers))
+        for index in range(layers)
         for name, tensor in load_file(_factors_file(storage.layer_file(folder, index))).items()
     }
     rank, lora_alpha = settings.lora
     config = LoraConfig(
         r=rank,
         lora_alpha=lora_alpha,  # pyright: ignore[reportArgumentType]
-        target_modules=sorted({name.rpartition(".")[2] for name in _linears(layers)}),
+        target_modules=sorted({name.split(".")[-3] for name in tensors}),  # before lora_A.weight
         task_type=TaskType.CAUSAL_LM,
     )
     config.save_pretrained(str(folder / "adapter"))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diablo.quantize.apiq import LORA_ALPHA, RANK, train_block
+from diablo.quantize.apiq import LORA_ALPHA, RANK, gets_factors, train_block
 from diablo.quantize.gptq import gptq
 from diablo.quantize.grids import QuantizedWeight, check_bits, normal_float, round_to_nearest
 from diablo.quantize.loftq import loftq
@@ -28,7 +28,7 @@ DATA_FREE = ("rtn", "nf", "loftq")
 NORMAL_FLOAT = ("nf", "loftq")
 WITH_FACTORS = ("loftq", "apiq")  # that make a LoRA to go with the weights
 # Arguments of those functions that come from elsewhere than `options`.
-GIVEN = ("weight", "gram", "layer", "inputs", "kwargs", "targets", "bits", "group_size", "sym")
+GIVEN = ("weight", "gram", "layer", "inputs", "kwargs", "targets", "bits", "group_size", "sym", "target_modules")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class QuantizationSettings:
         group_size: weights of a row that share a scale; -1 for whole rows.
         sym: grids that reach as far below 0 as above; for rtn, gptq and magr.
         options: further arguments of the method, such as `damp_percent` of gptq or `epochs` of apiq.
+        target_modules: the linear layers, by the last part of their names, that loftq and apiq give factors; None for
+            all. The others are only quantised.
 
     Raises:
         ValueError: one of them is not possible.
@@ -50,6 +52,7 @@ class QuantizationSettings:
     group_size: int = 64
     sym: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    target_modules: list[str] | None = None
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
@@ -57,17 +60,24 @@ class QuantizationSettings:
             raise ValueError(f"method={self.method}: known are {', '.join(METHODS)}")
         if self.sym and "sym" not in self._parameters():
             raise ValueError(f"sym=True: {self.method} has no symmetric grid: leave it out")
+        if self.target_modules is not None and self.method not in WITH_FACTORS:
+            raise ValueError(f"target_modules: {self.method} makes no factors: leave it out")
         known = [name for name in self._parameters() if name not in GIVEN]
         for name in self.options:
             if name not in known:
                 raise ValueError(f"options.{name}: {self.method} takes {', '.join(known) or 'no options'}")
 
-    def quantize(self, weight: Tensor, gram: Tensor | None) -> tuple[QuantizedWeight, tuple[Tensor, Tensor] | None]:
+    def quantize(
+        self, name: str, weight: Tensor, gram: Tensor | None
+    ) -> tuple[QuantizedWeight, tuple[Tensor, Tensor] | None]:
         """One weight, by all methods but apiq, and the factors that loftq gives it.
 
         Args:
+            name: of its linear layer.
             gram: `XᵀX` of its inputs, for the methods that use it.
         """
+        if self.method == "loftq" and not gets_factors(name, self.target_modules):
+            return normal_float(weight, self.bits, self.group_size), None
         given = {"gram": gram, "sym": self.sym}
         arguments = {name: value for name, value in given.items() if name in self._parameters()}
         result = METHODS[self.method](weight, bits=self.bits, group_size=self.group_size, **arguments, **self.options)
