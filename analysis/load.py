@@ -67,11 +67,11 @@ class StepTimes:
     ratios: pd.DataFrame
 
 
-def load_runs(directories: Iterable[Path]) -> Runs:
+def load_runs(directories: Iterable[Path], quiet: bool = False) -> Runs:
     """Read run directories, in the order given. A directory without a readable config is a problem, not an error.
 
-    From `MANY` on they are read by all processors, and what was read is kept (analysis/cache.py). UserError when two
-    directories of one run id have different configs.
+    From `MANY` on they are read by all processors, and what was read is kept (analysis/cache.py). `quiet`: problems are
+    returned and not printed. UserError when two directories of one run id have different configs.
     """
     seen: dict[str, Path] = {}
     problems: list[str] = []
@@ -91,7 +91,7 @@ def load_runs(directories: Iterable[Path]) -> Runs:
         frame = cached_rows(chosen, _read_in_parallel, _frame, version)
     told = frame.drop_duplicates("path")["problems"]
     problems = [line for lines in told for line in lines] + problems
-    for problem in problems:
+    for problem in [] if quiet else problems:
         print(problem, file=sys.stderr)
     frame = frame.loc[frame["run_id"].notna()].drop(columns="problems").reset_index(drop=True)
     return Runs(frame, problems)

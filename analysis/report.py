@@ -95,7 +95,7 @@ def write_report(
         notes=notes,
         facts=_facts(runs.frame),
         papers=[paper for paper in (table(runs.frame) for table in paper_tables.TABLES) if paper.has_ours],
-        sweeps=_sweeps(load_runs(tried).frame if tried else runs.frame, out),
+        sweeps=_sweeps(load_runs(tried, quiet=True).frame if tried else runs.frame, out),  # those have no scores
         costs=_costs(runs.frame, out),
         wide=[{"title": heading, "table": wide} for heading, wide in tables.wide_tables(table)],
         legend=[(tables.MARKS[name], tables.MEANINGS[name]) for name in tables.MARKS if name in mixed],

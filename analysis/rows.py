@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from experiments.errors import UserError
+from experiments.evaluations import evaluation_paths
 from experiments.records import (
     EvalRecord,
     RunPaths,
@@ -71,7 +72,7 @@ def read_run(directory: Path) -> list[dict[str, Any]]:
     except UNREADABLE as error:
         return [{"path": directory, "problems": [line_of(run.config, error)]}]
     trained, training = _training(run, problems)
-    evaluations = list(_evaluations(run, trained, problems))
+    evaluations = list(_evaluations(run, config, trained, problems))
     scored = {evaluation["benchmark"] for evaluation in evaluations}
     if (config.get("evaluation") or {}).get("mean"):
         evaluations += list(_means(run, evaluations, planned, problems))
@@ -137,8 +138,31 @@ def _training(run: RunPaths, problems: list[str]) -> tuple[TrainRecord | None, d
         return None, {}
 
 
-def _evaluations(run: RunPaths, trained: TrainRecord | None, problems: list[str]) -> Iterator[dict[str, Any]]:
+def _as_merged(run: RunPaths, config: dict[str, Any]) -> dict[Path, str]:
+    """Of a run that cannot be merged, or was planned not to be: its evaluations' folders as a merged one's are named.
+
+    Merging is no part of a protocol, so that both stand in one table.
+    """
+    evaluation = config.get("evaluation") or {}
+    if evaluation.get("merge", True):
+        return {}
+    try:
+        own = evaluation_paths(run, config)
+        merged = evaluation_paths(run, {**config, "evaluation": {**evaluation, "merge": True}})
+    except UNREADABLE:  # of another version: its folders keep their names
+        return {}
+    return {paths.root: _name(run, other.root) for paths, other in zip(own, merged, strict=True)}
+
+
+def _name(run: RunPaths, folder: Path) -> str:
+    return folder.relative_to(run.root / "eval").as_posix()
+
+
+def _evaluations(
+    run: RunPaths, config: dict[str, Any], trained: TrainRecord | None, problems: list[str]
+) -> Iterator[dict[str, Any]]:
     """What the frame takes from every evaluation of a run that can be read and belongs to its weights."""
+    names = _as_merged(run, config)
     for path in sorted(run.root.glob("eval/*/*/score.json")):
         try:
             record = read_record(path, EvalRecord)
@@ -152,7 +176,7 @@ def _evaluations(run: RunPaths, trained: TrainRecord | None, problems: list[str]
             "metric": record.metric,
             "protocol": record.protocol,
             "protocol_version": record.protocol_version,
-            "evaluation": path.parent.relative_to(run.root / "eval").as_posix(),
+            "evaluation": names.get(path.parent) or _name(run, path.parent),
             "n": record.n,
             "accuracy": record.accuracy,
             "standard_error": record.standard_error,

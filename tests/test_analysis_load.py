@@ -203,3 +203,22 @@ def test_a_quick_look_is_no_part_of_a_mean(tmp_path: Path) -> None:
     runs = load_runs([run.root])
     assert "mean of 2" not in set(runs.frame["benchmark"])
     assert any("no mean over the 2 benchmarks" in problem for problem in runs.problems)
+
+
+def test_a_method_that_cannot_be_merged_stands_in_the_table_of_those_that_can(tmp_path: Path, cache_dir: Path) -> None:
+    """Whether an adapter was folded into the weights is no part of a protocol."""
+    from eval.run import evaluate
+    from experiments.plan import plan, write_runs
+    from experiments.train import train
+    from tests.conftest import SMALL
+
+    small = [*SMALL, "seed=0", "recipe.max_steps=2", f"runtime.runs_dir={tmp_path}", f"runtime.cache_dir={cache_dir}"]
+    runs = write_runs([*plan([*small, "method=lora,bottleneck"])])
+    for run in runs:
+        train(run)
+        evaluate(run)
+    folders = {path.parent.name for run in runs for path in run.root.glob("eval/*/*/score.json")}
+    assert len(folders) == 2
+    frame = load_runs([run.root for run in runs]).frame
+    assert list(frame["method"]) == ["lora", "bottleneck"]
+    assert frame["evaluation"].nunique() == 1
