@@ -77,16 +77,16 @@ def read_experiment(name: str) -> Config:
     """The content of `configs/experiment/<name>.yaml`, or of the file whose path, ending in .yaml, `name` is.
 
     `title`, `common` (overrides of all runs), `grids`, `paper` (those grids that are the paper's own cells, before the
-    others), `learning_rate_by` (see experiments/choose.py) and `notes`.
+    others), `learning_rate_by` (see experiments/choose.py), `notes`, and `reference`, the label to compare with.
     """
     path = Path(name) if name.endswith(".yaml") else CONFIGS / "experiment" / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"no experiment {name!r}: {nearest(name, options('experiment'))}")
     content = yaml.safe_load(path.read_text())
-    unknown = set(content) - {"title", "common", "grids", "paper", "notes", "learning_rate_by"}
+    unknown = set(content) - {"title", "common", "grids", "paper", "notes", "learning_rate_by", "reference"}
     if unknown or not (content.get("grids") or content.get("paper")):
         raise UserError(
-            f"{path}: an experiment has title, common, paper, grids, learning_rate_by and notes, "
+            f"{path}: an experiment has title, common, paper, grids, learning_rate_by, reference and notes, "
             f"not {sorted(unknown) or 'no grids'}"
         )
     return content

@@ -93,6 +93,7 @@ def report(name: str, found: Stages, out: Path, measure: bool) -> Path:
         step_times,
         experiment["title"],
         [*experiment.get("notes", []), *notes],
+        reference=experiment.get("reference"),
         tried=[run.root for run in map(run_paths, found.first) if run.config.is_file()],
     )
 
