@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from experiments.choose import stages
-from experiments.plan import run_paths
+from experiments.plan import plan, run_paths
 from experiments.records import TrainRecord, read_record
-from experiments.reproduce import reproduce
+from experiments.reproduce import make_bases, reproduce
 from slurm import submit
 from slurm.queue import queued
 from slurm.status import statuses
@@ -83,6 +83,7 @@ def test_the_quickstart_preempted_twice_ends_in_the_same_report(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    make_bases(plan(["experiment=quickstart", *settings]))  # or the first jobs would spend minutes on it
     runs = tmp_path / "runs"
     arguments = ["experiment=quickstart", *settings, f"runtime.runs_dir={runs}", "runtime.checkpoint_every=20"]
     subprocess.run([sys.executable, "-m", "slurm.submit", *arguments, CLUSTER, "--pack", "5"], check=True)
@@ -96,7 +97,7 @@ def test_the_quickstart_preempted_twice_ends_in_the_same_report(
         return running and any((beat["step"] or 0) > 20 for beat in alive)
 
     for number in (1, 2):
-        wait_for(training, "a training under way", 120)
+        wait_for(training, "a training under way", 240)
         wanted = ["--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"]
         cluster.output("sbatch", *wanted)
         wait_for(lambda n=number: all(int(cluster.job(job)["Restarts"]) >= n for job in jobs), "preemption", 120)
