@@ -10,28 +10,12 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from diablo import BottleneckConfig
 from diablo.bottleneck import BottleneckLayer
+from tests.test_diablo_tuner import tiny_llama
 
 SIZE, WIDTH = 5, 32
-
-
-def tiny_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=WIDTH,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-    )
-    model = LlamaForCausalLM(config).eval()
-    nn.Module.to(model, dtype)
-    return model
 
 
 def attach(base: nn.Module, **settings: Any) -> PeftModel:

@@ -12,29 +12,13 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from diablo import DiabloConfig, MiloraConfig
 from diablo.milora import smallest_triplets
 from diablo.residual import changes_base, initial_factors, save_adapter
+from tests.test_diablo_tuner import tiny_llama
 
 TARGETS = ["q_proj", "k_proj", "down_proj"]
-
-
-def tiny_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-    )
-    model = LlamaForCausalLM(config).eval()
-    nn.Module.to(model, dtype)
-    return model
 
 
 def tokens() -> Tensor:
