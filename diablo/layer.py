@@ -10,7 +10,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
-    _get_in_out_features,  # also reads the sizes of quantised layers  # pyright: ignore[reportPrivateUsage]
+    _get_in_out_features,  # pyright: ignore[reportPrivateUsage]
     check_adapters_to_merge,
 )
 from peft.utils import resolve_quantization_backend
@@ -60,6 +60,14 @@ def obstacle_to_in_place(layer: nn.Module, dropout: float) -> str | None:
     return None
 
 
+def layer_sides(base_layer: nn.Module) -> tuple[int, int]:
+    """in_features and out_features, of quantised layers too."""
+    in_features, out_features = _get_in_out_features(base_layer)
+    if in_features is None or out_features is None:
+        raise TypeError(f"the sizes of {type(base_layer).__name__} are unknown")
+    return in_features, out_features
+
+
 class DiabloLayer(BaseTunerLayer, InPlaceLayer):
     """The adapters of one layer, keyed by adapter name; `DiabloLinear` adds the forward pass.
 
@@ -89,10 +97,7 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)
         # transformers' Conv1D (GPT-2) is a linear layer that keeps its weight as (in, out).
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)
-        in_features, out_features = _get_in_out_features(base_layer)
-        if in_features is None or out_features is None:
-            raise TypeError(f"the sizes of {type(base_layer).__name__} are unknown")
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features = layer_sides(base_layer)
 
     def update_layer(
         self,

@@ -18,6 +18,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diablo.milora import refuse_other_starts
 from diablo.register import peft_type, register
 
 LORI = peft_type("LORI")
@@ -42,11 +43,7 @@ class LoriConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LORI
-        for name, plain in (("init_lora_weights", True), ("use_dora", False), ("lora_bias", False)):
-            if getattr(self, name) != plain:
-                raise ValueError(f"LoRI sets its own start: {name}={getattr(self, name)!r} must be {plain}")
-        if self.target_parameters:
-            raise ValueError(f"LoRI adapts linear layers: target_parameters={self.target_parameters!r} must be unset")
+        refuse_other_starts(self, "LoRI")
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity={self.sparsity} is a share of B's entries: 0 or more, below 1")
 

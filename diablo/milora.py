@@ -33,11 +33,16 @@ class MiloraConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MILORA
-        for name, plain in (("init_lora_weights", True), ("use_dora", False), ("lora_bias", False)):
-            if getattr(self, name) != plain:
-                raise ValueError(f"MiLoRA sets its own start: {name}={getattr(self, name)!r} must be {plain}")
-        if self.target_parameters:
-            raise ValueError(f"MiLoRA adapts linear layers: target_parameters={self.target_parameters!r} must be unset")
+        refuse_other_starts(self, "MiLoRA")
+
+
+def refuse_other_starts(config: LoraConfig, method: str) -> None:
+    """ValueError if an option of `LoraConfig` chooses another start or another layer than the method's own."""
+    for name, plain in (("init_lora_weights", True), ("use_dora", False), ("lora_bias", False)):
+        if getattr(config, name) != plain:
+            raise ValueError(f"{method} sets its own start: {name}={getattr(config, name)!r} must be {plain}")
+    if config.target_parameters:
+        raise ValueError(f"{method} adapts linear layers: target_parameters={config.target_parameters!r} must be unset")
 
 
 def smallest_triplets(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:

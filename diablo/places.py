@@ -17,9 +17,8 @@ from torch import Tensor
 
 from diablo.blocks import BlockShape, add_block_product_, block_gradient
 
-SAMPLED_BELOW = (
-    1 / 16
-)  # share of entries below which the CPU is faster without the dense product (1/8 and 1/64 measured)
+# Share of entries below which the CPU is faster without the dense product; 1/8 and 1/64 were measured.
+SAMPLED_BELOW = 1 / 16
 CHUNK = 1024  # entries whose products over all tokens are held at once
 
 

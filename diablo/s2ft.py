@@ -16,11 +16,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from diablo.config import BlockConfig
+from diablo.layer import layer_sides
 from diablo.model import DiabloModel
 from diablo.patterns import draw_distinct, generator_for
 from diablo.places import Places
 from diablo.register import peft_type, register
-from diablo.sparse import layer_sides
 
 S2FT = peft_type("S2FT")
 

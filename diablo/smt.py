@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from diablo.config import BlockConfig
+from diablo.layer import layer_sides
 from diablo.model import DiabloModel
 from diablo.patterns import grid_places
 from diablo.places import Places
 from diablo.quantize.linear import QuantizedLinear
 from diablo.register import peft_type, register
-from diablo.sparse import layer_sides
 
 SMT = peft_type("SMT")
 ATTENTION = ["q_proj", "k_proj", "v_proj"]  # the released code's default

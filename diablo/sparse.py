@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 import torch
-from peft.tuners.tuners_utils import (
-    _get_in_out_features,  # also reads the sizes of quantised layers  # pyright: ignore[reportPrivateUsage]
-)
 from torch import nn
 
 from diablo.config import BlockConfig
+from diablo.layer import layer_sides
 from diablo.model import DiabloModel
 from diablo.patterns import BLOCK_PATTERNS, PATTERNS, draw, generator_for, pattern_shape
 from diablo.places import Places
@@ -84,14 +82,6 @@ class SparseModel(DiabloModel):
             inputs, outputs = ((shape.num_blocks, side) for side in (shape.d_in, shape.d_out))
             return Places(torch.empty(inputs, device="meta"), torch.empty(outputs, device="meta"))
         return draw(config.pattern, shape, in_features, out_features, generator_for(config.seed, name))
-
-
-def layer_sides(base_layer: nn.Module) -> tuple[int, int]:
-    """in_features and out_features."""
-    in_features, out_features = _get_in_out_features(base_layer)
-    if in_features is None or out_features is None:
-        raise TypeError(f"the sizes of {type(base_layer).__name__} are unknown")
-    return in_features, out_features
 
 
 register(SPARSE, SparseConfig, SparseModel)
