@@ -27,28 +27,42 @@ from experiments.sources import HUBS, SOURCES, Hub, Maker, Row, Split
 def load_rows(data: dict[str, Any], split: str, data_root: str | None) -> list[Row]:
     """The rows of a task's `data` config in their own order; of several sources one after the other.
 
-    The split "heldout" is what `heldout` keeps out of the training rows, to choose a learning rate by: so many rows
-    with different questions, drawn with a fixed seed. Rows that ask the same leave the training rows with them.
-
     With a data root they come from its files, without one from the hub. A run that was planned without one takes
     DIABLO_DATA_ROOT as it is now.
     """
+    if data["source"] == "arith":
+        return _generated(data, split)
+    if split in ("train", "heldout"):
+        kept, held_out = training_rows(data, data_root)
+        return kept if split == "train" else held_out
+    return _of_sources(data, split, data_root)
+
+
+def training_rows(data: dict[str, Any], data_root: str | None) -> tuple[list[Row], list[Row]]:
+    """The rows to train on, the split "train", and those to choose a learning rate by, the split "heldout".
+
+    The second are what `heldout` keeps out of the first: so many rows with different questions, drawn with a fixed
+    seed. Rows that ask the same leave the training rows with them.
+    """
+    if data["source"] == "arith":
+        return _generated(data, "train"), _generated(data, "heldout")
+    return _hold_out(_of_sources(data, "train", data_root), data.get("heldout", 0))
+
+
+def _generated(data: dict[str, Any], split: str) -> list[Row]:
+    sizes = {part: data[part] for part in arith.SPLITS}
+    try:
+        return arith.generate(sizes, data["seed"])[split]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"task.data of arith: {error}") from None
+
+
+def _of_sources(data: dict[str, Any], split: str, data_root: str | None) -> list[Row]:
     data_root = data_root or os.environ.get("DIABLO_DATA_ROOT")
-    source = data["source"]
-    if source == "arith":
-        sizes = {part: data[part] for part in arith.SPLITS}
-        try:
-            return arith.generate(sizes, data["seed"])[split]
-        except (ValueError, KeyError) as error:
-            raise UserError(f"task.data of arith: {error}") from None
-    names = [source] if isinstance(source, str) else source
+    names = [data["source"]] if isinstance(data["source"], str) else data["source"]
     if "arith" in names:
         raise UserError("task.data.source: arith is generated and cannot be joined with other data sets")
-    if split not in ("train", "heldout"):
-        return [row for name in names for row in _load(name, split, data_root)]
-    rows = [row for name in names for row in _load(name, "train", data_root)]
-    kept, held_out = _hold_out(rows, data.get("heldout", 0))
-    return kept if split == "train" else held_out
+    return [row for name in names for row in _load(name, split, data_root)]
 
 
 def _hold_out(rows: list[Row], count: int) -> tuple[list[Row], list[Row]]:

@@ -72,7 +72,7 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
     from transformers import set_seed
 
     from experiments import methods
-    from experiments.data import load_rows, rows_hash
+    from experiments.data import rows_hash, training_rows
     from experiments.environment import environment
     from experiments.first import check_base
     from experiments.held_out import measure, row_scores
@@ -87,8 +87,8 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
     arguments = training_arguments(config, run, device.type)
     trains = config["method"]["trains"] != "nothing"
     with arguments.main_process_first(local=False):  # one process makes or downloads what the others then find
-        data, data_root = config["task"]["data"], config["runtime"]["data_root"]
-        rows = load_rows(data, "train", data_root) if trains else []
+        source = (config["task"]["data"], config["runtime"]["data_root"])
+        rows, others = training_rows(*source) if trains else ([], [])
         base, tokenizer = load_base(config, str(arguments.device))
     base_parameters = count_parameters(base)
     hashes: Any = {
@@ -105,7 +105,6 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
         with arguments.main_process_first(local=False):
             cache = Path(config["runtime"]["cache_dir"])
             examples = tokenised(config["protocol"], tokenizer, select_rows(config["protocol"], rows), cache)
-            others = load_rows(data, "heldout", data_root) if data["heldout"] else []
             unseen = tokenised(config["protocol"], tokenizer, others, cache)
         _check_batches(config, len(examples))
         truncated, kept = examples.truncated, len(examples)
