@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.errors import UserError, nearest
-from experiments.plan import plan, read_experiment, run_paths
+from experiments.plan import plan, read_experiment, run_paths, split_experiment
 from experiments.records import TrainRecord, read_record, setting_hash
 
 Config = dict[str, Any]
@@ -107,10 +107,10 @@ def to_csv(found: Stages) -> str:
 
 def _rule(arguments: Sequence[str]) -> str | None:
     """What the experiment chooses learning rates by, if it does."""
-    names = [argument.removeprefix("experiment=") for argument in arguments if argument.startswith("experiment=")]
-    by = read_experiment(names[0]).get("learning_rate_by") if names else None
+    name, _ = split_experiment(arguments)
+    by = read_experiment(name).get("learning_rate_by") if name else None
     if by is not None and by not in RULES:
-        raise UserError(f"experiment {names[0]}: learning_rate_by: {by}: {nearest(str(by), RULES)}")
+        raise UserError(f"experiment {name}: learning_rate_by: {by}: {nearest(str(by), RULES)}")
     return by
 
 

@@ -57,20 +57,26 @@ def plan(arguments: Sequence[str]) -> list[Config]:
 
 def expand_experiment(arguments: Sequence[str]) -> list[list[str]]:
     """The grids named by `experiment=…`, each followed by the other arguments; without one, the arguments alone."""
-    names = [argument.split("=", 1)[1] for argument in arguments if argument.startswith("experiment=")]
-    others = [argument for argument in arguments if not argument.startswith("experiment=") and argument != PAPER]
-    if len(names) > 1:
-        raise UserError(f"experiment is given {len(names)} times ({', '.join(names)}): plan one at a time")
-    experiment = read_experiment(names[0]) if names else {}
+    name, others = split_experiment(arguments)
+    experiment = read_experiment(name) if name else {}
     grids = [*experiment.get("paper", []), *experiment.get("grids", [])]
-    if PAPER in arguments:
+    if PAPER in others:
+        others.remove(PAPER)
         grids = experiment.get("paper")
         if not grids:
-            raise UserError(f"{PAPER}: experiment {names[0] if names else '…'} has no cells of the paper, no `paper`")
-    if not names:
+            raise UserError(f"{PAPER}: experiment {name or '…'} has no cells of the paper, no `paper`")
+    if not name:
         return [others]
     common = shlex.split(experiment.get("common", ""))
     return [[*common, *shlex.split(grid), *others] for grid in grids]
+
+
+def split_experiment(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """What `experiment=…` names, if it is there, and the other arguments."""
+    names = [argument.removeprefix("experiment=") for argument in arguments if argument.startswith("experiment=")]
+    if len(names) > 1:
+        raise UserError(f"experiment is given {len(names)} times ({', '.join(names)}): plan one at a time")
+    return next(iter(names), None), [argument for argument in arguments if not argument.startswith("experiment=")]
 
 
 def read_experiment(name: str) -> Config:

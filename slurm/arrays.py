@@ -10,7 +10,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,9 @@ def sbatch(folder: Path, title: str, cluster: Cluster, options: list[str], depen
         raise
 
 
-def job_script(cluster: Cluster, resources: Resources, code: dict[str, Any], command: list[str]) -> str:
+def job_script(
+    cluster: Cluster, resources: Resources, code: dict[str, Any], command: list[str], before: Sequence[str] = ()
+) -> str:
     """`job.sh`: only what has to happen before Python is there, then a module with its arguments."""
     python = shlex.quote(cluster.python or ("python" if cluster.activate else sys.executable))
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in sbatch_lines(cluster, resources)), ""]
@@ -131,6 +133,7 @@ def job_script(cluster: Cluster, resources: Resources, code: dict[str, Any], com
         # The working folder is where the job was submitted, so relative paths mean what they meant there; code comes
         # from the snapshot alone.
         f'export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(code["folder"])}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+        *before,
         f"exec {python} -m {shlex.join(command)}",
     ]
     return "\n".join(lines) + "\n"

@@ -18,7 +18,7 @@ from slurm.queue import cancel, slurm
 
 def submit_follow_up(
     name: str,
-    arguments: Sequence[str],
+    overrides: Sequence[str],
     runs_dir: Path,
     code: dict[str, Any],
     cluster: Cluster,
@@ -30,18 +30,23 @@ def submit_follow_up(
     comment = f"{submissions(runs_dir)}/follow-up of {name}"
     cancel(_waiting(comment))
     if second_stage:
-        command = ["slurm.submit", *arguments, *cluster.given, "--second-stage", f"--pack={options.pack}"]
+        command = [
+            "slurm.submit",
+            f"experiment={name}",
+            *overrides,
+            *cluster.given,
+            "--second-stage",
+            f"--pack={options.pack}",
+        ]
         command += [f"--max-parallel={options.max_parallel}"] if options.max_parallel else []
         command += ["--eval-separately"] if options.eval_separately else []
     else:
-        overrides = [argument for argument in arguments if not argument.startswith("experiment=")]
         command = ["experiments.reproduce", name, *overrides, "--report-only"]
     folder = submission_folder(runs_dir)
     # A job that submits jobs must not hand them its own size.
-    script = job_script(cluster, cluster.resources("", "follow_up"), code, command)
     forget = 'for name in "${!SLURM_@}"; do [ "$name" = SLURM_CONF ] || unset "$name"; done'
-    *lines, last = script.splitlines()
-    (folder / "job.sh").write_text("\n".join([*lines, forget, last, ""]))
+    script = job_script(cluster, cluster.resources("", "follow_up"), code, command, before=[forget])
+    (folder / "job.sh").write_text(script)
     dependency = f"afterany:{':'.join(after)}" if after else ""
     return sbatch(folder, name, cluster, [f"--comment={comment}", f"--output={folder}/follow_up.log"], dependency)
 

@@ -18,14 +18,15 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from experiments.choose import Stages, stages
 from experiments.errors import UserError, run_command
-from experiments.plan import run_paths, write_runs
+from experiments.plan import run_paths, split_experiment, write_runs
 from experiments.records import RunPaths, read_config
-from slurm.arrays import Options, arrays, submit_array
+from slurm.arrays import Array, Options, arrays, submit_array
 from slurm.cluster import Cluster, Resources, read_cluster, sbatch_lines
 from slurm.follow_up import submit_follow_up
 from slurm.manifest import Manifest, describe_run, is_finished, stage_records, submissions
@@ -38,8 +39,8 @@ Config = dict[str, Any]
 
 def submit(arguments: Sequence[str], cluster: Cluster, options: Options) -> list[str]:
     """Plan, write the manifests and submit. Returns the job ids of the arrays."""
-    named = [argument.removeprefix("experiment=") for argument in arguments if argument.startswith("experiment=")]
-    title = named[0] if named else " ".join(arguments)
+    name, overrides = split_experiment(arguments)
+    title = name or " ".join(arguments)
     found = stages(arguments)
     first = {} if options.second_stage else {config["run_id"]: (config, False) for config in found.first}
     planned = {**first, **{config["run_id"]: (config, True) for config in found.final}}
@@ -69,42 +70,49 @@ def submit(arguments: Sequence[str], cluster: Cluster, options: Options) -> list
             config["run_id"]: describe_run(_absolute(runs_dir, config), config, scored) for config, scored in wanted
         }
         code = take_snapshot(submissions(runs_dir) / "code")
-        jobs: list[str] = []
-        previous: dict[Resources, str] = {}
-        for array in arrays(todo, cluster, options, max_array_size()):
-            manifest = Manifest(
-                experiment=title,
-                runs_dir=str(runs_dir),
-                stages=array.stages,
-                tasks=array.tasks,
-                runs=about,
-                processes=array.resources.processes,
-                max_requeues=cluster.max_requeues,
-                scratch=cluster.scratch,
-                code=code,
-            )
-            if array.stages == ["eval"]:
-                dependency = f"aftercorr:{jobs[-1]}"
-            else:
-                before = [options.after] if options.after else []
-                # Parts of one array wait for each other, or their limits on parallel tasks would add up.
-                before += [previous[array.resources]] if array.resources in previous and array.parallel else []
-                dependency = ",".join(job if ":" in job else f"afterany:{job}" for job in before)
-            try:
-                job = submit_array(manifest, array, cluster, dependency)
-            except UserError as error:
-                done = f"; submitted before that: {', '.join(jobs)}; the rest is not" if jobs else ""
-                raise UserError(f"{error}{done}") from None
-            jobs.append(job)
-            previous[array.resources] = job
-            print(f"job {job}: {array}", flush=True)
-        if named:
-            earlier = {task.job.split("_")[0] for name in planned for task in waiting.get(name, [])}
+        manifest = partial(
+            Manifest,
+            experiment=title,
+            runs_dir=str(runs_dir),
+            runs=about,
+            max_requeues=cluster.max_requeues,
+            scratch=cluster.scratch,
+            code=code,
+        )
+        jobs = _submit_arrays(list(arrays(todo, cluster, options, max_array_size())), manifest, cluster, options)
+        if name:
+            earlier = {task.job.split("_")[0] for run_id in planned for task in waiting.get(run_id, [])}
             more = bool(found.undecided) and not options.second_stage
             after = [*sorted(earlier), *jobs]
-            job = submit_follow_up(title, arguments, runs_dir, code, cluster, options, after, more)
+            job = submit_follow_up(name, overrides, runs_dir, code, cluster, options, after, more)
             print(f"job {job}: {'chooses learning rates and submits the second stage' if more else 'the report'}")
     _say_what_comes(found)
+    return jobs
+
+
+def _submit_arrays(
+    parts: list[Array], manifest: Callable[..., Manifest], cluster: Cluster, options: Options
+) -> list[str]:
+    """Submit the arrays one behind the other where they have to wait, and return their job ids."""
+    jobs: list[str] = []
+    previous: dict[Resources, str] = {}
+    for array in parts:
+        if array.stages == ["eval"]:
+            dependency = f"aftercorr:{jobs[-1]}"
+        else:
+            before = [options.after] if options.after else []
+            # Parts of one array wait for each other, or their limits on parallel tasks would add up.
+            before += [previous[array.resources]] if array.resources in previous and array.parallel else []
+            dependency = ",".join(job if ":" in job else f"afterany:{job}" for job in before)
+        part = manifest(stages=array.stages, tasks=array.tasks, processes=array.resources.processes)
+        try:
+            job = submit_array(part, array, cluster, dependency)
+        except UserError as error:
+            done = f"; submitted before that: {', '.join(jobs)}; the rest is not" if jobs else ""
+            raise UserError(f"{error}{done}") from None
+        jobs.append(job)
+        previous[array.resources] = job
+        print(f"job {job}: {array}", flush=True)
     return jobs
 
 
