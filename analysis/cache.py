@@ -51,7 +51,7 @@ def cached_rows(
     """
     from experiments.records import content_hash
 
-    parents = sorted({str(directory.resolve().parent) for directory in directories})
+    parents = sorted(str(parent.resolve()) for parent in {directory.parent for directory in directories})
     folder = Path(os.environ.get("DIABLO_CACHE") or Path.home() / ".cache" / "diablo") / "runs"
     path = folder / f"{content_hash([version, parents])[:16]}.parquet"
     wanted = [signature(str(directory)) for directory in directories]

