@@ -20,7 +20,7 @@ LENGTHS = "item_lengths"  # of `items`: one number for one benchmark, several fo
 
 def signature(directory: str) -> str:
     """Names, times and sizes of the files that a run's rows are read from; another signature, another content."""
-    names = [f"{directory}/config.yaml", f"{directory}/train.json"]
+    names = [f"{directory}/{name}" for name in ("config.yaml", "learning_rate.json", "train.json")]
     try:
         for benchmark in sorted(os.listdir(f"{directory}/eval")):
             folder = f"{directory}/eval/{benchmark}"

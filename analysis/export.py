@@ -2,8 +2,8 @@
 
     python -m analysis.export runs --out analysis/results/quickstart/runs
 
-Of a run it keeps config.yaml (without the paths of `runtime`), train.json, every score.json and a thinned
-metrics.jsonl. Adapters, plans, samples and checkpoints stay behind.
+Of a run it keeps config.yaml (without the paths of `runtime`), train.json, learning_rate.json, every score.json and a
+thinned metrics.jsonl. Adapters, plans, samples and checkpoints stay behind.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def export_run(source: Path, out: Path) -> Path:
     config = read_config(old)
     config["runtime"] = {key: None if key in PATHS else value for key, value in config["runtime"].items()}
     write_config(new, config)
-    for path in (old.train_record, *sorted(source.glob("eval/*/*/score.json"))):
+    for path in (old.train_record, old.learning_rate, *sorted(source.glob("eval/*/*/score.json"))):
         if path.is_file():
             write_atomically(new.root / path.relative_to(source), _compact(read_json(path)))
     if old.metrics.is_file():

@@ -40,15 +40,16 @@ class Runs:
     """What was read.
 
     `frame` has a row per run and evaluation, with the columns `COLUMNS`: `setting` is a hash of the config without its
-    seed, so rows of one setting differ in nothing but the seed; `train_protocol` is the protocol it was trained under,
-    `pattern` the sparse pattern of methods that have one, `quantizer` and `bits` the quantisation of the base;
-    `final_loss` is the mean training loss at the end (NaN of a training that diverged), `held_out_loss` that on the
-    held-out rows where they were read; `evaluation` is the folder under `eval/`, which names benchmark, protocol and
-    settings, and `place` is the benchmark's in the task's order, their mean last; `commits` are the versions of this
-    code that trained and scored; `items` is an (n,) array of 1 and 0, or of shares where a row has several completions,
-    and a list of such arrays for the mean over a task's benchmarks; `percent_of_base` is in percent, `accuracy` in [0,
-    1], `train_seconds` in seconds. A planned evaluation without a score has a row with `benchmark` alone. `problems`
-    has a line for everything that was left out or is not there yet.
+    seed, so rows of one setting differ in nothing but the seed; `rate_chosen` says in words how an experiment chose the
+    learning rate and `rate_by` by which rule, both None where the config gave it; `train_protocol` is the protocol it
+    was trained under, `pattern` the sparse pattern of methods that have one, `quantizer` and `bits` the quantisation of
+    the base; `final_loss` is the mean training loss at the end (NaN of a training that diverged), `held_out_loss` and
+    `held_out_exact_match` are of the held-out rows where they were read; `evaluation` is the folder under `eval/`,
+    which names benchmark, protocol and settings, and `place` is the benchmark's in the task's order, their mean last;
+    `commits` are the versions of this code that trained and scored; `items` is an (n,) array of 1 and 0, or of shares
+    where a row has several completions, and a list of such arrays for the mean over a task's benchmarks;
+    `percent_of_base` is in percent, `accuracy` in [0, 1], `train_seconds` in seconds. A planned evaluation without a
+    score has a row with `benchmark` alone. `problems` has a line for everything that was left out or is not there yet.
     """
 
     frame: pd.DataFrame

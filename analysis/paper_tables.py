@@ -181,7 +181,7 @@ def _cell(ours: pd.DataFrame, scored: pd.DataFrame, row: dict[str, Any], protoco
     """Ours beside one published score, in percent. Of several settings that answer to it the one with most seeds."""
     from analysis.load import records
 
-    empty = dict.fromkeys(("ours", "low", "high", "seeds", "learning_rate", "difference"))
+    empty = dict.fromkeys(("ours", "low", "high", "seeds", "learning_rate", "rate_chosen", "difference"))
     if scored.empty:
         return empty | {"mixed": []}
     benchmark, _, metric = row["benchmark"].partition(" pass@")
@@ -190,7 +190,7 @@ def _cell(ours: pd.DataFrame, scored: pd.DataFrame, row: dict[str, Any], protoco
     if found.empty:
         return empty | {"mixed": []}
     best = records(found.sort_values("seeds", ascending=False, kind="stable"))[0]
-    cell = {key: best[key] for key in ("seeds", "learning_rate", "mixed")}
+    cell = {key: best[key] for key in ("seeds", "learning_rate", "rate_chosen", "mixed")}
     if metric in ("", "1"):
         cell |= {"ours": 100 * best["accuracy"], "low": 100 * best["low"], "high": 100 * best["high"]}
     else:
@@ -230,13 +230,14 @@ def _score_texts(cell: dict[str, Any]) -> dict[str, str]:
     from analysis.tables import marks
 
     if cell["ours"] is None:
-        return dict.fromkeys(("Ours", "Difference", "Seeds", "Learning rate"), "")
+        return dict.fromkeys(("Ours", "Difference", "Seeds", "Learning rate", "Rate chosen"), "")
     interval = "" if cell["low"] is None else f" ({cell['low']:.1f}–{cell['high']:.1f})"
     return {
         "Ours": f"{cell['ours']:.1f}{interval}{marks(cell['mixed'])}",
         "Difference": f"{cell['difference']:+.1f}",
         "Seeds": str(cell["seeds"]),
         "Learning rate": f"{cell['learning_rate']:g}",
+        "Rate chosen": cell["rate_chosen"],
     }
 
 

@@ -48,7 +48,8 @@ def learning_rates(name: str, sweep: Sweep, methods: Sequence[str]) -> Picture:
                 axes.tick_params(labelbottom=True)
     caption = (
         f"{sweep.model} trained on {sweep.task}, {sweep.quantity} over the learning rate. Open markers: every run; "
-        f"line: means over seeds; dotted: the best mean. {failed} runs failed{' (crosses)' if failed else ''}."
+        f"line: means over seeds; dotted: the one chosen, or the best mean. {failed} runs failed"
+        f"{' (crosses)' if failed else ''}."
     )
     alt = f"{sweep.quantity} over the learning rate for {', '.join(labels)}; the table has the numbers."
     return Picture(name, figure, caption, alt)

@@ -20,6 +20,7 @@ from experiments.records import (
     TrainRecord,
     content_hash,
     read_config,
+    read_json,
     read_record,
     setting_hash,
 )
@@ -28,11 +29,11 @@ UNREADABLE = (UserError, OSError, ValueError, KeyError, TypeError, AttributeErro
 SIZES = {"num_blocks": "N", "r": "r"}  # the setting that sizes an adapter -> the letter the literature gives it
 RUN_COLUMNS = (
     *("run_id", "path", "model", "method", "label", "size", "size_number", "task", "seed", "learning_rate"),
-    *("train_protocol", "pattern", "quantizer", "bits"),
+    *("rate_chosen", "rate_by", "train_protocol", "pattern", "quantizer", "bits"),
 )
 TRAIN_COLUMNS = (
     *("trainable_parameters", "base_parameters", "percent_of_base", "steps", "train_seconds", "final_loss"),
-    *("held_out_loss", "step_seconds", "peak_memory_bytes"),
+    *("held_out_loss", "held_out_exact_match", "step_seconds", "peak_memory_bytes"),
 )
 HASH_COLUMNS = ("base_hash", "train_data_hash", "environment")
 EVAL_COLUMNS = (
@@ -56,7 +57,7 @@ WHOLE_NUMBERS = [
 ]
 NUMBERS = [
     *("size_number", "learning_rate", "percent_of_base", "train_seconds", "final_loss", "held_out_loss"),
-    *("step_seconds", "accuracy", "standard_error"),
+    *("held_out_exact_match", "step_seconds", "accuracy", "standard_error"),
 ]
 TYPES = dict.fromkeys(WHOLE_NUMBERS, "Int64") | dict.fromkeys(NUMBERS, "float64")
 
@@ -71,6 +72,7 @@ def read_run(directory: Path) -> list[dict[str, Any]]:
         planned = (config.get("evaluation") or {}).get("benchmarks") or []
     except UNREADABLE as error:
         return [{"path": directory, "problems": [line_of(run.config, error)]}]
+    about_run |= _rate_choice(run, problems)
     trained, training = _training(run, problems)
     evaluations = list(_evaluations(run, config, trained, problems))
     scored = {evaluation["benchmark"] for evaluation in evaluations}
@@ -110,6 +112,20 @@ def _about_run(run: RunPaths, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _rate_choice(run: RunPaths, problems: list[str]) -> dict[str, Any]:
+    """How the learning rate was chosen, in words and by which rule; nothing where the config gave it."""
+    if not run.learning_rate.is_file():
+        return {}
+    try:
+        choice = read_json(run.learning_rate)
+        by, edge = choice["by"], ", at the edge" if choice["at_edge"] else ""
+        words = f"best of {len(choice['tried'])} by held-out {by.replace('_', ' ')}{edge}"
+    except UNREADABLE as error:
+        problems.append(line_of(run.learning_rate, error))
+        return {}
+    return {"rate_chosen": words, "rate_by": by}
+
+
 def _training(run: RunPaths, problems: list[str]) -> tuple[TrainRecord | None, dict[str, Any]]:
     """The training record, and what the frame takes from it; (None, {}) when there is none to trust."""
     if not run.train_record.is_file():
@@ -126,7 +142,8 @@ def _training(run: RunPaths, problems: list[str]) -> tuple[TrainRecord | None, d
             "steps": record.steps,
             "train_seconds": record.train_seconds if record.steps else None,
             "final_loss": record.final_loss,
-            "held_out_loss": (getattr(record, "held_out", None) or {}).get("loss"),
+            "held_out_loss": (record.held_out or {}).get("loss"),
+            "held_out_exact_match": (record.held_out or {}).get("exact_match"),
             "step_seconds": record.step_seconds,
             "peak_memory_bytes": record.peak_memory_bytes if record.steps else None,
             "base_hash": record.base_hash,

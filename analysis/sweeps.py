@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -12,6 +12,7 @@ import pandas as pd
 
 from analysis.load import records
 
+QUANTITIES = {"held_out_loss": "held-out loss", "held_out_exact_match": "held-out exact match, %"}
 FAILED = {"diverged": "its training loss is not finite", "not trained": "no training record", "not scored": "no score"}
 
 
@@ -31,7 +32,8 @@ class Point:
 class Sweep:
     """The runs of one model and task whose labels have several learning rates.
 
-    `quantity` says what the points' values are; `lower` whether less of it is better.
+    `quantity` says what the points' values are; `lower` whether less of it is better; `chosen` are the learning rates
+    that an experiment chose, by label.
     """
 
     model: str
@@ -39,6 +41,7 @@ class Sweep:
     quantity: str
     lower: bool
     points: list[Point]
+    chosen: dict[str, float]
 
     def labels(self) -> list[str]:
         return list(dict.fromkeys(point.label for point in self.points))
@@ -59,13 +62,15 @@ class Sweep:
         }
 
     def best(self, label: str) -> float | None:
-        """The learning rate with the best mean; None when runs failed at every one."""
+        """The one that was chosen, else that with the best mean; None when runs failed at every one."""
+        if label in self.chosen:
+            return self.chosen[label]
         means = self.means(label)
         return (min if self.lower else max)(means, key=means.__getitem__) if means else None
 
 
 def find_sweeps(frame: pd.DataFrame) -> Iterator[Sweep]:
-    """The sweeps among the rows of `Runs.frame`: by held-out loss where it was recorded, else by score.
+    """The sweeps among the rows of `Runs.frame`: by what learning rates were chosen by, else by score.
 
     Of several benchmarks the task's mean is taken, or the first where it has none.
     """
@@ -78,22 +83,23 @@ def find_sweeps(frame: pd.DataFrame) -> Iterator[Sweep]:
         rows = [row for row in rows if len(rates[row["label"]]) > 1]
         if not rows:
             continue
-        by_loss = any(pd.notna(row["held_out_loss"]) for row in rows)
-        quantity = "held-out loss"
-        if not by_loss:
+        measure = _measure(rows)
+        quantity = QUANTITIES.get(measure)
+        if quantity is None:
             scored = [row for row in rows if pd.notna(row["accuracy"])]
             scored.sort(key=lambda row: (not str(row["benchmark"]).startswith("mean of "), _place(row)))
-            chosen = scored[0] if scored else {"benchmark": None, "metric": "accuracy"}
-            rows = [row for row in rows if row["benchmark"] == chosen["benchmark"] or pd.isna(row["accuracy"])]
-            quantity = f"{chosen['metric']} on {chosen['benchmark']}, %"
+            first = scored[0] if scored else {"benchmark": None, "metric": "accuracy"}
+            rows = [row for row in rows if row["benchmark"] == first["benchmark"] or pd.isna(row["accuracy"])]
+            quantity = f"{first['metric']} on {first['benchmark']}, %"
         rows.sort(key=lambda row: pd.notna(row["accuracy"]))  # of a run with a score and missing ones, the score
-        points = {row["run_id"]: _point(row, by_loss) for row in rows}
+        points = {row["run_id"]: _point(row, measure) for row in rows}
+        chosen = {row["label"]: float(row["learning_rate"]) for row in rows if pd.notna(row["rate_chosen"])}
         order = sorted(points.values(), key=lambda point: (point.method, point.label, point.learning_rate, point.seed))
-        yield Sweep(model, task, quantity, by_loss, order)
+        yield Sweep(model, task, quantity, measure == "held_out_loss", order, chosen)
 
 
 def sweep_table(sweep: Sweep) -> pd.DataFrame:
-    """Labels × learning rates as text: every run's value, or how it failed; an asterisk behind a label's best rate."""
+    """Labels × learning rates as text: every run's value, or how it failed; an asterisk behind `Sweep.best`."""
     layout = "{:.4f}" if sweep.lower else "{:.1f}"
     rows = []
     for label in sweep.labels():
@@ -117,8 +123,15 @@ def failures(sweep: Sweep) -> list[str]:
     ]
 
 
-def _point(row: dict[str, Any], by_loss: bool) -> Point:
-    value = float(row["held_out_loss"]) if by_loss else 100 * float(row["accuracy"])
+def _measure(rows: Sequence[dict[str, Any]]) -> str:
+    """The column that a sweep is drawn by: what a rule looked at, else the held-out loss, else the score."""
+    rules = {f"held_out_{row['rate_by']}" for row in rows if pd.notna(row["rate_by"])}
+    held_out = rules if len(rules) == 1 else {"held_out_loss"}
+    return next((name for name in held_out if any(pd.notna(row[name]) for row in rows)), "accuracy")
+
+
+def _point(row: dict[str, Any], measure: str) -> Point:
+    value = float(row[measure]) * (1 if measure == "held_out_loss" else 100)
     failed = ""
     if pd.isna(row["trainable_parameters"]):
         failed = "not trained"

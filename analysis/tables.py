@@ -23,7 +23,15 @@ OF_A_SETTING = ["place", "method", "label", "size", "pattern", "quantizer", "bit
 STEP_TIME_COLUMNS = ["step_time_ratio", "step_time_low", "step_time_high"]
 COLUMNS = [
     *SECTION,
-    *("setting", *OF_A_SETTING, "size_number", "trainable_parameters", "percent_of_base", "learning_rate"),
+    *(
+        "setting",
+        *OF_A_SETTING,
+        "size_number",
+        "trainable_parameters",
+        "percent_of_base",
+        "learning_rate",
+        "rate_chosen",
+    ),
     *("accuracy", "low", "high", "interval_over", "by_seed", "seeds", "planned_seeds", "mixed", "train_seconds"),
     *("step_seconds", "peak_memory_bytes"),
     *STEP_TIME_COLUMNS,
@@ -56,6 +64,7 @@ def method_table(frame: pd.DataFrame, step_times: StepTimes | None = None) -> pd
                 section
                 | {"setting": setting}
                 | {name: first[name] for name in (*OF_A_SETTING, "size_number", "learning_rate")}
+                | {"rate_chosen": _rate_chosen(runs)}
                 | {name: _known(runs, name) for name in ("trainable_parameters", "percent_of_base")}
                 | _accuracy(scored)
                 | {"planned_seeds": runs["seed"].nunique(), "mixed": _mixed(scored)}
@@ -78,6 +87,7 @@ def display(table: pd.DataFrame) -> pd.DataFrame:
             "Trainable": table["trainable_parameters"].map(lambda count: _text(count, "{:,}")),
             "% of base": table["percent_of_base"].map(lambda percent: _text(percent, "{:.3f}")),
             "Learning rate": table["learning_rate"].map(lambda rate: _text(rate, "{:g}")),
+            "Rate chosen": table["rate_chosen"],
             "Score, %": [
                 _percent(mean) + marks(mixed) for mean, mixed in zip(table["accuracy"], table["mixed"], strict=True)
             ],
@@ -134,7 +144,7 @@ def wide_tables(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
             continue
         ways = records(part.drop_duplicates(SECTION).sort_values(["place", "evaluation"]))
         settings = part.drop_duplicates("setting").sort_values(["method", "size_number", "label", "learning_rate"])
-        columns = ["Method", "N / r", "Trainable", "% of base", "Learning rate"]
+        columns = ["Method", "N / r", "Trainable", "% of base", "Learning rate", "Rate chosen"]
         wide = display(settings).filter(columns).reset_index(drop=True)
         for way in ways:
             cells = {row["setting"]: _cell(row) for row in records(part) if _same(row, way)}
@@ -187,6 +197,13 @@ def _accuracy(scored: pd.DataFrame) -> dict[str, Any]:
         "by_seed": dict(zip(scored["seed"], scored["accuracy"], strict=True)),
         "seeds": len(scored),
     }
+
+
+def _rate_chosen(runs: pd.DataFrame) -> str:
+    """How the learning rate of a setting was chosen; "given" where its config says it."""
+    if runs["learning_rate"].isna().all():
+        return ""
+    return "; ".join(dict.fromkeys(runs["rate_chosen"].dropna())) or "given"
 
 
 def _step_time(times: StepTimes | None, model: str, label: str) -> dict[str, float]:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.errors import UserError, nearest
 from experiments.plan import plan, read_experiment, run_paths, split_experiment
-from experiments.records import TrainRecord, read_record, setting_hash
+from experiments.records import TrainRecord, read_record, setting_hash, write_atomically
 
 Config = dict[str, Any]
 RULES: dict[str, Callable[[Config], tuple[float, ...]]] = {  # of `held_out`; the smallest is the best
@@ -44,6 +45,7 @@ class Stages:
     final: list[Config] = field(default_factory=list)  # trained and scored
     undecided: list[str] = field(default_factory=list)  # groups without a choice: the runs they wait for, a line each
     to_come: list[Config] = field(default_factory=list)  # their second stage, with a learning rate that stands in
+    by: str | None = None  # a key of `RULES`
     tried: list[Tried] = field(default_factory=list)
 
     def chosen(self) -> list[str]:
@@ -65,7 +67,7 @@ def stages(arguments: Sequence[str]) -> Stages:
     groups: dict[str, list[Config]] = {}
     for config in configs:
         groups.setdefault(group_of(config), []).append(config)
-    found = Stages()
+    found = Stages(by=by)
     for group in groups.values():
         rates = {_rate(config) for config in group}
         if len(rates) == 1:
@@ -90,6 +92,27 @@ def stages(arguments: Sequence[str]) -> Stages:
             found.undecided.append(f"{_named(first[0])} waits for {', '.join(waiting)}")
             found.to_come += [config for config in group if _rate(config) == _rate(first[0])]
     return found
+
+
+def write_choices(found: Stages) -> None:
+    """Leave in every run with a chosen learning rate how it was chosen: by what, and what every one scored."""
+    groups: dict[str, list[Tried]] = {}
+    for tried in found.tried:
+        groups.setdefault(group_of(tried.config), []).append(tried)
+    for config in found.final:
+        group = groups.get(group_of(config))
+        if group is None:  # it had one learning rate
+            continue
+        choice = {
+            "by": found.by,
+            "seed": group[0].config["seed"],
+            "at_edge": any(tried.at_edge for tried in group),
+            "tried": [{"learning_rate": _rate(tried.config), **(tried.held_out or {})} for tried in group],
+        }
+        path = run_paths(config).learning_rate
+        text = json.dumps(choice, indent=1) + "\n"
+        if not path.is_file() or path.read_text() != text:
+            write_atomically(path, text)
 
 
 def to_csv(found: Stages) -> str:

@@ -47,6 +47,11 @@ class RunPaths:
         return self.root / "train.json"
 
     @property
+    def learning_rate(self) -> Path:
+        """How the run's learning rate was chosen, where an experiment chose it (experiments/choose.py)."""
+        return self.root / "learning_rate.json"
+
+    @property
     def checkpoints(self) -> Path:
         """Only there while a training is unfinished."""
         return self.root / "checkpoints"

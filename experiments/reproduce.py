@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from experiments import preemption
-from experiments.choose import Stages, stages, to_csv
+from experiments.choose import Stages, stages, to_csv, write_choices
 from experiments.errors import UserError, run_command
 from experiments.evaluations import evaluation_paths
 from experiments.plan import read_experiment, run_paths, write_runs
@@ -78,6 +78,7 @@ def report(name: str, found: Stages, out: Path, measure: bool) -> Path:
     if not any(run.train_record.is_file() for run in runs):
         raise UserError(f"no run of {name} is finished: there is nothing to report")
     if found.first:
+        write_choices(found)
         write_atomically(out / "learning_rates.csv", to_csv(found))
         by = experiment["learning_rate_by"].replace("_", " ")
         notes.append(

@@ -39,6 +39,7 @@ def test_table_values(tmp_path: Path) -> None:
         "Trainable": "12,345",
         "% of base": "1.234",
         "Learning rate": "0.001",
+        "Rate chosen": "given",
         "Score, %": "75.0",
         "95 % interval": "30.1–95.4",
         "Interval over": "test items",

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from analysis.load import load_runs, records
 from experiments.choose import Stages, stages, to_csv
 from experiments.data import load_rows
 from experiments.held_out import row_scores
@@ -131,6 +132,10 @@ def test_reproduce_chooses_trains_and_reports(
     assert losses[True] < losses[False]
     assert len((tmp_path / "report" / "learning_rates.csv").read_text().splitlines()) == 5
     assert "learning_rates.csv has every one that was tried" in page.read_text()
+    frame = load_runs(run_paths(config).root for config in found.final).frame
+    told = {row["label"]: row["rate_chosen"] for row in records(frame.dropna(subset=["rate_chosen"]))}
+    assert told == dict.fromkeys(("lora-r6", "diablo-N8"), "best of 2 by held-out loss, at the edge")
+    assert "best of 2 by held-out loss, at the edge" in (tmp_path / "report" / "table.md").read_text()
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")}
     reproduce(name, overrides, tmp_path / "report", report_only=True)
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")}

@@ -70,6 +70,29 @@ def test_held_out_loss_goes_before_accuracy_and_less_is_better(runs: Path) -> No
     assert sweep_table(sweep)["0.001"].tolist() == ["0.2010 · 0.2010 *"]
 
 
+def test_a_rate_that_was_chosen_is_marked_by_what_it_was_chosen_by(runs: Path) -> None:
+    """Also where the loss, or a benchmark, would have had another."""
+    frame = frame_of(runs)
+    chosen = [row["label"] == "lora-r7" and row["learning_rate"] == 1e-3 for row in records(frame)]
+    frame = frame.assign(
+        held_out_loss=1 - frame["learning_rate"],
+        held_out_exact_match=0.5,
+        rate_chosen=["best of 4 by held-out exact match" if it else None for it in chosen],
+        rate_by=["exact_match" if it else None for it in chosen],
+    )
+    sweep = the_sweep(frame)
+    assert (sweep.quantity, sweep.lower, sweep.best("lora-r7")) == ("held-out exact match, %", False, 1e-3)
+    assert sweep_table(sweep)["0.001"].tolist() == ["50.0 · 50.0 *"]
+
+
+def test_a_choice_that_cannot_be_read_is_named(runs: Path) -> None:
+    run = next(runs.iterdir())
+    RunPaths(run).learning_rate.write_text("{}")
+    found = load_runs([run])
+    assert found.frame.dropna(subset=["rate_chosen"]).empty
+    assert any("learning_rate.json" in problem for problem in found.problems)
+
+
 def test_no_sweep_without_several_rates(tmp_path: Path) -> None:
     write_run(tmp_path, "lora", items=[1, 0])
     assert not list(find_sweeps(frame_of(tmp_path)))
