@@ -3,7 +3,7 @@
     python -m analysis.export runs --out analysis/results/quickstart/runs
 
 Of a run it keeps config.yaml (without the paths of `runtime`), train.json, learning_rate.json, every score.json and a
-thinned metrics.jsonl. Adapters, plans, samples and checkpoints stay behind.
+thinned metrics.jsonl and spectra.jsonl. Adapters, plans, samples and checkpoints stay behind.
 """
 
 from __future__ import annotations
@@ -34,18 +34,20 @@ def export_run(source: Path, out: Path) -> Path:
     for path in (old.train_record, old.learning_rate, *sorted(source.glob("eval/*/*/score.json"))):
         if path.is_file():
             write_atomically(new.root / path.relative_to(source), _compact(read_json(path)))
+    if old.spectra.is_file():
+        write_atomically(new.spectra, "".join(_compact(line) for line in thinned(list(read_lines(old.spectra)), 0, 8)))
     if old.metrics.is_file():
         lines = list(read_lines(old.metrics))
         write_atomically(new.metrics, "".join(_compact(_rounded(line)) for line in thinned(lines)))
     return new.root
 
 
-def thinned(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first `FIRST` lines and evenly spaced ones of the rest, `STEPS` in all, the last among them."""
-    if len(lines) <= STEPS:
+def thinned(lines: Sequence[dict[str, Any]], first: int = FIRST, steps: int = STEPS) -> list[dict[str, Any]]:
+    """The `first` lines and evenly spaced ones of the rest, `steps` in all, the last among them."""
+    if len(lines) <= steps:
         return list(lines)
-    rest = len(lines) - 1 - FIRST
-    return [*lines[:FIRST], *(lines[FIRST + rest * k // (STEPS - FIRST - 1)] for k in range(STEPS - FIRST))]
+    rest = len(lines) - 1 - first
+    return [*lines[:first], *(lines[first + rest * k // (steps - first - 1)] for k in range(steps - first))]
 
 
 def committed_runs(experiment: str) -> list[Path]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from os.path import isfile
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 import pandas as pd
@@ -152,6 +154,36 @@ def load_metrics(directory: Path) -> pd.DataFrame:
         raise UserError(line_of(run.metrics, error)) from None
     frame = pd.concat([scalars, pd.DataFrame(norms, columns=pd.Index(tensors), dtype=float)], axis="columns")
     return frame.drop_duplicates("step", keep="last").set_index("step").sort_index()
+
+
+def load_spectra(directory: Path) -> pd.DataFrame:
+    """What a run measured of its inputs and gradients (experiments/spectra.py), a row per step, layer and side.
+
+    Columns: `step`, `tokens`, `seconds` (of the whole measurement), `layer` (from 0), `module`, `side` ("X" or "g_Y"),
+    `blocks`, `stable_rank`, `energy`, and `covered`, `covered_least` and `covered_most`: mean, least and most over the
+    blocks.
+    UserError when there is none that can be read.
+    """
+    path = RunPaths(directory).spectra
+    rows = []
+    try:
+        for line in read_lines(path):
+            for name, sides in line["layers"].items():
+                found = re.search(r"\.(\d+)\.(.+)$", name)
+                where = {"layer": int(found[1]) if found else 0, "module": (found[2] if found else name).split(".")[-1]}
+                for side, values in sides.items():
+                    covered = [value for value in values["covered"] if value is not None]
+                    rows.append(
+                        {key: line[key] for key in ("step", "tokens", "seconds")}
+                        | {**where, "side": side, "blocks": len(values["covered"])}
+                        | {key: values[key] for key in ("stable_rank", "energy")}
+                        | {"covered": fmean(covered), "covered_least": min(covered), "covered_most": max(covered)}
+                    )
+    except UNREADABLE as error:
+        raise UserError(line_of(path, error)) from None
+    if not rows:
+        raise UserError(f"{path}: nothing was measured")
+    return pd.DataFrame(rows).astype(dict.fromkeys(("stable_rank", "energy"), float))
 
 
 def load_step_times(path: Path) -> StepTimes:

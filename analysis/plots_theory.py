@@ -1,4 +1,4 @@
-"""The map of analysis/theory.py: over rank(X) and budget, who reaches the full optimum and who is nearer to it."""
+"""Figures of the theory: who reaches the full optimum of least squares, and the condition as measured in training."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
-from analysis.plots import BLACK, STYLE, Picture
+from analysis.plots import BLACK, METHOD_COLOURS, METHOD_MARKERS, STYLE, Picture
 
 
 def sign(diablo: float, lora: float) -> str:
@@ -46,6 +47,62 @@ def least_squares_map(name: str, width: int, sweeps: Sequence[tuple[str, Sequenc
     )
     alt = "Maps over the rank of X and the number of blocks of which method is nearer to the full optimum."
     return Picture(name, figure, caption, alt)
+
+
+QUANTITIES = {  # column of `load_spectra` -> its axis
+    "stable_rank": "stable rank",
+    "energy": "energy in the\nlargest m / N",
+    "covered": "covered by\none block",
+}
+
+
+def condition_measured(name: str, title: str, spectra: pd.DataFrame) -> Picture:
+    """Over the layers, for X and for g_Y: stable rank, energy, and what a block covers; `spectra` as `load_spectra`'s.
+
+    The first measurement is faint, the last in full.
+    """
+    first, last = int(min(spectra["step"])), int(max(spectra["step"]))
+    modules = list(dict.fromkeys(spectra["module"]))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.6, 7.0), layout="constrained")
+        panels = figure.subplots(len(QUANTITIES), 2, sharex=True, sharey="row")
+        for row, (column, words) in enumerate(QUANTITIES.items()):
+            panels[row, 0].set_ylabel(words)
+            for place, side in enumerate(("X", "g_Y")):
+                axes = panels[row, place]
+                for number, module in enumerate(modules):
+                    part = spectra.loc[(spectra["side"] == side) & (spectra["module"] == module)]
+                    _draw_module(axes, part, column, number, [first, last])
+                axes.axhline(1, color=BLACK, linewidth=0.8)
+                axes.set_ylim(0, None if column == "stable_rank" else 1.05)
+        for axes, side in zip(panels[0], ("inputs X", "gradients of outputs, g_Y"), strict=True):
+            axes.set_title(side, fontsize=9)
+        for axes in panels[-1]:
+            axes.set_xlabel("layer")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    tokens, blocks = spectra["tokens"].max(), spectra["blocks"].max()
+    caption = (
+        f"{title}, cut into N = {blocks} blocks, on {tokens} tokens of a micro-batch. Faint: step {first}; full: step "
+        f"{last}. Energy: the share of the squared norm in the largest m / N singular directions of m. Covered: the "
+        f"share inside the column space of one block, mean over the blocks, bars from the least to the most. Where it "
+        f"is 1 for every block of X, or of g_Y, the theory's condition holds and the diagonal blocks lose nothing."
+    )
+    alt = f"Stable rank, energy and what one block covers, over the layers, for {', '.join(modules)}."
+    return Picture(name, figure, caption, alt)
+
+
+def _draw_module(axes: Axes, part: pd.DataFrame, column: str, number: int, steps: Sequence[int]) -> None:
+    colour, marker = METHOD_COLOURS[number % len(METHOD_COLOURS)], METHOD_MARKERS[number % len(METHOD_MARKERS)]
+    for step in dict.fromkeys(steps):
+        rows = part.loc[part["step"] == step].sort_values("layer")
+        at_last = step == steps[-1]
+        places = rows["layer"] + 0.05 * number  # bars of several modules beside each other
+        label = str(rows["module"].iloc[0]) if at_last and len(rows) else None
+        style = {"color": colour, "alpha": 1.0 if at_last else 0.3, "linewidth": 0.9}
+        axes.plot(places, rows[column], marker=marker, markersize=5, markerfacecolor="white", label=label, **style)
+        if column == "covered" and at_last:
+            axes.vlines(places, rows["covered_least"], rows["covered_most"], color=colour, linewidth=0.9)
 
 
 def _draw(axes: Axes, width: int, rows: Sequence[dict[str, float]]) -> ScalarMappable:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import base64
+import io
 import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from analysis.mirror import MODES, mirror
 from experiments.errors import UserError, run_command
 
 if TYPE_CHECKING:
@@ -38,13 +40,22 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--note", action="append", default=[], metavar="TEXT", help="a paragraph for the page; repeatable"
     )
+    parser.add_argument("--wandb", choices=MODES, default="off", help="log the tables there too (default: off)")
     parser.add_argument("--reference", metavar="LABEL", help="compare every method with this one, such as lora-r32")
     options = parser.parse_args(arguments)
 
     from analysis.load import find_runs
 
-    runs = find_runs(options.runs)
-    print(write_report(runs, options.out, options.step_times, options.title, options.note, options.reference))
+    page = write_report(
+        find_runs(options.runs),
+        options.out,
+        options.step_times,
+        options.title,
+        options.note,
+        options.reference,
+        wandb=options.wandb,
+    )
+    print(page)
 
 
 def write_report(
@@ -55,15 +66,18 @@ def write_report(
     notes: Sequence[str] = (),
     reference: str | None = None,
     tried: Sequence[Path] = (),
+    wandb: str = "off",
 ) -> Path:
     """Write the report of these runs into `out` and return the path of its `index.html`.
 
     `step_times` is a measurement of `experiments.timing`, or None for blank cells. `notes` are paragraphs of plain
     text that say what the records cannot, such as how the learning rates were chosen. `reference` is the label that
     `analysis.comparisons` compares with. `tried` are the runs by which learning rates were chosen; without them the
-    sweeps among the reported runs are drawn. UserError when no run can be read.
+    sweeps among the reported runs are drawn. `wandb`: a mode of analysis/mirror.py, for the tables. UserError when no
+    run can be read.
     """
     import jinja2
+    import pandas as pd
 
     from analysis import comparisons, paper_tables, tables
     from analysis.load import load_runs, load_step_times
@@ -87,6 +101,8 @@ def write_report(
     ]
     mixed = {name for names in table["mixed"] for name in names}
     gradients, not_drawn = gradient_pictures(runs.frame)
+    spectra, unread = spectra_pictures(runs.frame)
+    papers = [paper for paper in (table(runs.frame) for table in paper_tables.TABLES) if paper.has_ours]
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -94,7 +110,7 @@ def write_report(
         title=title,
         notes=notes,
         facts=_facts(runs.frame),
-        papers=[paper for paper in (table(runs.frame) for table in paper_tables.TABLES) if paper.has_ours],
+        papers=papers,
         sweeps=_sweeps(load_runs(tried, quiet=True).frame if tried else runs.frame, out),  # those have no scores
         costs=_costs(runs.frame, out),
         wide=[{"title": heading, "table": wide} for heading, wide in tables.wide_tables(table)],
@@ -104,7 +120,8 @@ def write_report(
         difference_kinds=set(compared["over"]),
         times=times,
         gradients=[_embed(picture, out) for picture in gradients],
-        problems=runs.problems + not_drawn,
+        spectra=[_embed(picture, out) for picture in spectra],
+        problems=runs.problems + not_drawn + unread,
         hashes=_hashes(runs.frame),
         environment=_environment(runs.frame),
     )
@@ -113,6 +130,10 @@ def write_report(
     write_atomically(out / "comparisons.md", comparisons.to_markdown(compared))
     write_atomically(out / "comparisons.csv", comparisons.to_csv(compared))
     write_atomically(out / "index.html", page)
+    numbers = {"methods": tables.to_csv(table), "comparisons": comparisons.to_csv(compared)}
+    logged = {name: pd.read_csv(io.StringIO(text)) for name, text in numbers.items()}
+    logged |= {f"paper/{paper.name}": paper.text for paper in papers}
+    mirror(wandb, title, runs.frame["run_id"], logged, out)
     return out / "index.html"
 
 
@@ -160,6 +181,24 @@ def gradient_pictures(frame: pd.DataFrame) -> tuple[list[Picture], list[str]]:
                 pictures.append(gradient_norms(f"gradient_norms_{number}", model, task, traces))
             except ValueError as error:
                 problems.append(f"no gradient figure for {model} on {task}: {error}")
+    return pictures, problems
+
+
+def spectra_pictures(frame: pd.DataFrame) -> tuple[list[Picture], list[str]]:
+    """One figure for every run that measured its spectra, and a line for each that cannot be read."""
+    from analysis.load import load_spectra, records
+    from analysis.plots_theory import condition_measured
+    from experiments.records import RunPaths
+
+    pictures: list[Picture] = []
+    problems: list[str] = []
+    for run in records(frame.drop_duplicates("run_id").sort_values(["model", "task", "label", "seed"])):
+        if RunPaths(run["path"]).spectra.is_file():
+            title = f"{run['label']}, seed {run['seed']}, {run['model']} trained on {run['task']}"
+            try:
+                pictures.append(condition_measured(f"spectra_{run['run_id']}", title, load_spectra(run["path"])))
+            except UserError as error:
+                problems.append(str(error))
     return pictures, problems
 
 

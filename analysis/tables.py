@@ -79,10 +79,15 @@ def method_table(frame: pd.DataFrame, step_times: StepTimes | None = None) -> pd
 
 
 def display(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `method_table` as text for a reader; what is missing is an empty cell."""
+    """The rows of `method_table` as text for a reader; what is missing is an empty cell.
+
+    There is a column for quantised bases where there is one.
+    """
+    bases = [f"{row['quantizer']}, {row['bits']} bits" if pd.notna(row["quantizer"]) else "" for row in records(table)]
     return pd.DataFrame(
         {
             "Method": table["method"],
+            **({"Quantised base": bases} if any(bases) else {}),
             "N / r": table["size"],
             "Trainable": table["trainable_parameters"].map(lambda count: _text(count, "{:,}")),
             "% of base": table["percent_of_base"].map(lambda percent: _text(percent, "{:.3f}")),
@@ -144,7 +149,7 @@ def wide_tables(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
             continue
         ways = records(part.drop_duplicates(SECTION).sort_values(["place", "evaluation"]))
         settings = part.drop_duplicates("setting").sort_values(["method", "size_number", "label", "learning_rate"])
-        columns = ["Method", "N / r", "Trainable", "% of base", "Learning rate", "Rate chosen"]
+        columns = ["Method", "Quantised base", "N / r", "Trainable", "% of base", "Learning rate", "Rate chosen"]
         wide = display(settings).filter(columns).reset_index(drop=True)
         for way in ways:
             cells = {row["setting"]: _cell(row) for row in records(part) if _same(row, way)}
@@ -201,7 +206,7 @@ def _accuracy(scored: pd.DataFrame) -> dict[str, Any]:
 
 def _rate_chosen(runs: pd.DataFrame) -> str:
     """How the learning rate of a setting was chosen; "given" where its config says it."""
-    if runs["learning_rate"].isna().all():
+    if runs.dropna(subset=["learning_rate"]).empty:
         return ""
     return "; ".join(dict.fromkeys(runs["rate_chosen"].dropna())) or "given"
 

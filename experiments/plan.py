@@ -292,6 +292,8 @@ def _resolve_references(composed: Config) -> Config:
 def _named(settings: Config) -> Config:
     """Drop the tables that only served to choose a value, and name the run."""
     name_quantized(settings)
+    if settings["spectra"]["every"] is None:
+        del settings["spectra"]
     for section, tables in ONLY_TO_CHOOSE.items():
         for table in tables:
             del settings[section][table]

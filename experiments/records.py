@@ -43,6 +43,11 @@ class RunPaths:
         return self.root / "metrics.jsonl"
 
     @property
+    def spectra(self) -> Path:
+        """Of runs that measure them: experiments/spectra.py."""
+        return self.root / "spectra.jsonl"
+
+    @property
     def train_record(self) -> Path:
         return self.root / "train.json"
 
@@ -234,6 +239,12 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
             except ValueError as error:
                 raise UserError(f"{path}, line {number}: not valid JSON ({error})") from None
+
+
+def cut_lines(path: Path, step: int) -> None:
+    """Keep the lines up to a `step`: those after it belong to an attempt that was lost."""
+    lines = list(read_lines(path)) if path.is_file() else []
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
 
 
 def write_atomically(path: Path, text: str) -> None:

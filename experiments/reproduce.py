@@ -96,6 +96,7 @@ def report(name: str, found: Stages, out: Path, measure: bool) -> Path:
         [*experiment.get("notes", []), *notes],
         reference=experiment.get("reference"),
         tried=[run.root for run in map(run_paths, found.first) if run.config.is_file()],
+        wandb=found.final[0]["runtime"]["wandb"],
     )
 
 

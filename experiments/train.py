@@ -78,6 +78,7 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
     from experiments.held_out import measure, row_scores
     from experiments.models import base_hash, count_parameters, load_base, resolve_device, weights_hash
     from experiments.prompts import collate, select_rows
+    from experiments.spectra import MeasureSpectra
     from experiments.tokens import tokenised
     from experiments.trainer import RunTrainer, micro_batches
 
@@ -130,6 +131,8 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
             progress=progress,
             heartbeat=heartbeat,
         )
+        if "spectra" in config and arguments.should_save:
+            trainer.add_callback(MeasureSpectra(model, run.spectra, config["spectra"]))
         preemption.raise_at_once(False)  # from here on the steps look, and what follows the last one is short
         if preemption.agreed(arguments.device):
             raise Preempted

@@ -26,6 +26,7 @@ from experiments import checkpoint as checkpoints
 from experiments import preemption
 from experiments.attempts import Heartbeat
 from experiments.methods import trained_tensors
+from experiments.records import cut_lines
 from experiments.tokens import Examples
 
 WINDOW = 100  # micro-batches sorted together: padding under 2 %, and still other neighbours for a row each epoch
@@ -181,7 +182,7 @@ class RunTrainer(Trainer):
         if self.args.should_save:
             for unfinished in self.checkpoint_folder.glob(".step-*"):
                 shutil.rmtree(unfinished)
-            _cut_metrics(self.metrics, checkpoints.step_of(checkpoint) if checkpoint else 0)
+            cut_lines(self.metrics, checkpoints.step_of(checkpoint) if checkpoint else 0)
         self.started = self.last_step_end = time.perf_counter()
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
@@ -286,11 +287,3 @@ class _Progress(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.bar is not None
         self.bar.close()
-
-
-def _cut_metrics(path: Path, step: int) -> None:
-    """Keep the lines up to a step: those after it belong to an attempt that was lost."""
-    from experiments.records import read_lines, write_atomically
-
-    lines = list(read_lines(path)) if path.is_file() else []
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))

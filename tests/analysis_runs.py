@@ -172,3 +172,22 @@ def step_times_file(folder: Path) -> Path:
 
 def change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def write_spectra(run: Path, steps: int = 2, blocks: int = 2) -> None:
+    """Invented measurements, in the form of experiments/spectra.py."""
+    lines = []
+    for step in range(1, steps + 1):
+        sides = {
+            side: {
+                "stable_rank": 2.0 + step,
+                "energy": 0.9,
+                "block_stable_rank": [1.5] * blocks,
+                "block_energy": [0.8] * blocks,
+                "covered": [0.1 * step, *[0.3 * step] * (blocks - 1)],
+            }
+            for side in ("X", "g_Y")
+        }
+        layers = {f"model.layers.{layer}.{module}": sides for layer in range(LAYERS) for module in MODULES}
+        lines.append(json.dumps({"step": step, "tokens": 64, "seconds": 0.01, "layers": layers}) + "\n")
+    RunPaths(run).spectra.write_text("".join(lines))

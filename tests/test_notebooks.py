@@ -10,9 +10,9 @@ import pytest
 from nbclient import NotebookClient
 
 from analysis.export import FIRST, STEPS, committed_runs, export_run, main, thinned
-from analysis.load import find_runs, load_metrics, load_runs
+from analysis.load import find_runs, load_metrics, load_runs, load_spectra
 from experiments.errors import UserError
-from tests.analysis_runs import score_file, write_run
+from tests.analysis_runs import score_file, write_run, write_spectra
 from tests.test_analysis_cache import same
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "analysis" / "notebooks").glob("*.ipynb"))
@@ -20,16 +20,18 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "analysis" / "noteb
 
 def test_a_small_copy_gives_the_same_rows(tmp_path: Path) -> None:
     run = write_run(tmp_path / "runs", "lora", items=[1, 0, 1], steps=200)
+    write_spectra(run, steps=20)
     (run / "adapter").mkdir()
     (run / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
     score_file(run).with_name("samples.jsonl").write_text("{}\n")
     copy = export_run(run, tmp_path / "out")
     names = {path.name for path in copy.rglob("*") if path.is_file()}
-    assert names == {"config.yaml", "train.json", "score.json", "metrics.jsonl"}
+    assert names == {"config.yaml", "train.json", "score.json", "metrics.jsonl", "spectra.jsonl"}
     assert '"items":[1,0,1]' in score_file(copy).read_text()
     first, second = load_runs([run]), load_runs([copy])
     first.frame["path"] = second.frame["path"]
     same(first, second)
+    assert sorted(set(load_spectra(copy)["step"])) == [1, 3, 6, 9, 11, 14, 17, 20]
     whole, thin = load_metrics(run), load_metrics(copy)
     assert len(thin) == STEPS
     assert thin.index[:FIRST].tolist() == list(range(1, FIRST + 1))
@@ -87,6 +89,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run = write_run(root / "runs", "sparse", pattern=pattern, items=[1, 0, 0, 1])
         export_run(run, root / "sparse_patterns_tiny" / "runs")
     export_run(write_run(root / "runs", "diablo", size=64, items=[1, 1, 0, 1]), root / "sparse_patterns_tiny" / "runs")
+    for label in ("full", "diablo"):
+        run = write_run(root / "runs", label, seed=2, items=[1, 0, 1, 1], steps=30)
+        write_spectra(run)
+        export_run(run, root / "spectra_tiny" / "runs")
     return root
 
 

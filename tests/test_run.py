@@ -201,15 +201,6 @@ def test_a_full_disk_keeps_the_last_checkpoint(small: list[str], monkeypatch: py
     assert train(run).resumed_at == [4]
 
 
-def test_wandb_mirrors_offline_one_run_each(small: list[str]) -> None:
-    for seed in (0, 1):
-        run = planned([*small, f"seed={seed}", "recipe.max_steps=2", "runtime.wandb=offline"])
-        train(run)
-        (mirrored,) = (run.root / "wandb").glob("offline-run-*")
-        assert mirrored.name.endswith(run.root.name)
-        assert list(mirrored.glob("*.wandb"))
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -1,0 +1,33 @@
+"""A report's tables in Weights & Biases, beside the runs that training mirrors there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experiments.records import content_hash
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MODES = ("off", "offline", "online")
+
+
+def mirror(mode: str, title: str, run_ids: Iterable[str], tables: Mapping[str, pd.DataFrame], out: Path) -> None:
+    """Log `tables` by their names as one wandb run; a later report of the same runs goes into the same one.
+
+    Args:
+        mode: `off` does nothing, `offline` writes below `out`/wandb, `online` sends it too.
+        run_ids: of the runs that are reported.
+        tables: no cell but text, numbers and nothing; empty ones are left out.
+    """
+    if mode == "off":
+        return
+    import wandb
+
+    identity = f"report-{content_hash(sorted(set(run_ids)))[:16]}"
+    out.mkdir(parents=True, exist_ok=True)
+    settings = {"project": "diablo", "job_type": "report", "id": identity, "name": title, "resume": "allow"}
+    with wandb.init(mode=mode, dir=out, **settings) as run:  # pyright: ignore[reportArgumentType]
+        run.log({name: wandb.Table(dataframe=table) for name, table in tables.items() if len(table)})
