@@ -4,9 +4,9 @@ BIN := .venv/bin
 # Two processes of one thread each are faster on small tensors than one process of two.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -q
 
-.PHONY: help quickstart test test-slow test-slurm lint install install-vllm clean
+.PHONY: help quickstart test test-slow test-slurm test-gptqmodel lint install install-vllm clean
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
 
 quickstart: .venv/installed ## train, score and tabulate every method on a tiny model, in minutes on a laptop
 	$(BIN)/python -m experiments.reproduce quickstart
@@ -19,6 +19,14 @@ test-slow: .venv/installed ## the longer ones (under 20 minutes more)
 
 test-slurm: .venv/installed ## on private Slurm clusters, as root (apt-get install slurm-wlm munge; under 6 minutes)
 	$(PYTEST) --dist loadfile -m slurm
+
+# gptqmodel wants another numpy than the rest: a small environment on top of .venv.
+SITE := -c 'import site; print(site.getsitepackages()[0])'
+test-gptqmodel: .venv/installed ## our GPTQ beside gptqmodel's (installs it into .venv-gptqmodel)
+	@test -x .venv-gptqmodel/bin/python || $(PYTHON) -m venv .venv-gptqmodel
+	@$(BIN)/python $(SITE) > "$$(.venv-gptqmodel/bin/python $(SITE))/beneath.pth"
+	.venv-gptqmodel/bin/python -m pip install --no-build-isolation gptqmodel==7.6.0 numpy==2.2.6
+	OMP_NUM_THREADS=1 .venv-gptqmodel/bin/python -m pytest -q tests/test_gptqmodel.py
 
 lint: .venv/installed ## format, lint and type checks
 	$(BIN)/ruff format --check .
@@ -46,4 +54,4 @@ install-vllm: .venv-vllm/installed ## make .venv-vllm: the same versions with vL
 	@touch .venv-vllm/installed
 
 clean: ## remove .venv, runs and reports
-	rm -rf .venv .venv-vllm runs report
+	rm -rf .venv .venv-vllm .venv-gptqmodel runs report

@@ -14,16 +14,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import diablo.quantize.model
-from diablo.quantize import QuantizedLinear, quantized_layers
+from diablo.quantize import QuantizedLinear, load_quantized, quantized_layers
 from eval.models import load
 from eval.run import evaluate
 from experiments import methods
 from experiments.counting import count
 from experiments.errors import UserError
+from experiments.merge import main as merge_main
 from experiments.models import load_base, load_full_precision
 from experiments.plan import plan
 from experiments.quantize import load_quantized_base, main, make_quantized, planned_sizes
-from experiments.records import read_config
+from experiments.records import RunPaths, read_config, read_json
 from experiments.train import train
 from tests.conftest import planned
 
@@ -59,7 +60,11 @@ def own_cache(small: list[str], cache_dir: Path, tmp_path: Path) -> list[str]:
     ],
 )
 def test_a_run_trains_and_is_scored_on_a_quantised_base(
-    own_cache: list[str], tmp_path: Path, arguments: list[str], bits_per_weight: float
+    own_cache: list[str],
+    tmp_path: Path,
+    arguments: list[str],
+    bits_per_weight: float,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = planned([*own_cache, *FEW, *arguments])
     config = read_config(run)
@@ -86,15 +91,44 @@ def test_a_run_trains_and_is_scored_on_a_quantised_base(
         torch.testing.assert_close(
             merged(input_ids=tokens).logits, unmerged(input_ids=tokens).logits, atol=2e-5, rtol=1e-4
         )
-    merged.save_pretrained(tmp_path / "merged")  # what vLLM reads
+    merge_main([str(run.root), "--out", str(tmp_path / "merged")])
     saved: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
         assert torch.equal(saved(input_ids=tokens).logits, merged(input_ids=tokens).logits)
+
+    # Back on the grid: the same base where nothing was trained, and what the rounding cost is said.
+    capsys.readouterr()
+    merge_main([str(run.root), "--out", str(tmp_path / "packed"), "--to-grid"])
+    assert "rounding lost" in capsys.readouterr().out
+    packed = load_quantized(tmp_path / "packed")
+    original = quantized_layers(load_base(config)[0])
+    lost = read_json(tmp_path / "packed" / "quantization.json")["lost"]
+    for name, layer in quantized_layers(packed).items():
+        assert (name in lost) == (name.rpartition(".")[2] in config["task"]["target_modules"])
+        found, before = layer.quantized(), original[name].quantized()
+        assert torch.equal(found.scales, before.scales)
+        assert name in lost or torch.equal(found.codes, before.codes)
 
     # The next run, of another seed, takes the same base.
     before = made.stat().st_mtime_ns
     assert train(planned([*own_cache, *FEW, *arguments, "seed=1"])).base_hash == base["hash"]
     assert [path.stat().st_mtime_ns for path in bases(tmp_path / "cache")] == [before]
+
+
+def test_what_cannot_be_merged_is_one_line(
+    finished: RunPaths, own_cache: list[str], tmp_path: Path, fails_with: Callable[..., str]
+) -> None:
+    def merged(run: RunPaths, *arguments: str) -> str:
+        return fails_with(lambda: merge_main([str(run.root), "--out", str(tmp_path / "out"), *arguments]))
+
+    assert "--to-grid: the base of" in merged(finished, "--to-grid")
+    run = planned([*own_cache, "method=prompt", "recipe.max_steps=1"])
+    assert "not trained yet" in merged(run)
+    train(run)
+    assert "cannot be folded into the base's weights" in merged(run)
+    merge_main([str(finished.root), "--out", str(tmp_path / "out")])
+    assert "is there already" in merged(finished)
+    assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == ["out"]
 
 
 def test_another_quantised_base_is_refused(own_cache: list[str], fails_with: Callable[..., str]) -> None:

@@ -22,7 +22,8 @@ def gptq(
     """Minimises `||X (Q - W)ᵀ||` over Q on the grid, greedily.
 
     A group's grid is fitted when its first column is reached, to weights that have been corrected for all blocks of
-    columns before this one. So it is in the authors' code and in gptqmodel, which gives the same codes.
+    columns before this one. So it is in the authors' code and in gptqmodel, which gives the same codes where scales are
+    kept in float32 (tests/test_gptqmodel.py); stored in float16, as they are here, some codes go to the neighbour.
 
     Args:
         weight: `(out, in)`. Columns whose inputs are always 0 are set to 0.

@@ -1,0 +1,71 @@
+"""Fold what a run trained into a model that stands alone.
+
+    python -m experiments.merge runs/<run_id> --out model
+    python -m experiments.merge runs/<run_id> --out model --to-grid
+
+`model` is a folder that transformers loads. On a quantised base it holds the dequantised weights with the update, which
+is exact; with --to-grid it is a quantised base again, for `diablo.quantize.load_quantized`, and what rounding to its
+grid lost of the update is printed. The adapter itself stays as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from experiments.errors import UserError, run_command
+from experiments.records import RunPaths, read_config, trained_record
+
+Config = dict[str, Any]
+
+
+def merge(run: RunPaths, out: Path, to_grid: bool) -> None:
+    """Write the merged model of a trained run into the new folder `out`."""
+    from eval.models import load_checked_base
+    from experiments import methods
+
+    if out.exists():
+        raise UserError(f"{out}: is there already: give --out another folder")
+    config, trained = read_config(run), trained_record(run)
+    if to_grid and "quantization" not in config:
+        raise UserError(f"--to-grid: the base of {run.root.name} is not quantised: leave it out")
+    base, tokenizer = load_checked_base(config, run, trained)
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        if to_grid:
+            _write_on_grid(methods.load(config["method"], base, run.adapter, merge=False), aside, run)
+        else:
+            methods.load(config["method"], base, run.adapter, merge=True).save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        os.rename(aside, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_on_grid(model: Any, folder: Path, run: RunPaths) -> None:
+    from diablo.quantize import merge_to_grid, save_quantized
+
+    try:
+        merged = merge_to_grid(model)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"--to-grid: {run.root.name} cannot be merged: {error}") from None
+    save_quantized(merged.model, folder, {"merged": run.root.name, "lost": merged.errors})
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="a trained run directory")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--to-grid", action="store_true", help="back to the grid of a quantised base")
+    options = parser.parse_intermixed_args(arguments)
+    merge(RunPaths(options.run.resolve()), options.out, options.to_grid)
+    print(options.out)
+
+
+if __name__ == "__main__":
+    run_command(main)
