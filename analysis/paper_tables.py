@@ -14,10 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from experiments.errors import run_command
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from analysis.stats import Interval
 
 NAMES = {
     **{"llama2_7b": "LLaMA2-7B", "llama3_8b": "LLaMA3-8B", "llama_13b": "LLaMA-13B", "llama_7b": "LLaMA-7B"},
@@ -196,17 +200,33 @@ def _cell(ours: pd.DataFrame, scored: pd.DataFrame, row: dict[str, Any], protoco
     else:
         runs = ours.loc[(ours["setting"] == best["setting"]) & (ours["benchmark"] == benchmark)]
         runs = runs.loc[runs["evaluation"] == best["evaluation"]]
-        values = [beside.get(f"pass@{metric}") for beside in runs["beside"]]
-        if not values or None in values:
+        interval = _pass_at(runs.dropna(subset=["accuracy"]), int(metric))
+        if interval is None:
             return empty | {"mixed": []}
-        cell |= {"ours": 100 * sum(values) / len(values), "low": None, "high": None}
+        cell |= {"ours": 100 * interval.mean, "low": 100 * interval.low, "high": 100 * interval.high}
     return cell | {"difference": cell["ours"] - row["value"]}
+
+
+def _pass_at(scored: pd.DataFrame, k: int) -> Interval | None:
+    """pass@k of a setting's scored runs with its interval; None where a problem has fewer than k completions.
+
+    A problem's item is the share of its completions that are right, so pass@k follows from it, problem by problem.
+    """
+    from analysis.load import records
+    from analysis.stats import accuracy_interval
+    from analysis.tables import item_arrays
+    from eval.code import pass_at_k
+
+    counts = {int(row["samples"]) for row in records(scored)}
+    samples = min(counts, default=0)
+    if len(counts) != 1 or samples < k:
+        return None
+    (items,) = item_arrays(scored)
+    return accuracy_interval(np.vectorize(lambda share: pass_at_k(samples, round(share * samples), k))(items))
 
 
 def _time_ratio(ours: pd.DataFrame, row: dict[str, Any], place: str) -> float | None:
     """Our median step time of a method over DiaBlo's, both on one machine; `place` is "model task"."""
-    import numpy as np
-
     trained = ours.loc[(ours["model"] + " " + ours["task"]) == place]
     trained = trained.dropna(subset=["step_seconds"]).drop_duplicates("run_id")
     method, diablo = (_matching(trained, row | {"method": name}) for name in (row["method"], "diablo"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -13,6 +14,7 @@ import yaml
 from analysis.load import find_runs, load_runs, records
 from analysis.paper_tables import TABLES, code_safety, commonsense, efficiency, main, sparse_patterns
 from analysis.published import FILE, KNOWN, read_published
+from eval.code import pass_at_k
 from experiments.errors import UserError
 from tests.analysis_runs import change, score_file, write_run
 
@@ -128,17 +130,23 @@ def test_both_masks_stand_beside_a_copied_row(tmp_path: Path) -> None:
     assert pd.isna(row_of(table.numbers, model="llama3_8b", method="lora")["ours, loss on the answer"])
 
 
-def test_pass_at_10_is_read_beside_the_score(tmp_path: Path) -> None:
+def test_pass_at_10_comes_from_the_share_of_right_completions_of_each_problem(tmp_path: Path) -> None:
     run = write_run(
         *(tmp_path, "lora"),
         **{"size": 32, "model": "llama3_8b", "task": "code_alpaca", "protocol": "lori", "benchmark": "human_eval"},
         items=[1, 0],
     )
-    change(score_file(run), beside={"pass@5": 0.55, "pass@10": 0.6})
+    shares = [0.0, 0.05, 0.5, 1.0]  # of 20 completions
+    change(score_file(run), items=shares, n=4, samples=20, accuracy=fmean(shares), beside={})
     numbers = code_safety(frame_of(tmp_path)).numbers
     found = {name: row_of(numbers, method="lora", benchmark=f"human_eval {name}") for name in ("pass@1", "pass@10")}
-    assert [row["ours, protocol lori"] for row in found.values()] == pytest.approx([50, 60])
-    assert pd.isna(found["pass@10"]["low, protocol lori"])
+    at_10 = fmean(pass_at_k(20, right, 10) for right in (0, 1, 10, 20))
+    assert [row["ours, protocol lori"] for row in found.values()] == pytest.approx([38.75, 100 * at_10])
+    for row in found.values():
+        assert row["low, protocol lori"] < row["ours, protocol lori"] < row["high, protocol lori"]
+    change(score_file(run), samples=5, items=[0.0, 0.2, 0.6, 1.0], accuracy=0.45)
+    numbers = code_safety(frame_of(tmp_path)).numbers
+    assert pd.isna(row_of(numbers, method="lora", benchmark="human_eval pass@10")["ours, protocol lori"])
 
 
 def test_patterns_and_their_time_over_the_diagonal(tmp_path: Path) -> None:
