@@ -96,7 +96,7 @@ def make_quantized(config: Config, device: str, progress: bool = True) -> Path:
 
     settings = _settings(config)
     try:
-        tokens = _calibration(config)
+        tokens = calibration_tokens(config)
         folder = _folder(config, settings, tokens)
     except OSError as error:
         raise cannot_load(config["model"], error) from None
@@ -179,7 +179,7 @@ def _settings(config: Config) -> QuantizationSettings:
         raise UserError(f"quantization: {error}") from None
 
 
-def _calibration(config: Config) -> Tensor | None:
+def calibration_tokens(config: Config) -> Tensor | None:
     """Token ids, `(samples, length)`: stretches of a text or of the run's training rows, one after the other."""
     import pyarrow.compute as pc
     import torch

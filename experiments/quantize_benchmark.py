@@ -3,11 +3,11 @@
     python -m experiments.quantize_benchmark                          # minutes on two cores
     python -m experiments.quantize_benchmark --suites memory --bits 2
 
-Three suites: `quantise` (each method on one decoder layer's weights, per layer, and GPTQ against a plain loop over
-columns), `step` (a training step over the quantised and over the full-precision base, round by round in turn) and
-`memory` (a model built decoder layer by decoder layer from random weights, each packed before the next one is made: the
-peak of the process beside the bytes of the same model in fp16). Models and inputs are random. Writes
-`quantize_benchmark.json` and `.md` into --out.
+Four suites: `quantise` (each method on one decoder layer's weights, per layer, and GPTQ against a plain loop over
+columns), `errors` (experiments/quantize_errors.py), `step` (a training step over the quantised and over the
+full-precision base, round by round in turn) and `memory` (a model built decoder layer by decoder layer from random
+weights, each packed before the next one is made: the peak of the process beside the bytes of the same model in fp16).
+Models and inputs are random, but for `errors`. Writes `quantize_benchmark.json` and `.md` into --out.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.benchmark import LLAMA_100M, TARGETS
 from experiments.errors import UserError, run_command
+from experiments.quantize_errors import describe_errors, measure_errors
 from experiments.records import write_atomically
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from diablo.quantize import QuantizedWeight
 
-SUITES = ("quantise", "step", "memory")
+SUITES = ("quantise", "errors", "step", "memory")
 SCHEMA = 1
 LLAMA_1B = {  # 1.1 billion parameters, the shapes of TinyLlama-1.1B
     "model_type": "llama",
@@ -252,6 +253,8 @@ def write_report(result: dict[str, Any], out: Path) -> Path:
             *(f"| {entry} | {value:.3g} | {value / plain:.2f} |" for entry, value in seconds.items()),
             "",
         ]
+    if result["errors"]:
+        lines += describe_errors(result["errors"])
     if result["step"]:
         lines += [
             f"Forward and backward pass over {result['step'][0]['tokens']} tokens, {len(result['step'][0]['seconds'])} "
@@ -303,7 +306,10 @@ def main(arguments: list[str]) -> None:
     options.architecture = SMALL if options.small else LLAMA_100M
     options.memory_architecture = SMALL if options.small else LLAMA_1B
     torch.manual_seed(0)
-    measure = {"quantise": measure_quantising, "step": measure_steps, "memory": measure_memory}
+    measure = {
+        **{"quantise": measure_quantising, "errors": measure_errors},
+        **{"step": measure_steps, "memory": measure_memory},
+    }
     try:
         found = {suite: measure[suite](options) if suite in options.suites else [] for suite in SUITES}
     except ValueError as error:

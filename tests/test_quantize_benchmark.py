@@ -24,7 +24,10 @@ def test_the_plain_loop_is_gptq() -> None:
     assert (ours.codes == plain.codes).float().mean() > 0.995
 
 
-def test_the_command_measures_all_three_suites(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_measures_all_suites(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIABLO_CACHE", str(cache_dir))
     main(["--small", "--rounds", "2", "--samples", "2", "--length", "32", "--tokens", "64", "--rank", "8",
           "--out", str(tmp_path)])  # fmt: skip
     assert capsys.readouterr().out.strip() == str(tmp_path / "quantize_benchmark.md")
@@ -42,6 +45,15 @@ def test_the_command_measures_all_three_suites(tmp_path: Path, capsys: pytest.Ca
     assert memory["bits_per_weight"] == 4.375
     assert memory["fp16_bytes"] == 2 * (2 * 163840 + 512 * 128 + 5 * 128 + 2 * 16)
     assert memory["packed_bytes"] == 2 * 163840 * 4.375 / 8 + memory["fp16_bytes"] - 2 * 2 * 163840 + 2 * 2 * 16
+    errors = {(row["method"], row["bits"], row["layer"]): row["error"] / row["size"] for row in result["errors"]}
+    assert len(errors) == 4 * 3 * 4 * 7  # methods, bits, decoder layers, linear layers
+    for bits in (2, 3, 4):
+        sums = {
+            method: sum(e for (m, b, _), e in errors.items() if (m, b) == (method, bits)) for method in ("rtn", "gptq")
+        }
+        assert sums["gptq"] < sums["rtn"]
+    assert sum(e for (_, b, _), e in errors.items() if b == 4) < sum(e for (_, b, _), e in errors.items() if b == 2)
     text = (tmp_path / "quantize_benchmark.md").read_text()
     assert "| magr |" in text
+    assert "4 bits, gptq not below rtn in " in text
     assert "bits per quantised weight" in text
