@@ -170,7 +170,7 @@ def _about(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _matching(frame: pd.DataFrame, row: dict[str, Any]) -> pd.DataFrame:
+def matching(frame: pd.DataFrame, row: dict[str, Any]) -> pd.DataFrame:
     """The rows of ours with the model, method, size or pattern, and quantised base of a published row."""
     same = frame["method"] == row["method"]
     if row["model"]:
@@ -189,7 +189,7 @@ def _cell(ours: pd.DataFrame, scored: pd.DataFrame, row: dict[str, Any], protoco
     if scored.empty:
         return empty | {"mixed": []}
     benchmark, _, metric = row["benchmark"].partition(" pass@")
-    found = _matching(scored.dropna(subset=["accuracy"]), row)
+    found = matching(scored.dropna(subset=["accuracy"]), row)
     found = found.loc[(found["benchmark"] == benchmark) & (found["protocol"] == protocol)]
     if found.empty:
         return empty | {"mixed": []}
@@ -229,7 +229,7 @@ def _time_ratio(ours: pd.DataFrame, row: dict[str, Any], place: str) -> float | 
     """Our median step time of a method over DiaBlo's, both on one machine; `place` is "model task"."""
     trained = ours.loc[(ours["model"] + " " + ours["task"]) == place]
     trained = trained.dropna(subset=["step_seconds"]).drop_duplicates("run_id")
-    method, diablo = (_matching(trained, row | {"method": name}) for name in (row["method"], "diablo"))
+    method, diablo = (matching(trained, row | {"method": name}) for name in (row["method"], "diablo"))
     if row["setting"] and row["method"] != "diablo":
         diablo = trained.loc[(trained["method"] == "diablo") & (trained["size"] == "N=64")]
     machines = {environment.get("device") for part in (method, diablo) for environment in part["environment"]}

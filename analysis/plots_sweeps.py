@@ -37,9 +37,12 @@ def learning_rates(name: str, sweep: Sweep, methods: Sequence[str]) -> Picture:
                 continue
             _draw_rates(axes, sweep, labels[number], methods)
         failed = sum(bool(point.failed) for point in sweep.points)
+        if sweep.lower:  # a rate that is too large loses by an order of magnitude
+            panels[0, 0].set_yscale("log")
         if failed:  # room below every value for the crosses
             bottom, top = panels[0, 0].get_ylim()
-            panels[0, 0].set_ylim(bottom - 0.15 * (top - bottom), top)
+            below = bottom * (bottom / top) ** 0.15 if sweep.lower else bottom - 0.15 * (top - bottom)
+            panels[0, 0].set_ylim(below, top)
         for axes in panels[:, 0]:
             axes.set_ylabel(sweep.quantity)
         for number, axes in enumerate(panels.flat):
@@ -71,7 +74,7 @@ def accuracy_by_setting(name: str, title: str, table: pd.DataFrame) -> Picture:
             axes.plot(mean, place, marker, color=colour, markersize=7, zorder=4)
             scores = [100 * score for score in row["by_seed"].values()]
             axes.plot(scores, [place - 0.25] * len(scores), marker, color=colour, markersize=4, markerfacecolor="white")
-        axes.set_yticks(range(len(rows)), [_name(row) for row in rows])
+        axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_xlabel(f"{rows[0]['metric']}, %")
     over = ", or ".join(sorted({row["interval_over"] for row in rows}))
@@ -80,7 +83,7 @@ def accuracy_by_setting(name: str, title: str, table: pd.DataFrame) -> Picture:
         f"DiaBlo has diamonds. The axis does not start at 0."
     )
     return Picture(
-        name, figure, caption, f"Accuracy of {', '.join(_name(row) for row in rows)}; the table has the numbers."
+        name, figure, caption, f"Accuracy of {', '.join(row['label'] for row in rows)}; the table has the numbers."
     )
 
 
@@ -120,7 +123,7 @@ def _draw_rates(axes: Axes, sweep: Sweep, label: str, methods: Sequence[str]) ->
     colour, marker = METHOD_COLOURS[place % len(METHOD_COLOURS)], METHOD_MARKERS[place % len(METHOD_MARKERS)]
     axes.set_title(label, fontsize=9)
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1,)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     style: dict[str, Any] = {"color": colour, "markersize": 5, "markerfacecolor": "white", "linestyle": "none"}
@@ -132,8 +135,3 @@ def _draw_rates(axes: Axes, sweep: Sweep, label: str, methods: Sequence[str]) ->
     failed = [point.learning_rate for point in points if point.failed]
     height = axes.get_xaxis_transform()  # in shares of the panel
     axes.plot(failed, [0.06] * len(failed), "x", color=BLACK, markersize=6, transform=height)
-
-
-def _name(row: dict[str, Any]) -> str:
-    base = f", {row['quantizer']} {row['bits']} bits" if pd.notna(row["quantizer"]) else ""
-    return f"{row['label']}{base}"

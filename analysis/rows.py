@@ -106,7 +106,7 @@ def _about_run(run: RunPaths, config: dict[str, Any]) -> dict[str, Any]:
         "learning_rate": None if method["trains"] == "nothing" else config["recipe"]["learning_rate"],
         "train_protocol": config["protocol"]["name"],
         "pattern": adapter.get("pattern"),
-        "quantizer": quantization.get("name"),
+        "quantizer": quantization.get("method"),
         "bits": quantization.get("bits"),
         "setting": setting_hash(config),
     }

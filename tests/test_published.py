@@ -12,10 +12,11 @@ import pytest
 import yaml
 
 from analysis.load import find_runs, load_runs, records
-from analysis.paper_tables import TABLES, code_safety, commonsense, efficiency, main, sparse_patterns
+from analysis.paper_tables import TABLES, code_safety, commonsense, efficiency, main, matching, sparse_patterns
 from analysis.published import FILE, KNOWN, read_published
 from eval.code import pass_at_k
 from experiments.errors import UserError
+from experiments.plan import plan, write_runs
 from tests.analysis_runs import change, score_file, write_run
 
 MODELS = Path(__file__).resolve().parent.parent / "configs" / "model"
@@ -128,6 +129,15 @@ def test_both_masks_stand_beside_a_copied_row(tmp_path: Path) -> None:
     other = row_of(table.text, Model="LLaMA3-8B", Method="LoRA")
     assert other["Ours, loss on the answer"] == ""
     assert pd.isna(row_of(table.numbers, model="llama3_8b", method="lora")["ours, loss on the answer"])
+
+
+def test_what_is_published_of_quantised_models_is_planned(tmp_path: Path) -> None:
+    """So that a run of ours stands beside each number, under the names that tables look for."""
+    write_runs(plan(["experiment=quantized", "seed=0", f"runtime.runs_dir={tmp_path}"]))
+    ours = frame_of(tmp_path)
+    for row in records(read_published()):
+        if row["table"] == "quantized" and row["bits"]:
+            assert not matching(ours, row).empty, row
 
 
 def test_pass_at_10_comes_from_the_share_of_right_completions_of_each_problem(tmp_path: Path) -> None:
