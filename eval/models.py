@@ -71,12 +71,17 @@ def load_checked_base(
     """The base that the run was trained on, and its tokenizer. Another base is refused."""
     from experiments.models import base_hash, load_base, resolve_device
 
-    base, tokenizer = load_base(config, str(resolve_device(config["runtime"]["device"])))
+    base, tokenizer = load_base(config, str(resolve_device(config["runtime"]["device"])), trained.base_hash)
     found = base_hash(base)
     if found != trained.base_hash:
+        same = (
+            "runtime.cache_dir with its quantised base"
+            if "quantization" in config
+            else "weights (model.path, model.revision)"
+        )
         raise UserError(
             f"{run.root.name} was trained on a base model with hash {trained.base_hash[:12]}, the one at hand has "
-            f"{found[:12]}: give the same weights (model.path, model.revision) or train again"
+            f"{found[:12]}: give the same {same} or train again"
         )
     return base, tokenizer
 

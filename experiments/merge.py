@@ -3,9 +3,9 @@
     python -m experiments.merge runs/<run_id> --out model
     python -m experiments.merge runs/<run_id> --out model --to-grid
 
-`model` is a folder that transformers loads. On a quantised base it holds the dequantised weights with the update, which
-is exact; with --to-grid it is a quantised base again, for `diablo.quantize.load_quantized`, and what rounding to its
-grid lost of the update is printed. The adapter itself stays as it is.
+`model` is a folder that transformers loads. On a quantised base it holds the dequantised weights with the update, in
+the model's dtype; with --to-grid it is a quantised base again, for `diablo.quantize.load_quantized`. What rounding to
+bf16, or to the grid, lost of the update is printed. The adapter itself stays as it is.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ def merge(run: RunPaths, out: Path, to_grid: bool) -> None:
     config, trained = read_config(run), trained_record(run)
     if to_grid and "quantization" not in config:
         raise UserError(f"--to-grid: the base of {run.root.name} is not quantised: leave it out")
+    if to_grid and config["method"]["trains"] != "adapter":
+        raise UserError(f"--to-grid: {run.root.name} trained no adapter: leave it out")
     base, tokenizer = load_checked_base(config, run, trained)
     aside = out.with_name(f".{out.name}.{os.getpid()}")
     try:
@@ -40,6 +42,8 @@ def merge(run: RunPaths, out: Path, to_grid: bool) -> None:
         else:
             methods.load(config["method"], base, run.adapter, merge=True).save_pretrained(aside)
         tokenizer.save_pretrained(aside)
+        for path in aside.rglob("*.safetensors"):
+            path.chmod(0o644)  # written 0600 whatever the umask
         os.rename(aside, out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -50,7 +54,7 @@ def _write_on_grid(model: Any, folder: Path, run: RunPaths) -> None:
 
     try:
         merged = merge_to_grid(model)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:  # a prompt method has no layers to merge
         raise UserError(f"--to-grid: {run.root.name} cannot be merged: {error}") from None
     save_quantized(merged.model, folder, {"merged": run.root.name, "lost": merged.errors})
 

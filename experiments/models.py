@@ -26,15 +26,20 @@ def leave_out_sklearn() -> None:
     sys.modules.setdefault("sklearn", cast(Any, None))
 
 
-def load_base(config: Config, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_base(
+    config: Config, device: str = "cpu", trained_on: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model of a run, in evaluation mode, and its tokenizer.
 
     Full fine-tuning gets float32 weights whatever the config's dtype: they are their own master copy.
+
+    Args:
+        trained_on: the hash of the base that a finished run names; a quantised one is looked for by it.
     """
     if "quantization" in config:
         from experiments.quantize import load_quantized_base
 
-        return load_quantized_base(config, device)
+        return load_quantized_base(config, device, trained_on)
     return load_full_precision(config, device)
 
 

@@ -43,6 +43,7 @@ def name_quantized(config: Config) -> None:
         del config["quantization"]
         return
     name = f"{quantization['method']}{quantization['bits']}"
+    _check_grid(config["model"], quantization)
     if not method["contract"].get("on_quantized", True):
         raise UserError(
             f"method={method['name']} changes the weights or needs their gradients, and quantization="
@@ -53,6 +54,22 @@ def name_quantized(config: Config) -> None:
     method["label"] += f"-{name}"
 
 
+def _check_grid(model: Config, quantization: Config) -> None:
+    """What would only be found when a run starts; without torch, so that planning stays quick."""
+    bits, group = quantization["bits"], quantization["group_size"]
+    if bits not in range(2, 9):
+        raise UserError(f"quantization.bits={bits}: from 2 to 8 can be stored")
+    widths = {key: model["architecture"].get(key) for key in ("hidden_size", "intermediate_size")}
+    for key, width in widths.items():
+        if group != -1 and width and (group not in range(1, width + 1) or width % group):
+            raise UserError(
+                f"quantization.group_size={group} does not divide {key}={width}: give a divisor, or -1 for rows"
+            )
+    calibration = quantization["calibration"]
+    if calibration and min(calibration["samples"], calibration["length"]) < 1:
+        raise UserError(f"quantization.calibration={calibration}: samples and length are one or more")
+
+
 def _check_lora(method: Config, quantization: Config) -> None:
     adapter, made = method["adapter"] or {}, quantization["options"]
     plain = adapter.get("_target_") == "peft.LoraConfig" and "prepare" not in method
@@ -61,6 +78,9 @@ def _check_lora(method: Config, quantization: Config) -> None:
             f"quantization={quantization['method']} makes a LoRA that training starts from, {method['name']} starts "
             f"otherwise: give method=lora"
         )
+    targets = adapter["target_modules"]
+    if not isinstance(targets, list):
+        raise UserError(f"method.adapter.target_modules={targets}: quantization={quantization['method']} needs a list")
     for ours, theirs in (("rank", "r"), ("lora_alpha", "lora_alpha")):
         if made[ours] != adapter[theirs]:
             raise UserError(
@@ -69,15 +89,18 @@ def _check_lora(method: Config, quantization: Config) -> None:
             )
 
 
-def load_quantized_base(config: Config, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_quantized_base(
+    config: Config, device: str, trained_on: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The quantised base of a run, made first if the cache does not hold it, and its tokenizer.
 
+    That of a finished run is found by its hash, `trained_on`, whatever became of the code that made it.
     `base.quantization` is its record; `base.start_adapter` the folder of the LoRA that belongs to it, if one does.
     """
     from diablo.quantize import load_quantized
     from experiments.models import base_path, load_tokenizer
 
-    folder = make_quantized(config, device)
+    folder = (trained_on and _with_hash(config, trained_on)) or make_quantized(config, device)
     try:
         base: Any = load_quantized(folder, device)
     except ValueError as error:
@@ -86,6 +109,17 @@ def load_quantized_base(config: Config, device: str) -> tuple[PreTrainedModel, P
     if config["quantization"]["method"] in WITH_FACTORS:
         base.start_adapter = folder / "adapter"
     return base, load_tokenizer(config["model"], base_path(config))
+
+
+def _with_hash(config: Config, digest: str) -> Path | None:
+    from diablo.quantize.storage import RECORD, read_record
+
+    folders = sorted(path.parent for path in _home(config).glob(f"*/{RECORD}"))
+    return next((folder for folder in folders if (read_record(folder) or {}).get("hash") == digest), None)
+
+
+def _home(config: Config) -> Path:
+    return Path(config["runtime"]["cache_dir"]) / "quantized"
 
 
 def make_quantized(config: Config, device: str, progress: bool = True) -> Path:
@@ -224,7 +258,7 @@ def _folder(config: Config, settings: QuantizationSettings, tokens: Tensor | Non
         {name: digest for name, digest in code.items() if name not in NOT_THE_WEIGHTS},
     ]
     name = f"{model['name']}-{settings.method}{settings.bits}-{content_hash(decides)[:16]}"
-    return Path(config["runtime"]["cache_dir"]) / "quantized" / name
+    return _home(config) / name
 
 
 def _files(config: Config) -> Any:

@@ -68,8 +68,8 @@ def describe_errors(rows: list[dict[str, Any]]) -> list[str]:
         lines.append(f"| {bits} | {' | '.join(cells)} |")
         for better, worse in (("gptq", "rtn"), ("magr", "gptq")):
             names = [layer for layer in layers if found[better, bits, layer] >= found[worse, bits, layer]]
+            listed = f": {', '.join(names)}" if 0 < len(names) < len(layers) else ""
             exceptions.append(
-                f"- {bits} bits, {better} not below {worse} in {len(names)} of {len(layers)} layers"
-                f"{': ' if names else ''}{', '.join(names)}"
+                f"- {bits} bits, {better} not below {worse} in {len(names)} of {len(layers)} layers{listed}"
             )
     return [*lines, "", *exceptions, ""]

@@ -216,6 +216,8 @@ def training_arguments(config: Config, run: RunPaths, device: str) -> TrainingAr
         gradient_checkpointing=runtime["gradient_checkpointing"],
         gradient_checkpointing_kwargs={"use_reentrant": False},
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # they are frozen; a quantised base has all its weights in them
+        ddp_timeout=6 * 3600,  # processes wait for the one that makes a quantised base
         logging_steps=1,
         logging_nan_inf_filter=False,  # a NaN must be seen
         include_num_input_tokens_seen="non_padding",

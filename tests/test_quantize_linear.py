@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import HiraConfig, LoraConfig, OFTConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -232,6 +232,65 @@ def test_peft_own_merge_is_refused_and_changes_nothing(name: str) -> None:
         with pytest.raises(TypeError, match="cannot be changed"):
             model.merge_adapter(safe_merge=safe)
         torch.testing.assert_close(logits(model), expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        HiraConfig(r=4, target_modules=["q_proj"]),
+        OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj"]),
+    ],
+    ids=["hira", "oft"],
+)
+def test_peft_merges_that_write_in_place_are_refused_too(config: Any) -> None:
+    model = get_peft_model(quantized_llama(), copy.deepcopy(config))
+    train_a_little(model)
+    expected = logits(model.eval())
+    with pytest.raises(TypeError, match="cannot be changed"):
+        model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.add_(1),
+        lambda w: w.data.copy_(w),
+        lambda w: w.data.__setitem__(0, 1.0),
+        lambda w: torch.add(w, 1, out=w),
+        lambda w: setattr(w, "data", w),
+    ],
+)
+def test_nothing_can_be_written_into_the_weight(write: Callable[[Tensor], Any]) -> None:
+    layer = QuantizedLinear.from_weight(round_to_nearest(torch.randn(4, 8), 4, 8))
+    before = layer.weight.clone()
+    with torch.no_grad(), pytest.raises(TypeError, match="cannot be changed"):
+        write(layer.weight)
+    assert torch.equal(layer.weight, before)
+    assert type(layer.weight + 1) is type(layer.weight.T @ before) is Tensor
+
+
+def test_rounding_to_bf16_says_what_it_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    model = adapted("diablo", quantized_llama(bits=4))
+    train_a_little(model)
+    exact = merge_dequantized(copy.deepcopy(model))
+    assert capsys.readouterr().out == ""
+    rounded = merge_dequantized(model, torch.bfloat16)
+    said = capsys.readouterr().out
+    base = quantized_layers(quantized_llama(bits=4))
+    lost = []
+    for name, linear in decoder_linears(rounded).items():
+        merged = exact.get_submodule(name).weight
+        update = (merged - base[name].dequantize()).norm()  # pyright: ignore
+        if update:
+            lost.append(((linear.weight.float() - merged).norm() / update).item())  # pyright: ignore
+    assert f"merged into bfloat16 in {len(lost)} layers: rounding lost {sum(lost) / len(lost):.1%}" in said
+
+
+def test_there_is_no_grid_to_merge_to_without_a_quantised_layer() -> None:
+    model = adapted("lora", llama())
+    with pytest.raises(ValueError, match="no layer of the model is quantised"):
+        merge_to_grid(model)
 
 
 def test_diablo_trains_beside_a_quantised_weight_and_not_in_it() -> None:

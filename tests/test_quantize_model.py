@@ -226,6 +226,23 @@ def test_calibration_windows_are_stretches_of_the_text() -> None:
             calibration_windows(short, 2, 20)
 
 
+def test_layers_that_are_called_differently_are_refused_where_inputs_count(tmp_path: Path) -> None:
+    model = llama()
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(ValueError, match=r"layers of several kinds \(full_attention, sliding_attention\)"):
+        quantize_model(model, settings_of("gptq", 4), tmp_path / "gptq", tokens(), progress=False)
+    quantize_model(model, settings_of("rtn", 4), tmp_path / "rtn", progress=False)
+
+
+@pytest.mark.parametrize("targets", [["nothing"], ["self_attn.q_proj"]])
+def test_targets_that_are_not_there_are_refused_before_the_work(targets: list[str], tmp_path: Path) -> None:
+    settings = QuantizationSettings("loftq", 4, 16, target_modules=targets)
+    with pytest.raises(ValueError, match="no linear layer is named"):
+        quantize_model(llama(), settings, tmp_path, progress=False)
+    with pytest.raises(ValueError, match="give a list of names"):
+        QuantizationSettings("loftq", 4, 16, target_modules="all-linear")  # pyright: ignore
+
+
 def test_a_changed_or_missing_file_is_found(tmp_path: Path) -> None:
     quantized("rtn", tmp_path)
     file = tmp_path / "layers" / "00001.safetensors"

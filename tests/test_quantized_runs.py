@@ -131,12 +131,28 @@ def test_what_cannot_be_merged_is_one_line(
     assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == ["out"]
 
 
-def test_another_quantised_base_is_refused(own_cache: list[str], fails_with: Callable[..., str]) -> None:
+def test_a_finished_run_finds_its_base_by_its_hash(own_cache: list[str], tmp_path: Path) -> None:
+    """Also when the folder's name is not what today's code would give it, and nothing is made again."""
+    run = planned([*own_cache, *FEW, "method=diablo", "quantization=nf"])
+    train(run)
+    (made,) = bases(tmp_path / "cache")
+    made.parent.rename(made.parent.with_name("made by other code"))
+    evaluate(run)
+    assert [path.parent.name for path in bases(tmp_path / "cache")] == ["made by other code"]
+
+
+def test_another_quantised_base_is_refused(
+    own_cache: list[str], tmp_path: Path, fails_with: Callable[..., str]
+) -> None:
     run = planned([*own_cache, *FEW, "method=lora", "quantization=nf"])
     record = train(run)
     config = read_config(run)
     other = {**config, "quantization": {**config["quantization"], "bits": 3}}
-    assert "was trained on a base model with hash" in fails_with(lambda: load(other, run, record, False))
+    (made,) = bases(tmp_path / "cache")
+    made.unlink()  # that of the run is found by its hash
+    said = fails_with(lambda: load(other, run, record, False))
+    assert "was trained on a base model with hash" in said
+    assert "runtime.cache_dir with its quantised base" in said
 
 
 def test_a_damaged_base_is_refused(own_cache: list[str], fails_with: Callable[..., str]) -> None:
@@ -185,6 +201,9 @@ def test_a_lora_that_was_made_with_the_weights_is_where_training_starts(
             ["method=lora", "quantization=loftq", "quantization.options.rank=4"],
             "method.adapter.r=6: give both the same",
         ),
+        (["method=lora", "quantization=loftq", "method.adapter.target_modules=all-linear"], "loftq needs a list"),
+        (["quantization=nf", "quantization.bits=2.5"], "quantization.bits=2.5: from 2 to 8 can be stored"),
+        (["quantization=nf", "quantization.group_size=7"], "group_size=7 does not divide hidden_size=96"),
         (["method=lora", "quantization=nf8"], "no quantization 'nf8': did you mean nf?"),
         (["method=lora", "quantization=nf", "quantization.bit=2"], "no setting 'quantization.bit': did you mean bits"),
     ],
@@ -198,11 +217,11 @@ def test_what_does_not_go_together_is_refused_by_the_plan(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["quantization=nf", "quantization.bits=9"], "quantization: bits=9"),
+        (["quantization=nf", "quantization.bits=9"], "quantization.bits=9: from 2 to 8 can be stored"),
         (["quantization=nf", "quantization.group_size=64"], "group_size=64"),
         (["quantization=nf", "quantization.sym=true"], "sym=True: nf has no symmetric grid"),
         (["quantization=gptq", "quantization.calibration.length=100000"], "give a longer text"),
-        (["quantization=gptq", "quantization.calibration.samples=0"], "do not give 0 sequences"),
+        (["quantization=gptq", "quantization.calibration.samples=0"], "samples and length are one or more"),
         (["quantization=gptq", "quantization.calibration.text=gone.txt"], "calibration.text=gone.txt: no such file"),
         (["quantization=nf", "model=llama2_7b", "model.path=gone/model"], "llama2_7b: cannot load gone/model"),
         (["quantization=magr", "model=llama2_7b", "model.path=gone/model"], "llama2_7b: cannot load gone/model"),
@@ -213,8 +232,9 @@ def test_settings_that_cannot_be_are_one_line(
 ) -> None:
     if "model=llama2_7b" in arguments:
         small = [override for override in small if not override.startswith("model.")]
-    config = config_of([*small, "method=lora", *arguments])
-    assert message in fails_with(lambda: make_quantized(config, "cpu", progress=False))
+    assert message in fails_with(
+        lambda: make_quantized(config_of([*small, "method=lora", *arguments]), "cpu", progress=False)
+    )
 
 
 def test_attaching_what_changes_the_weights_is_one_line(small: list[str]) -> None:

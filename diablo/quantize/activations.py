@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -20,6 +20,12 @@ class Activations:
     """
 
     def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, calibration: Tensor) -> None:
+        kinds = sorted(set(getattr(model.config, "layer_types", None) or []))
+        if len(kinds) > 1:  # such as Gemma's: a sliding window has another mask
+            raise ValueError(
+                f"{type(model).__name__} has layers of several kinds ({', '.join(kinds)}), and all are calibrated with "
+                "what the first is called with: choose a method that needs no calibration"
+            )
         self.quantized: list[Tensor] = []
         self.kwargs: list[dict[str, Any]] = []
 
@@ -50,22 +56,25 @@ class Activations:
         Raises:
             ValueError: they are not finite.
         """
+        return list(self._each(name, layer, states, factors, scaling))
 
+    def _each(
+        self, name: str, layer: nn.Module, states: list[Tensor], factors: Factors | None = None, scaling: float = 1.0
+    ) -> Iterator[Tensor]:
         def beside(a: Tensor, b: Tensor) -> Callable[..., Tensor]:
             return lambda _, args, output: output + (scaling * (args[0].float() @ a.T) @ b.T).to(output.dtype)
 
         hooks = [layer.get_submodule(n).register_forward_hook(beside(*ab)) for n, ab in (factors or {}).items()]
         device = next(layer.parameters()).device
-        outputs = []
         try:
             for x, kwargs in zip(states, self.kwargs, strict=True):
-                outputs.append(first(layer(moved(x, device), **moved(kwargs, device))).to(x.device))
-                if not outputs[-1].isfinite().all():
+                output = first(layer(moved(x, device), **moved(kwargs, device))).to(x.device)
+                if not output.isfinite().all():
                     raise ValueError(f"{name}: activations are not finite (NaN or infinity): check the base model")
+                yield output
         finally:
             for hook in hooks:
                 hook.remove()
-        return outputs
 
     def gram_matrices(self, name: str, layer: nn.Module) -> dict[str, Tensor]:
         """`XᵀX` of the inputs of each linear layer in a decoder layer, float32, over all sequences."""
@@ -81,7 +90,8 @@ class Activations:
         linears = [(n, module) for n, module in layer.named_modules() if isinstance(module, nn.Linear)]
         hooks = [module.register_forward_pre_hook(watch(n)) for n, module in linears]
         try:
-            self.through(name, layer, self.quantized)
+            for _ in self._each(name, layer, self.quantized):  # none is kept
+                pass
         finally:
             for hook in hooks:
                 hook.remove()

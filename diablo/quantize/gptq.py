@@ -27,7 +27,7 @@ def gptq(
 
     Args:
         weight: `(out, in)`. Columns whose inputs are always 0 are set to 0.
-        gram: `XᵀX`, `(in, in)`, over the calibration inputs; any factor of it gives the same.
+        gram: `XᵀX`, `(in, in)`, over the calibration inputs; a factor of it changes nothing, unless columns are dead.
         damp_percent: of the mean of its diagonal, added to the diagonal; a fraction, in spite of GPTQ's name for it.
         shrink: β, a factor of the grid's scale.
 

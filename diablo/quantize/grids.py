@@ -43,7 +43,7 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, levels: Tens
 
 
 def check_bits(bits: int) -> None:
-    if not 2 <= bits <= 8:
+    if bits not in range(2, 9):
         raise ValueError(f"bits={bits}: from 2 to 8 can be stored")
 
 

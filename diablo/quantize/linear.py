@@ -6,7 +6,7 @@ dequantised matrix, which nobody can write to: PEFT's `merge` would add an updat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,25 @@ from diablo.functional import compute_dtype
 from diablo.quantize.grids import QuantizedWeight, check_bits, dequantize, width_of_groups
 from diablo.quantize.packing import pack, packed_words, unpack
 
+READ_ONLY = (
+    "the weight is made from quantised codes and cannot be changed: merge an adapter with "
+    "diablo.quantize.merge_dequantized or diablo.quantize.merge_to_grid"
+)
+
 
 class DequantizedWeight(Tensor):
-    """A matrix made from codes. Whatever is computed from it is an ordinary tensor; assigning to `data` is refused."""
+    """A matrix made from codes. Whatever is computed from it is an ordinary tensor; writing into it is refused."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        written = kwargs.get("out", args[0] if _writes(func) else None)
+        if isinstance(written, cls):
+            raise TypeError(READ_ONLY)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
 
     @property
     def data(self) -> Tensor:
@@ -29,10 +43,15 @@ class DequantizedWeight(Tensor):
 
     @data.setter
     def data(self, _: Tensor) -> None:
-        raise TypeError(
-            "the weight is made from quantised codes and cannot be changed: merge an adapter with "
-            "diablo.quantize.merge_dequantized or diablo.quantize.merge_to_grid"
-        )
+        raise TypeError(READ_ONLY)
+
+
+def _writes(func: Callable[..., Any]) -> bool:
+    """Whether a method of Tensor changes it: `add_`, `__iadd__`, `__setitem__` and their like."""
+    name = func.__name__
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and name not in ("__index__", "__int__", "__invert__"))
+    return name.endswith("_") and name != "requires_grad_"
 
 
 class QuantizedLinear(nn.Linear):

@@ -31,30 +31,30 @@ class GridMerge:
     model: PreTrainedModel
     errors: dict[str, float]
 
-    def __str__(self) -> str:
-        if not self.errors:
-            return "merged to the grid: the adapter changed no quantised layer"
-        worst = max(self.errors, key=lambda name: self.errors[name])
-        mean = sum(self.errors.values()) / len(self.errors)
-        return (
-            f"merged to the grid of {len(self.errors)} layers: rounding lost {mean:.1%} of the adapter's update on "
-            f"average, {self.errors[worst]:.1%} in {worst} (100 % is as much as leaving the adapter out)"
-        )
-
 
 def merge_dequantized(model: PeftModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model with ordinary linear layers that hold the dequantised weights plus the active adapters' updates.
+
+    In float32 that is exact to rounding; in a shorter type it prints what rounding to it lost of the updates.
 
     Args:
         dtype: of these layers; None for that of the rest of the model. The sum is taken in float32.
     """
     base: Any = model.get_base_model()
     chosen: torch.dtype = base.dtype if dtype is None else dtype
+    errors: dict[str, float] = {}
 
-    def replace(_: str, quantized: QuantizedLinear, merged: Tensor | None) -> nn.Linear:
-        return _linear(quantized, quantized.dequantize() if merged is None else merged, chosen)
+    def replace(name: str, quantized: QuantizedLinear, merged: Tensor | None) -> nn.Linear:
+        if merged is None:
+            return _linear(quantized, quantized.dequantize(), chosen)
+        layer = _linear(quantized, merged, chosen)
+        _add_error(errors, name, quantized, merged, layer.weight.detach().float())
+        return layer
 
-    return _merge(model, replace)
+    result = _merge(model, replace)
+    if chosen != torch.float32:
+        print(_cost(errors, f"into {str(chosen).removeprefix('torch.')}"))
+    return result
 
 
 def dequantize_model(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -80,14 +80,34 @@ def merge_to_grid(model: PeftModel) -> GridMerge:
         if merged is None:
             return quantized
         layer = QuantizedLinear.from_weight(_rounded(quantized, merged), quantized.bias)
-        update = (merged - quantized.dequantize()).norm().item()
-        if update:
-            errors[name] = (layer.dequantize() - merged).norm().item() / update
+        _add_error(errors, name, quantized, merged, layer.dequantize())
         return layer
 
+    if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise ValueError("no layer of the model is quantised, so there is no grid to merge to")
     result = GridMerge(_merge(model, replace), errors)
-    print(result)
+    print(_cost(errors, "to the grid"))
     return result
+
+
+def _add_error(
+    errors: dict[str, float], name: str, quantized: QuantizedLinear, merged: Tensor, rounded: Tensor
+) -> None:
+    """What rounding a merged weight lost of its update, relative to it; nothing where there is no update."""
+    update = (merged - quantized.dequantize()).norm().item()
+    if update:
+        errors[name] = (rounded - merged).norm().item() / update
+
+
+def _cost(errors: dict[str, float], where: str) -> str:
+    if not errors:
+        return f"merged {where}: the adapter changed no quantised layer"
+    worst = max(errors, key=errors.__getitem__)
+    mean = sum(errors.values()) / len(errors)
+    return (
+        f"merged {where} in {len(errors)} layers: rounding lost {mean:.1%} of the adapter's update on average, "
+        f"{errors[worst]:.1%} in {worst} (100 % is as much as leaving the adapter out)"
+    )
 
 
 def _merge(model: PeftModel, replace: Callable[[str, QuantizedLinear, Tensor | None], nn.Linear]) -> PreTrainedModel:
@@ -113,8 +133,9 @@ def _merged(name: str, tuner: Any, replace: Callable[[str, QuantizedLinear, Tens
     tuner.base_layer = _linear(quantized, quantized.dequantize(), torch.float32)
     try:
         tuner.merge(safe_merge=True)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    except (ValueError, TypeError, NotImplementedError) as error:
+        tuner.base_layer = quantized
+        raise ValueError(f"{name}: {type(tuner).__name__} cannot be merged: {error}") from None
     plain: nn.Linear = tuner.base_layer
     layer = replace(name, quantized, plain.weight.detach())
     if plain.bias is not None:  # an adapter may change it (lora_bias)

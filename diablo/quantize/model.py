@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from diablo.quantize import storage
 from diablo.quantize.activations import Activations, Factors
-from diablo.quantize.apiq import Block, train_block
+from diablo.quantize.apiq import Block, gets_factors, train_block
 from diablo.quantize.grids import QuantizedWeight, width_of_groups
 from diablo.quantize.linear import QuantizedLinear, replace_linears, set_module
 from diablo.quantize.settings import DATA_FREE, NORMAL_FLOAT, WITH_FACTORS, QuantizationSettings
@@ -48,7 +48,7 @@ def quantize_model(
 
     Raises:
         ValueError: the calibration set is empty, activations are not finite (it names the layer), a group size does not
-            divide, or the folder was begun with other settings. Finished layers are kept.
+            divide, a target module is not there, or the folder was begun with other settings. Finished layers are kept.
     """
     prefix, layers = storage.decoder_layers(model)
     if storage.quantized_layers(model):
@@ -57,6 +57,13 @@ def quantize_model(
         raise ValueError(f"calibration: {settings.method} needs token ids, (sequences, length)")
     if calibration is not None and (calibration.ndim != 2 or not calibration.numel()):
         raise ValueError(f"calibration: ids of shape {tuple(calibration.shape)} are no (sequences, length), or empty")
+    absent = [
+        target
+        for target in settings.target_modules or ()
+        if not any(gets_factors(name, [target]) for name in _linears(layers))
+    ]
+    if absent:
+        raise ValueError(f"target_modules: no linear layer is named {', '.join(absent)}")
     for name, linear in _linears(layers).items():  # before hours are spent
         try:
             width_of_groups(linear.in_features, settings.group_size)

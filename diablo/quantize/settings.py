@@ -60,6 +60,8 @@ class QuantizationSettings:
             raise ValueError(f"method={self.method}: known are {', '.join(METHODS)}")
         if self.sym and "sym" not in self._parameters():
             raise ValueError(f"sym=True: {self.method} has no symmetric grid: leave it out")
+        if self.target_modules is not None and not isinstance(self.target_modules, list):
+            raise ValueError(f"target_modules={self.target_modules}: give a list of names, or None for all")
         if self.target_modules is not None and self.method not in WITH_FACTORS:
             raise ValueError(f"target_modules: {self.method} makes no factors: leave it out")
         known = [name for name in self._parameters() if name not in GIVEN]
