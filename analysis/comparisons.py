@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 from statsmodels.stats.multitest import multipletests
 
-from analysis.load import records
+from analysis.load import names_of, records
 from analysis.paired import paired_difference
-from analysis.tables import SECTION, by_section, item_arrays, markdown, sections
+from analysis.tables import SECTION, by_section, item_arrays, markdown, marks, mixed, sections
 from experiments.errors import UserError, nearest
 
 ALL_PAIRS = 6  # up to so many settings every pair is tested, above it each against the reference
@@ -25,7 +25,20 @@ OF_A_SETTING = ["setting", "method", "label", "learning_rate"]
 COLUMNS = [
     *SECTION,
     *(f"{side}_{name}" for side in ("first", "second") for name in OF_A_SETTING),
-    *("seeds", "mean", "low", "high", "over", "test", "p_value", "p_holm", "family", "improvement", "smallest"),
+    *(
+        "seeds",
+        "mixed",
+        "mean",
+        "low",
+        "high",
+        "over",
+        "test",
+        "p_value",
+        "p_holm",
+        "family",
+        "improvement",
+        "smallest",
+    ),
 ]
 
 
@@ -36,7 +49,7 @@ def comparison_table(frame: pd.DataFrame, reference: str | None = None) -> pd.Da
     the `seeds` that both have (a list); `p_holm` is corrected over the `family` of tests in its table. Every pair is
     there where a table has at most `ALL_PAIRS` settings and no `reference` is named; else every setting is compared
     with the reference, a label, by default the DiaBlo setting nearest in size to one of LoRA: size is known before any
-    score. Labels with several learning rates are left out: they are a sweep. UserError for an unknown label.
+    score. What has several learning rates is left out: it is a sweep. UserError for an unknown label.
     """
     labels = set(frame["label"])
     if reference is not None and reference not in labels:
@@ -44,6 +57,8 @@ def comparison_table(frame: pd.DataFrame, reference: str | None = None) -> pd.Da
     rows: list[dict[str, Any]] = []
     for section, part in sections(frame):
         scored = part.dropna(subset=["accuracy"])
+        names = names_of(records(scored))
+        scored = scored.assign(label=[names[group] for group in scored["group"]])
         settings = [runs for _, runs in _without_sweeps(scored).sort_values(_ORDER).groupby("setting", sort=False)]
         family = []
         for first, second in _pairs(settings, reference):
@@ -66,7 +81,7 @@ def display(table: pd.DataFrame) -> pd.DataFrame:
             {
                 "Compared": _title(row),
                 "Common seeds": ", ".join(map(str, row["seeds"])),
-                "Difference, points": f"{100 * row['mean']:+.1f}",
+                "Difference, points": f"{100 * row['mean']:+.1f}{marks(row['mixed'])}",
                 "95 % interval": f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}",
                 "Interval and test over": row["over"],
                 "Test": row["test"],
@@ -86,15 +101,16 @@ def to_markdown(table: pd.DataFrame) -> str:
 
 def to_csv(table: pd.DataFrame) -> str:
     """The numbers, unrounded, as CSV; `seeds` as `0 1 2`."""
-    return table.assign(seeds=table["seeds"].map(lambda seeds: " ".join(map(str, seeds)))).to_csv(index=False)
+    seeds = table["seeds"].map(lambda seeds: " ".join(map(str, seeds)))
+    return table.assign(seeds=seeds, mixed=table["mixed"].map("; ".join)).to_csv(index=False)
 
 
 _ORDER = ["method", "size_number", "label", "learning_rate", "setting", "seed"]
 
 
 def _without_sweeps(scored: pd.DataFrame) -> pd.DataFrame:
-    swept = [label for label, part in scored.groupby("label") if len(part["learning_rate"].dropna().unique()) > 1]
-    return scored.loc[~scored["label"].isin(swept)]
+    swept = [group for group, part in scored.groupby("group") if len(part["learning_rate"].dropna().unique()) > 1]
+    return scored.loc[~scored["group"].isin(swept)]
 
 
 def _pairs(settings: Sequence[pd.DataFrame], reference: str | None) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
@@ -108,11 +124,17 @@ def _pairs(settings: Sequence[pd.DataFrame], reference: str | None) -> Iterator[
 
 def _nearest_in_size(settings: Sequence[pd.DataFrame]) -> list[int]:
     """The place of the DiaBlo setting nearest in trainable parameters to a LoRA setting; the first place if none."""
-    facts = [(runs["method"].iloc[0], runs["trainable_parameters"].iloc[0]) for runs in settings]
+    facts = [
+        (
+            "diablo" if runs["pattern"].iloc[0] == "diagonal" else runs["method"].iloc[0],
+            runs["trainable_parameters"].iloc[0],
+        )
+        for runs in settings
+    ]
     sizes = [size for method, size in facts if method == "lora" and pd.notna(size)]
     ours = [place for place, (method, size) in enumerate(facts) if method == "diablo" and pd.notna(size)]
     if not ours or not sizes:
-        return [*ours, 0][:1]
+        return [*ours, 0][:1]  # of a table of sparse patterns the diagonal
     return [min(ours, key=lambda place: min(abs(facts[place][1] - size) for size in sizes))]
 
 
@@ -120,7 +142,8 @@ def _compared(first: pd.DataFrame, second: pd.DataFrame, seeds: Sequence[int]) -
     sides = {"first": first, "second": second}
     arrays = [item_arrays(runs.set_index("seed").loc[list(seeds)]) for runs in sides.values()]
     about = {f"{side}_{name}": runs[name].iloc[0] for side, runs in sides.items() for name in OF_A_SETTING}
-    return about | {"seeds": list(seeds)} | asdict(paired_difference(*arrays))
+    both = pd.concat([runs.loc[runs["seed"].isin(seeds)] for runs in sides.values()])
+    return about | {"seeds": list(seeds), "mixed": mixed(both)} | asdict(paired_difference(*arrays))
 
 
 def _title(row: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ missing (NaN, None), it never becomes a zero.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import re
@@ -22,6 +23,7 @@ import pandas as pd
 
 from analysis import rows
 from analysis.rows import COLUMNS, TYPES, UNREADABLE, line_of, read_run
+from experiments import evaluations
 from experiments import records as run_records
 from experiments.errors import UserError
 from experiments.records import (
@@ -42,16 +44,18 @@ class Runs:
     """What was read.
 
     `frame` has a row per run and evaluation, with the columns `COLUMNS`: `setting` is a hash of the config without its
-    seed, so rows of one setting differ in nothing but the seed; `rate_chosen` says in words how an experiment chose the
-    learning rate and `rate_by` by which rule, both None where the config gave it; `train_protocol` is the protocol it
-    was trained under, `pattern` the sparse pattern of methods that have one, `quantizer` and `bits` the quantisation of
-    the base; `final_loss` is the mean training loss at the end (NaN of a training that diverged), `held_out_loss` and
-    `held_out_exact_match` are of the held-out rows where they were read; `evaluation` is the folder under `eval/`,
-    which names benchmark, protocol and settings, and `place` is the benchmark's in the task's order, their mean last;
-    `commits` are the versions of this code that trained and scored; `items` is an (n,) array of 1 and 0, or of shares
-    where a row has several completions, and a list of such arrays for the mean over a task's benchmarks;
-    `percent_of_base` is in percent, `accuracy` in [0, 1], `train_seconds` in seconds. A planned evaluation without a
-    score has a row with `benchmark` alone. `problems` has a line for everything that was left out or is not there yet.
+    seed, so rows of one setting differ in nothing but the seed, and `group` one without the learning rate too;
+    `loss_on` is "answer" or "prompt and answer"; `limit` is of rows, None where all were scored; `rate_chosen` says in
+    words how an experiment chose the learning rate and `rate_by` by which rule, both None where the config gave it;
+    `train_protocol` is the protocol it was trained under, `pattern` the sparse pattern of methods that have one,
+    `quantizer` and `bits` the quantisation of the base; `final_loss` is the mean training loss at the end (NaN of a
+    training that diverged), `held_out_loss` and `held_out_exact_match` are of the held-out rows where they were read;
+    `evaluation` is the folder under `eval/`, which names benchmark, protocol and settings, and `place` is the
+    benchmark's in the task's order, their mean last; `commits` are the versions of this code that trained and scored;
+    `items` is an (n,) array of 1 and 0, or of shares where a row has several completions, and a list of such arrays for
+    the mean over a task's benchmarks; `percent_of_base` is in percent, `accuracy` in [0, 1], `train_seconds` in
+    seconds. A planned evaluation without a score has a row with `benchmark` alone. `problems` has a line for everything
+    that was left out or is not there yet.
     """
 
     frame: pd.DataFrame
@@ -91,7 +95,7 @@ def load_runs(directories: Iterable[Path], quiet: bool = False) -> Runs:
     else:
         from analysis.cache import cached_rows
 
-        sources = [Path(str(module.__file__)) for module in (sys.modules[__name__], rows, run_records)]
+        sources = [Path(str(module.__file__)) for module in (sys.modules[__name__], rows, run_records, evaluations)]
         version = content_hash([*map(file_hash, sources), pd.__version__])
         frame = cached_rows(chosen, _read_in_parallel, _frame, version)
     told = frame.drop_duplicates("path")["problems"]
@@ -160,8 +164,8 @@ def load_spectra(directory: Path) -> pd.DataFrame:
     """What a run measured of its inputs and gradients (experiments/spectra.py), a row per step, layer and side.
 
     Columns: `step`, `tokens`, `seconds` (of the whole measurement), `layer` (from 0), `module`, `side` ("X" or "g_Y"),
-    `blocks`, `stable_rank`, `energy`, and `covered`, `covered_least` and `covered_most`: mean, least and most over the
-    blocks.
+    `blocks`, `stable_rank`, `energy`; means over the blocks: `block_stable_rank`, `block_energy`, `covered`; and of the
+    last the least and the most, `covered_least` and `covered_most`.
     UserError when there is none that can be read.
     """
     path = RunPaths(directory).spectra
@@ -172,11 +176,16 @@ def load_spectra(directory: Path) -> pd.DataFrame:
                 found = re.search(r"\.(\d+)\.(.+)$", name)
                 where = {"layer": int(found[1]) if found else 0, "module": (found[2] if found else name).split(".")[-1]}
                 for side, values in sides.items():
-                    covered = [value for value in values["covered"] if value is not None]
+                    covered = [math.nan if value is None else value for value in values["covered"]]
+                    by_block = {
+                        name: fmean(math.nan if value is None else value for value in values[name])
+                        for name in ("block_stable_rank", "block_energy")
+                    }
                     rows.append(
                         {key: line[key] for key in ("step", "tokens", "seconds")}
                         | {**where, "side": side, "blocks": len(values["covered"])}
                         | {key: values[key] for key in ("stable_rank", "energy")}
+                        | by_block
                         | {"covered": fmean(covered), "covered_least": min(covered), "covered_most": max(covered)}
                     )
     except UNREADABLE as error:
@@ -202,6 +211,21 @@ def load_step_times(path: Path) -> StepTimes:
         return StepTimes(data["model"], data["device"], data["batch"], quartiles.assign(rounds=len(ratios)))
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not a measurement of step times ({error}): measure again") from None
+
+
+def names_of(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """A name for each group (the settings that differ in nothing but the learning rate) among rows of `Runs.frame`.
+
+    Its label, and where several groups have one label what tells them apart.
+    """
+    groups = {row["group"]: row for row in rows}
+    names = {}
+    for group, row in groups.items():
+        alike = [other for other in groups.values() if other["label"] == row["label"]]
+        by_loss = len({other["loss_on"] for other in alike}) == len(alike)
+        told = f", loss on {row['loss_on']}" if by_loss else f" ({group[:6]})"
+        names[group] = row["label"] + (told if len(alike) > 1 else "")
+    return names
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -14,30 +14,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from experiments.errors import run_command
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from analysis.stats import Interval
+    from analysis.paper_cells import Wanted
 
 NAMES = {
     **{"llama2_7b": "LLaMA2-7B", "llama3_8b": "LLaMA3-8B", "llama_13b": "LLaMA-13B", "llama_7b": "LLaMA-7B"},
     **{"full": "Full fine-tuning", "lora": "LoRA", "dora": "DoRA", "pissa": "PiSSA", "milora": "MiLoRA", "smt": "SMT"},
-    **{"diablo": "DiaBlo", "lori": "LoRI", "sparse": "Sparse", "chatgpt": "ChatGPT", "zero_shot": "no training"},
+    **{"diablo": "DiaBlo", "lori_d": "LoRI-D", "sparse": "Sparse", "chatgpt": "ChatGPT", "zero_shot": "no training"},
+}
+
+
+WORDY = ("Provenance", "Note")  # columns of sentences
+LATEX = {
+    **{"−": "-", "–": "--", "×": r"$\times$", "·": r"$\cdot$"},
+    **{"†": r"\textdagger{}", "‡": r"\textdaggerdbl{}", "§": r"\S{}", "¶": r"\P{}"},
 }
 
 
 @dataclass(frozen=True)
 class PaperTable:
-    """One table: `numbers` for further work, `text` for readers, one row per published number in both."""
+    """One table: `numbers` for further work, `text` for readers, one row per published number in both.
+
+    `legend` says what the marks in `text` mean.
+    """
 
     name: str
     title: str
     numbers: pd.DataFrame
     text: pd.DataFrame
+    legend: list[str]
 
     @property
     def has_ours(self) -> bool:
@@ -47,19 +56,21 @@ class PaperTable:
     def markdown(self) -> str:
         from analysis.tables import markdown
 
-        return f"## {self.title}\n\n{markdown(self.text)}"
+        return "\n".join([f"## {self.title}\n", markdown(self.text), *(f"{line}\n" for line in self.legend)])
 
     def latex(self) -> str:
-        """A booktabs tabular; packages: booktabs."""
-        text = self.text.replace({"−": "-", "–": "--", "×": "x", "†": "+"}, regex=True)
-        style = text.style
+        """A booktabs tabular with the legend behind it; packages: booktabs, and array's p columns."""
+        style = self.text.style
         style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
-        return style.to_latex(hrules=True, column_format="l" * len(text.columns))
+        columns = "".join("p{4cm}" if name in WORDY else "l" for name in self.text.columns)
+        table = style.to_latex(hrules=True, column_format=columns)
+        text = "\n\n".join([table, *(line.replace("%", r"\%") for line in self.legend)])
+        return "".join(LATEX.get(letter, letter) for letter in text)
 
     def html(self) -> str:
         style = self.text.style.set_uuid(self.name).set_caption(self.title)
         style.hide(axis="index").format(escape="html").format_index(escape="html", axis=1)
-        return style.to_html(cell_ids=False)
+        return style.to_html(cell_ids=False) + "".join(f"<p>{line}</p>\n" for line in self.legend)
 
     def csv(self) -> str:
         return self.numbers.to_csv(index=False)
@@ -71,45 +82,53 @@ def commonsense(frame: pd.DataFrame) -> PaperTable:
     The LoRA and DoRA rows are the DoRA repository's, trained with the loss on prompt and answer; DiaBlo's own loss sees
     the answer alone. Ours has every method under both.
     """
-    masks = {"loss on the answer": "diablo", "loss on prompt and answer": "llm_adapters"}
-    return _paper_table("commonsense", "Commonsense 170K, mean of 8 benchmarks", "commonsense_170k", masks, frame)
+    return _paper_table("commonsense", "Commonsense 170K, mean of 8 benchmarks", "commonsense_170k", _masks(), frame)
 
 
 def commonsense_per_task(frame: pd.DataFrame) -> PaperTable:
     """Commonsense 170K, every benchmark, as the baselines' own papers print it."""
-    masks = {"loss on the answer": "diablo", "loss on prompt and answer": "llm_adapters"}
-    return _paper_table("commonsense_per_task", "Commonsense 170K, the baselines", "commonsense_170k", masks, frame)
+    return _paper_table("commonsense_per_task", "Commonsense 170K, the baselines", "commonsense_170k", _masks(), frame)
 
 
 def arithmetic(frame: pd.DataFrame) -> PaperTable:
     """MetaMathQA to GSM8K and MATH. The baselines' MATH is scored by symbolic equality, DiaBlo's by Hendrycks' rule."""
-    protocols = {"protocol diablo": "diablo", "protocol milora": "milora"}
-    return _paper_table("arithmetic", "MetaMathQA to GSM8K and MATH", "metamathqa", protocols, frame)
+    columns = _protocols("diablo", "milora", "metamath")
+    return _paper_table("arithmetic", "MetaMathQA to GSM8K and MATH", "metamathqa", columns, frame)
 
 
 def code_safety(frame: pd.DataFrame) -> PaperTable:
     """Code Alpaca to HumanEval, and SaferPaca to HEx-PHI."""
     title = "Code and safety: HumanEval and HEx-PHI"
-    return _paper_table("code_safety", title, "code_alpaca saferpaca", {"protocol lori": "lori"}, frame)
+    return _paper_table("code_safety", title, "code_alpaca saferpaca", _protocols("lori"), frame)
 
 
 def quantized(frame: pd.DataFrame) -> PaperTable:
     """Math 10K on quantised bases, the mean of four benchmarks."""
     title = "Math 10K on quantised bases, mean of 4 benchmarks"
-    return _paper_table("quantized", title, "math_10k", {"protocol pyreft": "pyreft"}, frame)
+    return _paper_table("quantized", title, "math_10k", _protocols("pyreft"), frame)
 
 
 def sparse_patterns(frame: pd.DataFrame) -> PaperTable:
     """The sparse patterns on GSM8K: accuracy, and training time over that of the diagonal blocks."""
-    return _paper_table("sparse_patterns", "Sparse patterns, GSM8K", "gsm8k", {"protocol lori": "lori"}, frame)
+    return _paper_table("sparse_patterns", "Sparse patterns, GSM8K", "gsm8k", _protocols("lori"), frame)
 
 
 def efficiency(frame: pd.DataFrame) -> PaperTable:
     """Training time over DiaBlo's. The paper's model and data are not known: ours has all that was trained."""
-    trained = frame.dropna(subset=["step_seconds"]).drop_duplicates(["model", "task"])
-    places = {f"{model} on {task}": f"{model} {task}" for model, task in trained[["model", "task"]].to_numpy()}
-    tasks = " ".join(trained["task"])
-    return _paper_table("efficiency", "Training time over DiaBlo's", tasks, places or {"": ""}, frame)
+    return _paper_table("efficiency", "Training time over DiaBlo's", " ".join(set(frame["task"])), {}, frame)
+
+
+def _masks() -> dict[str, Wanted]:
+    from analysis.paper_cells import Wanted
+
+    both = ("diablo", "llm_adapters")
+    return {f"loss on {tokens}": Wanted(both, tokens) for tokens in ("answer", "prompt and answer")}
+
+
+def _protocols(*names: str) -> dict[str, Wanted]:
+    from analysis.paper_cells import Wanted
+
+    return {f"protocol {name}": Wanted((name,)) for name in names}
 
 
 TABLES: tuple[Callable[[pd.DataFrame], PaperTable], ...] = (
@@ -117,43 +136,52 @@ TABLES: tuple[Callable[[pd.DataFrame], PaperTable], ...] = (
 )
 
 
-def _paper_table(name: str, title: str, tasks: str, columns: dict[str, str], frame: pd.DataFrame) -> PaperTable:
-    """`tasks`: the tasks of ours, by name; `columns`: heading → the protocol of ours below it, or its model and
-    task.
-    """
+def _paper_table(name: str, title: str, tasks: str, columns: dict[str, Wanted], frame: pd.DataFrame) -> PaperTable:
+    """`tasks`: the tasks of ours, by name; `columns`: heading → which of ours stand below it."""
     import pandas as pd
 
     from analysis.load import records
+    from analysis.paper_cells import score_cell
     from analysis.published import read_published
-    from analysis.tables import method_table
+    from analysis.tables import MARKS, MEANINGS, method_table
 
     published = read_published()
     rows = records(published.loc[published["table"] == name])
     ours = frame.loc[frame["task"].isin(tasks.split())]
     scored = method_table(ours) if len(ours) else pd.DataFrame()
-    base = next((row["value"] for row in rows if row["method"] == "diablo" and row["unit"] == "minutes"), None)
-    numbers, texts = [], []
+    numbers, texts, mixed = [], [], set()
     for row in rows:
         number, text = dict(row), _about(row)
         if row["unit"] == "minutes":
-            number["ratio"] = row["value"] / base
-            text["Published"] = f"{row['value']:g} min, {number['ratio']:.2f} × DiaBlo"
-        for heading, wanted in columns.items():
-            suffix = f", {heading}" if heading else ""
-            if row["unit"] == "minutes":
-                found = _time_ratio(ours, row, wanted if name == "efficiency" else f"{row['model']} {tasks}")
-                text |= _time_texts(found, number["ratio"], suffix)
-                number |= {f"ours{suffix}": found, f"difference{suffix}": found and found - number["ratio"]}
-                continue
-            cell = _cell(ours, scored, row, wanted)
-            number |= {f"{key}{suffix}": value for key, value in cell.items() if key != "mixed"}
-            text |= {f"{key}{suffix}": value for key, value in _score_texts(cell).items()}
+            _add_times(number, text, rows, ours)
+        for heading, wanted in columns.items() if row["unit"] != "minutes" else ():
+            cell = score_cell(ours, scored, row, wanted)
+            mixed |= set(cell["mixed"] or ())
+            number |= {f"{key}, {heading}": value for key, value in _plain(cell).items()}
+            text |= {f"{key}, {heading}": value for key, value in _score_texts(cell).items()}
         numbers.append(number)
         texts.append(text | {"Provenance": _provenance(row), "Note": row["note"]})
     frame_of_text = pd.DataFrame(texts).fillna("")
     told = [column for column in frame_of_text.columns if any(text.get(column) for text in texts)]
     kept = [name for name in frame_of_text.columns if name in told or name.startswith(("Ours", "Difference"))]
-    return PaperTable(name, title, pd.DataFrame(numbers), frame_of_text.filter(kept))
+    legend = [f"{sign} {MEANINGS[kind]}" for kind, sign in MARKS.items() if kind in mixed]
+    return PaperTable(name, title, pd.DataFrame(numbers), frame_of_text.filter(kept), legend)
+
+
+def _add_times(
+    number: dict[str, Any], text: dict[str, Any], rows: Sequence[dict[str, Any]], ours: pd.DataFrame
+) -> None:
+    """The published time over that of the diagonal blocks, and ours on every model and task that was trained."""
+    from analysis.paper_cells import time_ratio
+
+    base = next(row["value"] for row in rows if row["unit"] == "minutes" and row["setting"] in ("", "diagonal 1/64"))
+    number["ratio"] = number["value"] / base
+    text["Published"] = f"{number['value']:g} min, {number['ratio']:.2f} × DiaBlo"
+    trained = ours.dropna(subset=["step_seconds"]).drop_duplicates(["model", "task"])
+    for model, task in trained[["model", "task"]].to_numpy():
+        found = time_ratio(ours, number, f"{model} {task}")
+        number[f"ours, {model} on {task}"] = found and found[0]
+        text[f"Ours, {model} on {task}"] = f"{found[0]:.2f} ({found[1]})" if found else ""
 
 
 def _about(row: dict[str, Any]) -> dict[str, Any]:
@@ -170,92 +198,24 @@ def _about(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def matching(frame: pd.DataFrame, row: dict[str, Any]) -> pd.DataFrame:
-    """The rows of ours with the model, method, size or pattern, and quantised base of a published row."""
-    same = frame["method"] == row["method"]
-    if row["model"]:
-        same &= frame["model"] == row["model"]
-    if row["setting"]:
-        same &= (frame["size"] == row["setting"]) | (frame["pattern"] == row["setting"])
-    same &= frame["quantizer"].fillna("") == row["quantizer"]
-    return frame.loc[same & (frame["bits"].astype("string").fillna("") == row["bits"])]
-
-
-def _cell(ours: pd.DataFrame, scored: pd.DataFrame, row: dict[str, Any], protocol: str) -> dict[str, Any]:
-    """Ours beside one published score, in percent. Of several settings that answer to it the one with most seeds."""
-    from analysis.load import records
-
-    empty = dict.fromkeys(("ours", "low", "high", "seeds", "learning_rate", "rate_chosen", "difference"))
-    if scored.empty:
-        return empty | {"mixed": []}
-    benchmark, _, metric = row["benchmark"].partition(" pass@")
-    found = matching(scored.dropna(subset=["accuracy"]), row)
-    found = found.loc[(found["benchmark"] == benchmark) & (found["protocol"] == protocol)]
-    if found.empty:
-        return empty | {"mixed": []}
-    best = records(found.sort_values("seeds", ascending=False, kind="stable"))[0]
-    cell = {key: best[key] for key in ("seeds", "learning_rate", "rate_chosen", "mixed")}
-    if metric in ("", "1"):
-        cell |= {"ours": 100 * best["accuracy"], "low": 100 * best["low"], "high": 100 * best["high"]}
-    else:
-        runs = ours.loc[(ours["setting"] == best["setting"]) & (ours["benchmark"] == benchmark)]
-        runs = runs.loc[runs["evaluation"] == best["evaluation"]]
-        interval = _pass_at(runs.dropna(subset=["accuracy"]), int(metric))
-        if interval is None:
-            return empty | {"mixed": []}
-        cell |= {"ours": 100 * interval.mean, "low": 100 * interval.low, "high": 100 * interval.high}
-    return cell | {"difference": cell["ours"] - row["value"]}
-
-
-def _pass_at(scored: pd.DataFrame, k: int) -> Interval | None:
-    """pass@k of a setting's scored runs with its interval; None where a problem has fewer than k completions.
-
-    A problem's item is the share of its completions that are right, so pass@k follows from it, problem by problem.
-    """
-    from analysis.load import records
-    from analysis.stats import accuracy_interval
-    from analysis.tables import item_arrays
-    from eval.code import pass_at_k
-
-    counts = {int(row["samples"]) for row in records(scored)}
-    samples = min(counts, default=0)
-    if len(counts) != 1 or samples < k:
-        return None
-    (items,) = item_arrays(scored)
-    return accuracy_interval(np.vectorize(lambda share: pass_at_k(samples, round(share * samples), k))(items))
-
-
-def _time_ratio(ours: pd.DataFrame, row: dict[str, Any], place: str) -> float | None:
-    """Our median step time of a method over DiaBlo's, both on one machine; `place` is "model task"."""
-    trained = ours.loc[(ours["model"] + " " + ours["task"]) == place]
-    trained = trained.dropna(subset=["step_seconds"]).drop_duplicates("run_id")
-    method, diablo = (matching(trained, row | {"method": name}) for name in (row["method"], "diablo"))
-    if row["setting"] and row["method"] != "diablo":
-        diablo = trained.loc[(trained["method"] == "diablo") & (trained["size"] == "N=64")]
-    machines = {environment.get("device") for part in (method, diablo) for environment in part["environment"]}
-    if method.empty or diablo.empty or len(machines) > 1:
-        return None
-    return float(np.median(method["step_seconds"]) / np.median(diablo["step_seconds"]))
-
-
-def _time_texts(found: float | None, published: float, suffix: str) -> dict[str, str]:
-    difference = "" if found is None else f"{found - published:+.2f}"
-    return {
-        f"Ours{suffix}": "" if found is None else f"{found:.2f} × DiaBlo",
-        f"Difference{suffix}": difference,
-    }
+def _plain(cell: dict[str, Any]) -> dict[str, Any]:
+    """A cell for the CSV: what is a map or a list as text."""
+    seeds = " ".join(f"{seed}={score}" for seed, score in (cell["by_seed"] or {}).items())
+    return cell | {"by_seed": seeds or None, "mixed": "; ".join(cell["mixed"] or ()) or None}
 
 
 def _score_texts(cell: dict[str, Any]) -> dict[str, str]:
-    from analysis.tables import marks
+    from analysis.tables import each_seed, marks
 
     if cell["ours"] is None:
-        return dict.fromkeys(("Ours", "Difference", "Seeds", "Learning rate", "Rate chosen"), "")
-    interval = "" if cell["low"] is None else f" ({cell['low']:.1f}–{cell['high']:.1f})"
+        return dict.fromkeys(
+            ("Ours", "Difference", "Interval over", "Each seed, %", "Learning rate", "Rate chosen"), ""
+        )
     return {
-        "Ours": f"{cell['ours']:.1f}{interval}{marks(cell['mixed'])}",
+        "Ours": f"{cell['ours']:.1f} ({cell['low']:.1f}–{cell['high']:.1f}){marks(cell['mixed'])}",
         "Difference": f"{cell['difference']:+.1f}",
-        "Seeds": str(cell["seeds"]),
+        "Interval over": cell["interval_over"],
+        "Each seed, %": each_seed(cell["by_seed"]),
         "Learning rate": f"{cell['learning_rate']:g}",
         "Rate chosen": cell["rate_chosen"],
     }

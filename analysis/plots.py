@@ -108,13 +108,15 @@ def gradient_norms(name: str, model: str, task: str, traces: Sequence[Trace]) ->
         if found == module and layer in layers
     )
     caption = (
-        f"{model}, fine-tuned on {task}: Frobenius norm of the gradient of each matrix of {module}, at every step and "
-        f"before clipping, and below it its running variance; log scales, axes shared. Learning rates: {rates}. "
+        f"{model}, fine-tuned on {task}: Frobenius norm of the gradient of each matrix of {module} before clipping, at "
+        f"every step that was kept, and below it its running variance; log scales, axes shared. Learning rates: "
+        f"{rates}. "
         f"{_seeds_drawn(seeds)}"
     )
     if zeros:
         caption += f" {zeros} norms of exactly 0 have no place on a log scale (A's gradient is 0 as long as B is)."
-    alt = f"Line plots of gradient norm over {len(traces[0].norms)} steps for {', '.join(labels)} in layers {layers}."
+    last = traces[0].norms.index.max()
+    alt = f"Line plots of gradient norm up to step {last} for {', '.join(labels)} in layers {layers}."
     return Picture(name, figure, caption, alt)
 
 
@@ -256,7 +258,7 @@ def _side_by_side(counts: Sequence[int]) -> np.ndarray:
     """
     logs = np.log10(np.array(counts, dtype=float))
     order = np.argsort(logs, kind="stable")
-    gap = min(0.04, 0.8 / len(logs)) * max(float(np.ptp(logs)), 0.5)
+    gap = min(0.04, 0.8 / len(logs)) * min(max(float(np.ptp(logs)), 0.5), 1.0)
     gaps = gap * np.arange(len(logs))
     places = np.empty_like(logs)
     places[order] = 10 ** (isotonic_regression(logs[order] - gaps).x + gaps)

@@ -68,7 +68,8 @@ def accuracy_by_setting(name: str, title: str, table: pd.DataFrame) -> Picture:
         figure = Figure(figsize=(9.6, 1.0 + 0.42 * len(rows)), layout="constrained")
         axes = figure.subplots()
         for place, row in enumerate(rows):
-            colour, marker = (VERMILLION, "D") if row["method"] == "diablo" else (BLUE, "o")
+            diagonal = row["method"] == "diablo" or row["pattern"] == "diagonal"
+            colour, marker = (VERMILLION, "D") if diagonal else (BLUE, "o")
             mean, low, high = (100 * row[key] for key in ("accuracy", "low", "high"))
             axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], color=colour, capsize=3, zorder=3)
             axes.plot(mean, place, marker, color=colour, markersize=7, zorder=4)
@@ -90,7 +91,8 @@ def accuracy_by_setting(name: str, title: str, table: pd.DataFrame) -> Picture:
 def time_and_memory(name: str, title: str, runs: pd.DataFrame) -> Picture:
     """Median step time and peak memory of every trained run, a line per label; `runs` is `Runs.frame` of one task.
 
-    The time axis starts at 0; memory is the device's on a GPU and the process's elsewhere, which holds Python too.
+    The time axis starts at 0, that of memory does not; memory is the device's on a GPU and the process's elsewhere,
+    which holds Python too.
     """
     trained = runs.dropna(subset=["step_seconds"]).drop_duplicates("run_id")
     trained = trained.sort_values(["method", "size_number", "label", "seed"])
@@ -107,12 +109,13 @@ def time_and_memory(name: str, title: str, runs: pd.DataFrame) -> Picture:
                 values = scale * trained.loc[trained["label"] == label, column].to_numpy(dtype=float)
                 axes.plot(values, [place] * len(values), "o", color=BLUE, markersize=5, markerfacecolor="white")
                 axes.plot(np.median(values), place, "|", color=BLACK, markersize=13, markeredgewidth=1.8)
-            axes.set_xlim(left=0)
+            axes.margins(x=0.08)
             axes.set_xlabel(words)
+        time.set_xlim(left=0)
         time.set_yticks(range(len(labels)), labels)
     caption = (
         f"{title}: median time of an optimizer step and peak memory while training. Open markers: every run; bar: "
-        f"their median. Measured on {'; '.join(machines)}."
+        f"their median. The axis of memory does not start at 0. Measured on {'; '.join(machines)}."
     )
     return Picture(name, figure, caption, f"Step time and peak memory of {', '.join(labels)}.")
 

@@ -39,7 +39,7 @@ def least_squares_map(name: str, width: int, sweeps: Sequence[tuple[str, Sequenc
             images.append(_draw(axes, width, rows))
         panels[0].set_ylabel("number of blocks N\n(trained share 1/N)")
         label = "LoRA's loss − DiaBlo's, % of the first loss"
-        figure.colorbar(images[0], ax=list(panels), label=label)
+        figure.colorbar(images[0], ax=list(panels), label=label, extend="both")
     caption = (
         f"Least squares, square matrices of width {width}: the loss left above full fine-tuning's optimum, at equal "
         f"budget. = both reach the optimum; D= only DiaBlo does; L= only LoRA does; D neither, DiaBlo is nearer; L "
@@ -73,8 +73,9 @@ def condition_measured(name: str, title: str, spectra: pd.DataFrame) -> Picture:
                 for number, module in enumerate(modules):
                     part = spectra.loc[(spectra["side"] == side) & (spectra["module"] == module)]
                     _draw_module(axes, part, column, number, [first, last])
-                axes.axhline(1, color=BLACK, linewidth=0.8)
                 axes.set_ylim(0, None if column == "stable_rank" else 1.05)
+                if column != "stable_rank":
+                    axes.axhline(1, color=BLACK, linewidth=0.8)
         for axes, side in zip(panels[0], ("inputs X", "gradients of outputs, g_Y"), strict=True):
             axes.set_title(side, fontsize=9)
         for axes in panels[-1]:
@@ -85,8 +86,9 @@ def condition_measured(name: str, title: str, spectra: pd.DataFrame) -> Picture:
     caption = (
         f"{title}, cut into N = {blocks} blocks, on {tokens} tokens of a micro-batch. Faint: step {first}; full: step "
         f"{last}. Energy: the share of the squared norm in the largest m / N singular directions of m. Covered: the "
-        f"share inside the column space of one block, mean over the blocks, bars from the least to the most. Where it "
-        f"is 1 for every block of X, or of g_Y, the theory's condition holds and the diagonal blocks lose nothing."
+        f"share inside the column space of one block (singular directions above a thousandth of its largest), mean "
+        f"over the blocks, bars from the least to the most. Where it is 1 for every block of X, or of g_Y, the "
+        f"theory's condition holds and the diagonal blocks lose nothing."
     )
     alt = f"Stable rank, energy and what one block covers, over the layers, for {', '.join(modules)}."
     return Picture(name, figure, caption, alt)

@@ -1,13 +1,14 @@
 """The numbers that the paper prints, as data: `published.csv`, one row per number, with where each comes from.
 
-table                   the paper's table; commonsense_per_task is what the baselines' own papers print per
-benchmark model, method, setting  as in configs; setting is N=… or r=…, or a sparse pattern quantizer, bits
-of tables with a quantised base benchmark, unit, value  "mean of 8" is the plain mean over a task's benchmarks
-provenance              who trained what the number is of: its authors' own, re-run by others, copied, not known
-copied_from             where a copied number was printed first protocol, loss_on       the protocol behind it, as
-in configs/protocol, and what its loss saw; empty: not known printed_percent         trainable parameters in percent
-of the base, as printed computed_percent        the same from the model's shapes source, note            where the
-number was read, and what to know about it
+- `table`: the paper's table; commonsense_per_task is what the baselines' own papers print per benchmark.
+- `model`, `method`, `setting`: as in configs; a setting is N=…, r=…, blocks=… (SMT's), or a pattern and its density.
+- `quantizer`, `bits`: of a quantised base.
+- `benchmark`, `unit`, `value`: "mean of 8" is the plain mean over a task's benchmarks.
+- `provenance`: who trained what the number is of: its authors' own, re-run by others, copied, not known.
+- `copied_from`: where a copied number was printed first.
+- `protocol`, `loss_on`: the protocol behind it, as in configs/protocol, and what its loss saw; empty: not known.
+- `printed_percent`, `computed_percent`: trainable parameters in percent of the base, as printed and from the shapes.
+- `source`, `note`: where the number was read, and what to know about it.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import csv
 import io
 import itertools
 import json
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from analysis.plots import Picture
 
+DIFFERENCES = Path(__file__).with_name("differences.csv")
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 FEWEST_DRAWN = 3  # trained and scored settings of a figure of accuracy against size
 COMPARED = ("lora", "diablo")  # the methods whose gradients the paper's figure sets side by side
@@ -121,6 +123,7 @@ def write_report(
         times=times,
         gradients=[_embed(picture, out) for picture in gradients],
         spectra=[_embed(picture, out) for picture in spectra],
+        differences=list(csv.DictReader(DIFFERENCES.read_text().splitlines())),
         problems=runs.problems + not_drawn + unread,
         hashes=_hashes(runs.frame),
         environment=_environment(runs.frame),
@@ -149,7 +152,7 @@ def _accuracy_figure(
 
     if rows.loc[rows["trainable_parameters"] > 0, "accuracy"].notna().sum() < FEWEST_DRAWN:
         return None
-    if rows.drop_duplicates(["label", "learning_rate"])["label"].duplicated().any():
+    if rows.drop_duplicates(["group", "learning_rate"])["group"].duplicated().any():
         return None
     if rows[["pattern", "quantizer"]].notna().to_numpy().any():
         return _embed(accuracy_by_setting(f"accuracy_by_setting_{number}", heading, rows), out)
@@ -299,6 +302,7 @@ def _hashes(frame: pd.DataFrame) -> list[tuple[str, list[str]]]:
         ("Test rows of", "benchmark", "test_data_hash"),
     ):
         known = frame.dropna(subset=[column])
+        known = known.loc[known["learning_rate"].notna()] if by == "task" else known  # the base reads no training rows
         if by == "benchmark":
             known = known.loc[known[by].isin(_benchmarks(frame))]
         for name, part in known.groupby(by):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from experiments.records import (
 
 UNREADABLE = (UserError, OSError, ValueError, KeyError, TypeError, AttributeError)  # what a damaged file can raise
 SIZES = {"num_blocks": "N", "r": "r"}  # the setting that sizes an adapter -> the letter the literature gives it
+DENOMINATOR = 4096  # of a density, at most
 RUN_COLUMNS = (
     *("run_id", "path", "model", "method", "label", "size", "size_number", "task", "seed", "learning_rate"),
-    *("rate_chosen", "rate_by", "train_protocol", "pattern", "quantizer", "bits"),
+    *("rate_chosen", "rate_by", "train_protocol", "loss_on", "pattern", "quantizer", "bits"),
 )
 TRAIN_COLUMNS = (
     *("trainable_parameters", "base_parameters", "percent_of_base", "steps", "train_seconds", "final_loss"),
@@ -38,7 +40,7 @@ TRAIN_COLUMNS = (
 HASH_COLUMNS = ("base_hash", "train_data_hash", "environment")
 EVAL_COLUMNS = (
     *("benchmark", "place", "metric", "protocol", "protocol_version", "evaluation", "n", "accuracy"),
-    *("standard_error", "beside", "commits"),
+    *("standard_error", "beside", "commits", "limit"),
 )
 COUNT_COLUMNS = (
     "no_match",
@@ -50,10 +52,10 @@ COUNT_COLUMNS = (
     "test_data_hash",
     "eval_environment",
 )
-COLUMNS = [*RUN_COLUMNS, "setting", *TRAIN_COLUMNS, *HASH_COLUMNS, *EVAL_COLUMNS, *COUNT_COLUMNS]
+COLUMNS = [*RUN_COLUMNS, "setting", "group", *TRAIN_COLUMNS, *HASH_COLUMNS, *EVAL_COLUMNS, *COUNT_COLUMNS]
 WHOLE_NUMBERS = [
     *("seed", "trainable_parameters", "base_parameters", "steps", "peak_memory_bytes"),
-    *("bits", "protocol_version", "place", "n", *COUNT_COLUMNS[:5]),
+    *("bits", "protocol_version", "place", "n", "limit", *COUNT_COLUMNS[:5]),
 ]
 NUMBERS = [
     *("size_number", "learning_rate", "percent_of_base", "train_seconds", "final_loss", "held_out_loss"),
@@ -93,22 +95,27 @@ def _about_run(run: RunPaths, config: dict[str, Any]) -> dict[str, Any]:
     adapter = method["adapter"] or {}
     quantization = config.get("quantization") or {}
     size = next((key for key in SIZES if adapter.get(key) is not None), None)
+    letter = "blocks" if method["name"] == "smt" else SIZES[size] if size else ""  # SMT's are a number, not a cut
+    pattern = adapter.get("pattern")
+    density = f" {Fraction(adapter['density']).limit_denominator(DENOMINATOR)}" if adapter.get("density") else ""
     return {
         "run_id": run.root.name,
         "path": run.root,
         "model": config["model"]["name"],
         "method": method["name"],
         "label": method["label"],
-        "size": f"{SIZES[size]}={adapter[size]}" if size else adapter.get("pattern") or "",
+        "size": f"{letter}={adapter[size]}" if size else f"{pattern}{density}" if pattern else "",
         "size_number": adapter[size] if size else None,
         "task": config["task"]["name"],
         "seed": config["seed"],
         "learning_rate": None if method["trains"] == "nothing" else config["recipe"]["learning_rate"],
         "train_protocol": config["protocol"]["name"],
-        "pattern": adapter.get("pattern"),
+        "loss_on": "prompt and answer" if config["protocol"].get("train_on_prompt") else "answer",
+        "pattern": pattern,
         "quantizer": quantization.get("method"),
         "bits": quantization.get("bits"),
         "setting": setting_hash(config),
+        "group": setting_hash({**config, "recipe": {**config["recipe"], "learning_rate": None}}),
     }
 
 
@@ -168,7 +175,8 @@ def _as_merged(run: RunPaths, config: dict[str, Any]) -> dict[Path, str]:
         merged = evaluation_paths(run, {**config, "evaluation": {**evaluation, "merge": True}})
     except UNREADABLE:  # of another version: its folders keep their names
         return {}
-    return {paths.root: _name(run, other.root) for paths, other in zip(own, merged, strict=True)}
+    pairs = [(paths.root, other.root) for paths, other in zip(own, merged, strict=True)]
+    return {root: _name(run, other) for root, other in pairs if not other.exists()}
 
 
 def _name(run: RunPaths, folder: Path) -> str:
@@ -200,6 +208,7 @@ def _evaluations(
             "beside": record.beside,
             "commits": _commits(record, *([trained] if trained else [])),
             "asked": record.generation,
+            "limit": record.generation["limit"],
             "searched": record.searched,
             "no_match": record.no_match,
             "fallback": record.fallback,
@@ -248,6 +257,7 @@ def _mean(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "standard_error": float(np.sqrt(sum(row["standard_error"] ** 2 for row in parts))) / len(parts),
         "beside": {},
         "place": len(parts),
+        "limit": parts[0]["limit"],
         "commits": sorted({commit for row in parts for commit in row["commits"]}),
         **{count: sum(row[count] for row in parts) for count in COUNT_COLUMNS[:4]},
         "samples": parts[0]["samples"],
@@ -258,9 +268,9 @@ def _mean(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _commits(*found: TrainRecord | EvalRecord) -> list[str]:
-    """The versions of this code that made the records, as far as they were made in a git checkout."""
-    commits = {record.environment.get("commit") for record in found}
-    return sorted(commit for commit in commits if commit)
+    """The versions of this code that made the records; "unknown" outside a git checkout, "…, changed" with edits."""
+    about = [record.environment for record in found]
+    return sorted({f"{e.get('commit') or 'unknown'}{', changed' if e.get('dirty') else ''}" for e in about})
 
 
 def _check_score(path: Path, run: RunPaths, record: EvalRecord, items: np.ndarray, trained: TrainRecord | None) -> None:

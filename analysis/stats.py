@@ -14,6 +14,7 @@ from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t as student
 
 LEVEL = 0.95
 SEEDS_FOR_AN_INTERVAL = 5  # below it an interval over seeds would promise what so few points cannot give
@@ -52,11 +53,18 @@ def _worth(mean: float, parts: Sequence[NDArray[np.float64]]) -> float:
     """How many independent answers the mean over `parts` is worth: their variances add up, over the parts squared."""
     if len(parts) == 1:
         return effective_items(parts[0])
-    variance = (
-        sum(float(items.mean()) * (1 - float(items.mean())) / effective_items(items) for items in parts)
-        / len(parts) ** 2
-    )
-    return mean * (1 - mean) / variance if variance else float(sum(items.shape[1] for items in parts))
+    if mean in (0, 1):
+        return float(sum(items.shape[1] for items in parts))
+    return mean * (1 - mean) / (sum(map(_variance, parts)) / len(parts) ** 2)
+
+
+def _variance(items: NDArray[np.float64]) -> float:
+    """Of one part's mean over new items. All right or all wrong is not certainty: Agresti and Coull then."""
+    mean, n = float(items.mean()), items.shape[1]
+    if mean in (0, 1):
+        n, mean = n + Z**2, (mean * n + Z**2 / 2) / (n + Z**2)
+        return mean * (1 - mean) / n
+    return mean * (1 - mean) / effective_items(items)
 
 
 def wilson(mean: float, n: float) -> tuple[float, float]:
@@ -77,7 +85,8 @@ def effective_items(items: NDArray[np.float64]) -> float:
     The usual design-effect correction: the mean over n items of the per-item means m_i has the variance Var(m_i) / n; a
     proportion p from k independent answers has p (1 - p) / k; equal for k = n p (1 - p) / Var(m_i). One seed, or seeds
     that agree on every item, give n; seeds that disagree average their noise out and give more, but never more than
-    seeds * n, which is what independent answers would give.
+    seeds * n, which is what independent answers would give. Shares, of several completions, are worth what their
+    variance says.
     """
     seeds, n = items.shape
     mean = float(items.mean())
@@ -85,22 +94,28 @@ def effective_items(items: NDArray[np.float64]) -> float:
     independent = mean * (1 - mean)
     if independent == 0:  # all right or all wrong
         return float(n)
-    return n * independent / max(variance, independent / seeds)
+    if np.isin(items, (0, 1)).all():
+        variance = max(variance, independent / seeds)
+    return n * independent / variance if variance else float(seeds * n)
 
 
 def bootstrap_seeds_and_items(*parts: NDArray[np.float64]) -> tuple[float, float]:
     """The 95 % percentile interval of the mean of the means of `parts`, (seeds, n) each, by a hierarchical bootstrap.
 
     Each replicate draws seeds with replacement, then test items with replacement, the same items for all the seeds it
-    drew: the seeds did answer the same items (Owen 2007, "The pigeonhole bootstrap"). The generator is fixed, so the
-    same answers always give the same interval.
+    drew: the seeds did answer the same items (Owen 2007, "The pigeonhole bootstrap"). What the drawn seeds deviate by
+    is enlarged by sqrt(S / (S - 1)) and by Student's quantile over the normal one: without, five seeds that differ much
+    gave intervals that held the truth in 82 to 87 % of simulations; with it, it is 94 % and more. The generator is
+    fixed, so the same answers always give the same interval.
     """
     generator = np.random.default_rng(0)
     seeds = len(parts[0])
+    enlarged = math.sqrt(seeds / (seeds - 1)) * float(student.ppf((1 + LEVEL) / 2, seeds - 1)) / Z
     means = np.empty(DRAWS)
     for draw in range(DRAWS):
-        drawn = generator.integers(seeds, size=seeds)
-        item_means = [items[drawn].mean(axis=0) for items in parts]
-        means[draw] = np.mean([row[generator.integers(len(row), size=len(row))].mean() for row in item_means])
+        rows = [items[:, generator.integers(items.shape[1], size=items.shape[1])].mean(axis=1) for items in parts]
+        by_seed = np.mean(rows, axis=0)
+        drawn = by_seed[generator.integers(seeds, size=seeds)]
+        means[draw] = by_seed.mean() + enlarged * (drawn.mean() - by_seed.mean())
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    return max(0.0, float(low)), min(1.0, float(high))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.load import records
+from analysis.load import names_of, records
 
 QUANTITIES = {"held_out_loss": "held-out loss", "held_out_exact_match": "held-out exact match, %"}
 FAILED = {"diverged": "its training loss is not finite", "not trained": "no training record", "not scored": "no score"}
@@ -77,6 +77,8 @@ def find_sweeps(frame: pd.DataFrame) -> Iterator[Sweep]:
     trained = records(frame.dropna(subset=["learning_rate"]))
     for model, task in sorted({(row["model"], row["task"]) for row in trained}):
         rows = [row for row in trained if (row["model"], row["task"]) == (model, task)]
+        names = names_of(rows)
+        rows = [row | {"label": names[row["group"]]} for row in rows]
         rates = {row["label"]: set() for row in rows}
         for row in rows:
             rates[row["label"]].add(row["learning_rate"])

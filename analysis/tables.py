@@ -19,19 +19,12 @@ from analysis.stats import accuracy_interval
 # What one table compares.
 SECTION = ["model", "task", "benchmark", "metric", "protocol", "evaluation", "test_data_hash", "n"]
 ROW_ORDER = ["model", "task", "benchmark", "evaluation", "method", "size_number", "label", "learning_rate"]
-OF_A_SETTING = ["place", "method", "label", "size", "pattern", "quantizer", "bits"]
+OF_A_SETTING = ["place", "method", "label", "size", "pattern", "quantizer", "bits", "loss_on", "group"]
 STEP_TIME_COLUMNS = ["step_time_ratio", "step_time_low", "step_time_high"]
 COLUMNS = [
     *SECTION,
-    *(
-        "setting",
-        *OF_A_SETTING,
-        "size_number",
-        "trainable_parameters",
-        "percent_of_base",
-        "learning_rate",
-        "rate_chosen",
-    ),
+    *("limit", "setting", *OF_A_SETTING, "size_number"),
+    *("trainable_parameters", "percent_of_base", "learning_rate", "rate_chosen"),
     *("accuracy", "low", "high", "interval_over", "by_seed", "seeds", "planned_seeds", "mixed", "train_seconds"),
     *("step_seconds", "peak_memory_bytes"),
     *STEP_TIME_COLUMNS,
@@ -65,15 +58,22 @@ def method_table(frame: pd.DataFrame, step_times: StepTimes | None = None) -> pd
                 | {"setting": setting}
                 | {name: first[name] for name in (*OF_A_SETTING, "size_number", "learning_rate")}
                 | {"rate_chosen": _rate_chosen(runs)}
-                | {name: _known(runs, name) for name in ("trainable_parameters", "percent_of_base")}
+                | {name: _known(runs, name) for name in ("limit", "trainable_parameters", "percent_of_base")}
                 | _accuracy(scored)
-                | {"planned_seeds": runs["seed"].nunique(), "mixed": _mixed(scored)}
+                | {"planned_seeds": runs["seed"].nunique(), "mixed": mixed(scored)}
                 | {name: runs[name].median() for name in ("train_seconds", "step_seconds", "peak_memory_bytes")}
                 | _step_time(step_times, first["model"], first["label"])
             )
     table = pd.DataFrame(rows, columns=pd.Index(COLUMNS))
     table = table.astype(
-        {"trainable_parameters": "Int64", "n": "Int64", "place": "Int64", "size_number": float, "learning_rate": float}
+        {
+            "trainable_parameters": "Int64",
+            "n": "Int64",
+            "limit": "Int64",
+            "place": "Int64",
+            "size_number": float,
+            "learning_rate": float,
+        }
     )
     return table.sort_values(ROW_ORDER, ignore_index=True, na_position="first")
 
@@ -81,7 +81,7 @@ def method_table(frame: pd.DataFrame, step_times: StepTimes | None = None) -> pd
 def display(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of `method_table` as text for a reader; what is missing is an empty cell.
 
-    There is a column for quantised bases where there is one.
+    There is a column for quantised bases where there is one, and for the tokens that the loss saw where they differ.
     """
     bases = [f"{row['quantizer']}, {row['bits']} bits" if pd.notna(row["quantizer"]) else "" for row in records(table)]
     return pd.DataFrame(
@@ -89,10 +89,7 @@ def display(table: pd.DataFrame) -> pd.DataFrame:
             "Method": table["method"],
             **({"Quantised base": bases} if any(bases) else {}),
             "N / r": table["size"],
-            "Trainable": table["trainable_parameters"].map(lambda count: _text(count, "{:,}")),
-            "% of base": table["percent_of_base"].map(lambda percent: _text(percent, "{:.3f}")),
-            "Learning rate": table["learning_rate"].map(lambda rate: _text(rate, "{:g}")),
-            "Rate chosen": table["rate_chosen"],
+            **({"Loss on": table["loss_on"]} if len(set(table["loss_on"])) > 1 else {}),
             "Score, %": [
                 _percent(mean) + marks(mixed) for mean, mixed in zip(table["accuracy"], table["mixed"], strict=True)
             ],
@@ -100,11 +97,15 @@ def display(table: pd.DataFrame) -> pd.DataFrame:
                 _range(_percent(low), _percent(high)) for low, high in zip(table["low"], table["high"], strict=True)
             ],
             "Interval over": table["interval_over"],
-            "Each seed, %": [_each_seed(scores) for scores in table["by_seed"]],
+            "Each seed, %": [each_seed(scores) for scores in table["by_seed"]],
             "Seeds": [
                 f"{seeds}" if seeds == planned else f"{seeds} of {planned}"
                 for seeds, planned in zip(table["seeds"], table["planned_seeds"], strict=True)
             ],
+            "Trainable": table["trainable_parameters"].map(lambda count: _text(count, "{:,}")),
+            "% of base": table["percent_of_base"].map(lambda percent: _text(percent, "{:.3f}")),
+            "Learning rate": table["learning_rate"].map(lambda rate: _text(rate, "{:g}")),
+            "Rate chosen": table["rate_chosen"],
             "Training, s": table["train_seconds"].map(lambda seconds: _text(seconds, "{:,.1f}")),
             "Step time ÷ frozen": [
                 f"{middle:.2f} ({low:.2f}–{high:.2f})" if pd.notna(middle) else ""
@@ -149,11 +150,12 @@ def wide_tables(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
             continue
         ways = records(part.drop_duplicates(SECTION).sort_values(["place", "evaluation"]))
         settings = part.drop_duplicates("setting").sort_values(["method", "size_number", "label", "learning_rate"])
-        columns = ["Method", "Quantised base", "N / r", "Trainable", "% of base", "Learning rate", "Rate chosen"]
-        wide = display(settings).filter(columns).reset_index(drop=True)
+        shown = display(settings).reset_index(drop=True)
+        wide = shown.filter(["Method", "Quantised base", "N / r", "Loss on"])
         for way in ways:
             cells = {row["setting"]: _cell(row) for row in records(part) if _same(row, way)}
             wide[_heading(way, ways)] = [cells.get(setting, "") for setting in settings["setting"]]
+        wide = wide.join(shown.filter(["Trainable", "% of base", "Learning rate", "Rate chosen"]))
         first = part.iloc[0]
         yield f"{first['model']} trained on {first['task']}, all benchmarks, protocol {first['protocol']}", wide
 
@@ -217,17 +219,17 @@ def _step_time(times: StepTimes | None, model: str, label: str) -> dict[str, flo
     return dict(zip(STEP_TIME_COLUMNS, times.ratios.loc[label, ["median", "low", "high"]], strict=True))
 
 
-def _mixed(scored: pd.DataFrame) -> list[str]:
-    """What the scored runs of one setting do not share: the keys of `MARKS` that apply."""
-    protocols = {
-        *((row["protocol"], row["protocol_version"]) for row in records(scored)),
-        *((name, scored["protocol_version"].iloc[0]) for name in scored["train_protocol"].dropna()),
-    }
+def mixed(scored: pd.DataFrame) -> list[str]:
+    """What scored runs do not share: the keys of `MARKS` that apply."""
+    rows = records(scored)
+    trained = [row for row in rows if row["trainable_parameters"] != 0]
+    protocols = {(row["protocol"], row["protocol_version"]) for row in rows}
+    protocols |= {(row["train_protocol"], rows[0]["protocol_version"]) for row in trained if row["train_protocol"]}
     counts = {
-        "code versions": len({commit for commits in scored["commits"] for commit in commits}),
+        "code versions": len({commit for row in rows for commit in row["commits"]}),
         "protocols": len(protocols),
         "base weights": scored["base_hash"].nunique(),
-        "training data": scored["train_data_hash"].nunique(),
+        "training data": len({row["train_data_hash"] for row in trained}),
     }
     return [name for name in MARKS if counts[name] > 1]
 
@@ -269,5 +271,5 @@ def _range(low: str, high: str) -> str:
     return f"{low}–{high}" if low else ""
 
 
-def _each_seed(scores: dict[int, float]) -> str:
+def each_seed(scores: dict[int, float]) -> str:
     return " · ".join(f"s{seed} {_percent(score)}" for seed, score in scores.items())

@@ -44,6 +44,7 @@ def load(config: Config, run: RunPaths, trained: TrainRecord, allow_identity: bo
     from peft import PeftModel
 
     from experiments import methods
+    from experiments.models import load_checked_base
 
     base, tokenizer = load_checked_base(config, run, trained)
     probe = torch.arange(16, device=base.device).unsqueeze(0) % base.config.vocab_size
@@ -63,27 +64,6 @@ def load(config: Config, run: RunPaths, trained: TrainRecord, allow_identity: bo
     plain_generation(causal, tokenizer)
     # What prompt methods train is in the wrapper.
     return Scored(_with_prompt(model) if _virtual_tokens(model) else causal, tokenizer, identity)
-
-
-def load_checked_base(
-    config: Config, run: RunPaths, trained: TrainRecord
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base that the run was trained on, and its tokenizer. Another base is refused."""
-    from experiments.models import base_hash, load_base, resolve_device
-
-    base, tokenizer = load_base(config, str(resolve_device(config["runtime"]["device"])), trained.base_hash)
-    found = base_hash(base)
-    if found != trained.base_hash:
-        same = (
-            "runtime.cache_dir with its quantised base"
-            if "quantization" in config
-            else "weights (model.path, model.revision)"
-        )
-        raise UserError(
-            f"{run.root.name} was trained on a base model with hash {trained.base_hash[:12]}, the one at hand has "
-            f"{found[:12]}: give the same {same} or train again"
-        )
-    return base, tokenizer
 
 
 def _virtual_tokens(model: Any) -> int:

@@ -99,6 +99,8 @@ def write_choices(found: Stages) -> None:
     groups: dict[str, list[Tried]] = {}
     for tried in found.tried:
         groups.setdefault(group_of(tried.config), []).append(tried)
+    for config in (tried.config for tried in found.tried if not tried.chosen):  # of an earlier, smaller grid
+        run_paths(config).learning_rate.unlink(missing_ok=True)
     for config in found.final:
         group = groups.get(group_of(config))
         if group is None:  # it had one learning rate

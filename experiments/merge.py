@@ -24,8 +24,8 @@ Config = dict[str, Any]
 
 def merge(run: RunPaths, out: Path, to_grid: bool) -> None:
     """Write the merged model of a trained run into the new folder `out`."""
-    from eval.models import load_checked_base
     from experiments import methods
+    from experiments.models import load_checked_base
 
     if out.exists():
         raise UserError(f"{out}: is there already: give --out another folder")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from experiments.errors import UserError
+from experiments.records import RunPaths, TrainRecord
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,25 @@ def load_base(
 
         return load_quantized_base(config, device, trained_on)
     return load_full_precision(config, device)
+
+
+def load_checked_base(
+    config: Config, run: RunPaths, trained: TrainRecord
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base that the run was trained on, and its tokenizer. Another base is refused."""
+    base, tokenizer = load_base(config, str(resolve_device(config["runtime"]["device"])), trained.base_hash)
+    found = base_hash(base)
+    if found != trained.base_hash:
+        same = (
+            "runtime.cache_dir with its quantised base"
+            if "quantization" in config
+            else "weights (model.path, model.revision)"
+        )
+        raise UserError(
+            f"{run.root.name} was trained on a base model with hash {trained.base_hash[:12]}, the one at hand has "
+            f"{found[:12]}: give the same {same} or train again"
+        )
+    return base, tokenizer
 
 
 def load_full_precision(config: Config, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -56,7 +56,7 @@ def write_run(
             "adapter": adapter,
         },
         "task": {"name": task},
-        "protocol": {"name": protocol},
+        "protocol": {"name": protocol, "train_on_prompt": protocol == "llm_adapters"},
         "recipe": {"learning_rate": learning_rate, "epochs": 1, "batch_size": 16},
         "seed": seed,
         "evaluation": {"benchmarks": [benchmark, *([mean_with] if mean_with else [])], "mean": mean_with is not None},
@@ -143,7 +143,7 @@ def write_run(
                 adapter_files=adapter_files,
                 data_hash=content_hash(f"{benchmark} test"),
                 samples_hash=content_hash("samples"),
-                environment={"torch": "2.13.0", "device": "cpu"},
+                environment={"torch": "2.13.0", "device": "cpu", "commit": "0" * 40, "dirty": False},
             ),
         )
     return run.root

@@ -48,7 +48,7 @@ def test_table_values(tmp_path: Path) -> None:
         "Training, s": "9.0",
         "Step time ÷ frozen": "1.30 (1.20–1.40)",
     }
-    assert "| lora     |     r=7 |      12,345 |" in to_markdown(table)
+    assert "| lora     |     r=7 |       75.0 |" in to_markdown(table)
     assert "0=0.75 1=0.75" in to_csv(table)
 
 
@@ -179,11 +179,14 @@ def test_the_page_in_a_browser(report: Path, tmp_path: Path, width: int) -> None
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("chromium is not installed")
+    errors = """<script>window.seen = []; addEventListener("error", event => seen.push(String(event.message)), true);
+        console.error = console.warn = (...words) => seen.push(words.join(" "));</script>"""
     probe = """<script>addEventListener("load", () => setTimeout(() => parent.postMessage(JSON.stringify({
         inner: innerWidth, scroll: document.documentElement.scrollWidth,
         images: [...document.images].map(image => [image.alt.length, image.naturalWidth]),
-        tables: document.querySelectorAll("table").length}), "*"), 100))</script>"""
-    (tmp_path / "page.html").write_text(report.read_text().replace("</body>", probe + "</body>"))
+        tables: document.querySelectorAll("table").length, errors: window.seen}), "*"), 100))</script>"""
+    text = report.read_text().replace("<head>", "<head>" + errors).replace("</body>", probe + "</body>")
+    (tmp_path / "page.html").write_text(text)
     (tmp_path / "frame.html").write_text(
         f"""<iframe src="page.html" style="border:0;width:{width}px;height:900px"></iframe><pre id="seen"></pre>
         <script>addEventListener("message", event => seen.textContent = event.data)</script>"""
@@ -198,14 +201,15 @@ def test_the_page_in_a_browser(report: Path, tmp_path: Path, width: int) -> None
     assert seen["scroll"] <= width
     assert len(seen["images"]) == 3
     assert all(alt > 20 and pixels > 0 for alt, pixels in seen["images"])
-    assert seen["tables"] == 5  # methods, differences, beside the paper, hashes, environment
+    assert seen["tables"] == 6  # methods, their differences, beside the paper, where we differ, hashes, environment
+    assert seen["errors"] == []
 
 
 def test_a_report_of_unscored_runs_has_no_figure_and_says_why(tmp_path: Path) -> None:
     run = write_run(tmp_path, "full")
     text = write_report([run], tmp_path / "report", None, "Nothing scored").read_text()
     assert "no score for arith" in text
-    assert "Step time was not measured" in text
+    assert "was not measured side by side" in text
     assert "<img" not in text
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from analysis.load import load_runs, records
-from experiments.choose import Stages, stages, to_csv
+from experiments.choose import Stages, stages, to_csv, write_choices
 from experiments.data import load_rows
 from experiments.held_out import row_scores
 from experiments.plan import run_paths, write_runs
@@ -93,6 +93,11 @@ def test_what_is_best(experiment: Callable[..., list[str]], record: TrainRecord)
     assert stages(experiment(by="exact_match")).chosen()[0] == "lora-r6: learning rate 0.01"
     found = choose(experiment(by="exact_match"), record, {**scores, 1e-1: (0.125, 0.5)})
     assert rates(found.final)[:2] == [("lora", 1e-1, 3), ("lora", 1e-1, 4)]
+    for config in found.first[:2]:
+        run_paths(config).learning_rate.write_text("left from a smaller grid")
+    write_choices(found)
+    kept = [run_paths(config).learning_rate.is_file() for config in found.first[:3]]
+    assert kept == [False, False, True]
     table = list(csv.DictReader(to_csv(found).splitlines()))
     assert [(row["learning_rate"], row["loss"], row["chosen"]) for row in table][:3] == [
         *(("0.001", "0.5", "False"), ("0.01", "0.75", "False"), ("0.1", "0.125", "True"))

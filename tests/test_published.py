@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,11 +13,21 @@ import pytest
 import yaml
 
 from analysis.load import find_runs, load_runs, records
-from analysis.paper_tables import TABLES, code_safety, commonsense, efficiency, main, matching, sparse_patterns
+from analysis.paper_cells import matching
+from analysis.paper_tables import (
+    TABLES,
+    code_safety,
+    commonsense,
+    commonsense_per_task,
+    efficiency,
+    main,
+    sparse_patterns,
+)
 from analysis.published import FILE, KNOWN, read_published
 from eval.code import pass_at_k
 from experiments.errors import UserError
 from experiments.plan import plan, write_runs
+from experiments.records import RunPaths
 from tests.analysis_runs import change, score_file, write_run
 
 MODELS = Path(__file__).resolve().parent.parent / "configs" / "model"
@@ -37,7 +48,7 @@ def parameters(row: dict[str, Any]) -> float:
     size = int(row["setting"][2:])
     per_matrix = {
         "diablo": lambda a, b: a * b // size,
-        "lori": lambda a, b: size * b,
+        "lori_d": lambda a, b: size * b,
         "dora": lambda a, b: size * (a + b) + b,
     }
     count = per_matrix.get(row["method"], lambda a, b: size * (a + b))
@@ -118,26 +129,37 @@ def test_both_masks_stand_beside_a_copied_row(tmp_path: Path) -> None:
     change(score_file(run), protocol_version=2)
     table = commonsense(frame_of(tmp_path))
     row = row_of(table.numbers, model="llama2_7b", method="lora")
-    assert row["ours, loss on the answer"] == pytest.approx(80)
-    assert row["difference, loss on the answer"] == pytest.approx(80 - 77.6)
+    assert row["ours, loss on answer"] == pytest.approx(80)
+    assert row["difference, loss on answer"] == pytest.approx(80 - 77.6)
     assert row["ours, loss on prompt and answer"] == pytest.approx(60)
     text = row_of(table.text, Model="LLaMA2-7B", Method="LoRA")
-    assert text["Ours, loss on the answer"].startswith("80.0 (")
-    assert (text["Difference, loss on the answer"], text["Seeds, loss on the answer"]) == ("+2.4", "2")
+    assert text["Ours, loss on answer"].startswith("80.0 (")
+    assert (text["Difference, loss on answer"], text["Each seed, %, loss on answer"]) == ("+2.4", "s0 80.0 · s1 80.0")
+    assert text["Interval over, loss on answer"] == "test items"
+    assert table.legend == [
+        "‡ It was trained under one protocol and scored under another, or under several versions of one."
+    ]
+    assert row["mixed, loss on prompt and answer"] == "protocols"
+    assert r"\textdaggerdbl{}" in table.latex()
     assert text["Ours, loss on prompt and answer"].endswith("‡")
     assert "copied from NVlabs/DoRA README, protocol llm_adapters, loss on prompt and answer" in text["Provenance"]
     other = row_of(table.text, Model="LLaMA3-8B", Method="LoRA")
-    assert other["Ours, loss on the answer"] == ""
-    assert pd.isna(row_of(table.numbers, model="llama3_8b", method="lora")["ours, loss on the answer"])
+    assert other["Ours, loss on answer"] == ""
+    assert pd.isna(row_of(table.numbers, model="llama3_8b", method="lora")["ours, loss on answer"])
 
 
-def test_what_is_published_of_quantised_models_is_planned(tmp_path: Path) -> None:
-    """So that a run of ours stands beside each number, under the names that tables look for."""
-    write_runs(plan(["experiment=quantized", "seed=0", f"runtime.runs_dir={tmp_path}"]))
+@pytest.mark.parametrize(
+    "table", ["commonsense", "arithmetic", "code_safety", "quantized", "sparse_patterns", "efficiency"]
+)
+def test_what_is_published_is_planned(table: str, tmp_path: Path) -> None:
+    """So that a run of ours stands beside each number of the paper's, under the names that tables look for."""
+    write_runs(plan([f"experiment={table}", "seed=0", f"runtime.runs_dir={tmp_path}"]))
     ours = frame_of(tmp_path)
     for row in records(read_published()):
-        if row["table"] == "quantized" and row["bits"]:
+        if row["table"] == table and not (table == "quantized" and not row["bits"]):
             assert not matching(ours, row).empty, row
+    masks = {row["loss_on"] for row in records(ours) if row["method"] == "lora"}
+    assert table != "commonsense" or masks == {"answer", "prompt and answer"}
 
 
 def test_pass_at_10_comes_from_the_share_of_right_completions_of_each_problem(tmp_path: Path) -> None:
@@ -160,17 +182,61 @@ def test_pass_at_10_comes_from_the_share_of_right_completions_of_each_problem(tm
 
 
 def test_patterns_and_their_time_over_the_diagonal(tmp_path: Path) -> None:
-    common = {"model": "llama3_8b", "task": "gsm8k", "protocol": "lori", "size": 64, "items": [1, 1, 1, 0]}
-    write_run(tmp_path, "diablo", **common)
-    entries = write_run(tmp_path, "sparse", pattern="random_entries", **common)
+    common: dict[str, Any] = {"model": "llama3_8b", "task": "gsm8k", "protocol": "lori", "items": [1, 1, 1, 0]}
+    write_run(tmp_path, "sparse", pattern="diagonal", size=64, **common)
+    write_run(tmp_path, "sparse", pattern="random_entry", size=2, **common)  # another density
+    entries = write_run(tmp_path, "sparse", pattern="random_entry", size=64, **common)
+    change(score_file(entries), items=[1, 1, 0, 0], accuracy=0.5)
     change(entries / "train.json", step_seconds=0.06)
     table = sparse_patterns(frame_of(tmp_path))
-    score = row_of(table.numbers, setting="random_entries", benchmark="gsm8k")
-    assert score["ours, protocol lori"] == pytest.approx(75)
-    time = row_of(table.numbers, setting="random_entries", benchmark="training time")
+    score = row_of(table.numbers, setting="random_entry 1/64", benchmark="gsm8k")
+    assert score["ours, protocol lori"] == pytest.approx(50)
+    time = row_of(table.numbers, setting="random_entry 1/64", benchmark="training time")
     assert time["ratio"] == pytest.approx(26.51 / 17.26)
-    assert time["ours, protocol lori"] == pytest.approx(2)
-    assert row_of(table.text, Setting="random_block", Benchmark="training time")["Ours, protocol lori"] == ""
+    assert time["ours, llama3_8b on gsm8k"] == pytest.approx(2)
+    text = row_of(table.text, Setting="random_entry 1/64", Benchmark="training time")
+    assert text["Ours, llama3_8b on gsm8k"] == "2.00 (sparse-random_entry over sparse-diagonal)"
+    other = row_of(table.text, Setting="random_block 1/64", Benchmark="training time")
+    assert other["Ours, llama3_8b on gsm8k"] == ""
+
+
+def test_of_several_sizes_those_nearest_to_each_other_are_timed(tmp_path: Path) -> None:
+    for method, size, parameters, seconds in (
+        ("diablo", 4, 40_000, 0.03),
+        ("diablo", 64, 2_500, 0.09),
+        ("lora", 7, 2_600, 0.045),
+    ):
+        run = write_run(tmp_path, method, size=size, parameters=parameters)
+        change(run / "train.json", step_seconds=seconds)
+    text = row_of(efficiency(frame_of(tmp_path)).text, Method="LoRA")
+    assert text["Ours, tiny on arith"] == "0.50 (lora-r7 over diablo-N64)"
+
+
+def test_what_was_not_scored_whole_or_was_swept_is_not_beside_the_paper(tmp_path: Path) -> None:
+    common: dict[str, Any] = {
+        "size": 32,
+        "model": "llama2_7b",
+        "task": "commonsense_170k",
+        "protocol": "diablo",
+        "benchmark": "boolq",
+    }
+    run = write_run(tmp_path, "lora", items=[1, 1], **common)
+    column = "ours, loss on answer"
+
+    def ours() -> Any:
+        table = commonsense_per_task(frame_of(tmp_path))
+        return row_of(table.numbers, model="llama2_7b", method="lora", benchmark="boolq")[column]
+
+    assert ours() == 100
+    path = score_file(run)
+    generation = json.loads(path.read_text())["generation"]
+    change(path, generation=generation | {"limit": 16})
+    assert pd.isna(ours())
+    change(path, generation=generation)
+    other = write_run(tmp_path, "lora", items=[0, 0], learning_rate=2e-3, **common)
+    assert pd.isna(ours())  # two rates, none of them chosen
+    RunPaths(other).learning_rate.write_text('{"by": "loss", "seed": 0, "at_edge": false, "tried": [1, 2]}')
+    assert ours() == 0
 
 
 def test_times_of_two_machines_are_not_divided(tmp_path: Path) -> None:
@@ -185,7 +251,7 @@ def test_four_formats(tmp_path: Path) -> None:
     main(["--out", str(tmp_path)])
     assert len(list(tmp_path.iterdir())) == 4 * len(TABLES)
     latex = (tmp_path / "sparse_patterns.tex").read_text()
-    assert all(words in latex for words in (r"\toprule", r"random\_entries", r"\bottomrule"))
+    assert all(words in latex for words in (r"\toprule", r"random\_entry", r"\bottomrule"))
     html = pd.read_html(io.StringIO((tmp_path / "arithmetic.html").read_text()))[0]
     csv = pd.read_csv(tmp_path / "arithmetic.csv")
     markdown = (tmp_path / "arithmetic.md").read_text()

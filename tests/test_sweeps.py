@@ -116,7 +116,7 @@ def test_patterns_are_a_line_each_with_their_seeds(tmp_path: Path) -> None:
             write_run(tmp_path, "sparse", pattern=pattern, seed=seed, items=items)
     write_run(tmp_path, "diablo", items=[1, 1, 1, 0])
     table = method_table(frame_of(tmp_path))
-    assert table["size"].tolist() == ["N=7", "banded", "random_row"]
+    assert table["size"].tolist() == ["N=7", "banded 1/7", "random_row 1/7"]
     axes = accuracy_by_setting("patterns", "title", table).figure.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["sparse-random_row", "sparse-banded", "diablo-N7"]
     seeds = [line for line in axes.get_lines() if line.get_markerfacecolor() == "white"]

@@ -1,0 +1,126 @@
+"""Which of our runs stand beside a published number, and what they say.
+
+A run answers to a published row when it has its model, method, size or pattern, and quantised base, was trained with
+the loss on the same tokens, and was scored whole by the wanted protocol.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import hypergeom
+
+from analysis.load import records
+from analysis.stats import accuracy_interval
+from analysis.tables import item_arrays
+
+EMPTY: dict[str, Any] = dict.fromkeys(
+    (
+        *("ours", "low", "high", "interval_over", "by_seed", "seeds", "learning_rate", "rate_chosen"),
+        *("mixed", "difference"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What runs of ours a column shows: scored by one of these protocols, and trained with the loss on these tokens."""
+
+    protocols: tuple[str, ...]
+    loss_on: str = ""  # empty: whatever
+
+
+def matching(frame: pd.DataFrame, row: dict[str, Any]) -> pd.DataFrame:
+    """The rows of ours with the model, method, size or pattern, and quantised base of a published row."""
+    same = frame["method"] == row["method"]
+    if row["model"]:
+        same &= frame["model"] == row["model"]
+    if row["setting"]:
+        same &= frame["size"] == row["setting"]
+    same &= frame["quantizer"].fillna("") == row["quantizer"]
+    return frame.loc[same & (frame["bits"].astype("string").fillna("") == row["bits"])]
+
+
+def score_cell(ours: pd.DataFrame, scored: pd.DataFrame, row: dict[str, Any], wanted: Wanted) -> dict[str, Any]:
+    """Ours beside one published score, in percent: the keys of `EMPTY`, None where there is none.
+
+    Args:
+        ours: rows of `Runs.frame`.
+        scored: `method_table` of them.
+
+    Of several settings that answer to it, those whose learning rate an experiment chose go first, then those with more
+    seeds. Several learning rates of which none was chosen give no number: to take one would be to choose by score.
+    """
+    if scored.empty:
+        return dict(EMPTY)
+    benchmark, _, metric = row["benchmark"].partition(" pass@")
+    found = matching(scored.dropna(subset=["accuracy"]), row)
+    found = found.loc[(found["benchmark"] == benchmark) & found["protocol"].isin(wanted.protocols)]
+    found = found.loc[found["limit"].isna()]
+    if wanted.loss_on:
+        found = found.loc[found["loss_on"] == wanted.loss_on]
+    chosen = found.loc[found["rate_chosen"].str.startswith("best of")]
+    found = found if chosen.empty else chosen
+    if found.empty or (chosen.empty and found["learning_rate"].nunique() > 1):
+        return dict(EMPTY)
+    best = records(found.sort_values("seeds", ascending=False, kind="stable"))[0]
+    cell = {key: best[key] for key in ("seeds", "learning_rate", "rate_chosen", "by_seed", "mixed")}
+    runs = ours.loc[(ours["setting"] == best["setting"]) & (ours["evaluation"] == best["evaluation"])]
+    runs = runs.loc[(runs["benchmark"] == benchmark) & (runs["test_data_hash"] == best["test_data_hash"])]
+    if metric in ("", "1"):
+        interval = accuracy_interval(*item_arrays(runs))
+    else:
+        items = _pass_at(runs, int(metric))
+        if items is None:
+            return dict(EMPTY)
+        interval = accuracy_interval(items)
+        cell["by_seed"] = dict(zip(runs["seed"], items.mean(axis=1), strict=True))
+    values = {"ours": 100 * interval.mean, "low": 100 * interval.low, "high": 100 * interval.high}
+    return cell | values | {"interval_over": interval.over, "difference": values["ours"] - row["value"]}
+
+
+def _pass_at(scored: pd.DataFrame, k: int) -> np.ndarray | None:
+    """pass@k of every problem for each run of a setting; None where a problem has fewer than k completions.
+
+    A problem's item is the share of its completions that are right, so pass@k follows from it.
+    """
+    counts = {int(row["samples"]) for row in records(scored)}
+    samples = min(counts, default=0)
+    if len(counts) != 1 or samples < k:
+        return None
+    (items,) = item_arrays(scored)
+    right = np.round(items * samples).astype(int)
+    return np.asarray(hypergeom.sf(0, samples, right, k))  # at least one right among k drawn without replacement
+
+
+def time_ratio(ours: pd.DataFrame, row: dict[str, Any], place: str) -> tuple[float, str] | None:
+    """Our median step time of a method over the diagonal blocks', and the two labels; `place` is "model task".
+
+    Where the published row names no size, of the pairs of settings that whose sizes are nearest. Both must have been
+    trained on one machine.
+    """
+    trained = ours.loc[(ours["model"] + " " + ours["task"]) == place]
+    trained = trained.dropna(subset=["step_seconds"]).drop_duplicates("run_id")
+    method = matching(trained, row)
+    diagonal = trained.loc[(trained["method"] == "diablo") | (trained["pattern"] == "diagonal")]
+    if row["table"] == "sparse_patterns":
+        diagonal = trained.loc[trained["pattern"] == "diagonal"]
+    if row["method"] == "diablo":
+        method = diagonal
+    pairs = [
+        (abs(one["trainable_parameters"].iloc[0] - other["trainable_parameters"].iloc[0]), number, one, other)
+        for number, (one, other) in enumerate(
+            (one, other) for _, one in method.groupby("setting") for _, other in diagonal.groupby("setting")
+        )
+    ]
+    if not pairs:
+        return None
+    _, _, one, other = min(pairs, key=lambda pair: pair[:2])
+    machines = {environment.get("device") for part in (one, other) for environment in part["environment"]}
+    if len(machines) > 1:
+        return None
+    labels = f"{one['label'].iloc[0]} over {other['label'].iloc[0]}"
+    return float(np.median(one["step_seconds"]) / np.median(other["step_seconds"])), labels
