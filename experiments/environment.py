@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+import resource
 import subprocess
+import sys
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,6 +33,34 @@ def environment(device: str) -> dict[str, Any]:
         "commit": commit,
         "dirty": dirty,
     }
+
+
+def reset_peak_memory(device: str) -> None:
+    """Forget the peak so far, of the run before in this process. Not possible everywhere off Linux."""
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: str) -> int:
+    """The most bytes held since the reset: on a GPU by its tensors, elsewhere resident in the process, Python included.
+
+    On Linux not getrusage's ru_maxrss, which a process inherits from the one that started it.
+    """
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+        return 1024 * int(line.split()[1])
+    except (OSError, ValueError):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def device_name(device: str) -> str:

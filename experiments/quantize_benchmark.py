@@ -15,9 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -199,12 +197,14 @@ def _build_packed(options: Any) -> dict[str, Any]:
 
     from diablo.quantize import sizes
     from diablo.quantize.storage import decoder_layers
+    from experiments.environment import peak_memory, reset_peak_memory
     from experiments.models import empty_base
 
     model: Any = empty_base(options.memory_architecture)
     model.to(torch.float16)
     fp16 = sizes(model)["other_bytes"]
-    before = _resident()
+    reset_peak_memory("cpu")
+    before = peak_memory("cpu")
     for layer in decoder_layers(model)[1]:
         _fill(layer)
         pack_linears(layer, options)
@@ -219,7 +219,7 @@ def _build_packed(options: Any) -> dict[str, Any]:
         "fp16_bytes": fp16,
         "packed_bytes": counted["quantized_bytes"] + counted["other_bytes"],
         "bits_per_weight": counted["bits_per_weight"],
-        "peak_bytes": _resident() - before,  # of the process, beyond what the libraries take
+        "peak_bytes": peak_memory("cpu") - before,  # of the process, beyond what the libraries take
     }
 
 
@@ -232,12 +232,6 @@ def _fill(module: nn.Module) -> None:
             if parameter.is_meta:
                 values = torch.empty(parameter.shape, dtype=parameter.dtype).normal_(std=0.02)
                 setattr(owner, name, torch.nn.Parameter(values, requires_grad=False))
-
-
-def _resident() -> int:
-    """The most memory that this process has held."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def write_report(result: dict[str, Any], out: Path) -> Path:

@@ -12,10 +12,8 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import resource
 import shutil
 import statistics
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -68,12 +66,11 @@ def train(run: RunPaths, progress: str = "", beside_living: bool = False) -> Tra
 
 
 def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str, heartbeat: Heartbeat) -> TrainRecord:
-    import torch
     from transformers import set_seed
 
     from experiments import methods
     from experiments.data import rows_hash, training_rows
-    from experiments.environment import environment
+    from experiments.environment import environment, peak_memory, reset_peak_memory
     from experiments.first import check_base
     from experiments.held_out import measure, row_scores
     from experiments.models import base_hash, count_parameters, load_base, resolve_device, weights_hash
@@ -83,8 +80,7 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
     from experiments.trainer import RunTrainer, micro_batches
 
     device = resolve_device(config["runtime"]["device"])
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)  # of the run before
+    reset_peak_memory(str(device))
     arguments = training_arguments(config, run, device.type)
     trains = config["method"]["trains"] != "nothing"
     with arguments.main_process_first(local=False):  # one process makes or downloads what the others then find
@@ -166,7 +162,7 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
         held_out=held_out,
         train_seconds=seconds,
         step_seconds=statistics.median(line["seconds"] for line in lines) if lines else None,
-        peak_memory_bytes=_peak_memory(torch.device(arguments.device)),
+        peak_memory_bytes=peak_memory(str(arguments.device)),
         resumed_at=resumed_at,
         tensors=tensors,
         forward_modes=methods.forward_modes(model),
@@ -285,15 +281,6 @@ def _leave_the_others() -> None:
 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def _peak_memory(device: Any) -> int:
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in kilobytes on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def main(arguments: list[str]) -> None:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiments import benchmark_cases as cases
 from experiments.benchmark import _layer_pass, main
 from experiments.benchmark_report import ratio
+from experiments.environment import peak_memory, reset_peak_memory
 from experiments.errors import UserError
 
 
@@ -136,3 +138,16 @@ def test_bad_arguments_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         main(["--shapes", "8by8"])
     assert "write in_features x out_features" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a process's peak")
+def test_a_peak_is_of_what_came_after_the_reset() -> None:
+    held = np.ones(50_000_000)
+    before = peak_memory("cpu")
+    del held
+    reset_peak_memory("cpu")
+    after = peak_memory("cpu")
+    assert before - after > 300_000_000
+    again = np.ones(50_000_000)
+    assert peak_memory("cpu") - after > 300_000_000
+    del again

@@ -53,6 +53,7 @@ def test_the_command_measures_all_suites(
         }
         assert sums["gptq"] < sums["rtn"]
     assert sum(e for (_, b, _), e in errors.items() if b == 4) < sum(e for (_, b, _), e in errors.items() if b == 2)
+    assert memory["peak_bytes"] > memory["packed_bytes"]
     text = (tmp_path / "quantize_benchmark.md").read_text()
     assert "| magr |" in text
     assert "4 bits, gptq not below rtn in " in text
