@@ -175,3 +175,17 @@ def test_the_map_says_in_signs_what_the_losses_are() -> None:
 def test_numpy_is_all_it_needs() -> None:
     program = "import sys, analysis.theory; assert not {'scipy', 'pandas', 'torch', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 5, 9])
+def test_the_mirrored_condition_on_the_gradient_is_enough_too(rank: int) -> None:
+    """X_i^T g_Y_i = 0 for every block of 4 columns makes X^T g_Y vanish as long as rank(g_Y) ≤ 4, whatever X's rank."""
+    generator = np.random.default_rng(0)
+    gradient = generator.normal(size=(40, rank)) @ generator.normal(size=(rank, 12))
+    blocks = []
+    for part in np.split(gradient, 3, axis=1):
+        x = generator.normal(size=(40, 8))
+        blocks.append(x - part @ np.linalg.lstsq(part, x, rcond=None)[0])
+    for x, part in zip(blocks, np.split(gradient, 3, axis=1), strict=True):
+        assert np.abs(x.T @ part).max() < 1e-9
+    assert (np.abs(np.hstack(blocks).T @ gradient).max() < 1e-9) == (rank <= 4)
