@@ -17,7 +17,7 @@ from statsmodels.stats.multitest import multipletests
 
 from analysis.load import names_of, records
 from analysis.paired import paired_difference
-from analysis.tables import SECTION, by_section, item_arrays, markdown, marks, mixed, sections
+from analysis.tables import SECTION, by_section, item_arrays, marks, mixed, sections, with_legend
 from experiments.errors import UserError, nearest
 
 ALL_PAIRS = 6  # up to so many settings every pair is tested, above it each against the reference
@@ -96,7 +96,7 @@ def display(table: pd.DataFrame) -> pd.DataFrame:
 
 def to_markdown(table: pd.DataFrame) -> str:
     """One Markdown table per section, under a heading that names it."""
-    return "\n".join(f"## {title}\n\n{markdown(display(rows))}" for title, rows in by_section(table))
+    return with_legend([(title, display(rows)) for title, rows in by_section(table)], table)
 
 
 def to_csv(table: pd.DataFrame) -> str:

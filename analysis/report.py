@@ -101,7 +101,7 @@ def write_report(
         }
         for number, (heading, rows) in enumerate(tables.by_section(table), start=1)
     ]
-    mixed = {name for names in table["mixed"] for name in names}
+    mixed = {name for names in (*table["mixed"], *compared["mixed"]) for name in names}
     gradients, not_drawn = gradient_pictures(runs.frame)
     spectra, unread = spectra_pictures(runs.frame)
     papers = [paper for paper in (table(runs.frame) for table in paper_tables.TABLES) if paper.has_ours]

@@ -6,7 +6,7 @@ Rows are sorted by name and size, never by score, and no cell is marked as a win
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,10 +33,10 @@ COLUMNS = [
 
 MARKS = {"code versions": "†", "protocols": "‡", "base weights": "§", "training data": "¶"}
 MEANINGS = {
-    "code versions": "Its runs were trained or scored by different versions of the code.",
-    "protocols": "It was trained under one protocol and scored under another, or under several versions of one.",
-    "base weights": "Its runs started from different base weights.",
-    "training data": "Its runs were trained on different rows.",
+    "code versions": "The runs behind it were trained or scored by different versions of the code.",
+    "protocols": "They were trained under one protocol and scored under another, or under several versions of one.",
+    "base weights": "They started from different base weights, of one model and one quantisation.",
+    "training data": "They were trained on different rows.",
 }
 
 
@@ -119,7 +119,12 @@ def to_markdown(table: pd.DataFrame) -> str:
     """The wide tables, then one table per section, each under a heading that names it, and what the marks mean."""
     parts = [(title, wide) for title, wide in wide_tables(table)]
     parts += [(title, display(section)) for title, section in by_section(table)]
-    found = {name for mixed in table["mixed"] for name in mixed}
+    return with_legend(parts, table)
+
+
+def with_legend(parts: Iterable[tuple[str, pd.DataFrame]], table: pd.DataFrame) -> str:
+    """Titles and text tables as Markdown, and what the marks in the column `mixed` of `table` mean."""
+    found = {name for names in table["mixed"] for name in names}
     legend = [f"{sign} {MEANINGS[name]}" for name, sign in MARKS.items() if name in found]
     return "\n".join([f"## {title}\n\n{markdown(body)}" for title, body in parts] + [f"{line}\n" for line in legend])
 
@@ -228,7 +233,7 @@ def mixed(scored: pd.DataFrame) -> list[str]:
     counts = {
         "code versions": len({commit for row in rows for commit in row["commits"]}),
         "protocols": len(protocols),
-        "base weights": scored["base_hash"].nunique(),
+        "base weights": max(scored.groupby(["quantizer", "bits"], dropna=False)["base_hash"].nunique(), default=0),
         "training data": len({row["train_data_hash"] for row in trained}),
     }
     return [name for name in MARKS if counts[name] > 1]

@@ -244,7 +244,7 @@ def write_report(result: dict[str, Any], out: Path) -> Path:
             f"Seconds per decoder layer of {first['weights']:,} weights ({first['layers']} layers; "
             f"{first['samples']} × {first['length']} calibration tokens).",
             *("", "| entry | seconds per layer | of the plain loop |", "|---|---|---|"),
-            *(f"| {entry} | {value:.3g} | {value / plain:.2f} |" for entry, value in seconds.items()),
+            *(f"| {entry} | {value:.3g} | {value / plain:.2g} |" for entry, value in seconds.items()),
             "",
         ]
     if result["errors"]:
