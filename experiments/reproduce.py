@@ -82,8 +82,8 @@ def report(name: str, found: Stages, out: Path, measure: bool) -> Path:
         write_atomically(out / "learning_rates.csv", to_csv(found))
         by = experiment["learning_rate_by"].replace("_", " ")
         notes.append(
-            f"Learning rates were chosen by the {by} on rows kept out of training, with one seed: "
-            f"{'; '.join(found.chosen())}. learning_rates.csv has every one that was tried."
+            f"Learning rates were chosen by the {by} on rows kept out of training, with one seed; the tables say "
+            "which. learning_rates.csv has every one that was tried."
         )
     # A label stands for one method only within a task: another task adapts other modules.
     one_task = len({config["task"]["name"] for config in found.final}) == 1

@@ -314,3 +314,18 @@ def test_the_dry_run_says_bytes_from_shapes_alone(capsys: pytest.CaptureFixture[
     assert 0 <= base - packed - 2 * (2 * 32000 * 4096 + 65 * 4096) < 1000  # and the rotary frequencies
     assert "(2.375 bits per quantised weight" in line
     assert "adapter 281,018,368, gradients and AdamW's state 843,055,104" in line
+
+
+@pytest.mark.slow
+def test_the_four_benchmarks_of_math_10k_on_a_quantised_base(data_root: Path, cache_dir: Path, tmp_path: Path) -> None:
+    """By the protocol of Math10K, trained on the open stand-in for its rows."""
+    own = [f"runtime.{key}={value}" for key, value in (("data_root", data_root), ("runs_dir", tmp_path / "runs"))]
+    own += [f"runtime.cache_dir={cache_dir}", "runtime.device=cpu", "model.pretraining.steps=4"]
+    brief = ["recipe.max_steps=2", "recipe.micro_batch_size=4", "recipe.batch_size=4", "protocol.max_length=256"]
+    brief += ["evaluation.limit=2", "evaluation.generation.max_new_tokens=8", "recipe.learning_rate=0.01"]
+    run = planned([*own, *brief, *CALIBRATED, "task=gsm8k_mawps", "quantization=magr", "quantization.bits=2"])
+    assert train(run).changed
+    scores = evaluate(run)
+    benchmarks = config_of([*own, "task=math_10k", "recipe.learning_rate=0.01"])["evaluation"]["benchmarks"]
+    assert [score.benchmark for score in scores] == benchmarks
+    assert {(score.n, score.protocol, score.identity) for score in scores} == {(2, "pyreft", False)}
