@@ -181,15 +181,15 @@ def test_the_figure_and_the_report_show_the_first_and_the_last_measurement(tmp_p
 
 @pytest.mark.slow
 def test_it_costs_less_than_a_twentieth_of_training(small: list[str]) -> None:
-    """Every 20 steps, on one batch of arith's size, by the training's own clock."""
+    """At the interval and size of experiment=spectra_tiny, by the training's own clock."""
     run = planned(
         [
             *small,
             "method=diablo",
-            "spectra.every=20",
+            "spectra.every=30",
             "recipe.batch_size=16",
             "recipe.micro_batch_size=16",
-            "task.data.train=800",
+            "task.data.train=1456",
             "recipe.epochs=2",
         ]
     )
