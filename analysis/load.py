@@ -176,23 +176,24 @@ def load_spectra(directory: Path) -> pd.DataFrame:
                 found = re.search(r"\.(\d+)\.(.+)$", name)
                 where = {"layer": int(found[1]) if found else 0, "module": (found[2] if found else name).split(".")[-1]}
                 for side, values in sides.items():
-                    covered = [math.nan if value is None else value for value in values["covered"]]
-                    by_block = {
-                        name: fmean(math.nan if value is None else value for value in values[name])
-                        for name in ("block_stable_rank", "block_energy")
-                    }
+                    blocks = {key: _numbers(values[key]) for key in ("block_stable_rank", "block_energy", "covered")}
+                    covered = blocks["covered"]
                     rows.append(
                         {key: line[key] for key in ("step", "tokens", "seconds")}
-                        | {**where, "side": side, "blocks": len(values["covered"])}
+                        | {**where, "side": side, "blocks": len(covered)}
                         | {key: values[key] for key in ("stable_rank", "energy")}
-                        | by_block
-                        | {"covered": fmean(covered), "covered_least": min(covered), "covered_most": max(covered)}
+                        | {key: fmean(of_blocks) for key, of_blocks in blocks.items()}
+                        | {"covered_least": min(covered), "covered_most": max(covered)}
                     )
     except UNREADABLE as error:
         raise UserError(line_of(path, error)) from None
     if not rows:
         raise UserError(f"{path}: nothing was measured")
     return pd.DataFrame(rows).astype(dict.fromkeys(("stable_rank", "energy"), float))
+
+
+def _numbers(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
 
 
 def load_step_times(path: Path) -> StepTimes:

@@ -67,19 +67,18 @@ def score_cell(ours: pd.DataFrame, scored: pd.DataFrame, row: dict[str, Any], wa
     if found.empty or (chosen.empty and found["learning_rate"].nunique() > 1):
         return dict(EMPTY)
     best = records(found.sort_values("seeds", ascending=False, kind="stable"))[0]
-    cell = {key: best[key] for key in ("seeds", "learning_rate", "rate_chosen", "by_seed", "mixed")}
-    runs = ours.loc[(ours["setting"] == best["setting"]) & (ours["evaluation"] == best["evaluation"])]
-    runs = runs.loc[(runs["benchmark"] == benchmark) & (runs["test_data_hash"] == best["test_data_hash"])]
-    if metric in ("", "1"):
-        interval = accuracy_interval(*item_arrays(runs))
-    else:
+    cell = {key: best[key] for key in ("interval_over", "seeds", "learning_rate", "rate_chosen", "by_seed", "mixed")}
+    mean, low, high = best["accuracy"], best["low"], best["high"]
+    if metric not in ("", "1"):
+        runs = ours.loc[(ours["setting"] == best["setting"]) & (ours["evaluation"] == best["evaluation"])]
+        runs = runs.loc[(runs["benchmark"] == benchmark) & (runs["test_data_hash"] == best["test_data_hash"])]
         items = _pass_at(runs, int(metric))
         if items is None:
             return dict(EMPTY)
         interval = accuracy_interval(items)
-        cell["by_seed"] = dict(zip(runs["seed"], items.mean(axis=1), strict=True))
-    values = {"ours": 100 * interval.mean, "low": 100 * interval.low, "high": 100 * interval.high}
-    return cell | values | {"interval_over": interval.over, "difference": values["ours"] - row["value"]}
+        mean, low, high = interval.mean, interval.low, interval.high
+        cell |= {"interval_over": interval.over, "by_seed": dict(zip(runs["seed"], items.mean(axis=1), strict=True))}
+    return cell | {"ours": 100 * mean, "low": 100 * low, "high": 100 * high, "difference": 100 * mean - row["value"]}
 
 
 def _pass_at(scored: pd.DataFrame, k: int) -> np.ndarray | None:

@@ -143,20 +143,20 @@ def _paper_table(name: str, title: str, tasks: str, columns: dict[str, Wanted], 
     from analysis.load import records
     from analysis.paper_cells import score_cell
     from analysis.published import read_published
-    from analysis.tables import MARKS, MEANINGS, method_table
+    from analysis.tables import legend, method_table
 
     published = read_published()
     rows = records(published.loc[published["table"] == name])
     ours = frame.loc[frame["task"].isin(tasks.split())]
     scored = method_table(ours) if len(ours) else pd.DataFrame()
-    numbers, texts, mixed = [], [], set()
+    numbers, texts, mixed = [], [], []
     for row in rows:
         number, text = dict(row), _about(row)
         if row["unit"] == "minutes":
             _add_times(number, text, rows, ours)
         for heading, wanted in columns.items() if row["unit"] != "minutes" else ():
             cell = score_cell(ours, scored, row, wanted)
-            mixed |= set(cell["mixed"] or ())
+            mixed.append(cell["mixed"] or ())
             number |= {f"{key}, {heading}": value for key, value in _plain(cell).items()}
             text |= {f"{key}, {heading}": value for key, value in _score_texts(cell).items()}
         numbers.append(number)
@@ -164,8 +164,7 @@ def _paper_table(name: str, title: str, tasks: str, columns: dict[str, Wanted], 
     frame_of_text = pd.DataFrame(texts).fillna("")
     told = [column for column in frame_of_text.columns if any(text.get(column) for text in texts)]
     kept = [name for name in frame_of_text.columns if name in told or name.startswith(("Ours", "Difference"))]
-    legend = [f"{sign} {MEANINGS[kind]}" for kind, sign in MARKS.items() if kind in mixed]
-    return PaperTable(name, title, pd.DataFrame(numbers), frame_of_text.filter(kept), legend)
+    return PaperTable(name, title, pd.DataFrame(numbers), frame_of_text.filter(kept), legend(mixed))
 
 
 def _add_times(

@@ -101,7 +101,6 @@ def write_report(
         }
         for number, (heading, rows) in enumerate(tables.by_section(table), start=1)
     ]
-    mixed = {name for names in (*table["mixed"], *compared["mixed"]) for name in names}
     gradients, not_drawn = gradient_pictures(runs.frame)
     spectra, unread = spectra_pictures(runs.frame)
     papers = [paper for paper in (table(runs.frame) for table in paper_tables.TABLES) if paper.has_ours]
@@ -116,7 +115,7 @@ def write_report(
         sweeps=_sweeps(load_runs(tried, quiet=True).frame if tried else runs.frame, out),  # those have no scores
         costs=_costs(runs.frame, out),
         wide=[{"title": heading, "table": wide} for heading, wide in tables.wide_tables(table)],
-        legend=[(tables.MARKS[name], tables.MEANINGS[name]) for name in tables.MARKS if name in mixed],
+        legend=tables.legend([*table["mixed"], *compared["mixed"]]),
         sections=sections,
         interval_kinds=set(table["interval_over"]),
         difference_kinds=set(compared["over"]),

@@ -20,6 +20,7 @@ from experiments.records import (
     RunPaths,
     TrainRecord,
     content_hash,
+    group_hash,
     read_config,
     read_json,
     read_record,
@@ -115,7 +116,7 @@ def _about_run(run: RunPaths, config: dict[str, Any]) -> dict[str, Any]:
         "quantizer": quantization.get("method"),
         "bits": quantization.get("bits"),
         "setting": setting_hash(config),
-        "group": setting_hash({**config, "recipe": {**config["recipe"], "learning_rate": None}}),
+        "group": group_hash(config),
     }
 
 

@@ -34,9 +34,9 @@ COLUMNS = [
 MARKS = {"code versions": "†", "protocols": "‡", "base weights": "§", "training data": "¶"}
 MEANINGS = {
     "code versions": "The runs behind it were trained or scored by different versions of the code.",
-    "protocols": "They were trained under one protocol and scored under another, or under several versions of one.",
-    "base weights": "They started from different base weights, of one model and one quantisation.",
-    "training data": "They were trained on different rows.",
+    "protocols": "The runs behind it were trained and scored under different protocols, or several versions of one.",
+    "base weights": "The runs behind it started from different base weights, of one model and one quantisation.",
+    "training data": "The runs behind it were trained on different rows.",
 }
 
 
@@ -66,14 +66,8 @@ def method_table(frame: pd.DataFrame, step_times: StepTimes | None = None) -> pd
             )
     table = pd.DataFrame(rows, columns=pd.Index(COLUMNS))
     table = table.astype(
-        {
-            "trainable_parameters": "Int64",
-            "n": "Int64",
-            "limit": "Int64",
-            "place": "Int64",
-            "size_number": float,
-            "learning_rate": float,
-        }
+        dict.fromkeys(("trainable_parameters", "n", "limit", "place"), "Int64")
+        | dict.fromkeys(("size_number", "learning_rate"), "float64")
     )
     return table.sort_values(ROW_ORDER, ignore_index=True, na_position="first")
 
@@ -124,9 +118,14 @@ def to_markdown(table: pd.DataFrame) -> str:
 
 def with_legend(parts: Iterable[tuple[str, pd.DataFrame]], table: pd.DataFrame) -> str:
     """Titles and text tables as Markdown, and what the marks in the column `mixed` of `table` mean."""
-    found = {name for names in table["mixed"] for name in names}
-    legend = [f"{sign} {MEANINGS[name]}" for name, sign in MARKS.items() if name in found]
-    return "\n".join([f"## {title}\n\n{markdown(body)}" for title, body in parts] + [f"{line}\n" for line in legend])
+    texts = [f"## {title}\n\n{markdown(body)}" for title, body in parts]
+    return "\n".join([*texts, *(f"{line}\n" for line in legend(table["mixed"]))])
+
+
+def legend(mixed: Iterable[Sequence[str]]) -> list[str]:
+    """A line for each mark that stands behind one of the numbers whose runs do not share what `mixed` names."""
+    found = {name for names in mixed for name in names}
+    return [f"{sign} {MEANINGS[name]}" for name, sign in MARKS.items() if name in found]
 
 
 def markdown(body: pd.DataFrame) -> str:
@@ -227,9 +226,11 @@ def _step_time(times: StepTimes | None, model: str, label: str) -> dict[str, flo
 def mixed(scored: pd.DataFrame) -> list[str]:
     """What scored runs do not share: the keys of `MARKS` that apply."""
     rows = records(scored)
-    trained = [row for row in rows if row["trainable_parameters"] != 0]
+    trained = [row for row in rows if pd.notna(row["trainable_parameters"]) and row["trainable_parameters"] > 0]
     protocols = {(row["protocol"], row["protocol_version"]) for row in rows}
-    protocols |= {(row["train_protocol"], rows[0]["protocol_version"]) for row in trained if row["train_protocol"]}
+    protocols |= {
+        (row["train_protocol"], rows[0]["protocol_version"]) for row in trained if pd.notna(row["train_protocol"])
+    }
     counts = {
         "code versions": len({commit for row in rows for commit in row["commits"]}),
         "protocols": len(protocols),

@@ -18,7 +18,7 @@ from typing import Any
 
 from experiments.errors import UserError, nearest
 from experiments.plan import plan, read_experiment, run_paths, split_experiment
-from experiments.records import TrainRecord, read_record, setting_hash, write_atomically
+from experiments.records import TrainRecord, group_hash, read_record, write_atomically
 
 Config = dict[str, Any]
 RULES: dict[str, Callable[[Config], tuple[float, ...]]] = {  # of `held_out`; the smallest is the best
@@ -66,7 +66,7 @@ def stages(arguments: Sequence[str]) -> Stages:
         return Stages(final=configs)
     groups: dict[str, list[Config]] = {}
     for config in configs:
-        groups.setdefault(group_of(config), []).append(config)
+        groups.setdefault(group_hash(config), []).append(config)
     found = Stages(by=by)
     for group in groups.values():
         rates = {_rate(config) for config in group}
@@ -98,11 +98,11 @@ def write_choices(found: Stages) -> None:
     """Leave in every run with a chosen learning rate how it was chosen: by what, and what every one scored."""
     groups: dict[str, list[Tried]] = {}
     for tried in found.tried:
-        groups.setdefault(group_of(tried.config), []).append(tried)
+        groups.setdefault(group_hash(tried.config), []).append(tried)
     for config in (tried.config for tried in found.tried if not tried.chosen):  # of an earlier, smaller grid
         run_paths(config).learning_rate.unlink(missing_ok=True)
     for config in found.final:
-        group = groups.get(group_of(config))
+        group = groups.get(group_hash(config))
         if group is None:  # it had one learning rate
             continue
         choice = {
@@ -141,11 +141,6 @@ def _rule(arguments: Sequence[str]) -> str | None:
 
 def _rate(config: Config) -> float:
     return config["recipe"]["learning_rate"]
-
-
-def group_of(config: Config) -> str:
-    """What the runs of a group have in common, and no others."""
-    return setting_hash({**config, "recipe": {**config["recipe"], "learning_rate": None}})
 
 
 def _held_out(config: Config) -> Config | None:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.choose import Stages, group_of
+from experiments.choose import Stages
 from experiments.errors import UserError
+from experiments.records import group_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,9 +79,9 @@ def within(found: Stages, budget: float, speed: Speed) -> tuple[list[Config], li
     """
     rounds: dict[str, list[list[Config]]] = {}
     for config in found.first:
-        rounds.setdefault(group_of(config), [[]])[0].append(config)
+        rounds.setdefault(group_hash(config), [[]])[0].append(config)
     for config in [*found.final, *found.to_come]:
-        parts = rounds.setdefault(group_of(config), [])
+        parts = rounds.setdefault(group_hash(config), [])
         if config["run_id"] not in {run["run_id"] for part in parts[:1] for run in part}:
             parts.append([config])
     kept: list[Config] = []

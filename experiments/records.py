@@ -285,6 +285,11 @@ def setting_hash(config: dict[str, Any]) -> str:
     return config_hash({**config, "seed": None, "method": {**method, "adapter": adapter}})
 
 
+def group_hash(config: dict[str, Any]) -> str:
+    """Hash of what the runs have in common among which a learning rate is chosen: a setting without it."""
+    return setting_hash({**config, "recipe": {**config["recipe"], "learning_rate": None}})
+
+
 def run_id(config: dict[str, Any]) -> str:
     parts = (config["model"]["name"], config["method"]["label"], config["task"]["name"], f"s{config['seed']}")
     return "-".join([*parts, config_hash(config)[:8]])

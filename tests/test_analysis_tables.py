@@ -91,6 +91,13 @@ def test_a_mixed_cell_is_marked(tmp_path: Path, name: str) -> None:
     assert f",{name}," in to_csv(table)
 
 
+def test_a_score_whose_training_cannot_be_read_is_not_called_mixed(tmp_path: Path) -> None:
+    write_run(tmp_path, "lora", seed=0, items=[1, 0])
+    (write_run(tmp_path, "lora", seed=1, items=[1, 0]) / "train.json").write_text("{")
+    (row,) = records(method_table(load_runs(find_runs([tmp_path])).frame))
+    assert (row["seeds"], row["mixed"]) == (2, [])
+
+
 def test_a_score_under_another_protocol_than_the_training_is_marked(tmp_path: Path) -> None:
     change(score_file(write_run(tmp_path, "lora", items=[1, 0])), protocol="other")
     (row,) = records(method_table(load_runs(find_runs([tmp_path])).frame))

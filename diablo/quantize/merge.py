@@ -133,7 +133,7 @@ def _merged(name: str, tuner: Any, replace: Callable[[str, QuantizedLinear, Tens
     tuner.base_layer = _linear(quantized, quantized.dequantize(), torch.float32)
     try:
         tuner.merge(safe_merge=True)
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, NotImplementedError) as error:  # the last of tuners that have no merge
         tuner.base_layer = quantized
         raise ValueError(f"{name}: {type(tuner).__name__} cannot be merged: {error}") from None
     plain: nn.Linear = tuner.base_layer
