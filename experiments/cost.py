@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.choose import Stages
 from experiments.errors import UserError
+from experiments.gguf import converted, is_converted
 from experiments.records import group_hash
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def _tokens_per_row(about: str) -> float | None:
     from experiments.tokens import tokenised
 
     config = json.loads(about)
-    tokenizer = _tokenizer(config["model"])
+    tokenizer = _tokenizer(config)
     if tokenizer is None:
         return None
     try:
@@ -155,15 +156,21 @@ def _tokens_per_row(about: str) -> float | None:
     return float(tokenised(config["protocol"], tokenizer, select_rows(config["protocol"], rows), cache).lengths.mean())
 
 
-def _tokenizer(model: Config) -> PreTrainedTokenizerBase | None:
+def _tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer, if it is on this machine."""
     from transformers import AutoTokenizer
 
+    model = config["model"]
     if model["pretraining"] is not None:
         from experiments.tiny import make_tokenizer
 
         return make_tokenizer(model["architecture"]["vocab_size"], model["pretraining"]["seed"])
+    path, cache = model["path"], Path(config["runtime"]["cache_dir"])
+    if gguf := model.get("gguf"):
+        if not is_converted(gguf, cache):
+            return None
+        path = converted(gguf, cache)
     try:
-        return AutoTokenizer.from_pretrained(model["path"], revision=model["revision"], local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, revision=model["revision"], local_files_only=True)
     except (OSError, ValueError):
         return None

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from experiments import arith
+from experiments import arith, hub
 from experiments.errors import UserError, nearest, run_command
 from experiments.sources import HUBS, SOURCES, Hub, Maker, Row, Split
 
@@ -183,26 +183,26 @@ def _made(records: Iterable[tuple[str, Any]], make: Maker) -> list[Row]:
     return rows
 
 
-def _from_hub(hub: Hub, name: str, split: str) -> list[Row]:
+def _from_hub(place: Hub, name: str, split: str) -> list[Row]:
     import datasets
 
     part = SOURCES[name][split]
-    rows = []
-    for configuration in hub.configurations:
+    reached, rows = hub.check(), []
+    for configuration in place.configurations:
         try:
-            loaded = datasets.load_dataset(hub.name, configuration, split=split, revision=hub.revision)
+            loaded = datasets.load_dataset(place.name, configuration, split=split, revision=place.revision)
         except Exception as error:  # datasets, huggingface_hub and the HTTP client each raise their own
-            reason = str(error).partition("\n")[0] or type(error).__name__
+            reason = str(error).partition("\n")[0] or type(error).__name__ if reached else "it cannot be reached"
             raise UserError(
-                f"{name} {split}: cannot load {hub.name} from the hub ({reason}): connect, or point "
+                f"{name} {split}: cannot load {place.name} from the hub ({reason}): connect, or point "
                 f"runtime.data_root or DIABLO_DATA_ROOT at a folder with {part.file} (or .gz)"
             ) from None
         records = enumerate(cast(Iterable[Any], loaded), start=1)
-        rows += _made(((f"{hub.name} {configuration} {split}, row {n}", record) for n, record in records), part.make)
+        rows += _made(((f"{place.name} {configuration} {split}, row {n}", record) for n, record in records), part.make)
     return rows
 
 
-def check(data_root: str | None, hub: bool) -> int:
+def check(data_root: str | None, from_hub: bool) -> int:
     """Print what every data set has here, and how to get what is missing. 1 if a file that is there is broken."""
     line = "{:16}  {:5}  {:>7}  {:16}  {}".format
     print(line("data set", "split", "rows", "sha256 of rows", "place"))
@@ -211,7 +211,7 @@ def check(data_root: str | None, hub: bool) -> int:
     for name, split in ((name, split) for name, splits in SOURCES.items() for split in splits):
         part = SOURCES[name][split]
         path = _local_file(part, data_root) if data_root else None
-        if path is None and not (hub and name in HUBS):
+        if path is None and not (from_hub and name in HUBS):
             print(line(name, split, "", "", "not local"))
             online = f"; without a data root a run loads {HUBS[name].name} from the hub" if name in HUBS else ""
             absent.append(f"  {name} {split}: {_how(part)}{online}")

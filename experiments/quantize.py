@@ -126,9 +126,9 @@ def make_quantized(config: Config, device: str, progress: bool = True) -> Path:
     """The folder of a run's quantised base, complete. Other processes that want the same one wait for it."""
     from diablo.quantize import quantize_model
     from diablo.quantize.storage import read_record
-    from experiments.models import cannot_load, load_full_precision
+    from experiments.models import cannot_load, load_full_precision, with_dtype
 
-    settings = _settings(config)
+    config, settings = with_dtype(config, device), _settings(config)
     try:
         tokens = calibration_tokens(config)
         folder = _folder(config, settings, tokens)
@@ -167,10 +167,11 @@ def planned_sizes(config: Config) -> dict[str, float]:
     from diablo.quantize import replace_linears, sizes
     from diablo.quantize.settings import NORMAL_FLOAT
     from diablo.quantize.storage import decoder_layers
-    from experiments.models import empty_base
+    from experiments.models import empty_base, resolve_device, weights_dtype
 
     settings = _settings(config)
-    base: Any = empty_base(config["model"]["architecture"]).to(getattr(torch, config["model"]["dtype"]))
+    dtype = weights_dtype(config["model"], str(resolve_device(config["runtime"]["device"])))
+    base: Any = empty_base(config["model"]["architecture"]).to(dtype)
     full_bytes = sizes(base)["other_bytes"]
     prefix, layers = decoder_layers(base)
     names = [f"{prefix}.{name}" for name, module in layers.named_modules() if isinstance(module, torch.nn.Linear)]

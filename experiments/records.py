@@ -145,6 +145,9 @@ class TrainRecord:
     forward_modes: dict[str, str]  # layer -> how it was computed with, of methods that have more than one way
     world_size: int
     environment: dict[str, Any]
+    base: str | None = None  # which weights: a hub id and commit, a GGUF file and its hash, or a folder
+    dtype: str | None = None  # of the base's weights; with float32 weights also what autocast computes in
+    unlabelled: int = 0  # examples without any token that the loss sees, cut off by max_length
     schema: int = SCHEMA
 
 
@@ -194,9 +197,11 @@ def read_record(path: Path, kind: type[Record]) -> Record:
     data = read_json(path)
     if data.get("schema") != SCHEMA:
         raise UserError(f"{path}: schema {data.get('schema')}, this version reads {SCHEMA}: delete it and run again")
-    names = {field.name for field in dataclasses.fields(kind)}
-    if names != set(data):
-        raise UserError(f"{path}: fields {sorted(names ^ set(data))} do not fit {kind.__name__}")
+    fields = dataclasses.fields(kind)
+    names = {field.name for field in fields}
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}  # the others came later
+    if not needed <= set(data) <= names:
+        raise UserError(f"{path}: fields {sorted((needed - set(data)) | (set(data) - names))} do not fit {kind.__name__}")
     return kind(**data)
 
 
