@@ -136,6 +136,13 @@ def _rate_choice(run: RunPaths, problems: list[str]) -> dict[str, Any]:
 
 def _training(run: RunPaths, problems: list[str]) -> tuple[TrainRecord | None, dict[str, Any]]:
     """The training record, and what the frame takes from it; (None, {}) when there is none to trust."""
+    if run.diverged.is_file():
+        try:
+            about = read_json(run.diverged)
+            problems.append(f"{run.root}: diverged in step {about['step']}: {about['reason']}")
+        except UNREADABLE as error:
+            problems.append(line_of(run.diverged, error))
+        return None, {"final_loss": math.inf}
     if not run.train_record.is_file():
         problems.append(f"{run.root}: not trained, or not to the end")
         return None, {}

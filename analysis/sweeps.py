@@ -135,9 +135,11 @@ def _measure(rows: Sequence[dict[str, Any]]) -> str:
 def _point(row: dict[str, Any], measure: str) -> Point:
     value = float(row[measure]) * (1 if measure == "held_out_loss" else 100)
     failed = ""
-    if pd.isna(row["trainable_parameters"]):
+    if math.isinf(row["final_loss"]) or math.isinf(value):
+        failed = "diverged"
+    elif pd.isna(row["trainable_parameters"]):
         failed = "not trained"
-    elif not math.isfinite(row["final_loss"]) or math.isinf(value):
+    elif math.isnan(row["final_loss"]):  # of a record that was made before such a training was a failed run
         failed = "diverged"
     elif math.isnan(value):
         failed = "not scored"

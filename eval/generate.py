@@ -19,7 +19,7 @@ from eval.benchmarks import Benchmark, Row
 from experiments.attempts import Heartbeat
 from experiments.errors import UserError
 from experiments.preemption import uninterrupted
-from experiments.prompts import prompt_text
+from experiments.prompts import prompt_text, prompt_tokens
 from experiments.records import EvalPaths, TrainRecord, content_hash, read_json, read_lines, write_atomically
 
 if TYPE_CHECKING:
@@ -112,8 +112,8 @@ def _complete(
         prompt = prompt_text(asked, row)
         room = generation["max_new_tokens"]
         if generation["max_length"] is not None:
-            tokens = len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) + int(asked["bos"])
-            room = min(room, generation["max_length"] - tokens)
+            (tokens,) = prompt_tokens(tokenizer, [prompt], asked["bos"])
+            room = min(room, generation["max_length"] - len(tokens))
         line = {"prompt": prompt, "completion": "", "answer": row["answer"]}
         line |= {field: row[field] for field in KEPT.get(benchmark.kind, ())}
         for repeat in range(generation["samples"]):
@@ -207,7 +207,8 @@ def check_room(plan: Config, prompts: Sequence[str], tokenizer: PreTrainedTokeni
     They lose their beginning to the room for the completion, or, where prompt and completion share `max_length` tokens,
     fill these by themselves and are not asked at all.
     """
-    generation, bos = plan["settings"]["asked"]["generation"], int(plan["settings"]["asked"]["bos"])
+    asked = plan["settings"]["asked"]
+    generation = asked["generation"]
     room = context - generation["max_new_tokens"]
     if room <= 0:
         raise UserError(
@@ -216,8 +217,7 @@ def check_room(plan: Config, prompts: Sequence[str], tokenizer: PreTrainedTokeni
         )
     if generation["max_length"] is not None:
         room = generation["max_length"] - 1
-    tokens = tokenizer(list(prompts), add_special_tokens=False)["input_ids"] if prompts else []
-    return sum(len(prompt) + bos > room for prompt in tokens)
+    return sum(len(tokens) > room for tokens in prompt_tokens(tokenizer, prompts, asked["bos"]))
 
 
 def _json_lines(lines: Sequence[Config]) -> str:

@@ -13,7 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments import hub
 from experiments.errors import UserError
+from experiments.models import context_length
 from experiments.preemption import uninterrupted
 from experiments.records import EvalPaths, file_hash, read_lines, write_atomically
 
@@ -102,18 +104,18 @@ def _model(settings: Config, device: str) -> tuple[Any, PreTrainedTokenizerBase]
     from eval.generate import quiet
 
     quiet()
-
+    hub.check()
     name, revision = settings["model"], settings["revision"]
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        context = AutoConfig.from_pretrained(name, revision=revision).max_position_embeddings
+        context = context_length(AutoConfig.from_pretrained(name, revision=revision))
     except OSError as error:
         raise UserError(f"evaluation.judge.model={name}: cannot be loaded ({str(error).splitlines()[0]})") from None
     bos = tokenizer.chat_template is None
     if settings["backend"] == "vllm":
         from eval.models import vllm
 
-        return vllm(name, settings["dtype"], context, bos, revision), tokenizer
+        return vllm(name, tokenizer, settings["dtype"], context, bos, revision), tokenizer
     if settings["backend"] != "hf":
         raise UserError(f"evaluation.judge.backend={settings['backend']}: choose hf or vllm")
     from transformers import AutoModelForCausalLM

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, cast
 
 from experiments.errors import UserError
+from experiments.models import context_length
+from experiments.prompts import prompt_tokens
 from experiments.records import RunPaths, TrainRecord
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ class Scored:
     @property
     def context(self) -> int:
         """Tokens that fit the model beside a prompt method's virtual ones."""
-        return self.model.config.max_position_embeddings - _virtual_tokens(self.model)
+        return context_length(self.model.config) - _virtual_tokens(self.model)
 
 
 def load(config: Config, run: RunPaths, trained: TrainRecord, allow_identity: bool) -> Scored:
@@ -127,7 +130,7 @@ def language_model(config: Config, run: RunPaths, scored: Scored) -> Iterator[An
         scored.tokenizer.save_pretrained(folder)
         cast(Any, scored.model).to("cpu")  # vLLM takes nearly all of a GPU
         torch.cuda.empty_cache()
-        yield vllm(folder, scored.dtype, scored.context, evaluation["bos"])
+        yield vllm(folder, scored.tokenizer, scored.dtype, scored.context, evaluation["bos"])
 
 
 def hf(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, bos: bool, context: int | None = None) -> Any:
@@ -137,9 +140,23 @@ def hf(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, bos: boo
     the wrong rows and ends others in the middle of a sentence, so there texts are only cut afterwards, which lm-eval
     does in any case. Where the only stop string is the end of sequence, transformers itself stops each row.
     """
+    import torch
     from lm_eval.models.huggingface import HFLM
 
     class Transformers(HFLM):
+        def tok_encode(self, string: str, *_: Any, left_truncate_len: int | None = None, **__: Any) -> list[int]:
+            """As training does it: lm-eval asks the tokenizer for special tokens, which training does not."""
+            (tokens,) = prompt_tokens(tokenizer, [string], bos)
+            return tokens[-left_truncate_len:] if left_truncate_len else tokens
+
+        def tok_batch_encode(
+            self, strings: Sequence[str], *_: Any, left_truncate_len: int | None = None, **__: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            rows = [torch.tensor(self.tok_encode(text, left_truncate_len=left_truncate_len)) for text in strings]
+            pad: Any = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+            mask = pad([torch.ones_like(row) for row in rows])
+            return pad(rows, padding_value=cast(int, tokenizer.pad_token_id)), mask
+
         def _model_generate(self, context: Any, max_length: int, stop: list[str], **settings: Any) -> Any:
             if settings.get("num_beams", 1) > 1 or all(text == tokenizer.eos_token for text in stop):
                 stop = []
@@ -147,10 +164,12 @@ def hf(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, bos: boo
             return ask(context, max_length, stop, **settings)
 
     kind: Any = Transformers  # lm-eval's registry hides the class's signature
-    return kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=bos, max_length=context)
+    return kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=context)
 
 
-def vllm(model: str, dtype: str, context: int, bos: bool, revision: str | None = None) -> Any:
+def vllm(
+    model: str, tokenizer: PreTrainedTokenizerBase, dtype: str, context: int, bos: bool, revision: str | None = None
+) -> Any:
     """lm-eval's vLLM model. On a machine without GPU small settings, and one process: an engine there takes a while."""
     import torch
 
@@ -159,14 +178,20 @@ def vllm(model: str, dtype: str, context: int, bos: bool, revision: str | None =
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GB
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         settings = {"enforce_eager": True, "gpu_memory_utilization": 0.3, "max_num_seqs": 32}
-    kind: Any = _vllm_class()
-    return kind(
+    parent: Any = _vllm_class()
+
+    class Engine(parent):
+        def tok_encode(self, string: str | Sequence[str], *_: Any, **__: Any) -> Any:
+            """As training does it."""
+            rows = prompt_tokens(tokenizer, [string] if isinstance(string, str) else string, bos)
+            return rows[0] if isinstance(string, str) else rows
+
+    return Engine(
         pretrained=model,
         revision=revision,
         dtype=dtype,
         batch_size="auto",
         max_model_len=context,
-        add_bos_token=bos,
         **settings,
     )
 

@@ -144,9 +144,11 @@ def _rate(config: Config) -> float:
 
 
 def _held_out(config: Config) -> Config | None:
-    """What a finished run scored on the held-out rows."""
-    path = run_paths(config).train_record
-    return read_record(path, TrainRecord).held_out if path.is_file() else None
+    """What a finished run scored on the held-out rows; of one that diverged, that it has no loss."""
+    run = run_paths(config)
+    if run.diverged.is_file():
+        return {"rows": 0, "loss": None, "exact_match": None}
+    return read_record(run.train_record, TrainRecord).held_out if run.train_record.is_file() else None
 
 
 def _best(first: list[Config], scores: Sequence[Config | None], by: str) -> float:

@@ -16,6 +16,14 @@ class UserError(Exception):
     """What is wrong, where, and how to mend it, in one line."""
 
 
+class Diverged(UserError):
+    """A training whose loss or gradients did not stay finite: a failed run, which is not scored."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(f"diverged in step {step}: {reason}: give a smaller recipe.learning_rate")
+        self.step, self.reason = step, reason
+
+
 class Preempted(BaseException):
     """A signal asked the run to stop, and it did where it can go on. No `except Exception` may hold it up."""
 

@@ -3,9 +3,9 @@
     python -m experiments.gguf model=smollm2_135m
     python -m experiments.gguf model=llama3_2_1b model.path=Llama-3.2-1B-Q8_0.gguf
 
-`<cache>/base/<file's stem>-<16 hex of its sha256>/` holds the dequantised weights in float32 (safetensors), the config,
-the tokenizer and last `gguf.json`, which names the GGUF file's hash and the hash of every file beside it. A run's config
-says which GGUF file it uses in `model.gguf`, with its hash, so that its id is not that of a run on the hub's weights.
+`<cache>/base/<name of the file>-<16 hex of its sha256>/` holds the dequantised weights in float32, the config, the
+tokenizer and last `gguf.json`, which names the hash of the GGUF file and of every file beside it. The config of a run
+says in `model.gguf` which file it uses, with its hash, so that its id is not that of a run on the weights of the hub.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ MANIFEST = "gguf.json"
 def settle_weights(model: Config, cache: Path) -> None:
     """Decide which weights a planned run uses, in its `model` section.
 
-    A path that ends in .gguf is that file. A model with a `gguf` section uses it where the Python package that holds the
-    file is installed, or the converted file is in the cache; elsewhere, and where `model.path` is a folder, the section
-    goes and the weights are those of `model.path`.
+    A path that ends in .gguf is that file. A model with a `gguf` section uses it where the Python package that holds
+    the file is installed or the converted file is in the cache. Elsewhere, and where `model.path` is a folder, the
+    section goes and the weights are those of `model.path`.
     """
     path = str(model["path"])
     if path.endswith(".gguf"):
@@ -108,7 +108,9 @@ def _file(gguf: Config) -> Path | None:
 
 
 def _remedy(gguf: Config) -> str:
-    return f"run `make real-model`, which installs {gguf['package']}" if "package" in gguf else "give model.path=FILE.gguf"
+    return (
+        f"run `make real-model`, which installs {gguf['package']}" if "package" in gguf else "give model.path=FILE.gguf"
+    )
 
 
 def _sha256(path: str) -> str:
@@ -181,7 +183,9 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.gguf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("overrides", nargs="+", metavar="key=value", help="model=… and, for a file, model.path=FILE.gguf")
+    parser.add_argument(
+        "overrides", nargs="+", metavar="key=value", help="model=… and, for a file, model.path=FILE.gguf"
+    )
     overrides = parser.parse_intermixed_args(arguments).overrides
     from experiments.models import leave_out_sklearn
     from experiments.plan import plan

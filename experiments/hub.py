@@ -37,6 +37,6 @@ def go_offline() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     constants.HF_HUB_OFFLINE = True
     if "datasets" in sys.modules:
-        import datasets
+        from datasets import config
 
-        datasets.config.HF_HUB_OFFLINE = True
+        config.HF_HUB_OFFLINE = True

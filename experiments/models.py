@@ -84,7 +84,7 @@ def load_full_precision(config: Config, device: str = "cpu") -> tuple[PreTrained
         raise cannot_load(model, error) from None
     _check_architecture(model, base)
     _check_vocabulary(model, base, tokenizer)
-    context_length(base)
+    context_length(base.config)
     base.config.use_cache = True
     return base.to(device).eval(), tokenizer
 
@@ -171,15 +171,15 @@ def load_tokenizer(model: Config, path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def context_length(base: PreTrainedModel) -> int:
-    """Tokens that a model takes. Configs of text inside other media nest it, and older ones have names of their own."""
-    settings = base.config.get_text_config(decoder=True)
+def context_length(config: PretrainedConfig) -> int:
+    """Tokens that a model takes. Configs of models that also see or hear nest it, and older ones name it otherwise."""
+    settings = config.get_text_config(decoder=True)
     for name in ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len"):
         length = getattr(settings, name, None)
         if isinstance(length, int) and length > 0:
             return length
     raise UserError(
-        f"model of type {base.config.model_type}: its config states no length (max_position_embeddings), so that prompts "
+        f"model of type {config.model_type}: its config states no length (max_position_embeddings), so that prompts "
         f"cannot be fitted: add it to config.json in a local copy and give model.path=FOLDER"
     )
 

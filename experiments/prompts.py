@@ -73,10 +73,10 @@ def encode(
     longest, longest_prompt, longest_target = (
         protocol[key] for key in ("max_length", "max_prompt_length", "max_target_length")
     )
-    bos = _bos(protocol, tokenizer)
     examples = []
-    for prompt, target in zip(_tokens(tokenizer, prompts), _tokens(tokenizer, answers), strict=True):
-        prompt, target = [*bos, *prompt], [*target, tokenizer.eos_token_id]
+    encoded = prompt_tokens(tokenizer, prompts, protocol["bos"])
+    for prompt, target in zip(encoded, _tokens(tokenizer, answers), strict=True):
+        target = [*target, tokenizer.eos_token_id]
         truncated = len(prompt) + len(target) > longest
         if truncated and longest_prompt is not None:
             prompt = prompt[:longest_prompt]
@@ -96,13 +96,14 @@ def _encode_joined(
             f"protocol {protocol['name']}: with joined tokens only max_length can be set, not max_prompt_length or "
             f"max_target_length"
         )
-    longest, bos = protocol["max_length"], _bos(protocol, tokenizer)
+    longest = protocol["max_length"]
     hidden = [prompt + protocol["ending"] for prompt in prompts] if protocol["mask_counts_ending"] else prompts
     texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     examples = []
-    for tokens, prompt in zip(_tokens(tokenizer, texts), _tokens(tokenizer, hidden), strict=True):
-        tokens = [*bos, *tokens, tokenizer.eos_token_id]
-        prompt_length = min(len(bos) + len(prompt), longest, len(tokens))
+    encoded = (prompt_tokens(tokenizer, part, protocol["bos"]) for part in (texts, hidden))
+    for tokens, prompt in zip(*encoded, strict=True):
+        tokens = [*tokens, tokenizer.eos_token_id]
+        prompt_length = min(len(prompt), longest, len(tokens))
         examples.append(_example(protocol, tokens[:longest], prompt_length, len(tokens) > longest))
     return examples
 
@@ -112,13 +113,33 @@ def _example(protocol: dict[str, Any], tokens: list[int], prompt_length: int, tr
     return Example(tokens, labels, truncated)
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], bos: bool) -> list[list[int]]:
+    """The ids that a model is given for each prompt, in training and in a test alike.
+
+    Args:
+        bos: a protocol's `bos`: begin with what the tokenizer itself puts before a text.
+    """
+    start = leading_tokens(tokenizer) if bos else []
+    return [[*start, *tokens] for tokens in _tokens(tokenizer, prompts)]
 
 
-def _bos(protocol: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    bos = cast("int | None", tokenizer.bos_token_id)
-    return [bos] if protocol["bos"] and bos is not None else []
+def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a tokenizer puts before a text by itself: LLaMA's its BOS; GPT-2's, Pythia's and SmolLM2's nothing, though
+    they have one; ChatGLM's two tokens. What it puts behind the text is no part of a prompt.
+    """
+    text = "a"
+    alone, whole = (cast("list[int]", tokenizer(text, add_special_tokens=add)["input_ids"]) for add in (False, True))
+    for start in range(len(whole) - len(alone) + 1):
+        if whole[start : start + len(alone)] == alone:
+            return whole[:start]
+    raise UserError(
+        f"{type(tokenizer).__name__}: {text!r} becomes {whole} with special tokens and {alone} without them, so what "
+        f"it puts before a text is unknown: choose a protocol with bos: false"
+    )
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    return tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
 
 def collate(examples: list[Example], pad_token_id: int) -> dict[str, torch.Tensor]:

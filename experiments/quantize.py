@@ -170,8 +170,8 @@ def planned_sizes(config: Config) -> dict[str, float]:
     from experiments.models import empty_base, resolve_device, weights_dtype
 
     settings = _settings(config)
-    dtype = weights_dtype(config["model"], str(resolve_device(config["runtime"]["device"])))
-    base: Any = empty_base(config["model"]["architecture"]).to(dtype)
+    base: Any = empty_base(config["model"]["architecture"])
+    base = base.to(weights_dtype(config["model"], str(resolve_device(config["runtime"]["device"]))))
     full_bytes = sizes(base)["other_bytes"]
     prefix, layers = decoder_layers(base)
     names = [f"{prefix}.{name}" for name, module in layers.named_modules() if isinstance(module, torch.nn.Linear)]

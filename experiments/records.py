@@ -52,6 +52,16 @@ class RunPaths:
         return self.root / "train.json"
 
     @property
+    def diverged(self) -> Path:
+        """There if training did not stay finite: `step` and `reason`. Such a run has no train record."""
+        return self.root / "diverged.json"
+
+    @property
+    def held_out(self) -> Path:
+        """How well each row that was kept out of training is predicted: experiments/held_out.py."""
+        return self.root / "held_out.json"
+
+    @property
     def learning_rate(self) -> Path:
         """How the run's learning rate was chosen, where an experiment chose it (experiments/choose.py)."""
         return self.root / "learning_rate.json"
@@ -201,7 +211,9 @@ def read_record(path: Path, kind: type[Record]) -> Record:
     names = {field.name for field in fields}
     needed = {field.name for field in fields if field.default is dataclasses.MISSING}  # the others came later
     if not needed <= set(data) <= names:
-        raise UserError(f"{path}: fields {sorted((needed - set(data)) | (set(data) - names))} do not fit {kind.__name__}")
+        raise UserError(
+            f"{path}: fields {sorted((needed - set(data)) | (set(data) - names))} do not fit {kind.__name__}"
+        )
     return kind(**data)
 
 

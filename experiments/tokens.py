@@ -43,13 +43,18 @@ SCHEMA = pa.schema(
 
 
 class Examples(Dataset[Example]):
-    """Training examples in an Arrow file that is mapped into memory; `truncated` is how many were cut."""
+    """Training examples in an Arrow file that is mapped into memory.
+
+    `lengths` are in tokens; `truncated` is how many were cut, `unlabelled` how many have no token that the loss sees.
+    """
 
     def __init__(self, path: Path) -> None:
         # The operating system reads the parts that are asked for, and drops them when memory is short.
         self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         self.lengths: np.ndarray = pc.call_function("list_value_length", [self.table["input_ids"]]).to_numpy()
         self.truncated = int(self.table["truncated"].to_numpy().sum())
+        ignored = self.table["ignored"].to_numpy().clip(min=1)  # nothing predicts the first token
+        self.unlabelled = int((ignored >= self.lengths).sum())
 
     def __len__(self) -> int:
         return self.table.num_rows

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import shutil
 import statistics
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from experiments import preemption
 from experiments.attempts import Heartbeat, attempt
-from experiments.errors import Preempted, UserError, run_command
+from experiments.errors import Diverged, Preempted, UserError, run_command
 from experiments.models import leave_out_sklearn
 from experiments.records import (
     RunPaths,
@@ -31,8 +33,10 @@ from experiments.records import (
     content_hash,
     file_hash,
     read_config,
+    read_json,
     read_lines,
     read_record,
+    write_atomically,
     write_record,
 )
 
@@ -55,6 +59,7 @@ def train(run: RunPaths, progress: str = "", beside_living: bool = False) -> Tra
     if run.train_record.is_file():
         run.preempted.unlink(missing_ok=True)
         return read_record(run.train_record, TrainRecord)
+    _check_not_diverged(run)
     first = first_run(run, config)
     if first is not None:  # several runs share it; processes that train together cannot wait for one of others
         train(first, progress and first.root.name, beside_living=os.environ.get("WORLD_SIZE", "1") == "1")
@@ -62,7 +67,20 @@ def train(run: RunPaths, progress: str = "", beside_living: bool = False) -> Tra
     with attempt(run, "train", beside_living) as heartbeat:
         if run.train_record.is_file():  # by the process whose lock was waited for
             return read_record(run.train_record, TrainRecord)
-        return _train(run, config, first, progress, heartbeat)
+        _check_not_diverged(run)
+        try:
+            return _train(run, config, first, progress, heartbeat)
+        except Diverged as error:
+            write_atomically(run.diverged, json.dumps({"step": error.step, "reason": error.reason}) + "\n")
+            shutil.rmtree(run.checkpoints, ignore_errors=True)
+            raise
+
+
+def _check_not_diverged(run: RunPaths) -> None:
+    """A training that diverged once would do so again: it is not repeated in silence."""
+    if run.diverged.is_file():
+        about = read_json(run.diverged)
+        raise UserError(f"{Diverged(about['step'], about['reason'])}, or delete {run.diverged} to train it again")
 
 
 def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str, heartbeat: Heartbeat) -> TrainRecord:
@@ -72,14 +90,23 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
     from experiments.data import rows_hash, training_rows
     from experiments.environment import environment, peak_memory, reset_peak_memory
     from experiments.first import check_base
-    from experiments.held_out import measure, row_scores
-    from experiments.models import base_hash, count_parameters, load_base, resolve_device, weights_hash
+    from experiments.held_out import measure
+    from experiments.models import (
+        base_hash,
+        base_name,
+        count_parameters,
+        load_base,
+        resolve_device,
+        weights_hash,
+        with_dtype,
+    )
     from experiments.prompts import collate, select_rows
     from experiments.spectra import MeasureSpectra
     from experiments.tokens import tokenised
     from experiments.trainer import RunTrainer, micro_batches
 
     device = resolve_device(config["runtime"]["device"])
+    run_hash, config = config_hash(config), with_dtype(config, str(device))
     reset_peak_memory(str(device))
     arguments = training_arguments(config, run, device.type)
     trains = config["method"]["trains"] != "nothing"
@@ -87,15 +114,16 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
         source = (config["task"]["data"], config["runtime"]["data_root"])
         rows, others = training_rows(*source) if trains else ([], [])
         base, tokenizer = load_base(config, str(arguments.device))
-    base_parameters = count_parameters(base)
+    base_parameters, about_base = count_parameters(base), base_name(config, base)
     hashes: Any = {
-        "config_hash": config_hash(config),
+        "config_hash": run_hash,
         "base_hash": base_hash(base),
         "data_hash": rows_hash(rows),
     }
     if first is not None:
         check_base(run, first, hashes["base_hash"])
     steps, tokens, seconds, truncated, kept, tensors, resumed_at, held_out = 0, 0, 0.0, 0, 0, [], [], None
+    unlabelled = 0
     examples, unseen, batches = None, None, None
     padded = partial(collate, pad_token_id=cast(int, tokenizer.pad_token_id))
     if trains:
@@ -104,6 +132,8 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
             examples = tokenised(config["protocol"], tokenizer, select_rows(config["protocol"], rows), cache)
             unseen = tokenised(config["protocol"], tokenizer, others, cache)
         _check_batches(config, len(examples))
+        unlabelled = examples.unlabelled
+        _check_labels(config, unlabelled, len(examples))
         truncated, kept = examples.truncated, len(examples)
         batches = micro_batches(examples, config, padded, arguments.device)
     set_seed(config["seed"])
@@ -118,7 +148,6 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
             model=model,
             args=arguments,
             train_dataset=examples,
-            preprocess_logits_for_metrics=row_scores,
             data_collator=padded,
             metrics=run.metrics,
             checkpoint_folder=run.checkpoints,
@@ -139,7 +168,9 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
             raise Preempted
         steps, tokens = trainer.state.global_step, int(trainer.state.num_input_tokens_seen)
         seconds, tensors, resumed_at = trainer.train_seconds(), list(trainer.trained), trainer.resumed_at
-        held_out = measure(trainer, unseen) if unseen else None
+        held_out = measure(trainer, unseen, run.held_out) if unseen else None
+        if held_out is not None and held_out["loss"] is None:
+            raise Diverged(steps, "the loss on the held-out rows is not finite")
         trainer.accelerator.free_memory()
     if not arguments.should_save:  # the other processes of a distributed run wait for the record
         _wait_for_everyone()
@@ -168,6 +199,9 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
         forward_modes=methods.forward_modes(model),
         world_size=arguments.world_size,
         environment=environment(str(arguments.device)),
+        base=about_base,
+        dtype=config["model"]["dtype"],
+        unlabelled=unlabelled,
     )
     write_record(run.train_record, record)
     shutil.rmtree(run.checkpoints, ignore_errors=True)
@@ -208,7 +242,7 @@ def training_arguments(config: Config, run: RunPaths, device: str) -> TrainingAr
         adam_beta2=recipe["betas"][1],
         weight_decay=recipe["weight_decay"],
         max_grad_norm=recipe["max_grad_norm"],
-        bf16=config["model"]["dtype"] == "bfloat16",
+        bf16=config["model"]["dtype"] == "bfloat16",  # `auto` is settled: experiments.models.with_dtype
         gradient_checkpointing=runtime["gradient_checkpointing"],
         gradient_checkpointing_kwargs={"use_reentrant": False},
         ddp_find_unused_parameters=False,
@@ -255,6 +289,22 @@ def _wandb(config: Config, run: RunPaths, main_process: bool) -> Iterator[None]:
 def _check_batches(config: Config, rows: int) -> None:
     if rows < config["recipe"]["batch_size"]:
         raise UserError(f"{rows} training rows do not fill one batch of {config['recipe']['batch_size']}")
+
+
+def _check_labels(config: Config, unlabelled: int, rows: int) -> None:
+    """Rows whose every label was cut off teach nothing: said before training, and refused where none is left."""
+    if not unlabelled:
+        return
+    lengths = ", ".join(
+        f"protocol.{key}={config['protocol'][key]}"
+        for key in ("max_length", "max_prompt_length", "max_target_length")
+        if config["protocol"][key] is not None
+    )
+    told = f"{unlabelled:,} of {rows:,} training rows have no label: what the loss would see is cut off by {lengths}"
+    if unlabelled == rows:
+        raise UserError(f"{told}: give more")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{config['run_id']}: {told}", file=sys.stderr, flush=True)
 
 
 def _save(config: Config, model: Any, run: RunPaths, initial: Any) -> None:

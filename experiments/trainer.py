@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,8 @@ from diablo import refresh
 from experiments import checkpoint as checkpoints
 from experiments import preemption
 from experiments.attempts import Heartbeat
+from experiments.errors import Diverged
+from experiments.loss import TargetForward
 from experiments.methods import trained_tensors
 from experiments.records import cut_lines
 from experiments.tokens import Examples
@@ -113,6 +116,8 @@ class RunTrainer(Trainer):
         self.seconds_before = 0.0  # of earlier attempts
         self.resumed_at: list[int] = []
         self.started = self.last_step_end = time.perf_counter()
+        self.forward = TargetForward(self.model)
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the number of targets in the whole batch
         self._norms: list[float] = []
         self.add_callback(_BetweenSteps(heartbeat))
         if progress and self.args.process_index == 0:
@@ -133,6 +138,37 @@ class RunTrainer(Trainer):
             group_by_length=self.args.train_sampling_strategy == "group_by_length",
         )
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """Rows of similar length together; `score_rows` puts them back in their order."""
+        return eval_dataset.lengths.argsort(kind="stable").tolist()
+
+    # Loss
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Over the labelled positions alone, a chunk at a time. `num_items_in_batch`: targets in all micro-batches."""
+        assert not return_outputs
+        targets = self.forward(model, inputs)
+        count = len(targets.tokens) if num_items_in_batch is None else int(num_items_in_batch)
+        with self.accelerator.autocast():
+            loss = targets.loss(max(1, count))
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss *= self.accelerator.num_processes  # gradients are averaged over them
+        return loss
+
+    @torch.no_grad()
+    def score_rows(self, examples: Examples) -> torch.Tensor:
+        """`Targets.row_scores` of examples that are not trained on, in their order, on the CPU."""
+        model = cast(torch.nn.Module, self.model).eval()
+        found = []
+        for batch in self.get_test_dataloader(cast(Any, examples)):
+            with self.accelerator.autocast():
+                scores = self.forward(model, cast(Any, self._prepare_inputs(batch))).row_scores()
+            found.append(cast(torch.Tensor, self.accelerator.gather_for_metrics(scores)).cpu())
+        scores = torch.cat(found)
+        return scores[torch.tensor(self._get_eval_sampler(examples)).argsort()]
+
     # Metrics
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
@@ -150,13 +186,19 @@ class RunTrainer(Trainer):
         if len(gradients) != len(self.trained):
             without = [name for name, parameter in self.trained.items() if parameter.grad is None]
             raise RuntimeError(f"no gradient reached {len(without)} trained tensors, the first is {without[0]}")
-        return torch.stack([torch.linalg.vector_norm(gradient.float()) for gradient in gradients]).tolist()
+        norms = torch.stack([torch.linalg.vector_norm(gradient.float()) for gradient in gradients]).tolist()
+        for name, norm in zip(self.trained, norms, strict=True):
+            if not math.isfinite(norm):  # before the optimizer spoils what is trained and its state
+                raise Diverged(self.state.global_step + 1, f"the gradient of {name} is not finite")
+        return norms
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
         self.state.log_history.clear()  # metrics.jsonl is the history
         if "loss" not in logs or not self.args.should_save:
             return
+        if not math.isfinite(logs["loss"]):
+            raise Diverged(self.state.global_step, f"the loss is {logs['loss']}")
         now = time.perf_counter()
         record = {
             "step": self.state.global_step,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ import torch
 from analysis.load import load_runs, records
 from experiments.choose import Stages, stages, to_csv, write_choices
 from experiments.data import load_rows
-from experiments.held_out import row_scores
+from experiments.loss import Targets
 from experiments.plan import run_paths, write_runs
-from experiments.prompts import IGNORED
 from experiments.records import TrainRecord, read_record
 from experiments.reproduce import reproduce
 from experiments.train import train
@@ -146,45 +144,37 @@ def test_reproduce_chooses_trains_and_reports(
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")}
 
 
-def test_row_scores_are_the_definition() -> None:
-    """Against sums over single tokens in float64; virtual tokens of a prompt method come first."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 7, 5, generator=generator, dtype=torch.float64)
-    labels = torch.randint(5, (3, 6), generator=generator)
-    labels[0, :3] = labels[1, 4:] = IGNORED
-    likeliest = logits[2, 1:].argmax(-1)  # of a row whose targets are all predicted
-    labels[2, 1:] = likeliest[:-1]
-    for row, (loss, tokens, match) in enumerate(row_scores((logits,), labels).tolist()):
-        expected, count, right = 0.0, 0, True
-        for place in range(1, 6):
-            target = int(labels[row, place])
-            if target == IGNORED:
-                continue
-            scores = logits[row, place]  # 7 - 6 virtual tokens: what is read at place - 1 stands at `place`
-            expected -= float(scores[target] - torch.logsumexp(scores, 0))
-            count, right = count + 1, right and int(scores.argmax()) == target
-        assert math.isclose(loss, expected, rel_tol=1e-6)
-        assert (tokens, match) == (count, float(right))
-        assert right == (row == 2)
-
-
-def test_a_trained_run_scores_as_its_loaded_adapter_does(small: list[str]) -> None:
+@pytest.mark.parametrize("grouped", ["true", "false"])
+def test_a_trained_run_scores_as_its_loaded_adapter_does(grouped: str, small: list[str]) -> None:
     """Row by row, without padding, on a fresh base."""
     from experiments import methods
     from experiments.models import load_base
     from experiments.plan import plan
     from experiments.prompts import encode
 
-    (config,) = plan([*small, "method=diablo", "seed=0", "recipe.epochs=8", "recipe.learning_rate=0.02"])
+    (config,) = plan(
+        [
+            *small,
+            "method=diablo",
+            "seed=0",
+            "recipe.epochs=8",
+            "recipe.learning_rate=0.02",
+            f"recipe.group_by_length={grouped}",
+        ]
+    )
     (run,) = write_runs([config])
     held_out = train(run).held_out
     base, tokenizer = load_base(config, "cpu")
     model = methods.load(config["method"], base, run.adapter, merge=True).eval()
     loss, tokens = 0.0, 0
-    for example in encode(config["protocol"], tokenizer, load_rows(config["task"]["data"], "heldout", None)):
+    rows = json.loads(run.held_out.read_text(encoding="utf-8"))
+    examples = encode(config["protocol"], tokenizer, load_rows(config["task"]["data"], "heldout", None))
+    for number, example in enumerate(examples):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([example.input_ids])).logits
-        scores = row_scores(logits, torch.tensor([example.labels]))[0]
+        scores = Targets(logits, torch.tensor([example.labels]), lambda x: x, logits.shape[-1]).row_scores()[0]
+        assert float(scores[0]) == pytest.approx(rows["nll"][number], rel=1e-4)
+        assert [int(scores[1]), int(scores[2])] == [rows[key][number] for key in ("targets", "exact")]
         loss, tokens = loss + float(scores[0]), tokens + int(scores[1])
     assert held_out is not None
     assert held_out["rows"] == 14
