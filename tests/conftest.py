@@ -63,7 +63,7 @@ def small(tmp_path: Path, cache_dir: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The folder of SmolLM2-135M's weights in the user's own cache, made there if its package is installed, or a skip."""
+    """The folder of SmolLM2-135M in the user's cache, converted there if its package is installed, or a skip."""
     from experiments.gguf import converted
     from experiments.plan import plan
 
