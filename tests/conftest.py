@@ -8,11 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from experiments.records import RunPaths
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Property tests: the same examples in every run, so that a red test is the change's own; `make test-random` searches
+# anew each time and ten times as far, and prints what fails, to be added as an @example. How long an example takes
+# depends on the machine, and fails nothing.
+settings.register_profile(
+    "fixed", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("random", settings.get_profile("fixed"), derandomize=False, max_examples=1000)
+settings.load_profile("fixed")
 
 # The model `tiny` after a few steps of pretraining: the same code, seconds instead of a minute.
 SMALL = [
