@@ -39,6 +39,14 @@ SMALL = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A test's random numbers do not depend on which tests ran before it in the same process."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")

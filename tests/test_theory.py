@@ -173,7 +173,7 @@ def test_the_map_says_in_signs_what_the_losses_are() -> None:
 
 def test_numpy_is_all_it_needs() -> None:
     program = "import sys, analysis.theory; assert not {'scipy', 'pandas', 'torch', 'matplotlib'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=240)
 
 
 @pytest.mark.parametrize("rank", [1, 4, 5, 9])
