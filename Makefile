@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Two processes of one thread each are faster on small tensors than one process of two.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -q
 
-.PHONY: help quickstart test test-slow test-slurm test-gptqmodel lint install install-vllm clean
+.PHONY: help quickstart test test-slow test-random test-slurm test-gptqmodel lint install install-vllm clean
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
 
@@ -16,6 +16,9 @@ test: .venv/installed ## the main tests (under 10 minutes on 2 cores)
 
 test-slow: .venv/installed ## the longer ones (under 20 minutes more)
 	$(PYTEST) -m slow
+
+test-random: .venv/installed ## property tests at random and ten times as far: what fails becomes an @example
+	$(PYTEST) -m hypothesis --hypothesis-profile random
 
 test-slurm: .venv/installed ## on private Slurm clusters, as root (apt-get install slurm-wlm munge; under 6 minutes)
 	$(PYTEST) --dist loadfile -m slurm

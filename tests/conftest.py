@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from experiments.environment import device_name
 from experiments.records import RunPaths
 
+STARTED = time.monotonic()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -111,3 +115,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
         if "not installed" in reason or "no data" in reason:
             report.outcome = "failed"
             report.longrepr = f"{item.nodeid}: in CI this may not be skipped: {reason}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Processor time depends less than wall time on what else the machine does; xdist's workers have ended by now."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = sum(usage.ru_utime + usage.ru_stime for usage in used)
+    line = f"{seconds:.0f} s of processor time in {time.monotonic() - STARTED:.0f} s"
+    terminalreporter.write_line(f"{line}, {device_name('cpu')}, {os.cpu_count()} processors")
