@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from diablo.milora import refuse_other_starts
 from diablo.register import peft_type, register
+from diablo.targets import CheckedTuner, check_targets
 
 LORI = peft_type("LORI")
 CHOSEN = "_lori_entries"  # on a base layer between `choose_entries` and attaching: the indices into its flattened B
@@ -102,6 +103,7 @@ def choose_entries(
         ValueError: the adapter is missing, or of another rank or for other layers.
     """
     assert isinstance(config, LoriConfig)
+    check_targets(model, config)
     layers = {
         name: layer
         for name, layer in model.named_modules()
@@ -154,7 +156,7 @@ def _trained_factors(first: Path, shapes: dict[str, tuple[int, int]]) -> dict[st
     return {name: factors[name].float() for name in shapes}
 
 
-class LoriModel(LoraModel):
+class LoriModel(CheckedTuner, LoraModel):
     """PEFT's LoRA with A frozen and, where entries were chosen, a sparse B.
 
     Save with `diablo.residual.save_adapter`: the file then holds an ordinary LoRA.

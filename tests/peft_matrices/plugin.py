@@ -53,7 +53,7 @@ TWO_ADAPTER_CASES = [
     _pair("DiaBlo other N", {"target_modules": ["lin0"]}, {"target_modules": ["lin0"], "num_blocks": 5}),
 ]
 
-# Endings for both architectures: Llama's grouped-query projections are rectangular, GPT-2's layers are Conv1D. With two
+# An expression for both architectures: Llama's grouped-query projections are rectangular, GPT-2's layers are Conv1D. With two
 # blocks mode "auto" trains Llama's q_proj and down_proj in place, and k_proj, whose blocks are narrow, from the side.
 DECODER_CASES = [
     (
@@ -61,7 +61,7 @@ DECODER_CASES = [
         {
             "task_type": "CAUSAL_LM",
             "num_blocks": 2,
-            "target_modules": ["q_proj", "k_proj", "down_proj", "c_attn", "c_proj"],
+            "target_modules": r".*\.(q_proj|k_proj|down_proj|c_attn|c_proj)",
         },
     )
 ]
