@@ -94,9 +94,17 @@ class _Check:
                 f"target_modules={_listed(targets)} means {_two_parts(inside)}: {self._experts_are()}; leave such "
                 "names out, or give longer ones that match linear layers only"
             )
-        for target in [targets] if isinstance(targets, str) else sorted(targets):
-            self._target(target, targets if isinstance(targets, str) else {target})
-        self._layer_indices()
+        alone = {targets: targets} if isinstance(targets, str) else {name: {name} for name in sorted(targets)}
+        for target, only in alone.items():
+            if not self._wanted(target_modules=only, layers_to_transform=None):
+                hint, experts = _hint(target, self.weights), f" ({self._experts_are()})" if self.experts else ""
+                raise ValueError(f"target_modules: {target} matches no module of {self.kind}: {hint}{experts}")
+        indices: Any = getattr(self.config, "layers_to_transform", None)
+        if indices is not None:
+            self._layer_indices([indices] if isinstance(indices, int) else indices)
+            for target, only in alone.items():
+                if not self._wanted(target_modules=only):
+                    raise ValueError(f"target_modules: {target} matches no module in layers_to_transform={indices}")
         self._layers()
 
     def _matching(self, names: list[str], **changes: Any) -> list[str]:
@@ -110,23 +118,7 @@ class _Check:
         """The targets, also those that other settings leave out again, which is done on purpose."""
         return self._matching(self.names, **{"exclude_modules": None, "modules_to_save": None, **changes})
 
-    def _target(self, target: str, alone: Any) -> None:
-        layers = getattr(self.config, "layers_to_transform", None)
-        if self._wanted(target_modules=alone):
-            return
-        if layers is not None and self._wanted(target_modules=alone, layers_to_transform=None):
-            pattern = getattr(self.config, "layers_pattern", None)
-            counted = f" with layers_pattern={pattern!r}" if pattern else ""
-            raise ValueError(f"target_modules: {target} matches no module in layers_to_transform={layers}{counted}")
-        experts = f" ({self._experts_are()})" if self.experts else ""
-        hint = _hint(target, self.weights)
-        raise ValueError(f"target_modules: {target} matches no module of {self.kind}: {hint}{experts}")
-
-    def _layer_indices(self) -> None:
-        chosen: Any = getattr(self.config, "layers_to_transform", None)
-        indices = [chosen] if isinstance(chosen, int) else chosen or []
-        if not indices:
-            return
+    def _layer_indices(self, indices: list[int]) -> None:
         # A target that is a complete name matches whatever the index is.
         free = set(self._wanted(layers_to_transform=[-1]))
         layered = [name for name in self._wanted(layers_to_transform=None) if name not in free]
@@ -134,7 +126,9 @@ class _Check:
         known = [n for n in numbers if self._matching(layered, layers_to_transform=[n])]
         for index in indices:
             if index not in known:
-                span = f"they are in {known[0]} to {known[-1]}" if known else "none is in a numbered layer"
+                pattern = getattr(self.config, "layers_pattern", None)
+                counted = f" with layers_pattern={pattern!r}" if pattern else ""
+                span = f"they are in {known[0]} to {known[-1]}" if known else f"none has a number{counted}"
                 raise ValueError(f"layers_to_transform: no target is in layer {index}, {span}")
 
     def _layers(self) -> None:

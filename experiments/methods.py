@@ -236,7 +236,9 @@ def load(method: Config, base: PreTrainedModel, folder: Path, merge: bool) -> Pr
         return cast(Any, model)
     if not quantized:
         untie(model.get_base_model())
-        return cast(Any, model.merge_and_unload())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")  # it is untied now
+            return cast(Any, model.merge_and_unload())
     try:
         return merge_dequantized(model)
     except (ValueError, TypeError) as error:
