@@ -76,12 +76,15 @@ def largest_entries(factors: dict[str, Tensor], sparsity: float) -> dict[str, Te
     The k-th largest of all N, k = int((1 - sparsity) N), is the threshold; entries equal to it are all kept.
 
     Raises:
-        ValueError: the threshold is zero, so that the entries that were never trained would be among the kept.
+        ValueError: the threshold is zero, so that the entries that were never trained would be among the kept, or a
+            value is not finite.
     """
     sizes = torch.cat([factor.detach().abs().flatten().cpu() for factor in factors.values()])
     count = int((1 - sparsity) * sizes.numel())
     if count < 1:
         raise ValueError(f"sparsity={sparsity} leaves none of {sizes.numel()} entries of B: lower it")
+    if not sizes.isfinite().all():
+        raise ValueError("B of the first run's adapter has values that are NaN or infinite: train it again")
     threshold = sizes.kthvalue(sizes.numel() - count + 1).values
     if threshold == 0:
         raise ValueError(

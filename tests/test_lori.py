@@ -59,6 +59,9 @@ def test_what_cannot_be_chosen_is_said_with_the_numbers() -> None:
         largest_entries({"a": torch.tensor([[0.0, 1.0, 0.0, 0.0]])}, 0.5)
     with pytest.raises(ValueError, match=r"sparsity=0\.9 leaves none of 4 entries"):
         largest_entries({"a": torch.ones(1, 4)}, 0.9)
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="values that are NaN or infinite"):
+            largest_entries({"a": torch.tensor([[1.0, 2.0, 3.0, value]])}, 0.5)
 
 
 def test_a_is_loras_and_frozen() -> None:

@@ -106,7 +106,7 @@ def _can_be_forced(settings: dict) -> bool:
 
 def _names_fit(params: dict) -> bool:
     """Whether the targets are those of the model, where PEFT's tests cross models with configs."""
-    if "model_id" not in params or "config_kwargs" not in params:
+    if Path(params.get("model_id", "")).name not in DECODER_TARGETS:
         return True
     return params["config_kwargs"]["target_modules"] == DECODER_TARGETS[Path(params["model_id"]).name]
 
