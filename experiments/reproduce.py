@@ -11,6 +11,7 @@ Finished runs are skipped and interrupted ones resumed, so the same command is a
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
@@ -171,6 +172,11 @@ class Processes:
         self._running.add(process)
         _, errors = process.communicate()
         self._running.discard(process)
+        if process.returncode == -signal.SIGKILL:
+            raise UserError(
+                f"{run.root}: {module} was killed, as Linux does when memory runs out: give fewer --workers, or plan "
+                f"smaller runs"
+            )
         if process.returncode:
             lines = errors.strip().splitlines() or [f"{module} ended with status {process.returncode}"]
             raise UserError(lines[-1].removeprefix("error: "))
