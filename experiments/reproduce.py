@@ -141,17 +141,22 @@ class Runner:
 
     def _execute(self, run: RunPaths, title: str, score: bool) -> str:
         """Train and, if asked, score one run; what came out."""
-        from eval.run import evaluate
-        from experiments.train import train
-
         if self.processes and not run.train_record.is_file():
             self.processes.run("experiments.train", run)
         if self.processes and score and not _is_scored(run):
             self.processes.run("eval.run", run)
-        record = train(run, progress=title)
-        if score:
-            return ", ".join(_short(result) for result in evaluate(run, progress=not self.processes))
-        return ", ".join(f"{key} {value}" for key, value in _rounded(record.held_out or {}))
+        return train_and_score(run, title, score, progress=not self.processes)
+
+
+def train_and_score(run: RunPaths, title: str = "", score: bool = True, progress: bool = False) -> str:
+    """Train and, if asked, score one run in this process; what came out, in one line."""
+    from eval.run import evaluate
+    from experiments.train import train
+
+    record = train(run, progress=title)
+    if score:
+        return ", ".join(_short(result) for result in evaluate(run, progress=progress))
+    return ", ".join(f"{key} {value}" for key, value in _rounded(record.held_out or {}))
 
 
 class Processes:
