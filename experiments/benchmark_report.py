@@ -146,6 +146,8 @@ def write_report(result: dict[str, Any], out: Path) -> Path:
         "tokens of one epoch of commonsense_170k; the paper's minutes are of its own models and hardware.",
         "",
     ]
+    if "note" in result:
+        lines += [result["note"], ""]
     if result["models"]:
         lines += ["## Whole models", "", *[line for case in result["models"] for line in model_table(case, rates)]]
     if result["layers"]:
