@@ -27,6 +27,7 @@ from experiments.models import base_path, load_tokenizer
 from experiments.plan import options as choices
 from experiments.plan import plan, run_paths, write_runs
 from experiments.records import RunPaths, TrainRecord, read_lines, read_record
+from experiments.reproduce import outcome, train_and_score
 from experiments.train import train
 
 Config = dict[str, Any]
@@ -97,12 +98,9 @@ def _scratch_run(options: argparse.Namespace, *settings: str) -> Iterator[RunPat
 
 
 def _train_and_score(options: argparse.Namespace, settings: list[str]) -> Config:
-    from eval.run import evaluate  # late: experiments is what eval stands on
-
     with _scratch_run(options, *settings) as run:
-        trained = train(run)
+        trained, (score,) = train_and_score(run, allow_identity=True)
         losses = [line["loss"] for line in read_lines(run.metrics)] if run.metrics.is_file() else []
-        (score,) = evaluate(run, allow_identity=True)
         result = {
             "run_id": trained.run_id,
             "steps": trained.steps,
@@ -231,7 +229,5 @@ def _seconds_of_a_run(configs: list[Config]) -> float:
 
 
 def _train_one(config: Config, score: bool) -> Config:
-    from experiments.reproduce import train_and_score
-
     (run,) = write_runs([config])
-    return {"line": train_and_score(run, score=score)}
+    return {"line": outcome(*train_and_score(run, score=score))}
