@@ -64,7 +64,7 @@ def spectrum(x: Tensor, blocks: int) -> dict[str, Any]:
     width = x.shape[1] // blocks
     rows = x @ x.T
     parts = x.view(x.shape[0], blocks, width).transpose(0, 1)  # (N, tokens, d)
-    # Not from the eigenvalues of X_i^T X_i, in which float64 leaves nothing of singular values below 1e-8 of the largest.
+    # Not from eigenvalues of X_i^T X_i: in float64 nothing is left there of singular values below 1e-8 of the largest.
     left, singular, _ = torch.linalg.svd(parts, full_matrices=False)
     left = left * (singular > tolerance * singular[:, :1])[:, None]
     covered = (left * (rows @ left)).sum((1, 2)) / rows.trace()
