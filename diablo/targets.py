@@ -15,7 +15,11 @@ from typing import Any, cast
 
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,  # pyright: ignore[reportPrivateUsage]
+)
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.constants import DUMMY_TARGET_MODULES, SEQ_CLS_HEAD_NAMES
 from torch import nn
@@ -42,8 +46,12 @@ def check_targets(model: nn.Module, config: PeftConfig) -> None:
     if config.inference_mode or not (isinstance(tuner, type) and issubclass(tuner, BaseTuner)):
         return
     targets: Any = getattr(config, "target_modules", None)
-    if targets != DUMMY_TARGET_MODULES:
+    if targets == DUMMY_TARGET_MODULES:
+        return
+    try:
         _Check(model, config, tuner).run(targets)
+    except re.error as error:
+        raise ValueError(f"{error.pattern!r} is no regular expression ({error}): lists of names need none") from None
 
 
 def expert_names(model: nn.Module) -> list[str]:
@@ -88,6 +96,9 @@ class _Check:
                     f"target_modules={targets!r} would leave out {_two_parts(inside)}: {self._experts_are()}; name the "
                     "target_modules one by one, or leave the experts out by exclude_modules='.*experts.*'"
                 )
+            self.config = _maybe_include_all_linear_layers(copy.copy(self.config), self.model)
+            self._excluded()
+            self._layers()
             return
         if inside := self._matching(self.experts):
             raise ValueError(
@@ -105,6 +116,7 @@ class _Check:
             for target, only in alone.items():
                 if not self._wanted(target_modules=only):
                     raise ValueError(f"target_modules: {target} matches no module in layers_to_transform={indices}")
+        self._excluded()
         self._layers()
 
     def _matching(self, names: list[str], **changes: Any) -> list[str]:
@@ -130,6 +142,19 @@ class _Check:
                 counted = f" with layers_pattern={pattern!r}" if pattern else ""
                 span = f"they are in {known[0]} to {known[-1]}" if known else f"none has a number{counted}"
                 raise ValueError(f"layers_to_transform: no target is in layer {index}, {span}")
+
+    def _excluded(self) -> None:
+        """PEFT leaves out modules of these names, but not what is inside them."""
+        names: Any = getattr(self.config, "exclude_modules", None) or ()
+        targets = self._matching(self.names)
+        for name in () if isinstance(names, str) else sorted(names):
+            holders = tuple(f"{key}." for key in self.names if _ends_with(key, name))
+            inside = [target for target in targets if target.startswith(holders)]
+            if inside:
+                raise ValueError(
+                    f"exclude_modules: {name} holds targets, which stay targets ({_two_parts(inside)}): name these, or "
+                    f"give an expression such as exclude_modules={f'.*{re.escape(name)}.*'!r}"
+                )
 
     def _layers(self) -> None:
         """Settings that give layers a value of their own."""

@@ -196,11 +196,11 @@ def save(method: Config, model: torch.nn.Module, folder: Path, initial: dict[str
 
 def _sort_sets(config: Any, path: Path) -> None:
     """PEFT writes a set (of target modules) in an order that each Python process makes up anew."""
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     for name, value in content.items():
         if isinstance(getattr(config, name, None), set):
             content[name] = sorted(value)
-    path.write_text(json.dumps(content, indent=2, sort_keys=True))
+    path.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def load(method: Config, base: PreTrainedModel, folder: Path, merge: bool) -> PreTrainedModel:

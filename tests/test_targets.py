@@ -108,6 +108,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         r"exclude_modules: \.\*\\\.head matches no module",
     ),
     ({"target_modules": ["q_proj"], "modules_to_save": ["lmhead"]}, "modules_to_save: lmhead .* did you mean lm_head"),
+    (
+        {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["self_attn"]},
+        r"exclude_modules: self_attn holds targets, which stay targets \(self_attn\.q_proj\): name these",
+    ),
+    ({"target_modules": "all-linear", "exclude_modules": ["layers.1"]}, r"layers\.1 holds targets.*'\.\*layers"),
+    ({"target_modules": "*_proj"}, r"^'\*_proj' is no regular expression \(nothing to repeat"),
     ({"target_modules": r".*\.q_projj"}, r"target_modules: \.\*\\\.q_projj matches no module"),
     (
         {"target_modules": ["q_proj"], "layers_to_transform": [0, 2]},
