@@ -35,6 +35,13 @@ TINY = [
     "evaluation.generation.max_new_tokens=8",
 ]
 
+QUEUE = """
+title: Two learning rates
+common: model=tiny task=arith seed=0
+learning_rate_by: loss
+grids: ["method=diablo recipe.learning_rate=1e-3,2e-2"]
+"""
+
 
 @pytest.fixture
 def part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -217,8 +224,10 @@ def test_all_parts_run_without_network_and_write_only_in_their_folders(source: P
     cache.mkdir()
     writable = [part for folder in (out, cache) for part in ("--bind", str(folder), str(folder))]
     walls = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", *writable, "--unshare-net"]
-    command = [*walls, sys.executable, "-m", "experiments.gpu", *TINY, "task=arith", "seed=0", "--out", str(out)]
-    command += ["--device", "cpu", "--minutes", "9", "--queue", "quickstart"]
+    queue = tmp_path / "queue.yaml"
+    queue.write_text(QUEUE, encoding="utf-8")
+    command = [*walls, sys.executable, "-m", "experiments.gpu", *TINY, "--out", str(out)]
+    command += ["--device", "cpu", "--minutes", "15", "--queue", str(queue)]
     environment = {**os.environ, "DIABLO_CACHE": str(cache), "HF_HUB_OFFLINE": "0"}
     done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -234,5 +243,9 @@ def test_all_parts_run_without_network_and_write_only_in_their_folders(source: P
     assert records["resume"]["items"][0]["resumed_at"][0] >= 8
     assert [item.get("suite") for item in records["speed"]["items"]] == [None, "models", "layers"]
     assert (out / "speed" / "benchmark.md").is_file()
-    assert names(records["queue"])
-    assert all((out / "runs" / name / "train.json").is_file() for name in names(records["queue"]))
+    *tried, chosen = names(records["queue"])
+    assert len(tried) == 2
+    assert chosen in tried
+    assert [bool(list((out / "runs" / name).glob("eval/*/*/score.json"))) for name in tried] == [
+        name == chosen for name in tried
+    ]
