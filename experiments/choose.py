@@ -49,9 +49,11 @@ class Stages:
     tried: list[Tried] = field(default_factory=list)
 
     def chosen(self) -> list[str]:
-        """A line per choice."""
+        """A line per choice; it names model and task where there are several."""
+        several = len({(tried.config["model"]["name"], tried.config["task"]["name"]) for tried in self.tried}) > 1
         return [
-            f"{tried.config['method']['label']}: learning rate {tried.config['recipe']['learning_rate']:g}"
+            f"{_named(tried.config) if several else tried.config['method']['label']}: "
+            f"learning rate {tried.config['recipe']['learning_rate']:g}"
             + (", the smallest or largest that was tried" if tried.at_edge else "")
             for tried in self.tried
             if tried.chosen
