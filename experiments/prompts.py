@@ -130,7 +130,7 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     text = "a"
     alone, whole = (cast("list[int]", tokenizer(text, add_special_tokens=add)["input_ids"]) for add in (False, True))
     for start in range(len(whole) - len(alone) + 1):
-        if whole[start : start + len(alone)] == alone:
+        if alone and whole[start : start + len(alone)] == alone:
             return whole[:start]
     raise UserError(
         f"{type(tokenizer).__name__}: {text!r} becomes {whole} with special tokens and {alone} without them, so what "

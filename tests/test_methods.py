@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +121,15 @@ def train_a_little(model: nn.Module, steps: int = 3) -> None:
         optimizer.zero_grad()
 
 
-def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The base's own tensors in an attached model, under one name whether they are wrapped or not."""
+def base_weights(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    """The base's own tensors in an attached model, under one name whether they are wrapped or not.
+
+    Args:
+        names: those of the base's state dict; by default of the toy's.
+    """
     base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
-    found = {name.replace("base_layer.", ""): tensor.clone() for name, tensor in base.state_dict().items()}
-    return {name: found[name] for name in fresh_base().state_dict()}
+    found = {name.replace("base_layer.", ""): tensor for name, tensor in base.state_dict().items()}
+    return {name: found[name].clone() for name in names or fresh_base().state_dict()}
 
 
 def test_every_contract_says_all_three_things() -> None:
