@@ -4,7 +4,8 @@ BIN := .venv/bin
 # Two processes of one thread each are faster on small tensors than one process of two.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -q
 
-.PHONY: help quickstart real-model test test-slow test-real test-slurm test-gptqmodel lint install install-vllm clean
+.PHONY: help quickstart real-model test test-slow test-real test-random test-slurm test-gptqmodel
+.PHONY: lint install install-vllm clean
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
 
@@ -24,6 +25,9 @@ test-slow: .venv/installed ## the longer ones (under 20 minutes more)
 
 test-real: .venv/installed ## on the weights of SmolLM2-135M and real rows (after real-model; under 15 minutes on 2 cores)
 	$(PYTEST) -m real
+
+test-random: .venv/installed ## property tests at random and ten times as far: what fails becomes an @example
+	$(PYTEST) -m hypothesis --hypothesis-profile random
 
 test-slurm: .venv/installed ## on private Slurm clusters, as root (apt-get install slurm-wlm munge; under 6 minutes)
 	$(PYTEST) --dist loadfile -m slurm

@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import (
 from torch import Tensor, nn
 
 from diablo.register import peft_type, register
+from diablo.targets import CheckedTuner
 
 BOTTLENECK = peft_type("BOTTLENECK")
 ENDS_OF_SUBLAYERS = ["o_proj", "down_proj"]
@@ -112,7 +113,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         return result
 
 
-class BottleneckModel(BaseTuner):
+class BottleneckModel(CheckedTuner, BaseTuner):
     """A model with bottlenecks behind its target layers. Made by `get_peft_model(model, BottleneckConfig(...))`."""
 
     prefix = "bottleneck_"

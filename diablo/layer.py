@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -90,6 +91,7 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         self.merged_adapters = []
         self.forward_mode: dict[str, str] = {}
         self.in_weight: str | None = None
+        self.weight_is_shared = False
         self._overwrites: dict[str, Overwrite] = {}
         self._written: tuple[int, int] | None = None  # which blocks are in the weight, and their version
 
@@ -118,6 +120,7 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
             ValueError: N does not divide the layer's sides, or `config.mode` is "in_place" where that cannot be done.
         """
         self._leave_weight()
+        self.weight_is_shared = weight_is_shared
         shape, suits = self._diagonal(config, name) if places is None else (places.shape, True)
         obstacle = obstacle_to_in_place(self.base_layer, config.dropout)
         obstacle = obstacle or ("a base weight that other modules share" if weight_is_shared else None)
@@ -170,7 +173,7 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         return False
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds the adapters' updates to the base weight.
+        """Adds the adapters' updates to the base weight. One that other modules share is copied first.
 
         Args:
             safe_merge: check the result and leave the weight as it was if it is not finite.
@@ -183,6 +186,9 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name not in self.diablo_blocks:
                 continue
+            if self.weight_is_shared:
+                self.base_layer = copy.deepcopy(self.base_layer)
+                self.weight_is_shared = False
             if self.quantization_backend is not None:
                 self._add_quantized(adapter_name, 1, safe_merge)
             else:

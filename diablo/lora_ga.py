@@ -15,6 +15,8 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from diablo.targets import check_targets
+
 
 def estimate_gradients(
     model: PreTrainedModel,
@@ -32,6 +34,7 @@ def estimate_gradients(
         ValueError: there are no batches, or 2 r exceeds the rank a weight can have.
     """
     assert isinstance(config, LoraConfig)
+    check_targets(model, config)
     if next(model.parameters()).is_meta:
         return config
     if batches is None or iterations < 1:

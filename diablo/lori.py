@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from diablo.milora import refuse_other_starts
 from diablo.register import peft_type, register
+from diablo.targets import CheckedTuner, check_targets
 
 LORI = peft_type("LORI")
 CHOSEN = "_lori_entries"  # on a base layer between `choose_entries` and attaching: the indices into its flattened B
@@ -75,12 +76,15 @@ def largest_entries(factors: dict[str, Tensor], sparsity: float) -> dict[str, Te
     The k-th largest of all N, k = int((1 - sparsity) N), is the threshold; entries equal to it are all kept.
 
     Raises:
-        ValueError: the threshold is zero, so that the entries that were never trained would be among the kept.
+        ValueError: the threshold is zero, so that the entries that were never trained would be among the kept, or a
+            value is not finite.
     """
     sizes = torch.cat([factor.detach().abs().flatten().cpu() for factor in factors.values()])
     count = int((1 - sparsity) * sizes.numel())
     if count < 1:
         raise ValueError(f"sparsity={sparsity} leaves none of {sizes.numel()} entries of B: lower it")
+    if not sizes.isfinite().all():
+        raise ValueError("B of the first run's adapter has values that are NaN or infinite: train it again")
     threshold = sizes.kthvalue(sizes.numel() - count + 1).values
     if threshold == 0:
         raise ValueError(
@@ -102,6 +106,7 @@ def choose_entries(
         ValueError: the adapter is missing, or of another rank or for other layers.
     """
     assert isinstance(config, LoriConfig)
+    check_targets(model, config)
     layers = {
         name: layer
         for name, layer in model.named_modules()
@@ -154,7 +159,7 @@ def _trained_factors(first: Path, shapes: dict[str, tuple[int, int]]) -> dict[st
     return {name: factors[name].float() for name in shapes}
 
 
-class LoriModel(LoraModel):
+class LoriModel(CheckedTuner, LoraModel):
     """PEFT's LoRA with A frozen and, where entries were chosen, a sparse B.
 
     Save with `diablo.residual.save_adapter`: the file then holds an ordinary LoRA.

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from diablo.layer import plain_weight
 from diablo.register import peft_type, register
+from diablo.targets import CheckedTuner
+from diablo.tied import refuse_shared
 
 MILORA = peft_type("MILORA")
 
@@ -77,7 +79,7 @@ def _decomposable_weight(base_layer: nn.Module) -> Tensor:
     )
 
 
-class MiloraModel(LoraModel):
+class MiloraModel(CheckedTuner, LoraModel):
     """PEFT's LoRA with MiLoRA's start.
 
     Attaching changes the base weights to W - s B A, as PiSSA does, so unloading does not give W back. Save with
@@ -95,6 +97,7 @@ class MiloraModel(LoraModel):
         *,
         parameter_name: str | None = None,
     ) -> None:
+        refuse_shared(self.model, current_key, target)
         try:
             weight = _decomposable_weight(target.get_base_layer() if isinstance(target, BaseTunerLayer) else target)
             super()._create_and_replace(

@@ -13,12 +13,14 @@ from diablo.layer import DiabloLayer
 from diablo.linear import DiabloLinear
 from diablo.places import Places
 from diablo.register import register
+from diablo.targets import CheckedTuner
+from diablo.tied import shared_names
 
 # The paper's choice for LLaMA (section 4): neither the output projection nor the gate.
 PAPER_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
 
-class DiabloModel(BaseTuner):
+class DiabloModel(CheckedTuner, BaseTuner):
     """A model whose target layers compute `Y = X W0 + X D` with a trainable block-diagonal D (arXiv 2506.03230).
 
     Every layer has its own block sizes, so the narrow key and value projections of grouped-query attention get
@@ -51,12 +53,11 @@ class DiabloModel(BaseTuner):
             places = self._places(peft_config, current_key, base_layer)
             if places is not None and 0 in places.shape:
                 return  # nothing of this layer is trained
+            is_shared = bool(shared_names(self.model, target))
             if isinstance(target, DiabloLayer):
-                target.update_layer(adapter_name, peft_config, current_key, self._is_shared(target), places)
+                target.update_layer(adapter_name, peft_config, current_key, is_shared, places)
                 return
-            layer = DiabloLinear(
-                target, adapter_name, peft_config, current_key, self._is_shared(target), places, **quantization
-            )
+            layer = DiabloLinear(target, adapter_name, peft_config, current_key, is_shared, places, **quantization)
         except ValueError as error:
             raise ValueError(f"{current_key}: {error}") from None
         self._replace_module(parent, target_name, layer, target)
@@ -64,12 +65,6 @@ class DiabloModel(BaseTuner):
     def _places(self, config: BlockConfig, name: str, base_layer: nn.Module) -> Places | None:
         """Where the blocks of the layer of this name are to be: on the diagonal."""
         return None
-
-    def _is_shared(self, target: nn.Module) -> bool:
-        """Whether another module holds the same weight, as an output layer tied to the embedding does."""
-        weight = getattr(target.get_base_layer() if isinstance(target, BaseTunerLayer) else target, "weight", None)
-        holders = [name for name, tensor in self.model.named_parameters(remove_duplicate=False) if tensor is weight]
-        return len(holders) > 1
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name

@@ -21,11 +21,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from diablo.lori import LoriConfig, dense_factors
 from diablo.milora import MiloraConfig
+from diablo.tied import refuse_shared
 
 ADAPTER = "default"
 # Settings that only describe how the factors started; LoraConfig warns about those it would ignore.
@@ -43,6 +45,14 @@ def changes_base(config: PeftConfig) -> bool:
     )
 
 
+def check_start(model: nn.Module, config: PeftConfig) -> None:
+    """ValueError if attaching would take starting factors out of a weight that other modules of the model share."""
+    if changes_base(config) and getattr(config, "target_modules", None):
+        for name, module in model.named_modules():
+            if check_target_module_exists(config, name):
+                refuse_shared(model, name, module)
+
+
 def initial_factors(model: PeftModel) -> dict[str, Tensor]:
     """The starting factors, to be called right after attaching and kept until the adapter is saved.
 
@@ -52,7 +62,7 @@ def initial_factors(model: PeftModel) -> dict[str, Tensor]:
     """
     if not changes_base(model.peft_config[ADAPTER]):
         return {}
-    factors = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    factors = _adapter_tensors(model)
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in factors.items() if _factor(name)}
 
 
@@ -73,14 +83,19 @@ def save_adapter(model: PeftModel, directory: Path, initial: dict[str, Tensor] |
         assert isinstance(config, LoraConfig)
         if config.use_dora:
             raise ValueError("use_dora=True with a start that changes the base cannot be saved as plain LoRA: set one")
-        tensors = _relative_to_base(get_peft_model_state_dict(model, adapter_name=ADAPTER), initial or {})
+        tensors = _relative_to_base(_adapter_tensors(model), initial or {})
         _save_plain_lora(model, config, tensors, directory, widening=2)
     elif isinstance(config, LoriConfig):
-        tensors = dense_factors(model, get_peft_model_state_dict(model, adapter_name=ADAPTER), ADAPTER)
+        tensors = dense_factors(model, _adapter_tensors(model), ADAPTER)
         _save_plain_lora(model, config, tensors, directory, widening=1)
     else:
         model.save_pretrained(str(directory), selected_adapters=[ADAPTER])
     _give_usual_mode(directory / "adapter_model.safetensors")
+
+
+def _adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
+    """Without the base weights of adapted embeddings and output layers, which attaching may have changed."""
+    return get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
 
 
 def _factor(name: str) -> str | None:

@@ -25,6 +25,7 @@ from diablo.patterns import grid_places
 from diablo.places import Places
 from diablo.quantize.linear import QuantizedLinear
 from diablo.register import peft_type, register
+from diablo.targets import check_targets
 
 SMT = peft_type("SMT")
 ATTENTION = ["q_proj", "k_proj", "v_proj"]  # the released code's default
@@ -109,6 +110,7 @@ def choose_blocks(
     assert isinstance(config, SmtConfig)
     if score not in SCORES:
         raise ValueError(f"score={score!r}: choose one of {', '.join(SCORES)}")
+    check_targets(model, config)
     layers = _targets(model, config)
     quantized = [name for name, layer in layers.items() if isinstance(layer, QuantizedLinear)]
     if quantized:

@@ -14,6 +14,7 @@ from torch import nn
 
 from diablo.config import DiabloConfig
 from diablo.model import DiabloModel
+from diablo.targets import check_targets
 
 
 def suggest_num_blocks(
@@ -76,6 +77,7 @@ def _shapes(model: nn.Module, target_modules: list[str] | str | None) -> dict[st
             raise ValueError("target_modules must be given for an architecture that the paper does not name")
     # With this task a classifier's head is left out of "all-linear", as an output embedding always is.
     config = DiabloConfig(target_modules=target_modules, task_type="SEQ_CLS")
+    check_targets(model, config)
     config = _maybe_include_all_linear_layers(config, model)
     layers = {
         name: (module.in_features, module.out_features)

@@ -57,6 +57,11 @@ def load(config: Config, run: RunPaths, trained: TrainRecord, allow_identity: bo
         # What moves the base when it is attached (PiSSA) computes it to rounding, so its tensors are asked too.
         after = model(input_ids=probe).logits[:, -probe.shape[1] :]  # prompt tuning's begin with its virtual tokens'
         identity = torch.equal(before, after) or not trained.changed
+    if after.isnan().any():
+        raise UserError(
+            f"{run.root.name}: with {run.adapter} the model computes NaN in {str(model.dtype).removeprefix('torch.')}: "
+            f"a larger model.dtype, or evaluation.merge=false, may help"
+        )
     if identity and config["method"]["trains"] != "nothing" and not allow_identity:
         raise UserError(
             f"{run.root.name}: after loading {run.adapter} the model still computes what its base does: the adapter "

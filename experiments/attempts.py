@@ -9,21 +9,30 @@ preempted.json  there while a stage that was asked to stop waits to be continued
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from experiments import preemption
-from experiments.errors import Preempted, UserError
+from experiments.errors import Preempted, UserError, out_of_memory
 from experiments.lock import holds, identity, locked
 from experiments.records import RunPaths, write_atomically
 
 INTERVAL = 1.0  # seconds between two beats
+# What makes a stage smaller and may change in a run that is planned. recipe.micro_batch_size decides which rows share
+# a batch, and so is part of the run id.
+LESS_MEMORY = {
+    "train": "plan it again with runtime.gradient_checkpointing=true and it goes on, or plan another run with a "
+    "smaller recipe.micro_batch_size; with --workers, give fewer",
+    "eval": "give a smaller evaluation.batch_size; with --workers, give fewer",
+}
 
 
 class Heartbeat:
@@ -92,12 +101,14 @@ def attempt(run: RunPaths, stage: str, beside_living: bool = False) -> Iterator[
                     heart.start(lock)
                     try:
                         preemption.raise_at_once(os.environ.get("WORLD_SIZE", "1") == "1")
-                        yield heart
+                        with _memory_errors_explained(run, stage):
+                            yield heart
                     finally:
                         preemption.raise_at_once(False)
                         heart.stop()
             else:
-                yield heart
+                with _memory_errors_explained(run, stage):
+                    yield heart
         except (Exception, Preempted) as error:
             preemption.raise_at_once(False)
             if not _is_preemption(error):
@@ -110,6 +121,20 @@ def attempt(run: RunPaths, stage: str, beside_living: bool = False) -> Iterator[
                 write_atomically(run.preempted, json.dumps(marker) + "\n")
             where = "" if heart.step is None else f" at step {heart.step}"
             raise Preempted(f"{run.root}: {stage} stopped by {signal}{where}") from error
+
+
+@contextmanager
+def _memory_errors_explained(run: RunPaths, stage: str) -> Iterator[None]:
+    """Out of memory becomes one line that names what to change, and what the stage held is free for the next one."""
+    try:
+        yield
+    except Exception as error:
+        memory = out_of_memory(error)
+        if memory is None:
+            raise
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()
+        raise UserError(f"{run.root}: {stage}: {memory}: {LESS_MEMORY[stage]}") from error
 
 
 @contextmanager

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from diablo import DiabloConfig, SparseConfig
 from diablo.patterns import PATTERNS
+from experiments.environment import peak_memory, reset_peak_memory
 from experiments.errors import UserError
+from experiments.timing import synchronize
 
 FLOOR, FULL = "frozen floor", "full fine-tuning"
 LORA, DORA, PISSA = "LoRA", "DoRA", "PiSSA"
@@ -142,12 +144,12 @@ def peak_bytes(work: Callable[[], object], leaves: Iterable[Tensor], device: str
     for leaf in leaves:
         leaf.grad = None  # of the pass before: freeing it would be counted against this one
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        synchronize(device)
+        reset_peak_memory(device)
+        before = torch.cuda.memory_allocated(device)
         work()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        synchronize(device)
+        return peak_memory(device) - before
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:

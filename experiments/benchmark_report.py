@@ -59,7 +59,12 @@ def limit_seconds(entry: dict[str, Any], rates: dict[str, float]) -> float:
     return max(entry["operations"] / rates["operations_per_second"], entry["bytes"] / rates["bytes_per_second"])
 
 
-def layer_table(case: dict[str, Any], rates: dict[str, float]) -> list[str]:
+def limit_share(entry: dict[str, Any], rates: dict[str, float] | None) -> str:
+    """The least time as a share of the median pass; nothing where the machine's rates were not measured."""
+    return "" if rates is None else f"{limit_seconds(entry, rates) / float(np.median(entry['seconds'])):.0%}"
+
+
+def layer_table(case: dict[str, Any], rates: dict[str, float] | None) -> list[str]:
     m, n = case["shape"]
     lines = [
         f"**{m} × {n}**, {case['tokens']:,} tokens, N = {case['num_blocks']}, r = {case['rank']}",
@@ -73,12 +78,12 @@ def layer_table(case: dict[str, Any], rates: dict[str, float]) -> list[str]:
         lines.append(
             f"| {label} | {entry['parameters']:,} | {1e3 * median:.2f} | {middle:.3f} ({low:.3f}–{high:.3f}) | "
             f"{entry['operations'] / 1e9:.1f} | {entry['bytes'] / 1e6:.0f} | "
-            f"{limit_seconds(entry, rates) / median:.0%} | {entry['peak_bytes'] / 1e6:.0f} |"
+            f"{limit_share(entry, rates)} | {entry['peak_bytes'] / 1e6:.0f} |"
         )
     return [*lines, ""]
 
 
-def model_table(case: dict[str, Any], rates: dict[str, float]) -> list[str]:
+def model_table(case: dict[str, Any], rates: dict[str, float] | None) -> list[str]:
     lines = [
         f"**{case['model']}** ({case['base_parameters']:,} parameters), {case['targets']}, {case['tokens']:,} tokens "
         f"in rows of {case['length']}, N = {case['num_blocks']}, r = {case['rank']}"
@@ -97,7 +102,7 @@ def model_table(case: dict[str, Any], rates: dict[str, float]) -> list[str]:
             f"| {label} | {entry['parameters']:,} | {middle:.3f} ({low:.3f}–{high:.3f}) | "
             f"{step:.3f} ({step_low:.3f}–{step_high:.3f}) | {speed:,.0f} | {COMMONSENSE_TOKENS / speed / 60:,.0f} | "
             f"{minutes.get(label, '')} | {entry['operations'] / 1e12:.2f} | {entry['bytes'] / 1e9:.1f} | "
-            f"{limit_seconds(entry, rates) / float(np.median(entry['seconds'])):.0%} | "
+            f"{limit_share(entry, rates)} | "
             f"{entry['peak_bytes'] / 1e6:,.0f} |"
         )
     return [*lines, ""]
@@ -122,18 +127,27 @@ def curve_table(cases: Sequence[dict[str, Any]]) -> list[str]:
 def write_report(result: dict[str, Any], out: Path) -> Path:
     """`benchmark.md`, `.png` and `.svg` into `out`; returns the table's path."""
     environment, rates = result["environment"], result["rates"]
+    cases = [*result["models"], *result["layers"], *result["curve"]]
+    rounds = sorted({len(entry["seconds"]) for case in cases for entry in case["entries"].values()})
+    reached = (
+        f"This machine reaches {rates['operations_per_second'] / 1e9:,.0f} Gflop/s in a large product and "
+        f"{rates['bytes_per_second'] / 1e9:,.1f} GB/s in a copy; `limit ÷ time` says how near a pass is to the least "
+        "time that those two allow for the operations and bytes beside it (of a model: its linear layers). "
+        if rates is not None
+        else ""
+    )
     lines = [
         "# Speed and memory",
         "",
         f"{environment['device']}; {result['dtype']}; torch {environment['torch']}, peft {environment['peft']}; "
-        f"{result['rounds']} interleaved rounds, medians. The floor is the frozen model: forward, and the gradient of "
-        f"its input. This machine reaches {rates['operations_per_second'] / 1e9:,.0f} Gflop/s in a large product and "
-        f"{rates['bytes_per_second'] / 1e9:,.1f} GB/s in a copy; `limit ÷ time` says how near a pass is to the least "
-        "time that those two allow for the operations and bytes beside it (of a model: its linear layers). Peak is "
-        f"memory beyond weights and optimizer. `min/epoch` is from the step, for the {COMMONSENSE_TOKENS / 1e6:.1f} M "
+        f"{' or '.join(map(str, rounds))} interleaved rounds, medians. The floor is the frozen model: forward, and the "
+        f"gradient of its input. {reached}Peak is memory beyond weights and optimizer. "
+        f"`min/epoch` is from the step, for the {COMMONSENSE_TOKENS / 1e6:.1f} M "
         "tokens of one epoch of commonsense_170k; the paper's minutes are of its own models and hardware.",
         "",
     ]
+    if "note" in result:
+        lines += [result["note"], ""]
     if result["models"]:
         lines += ["## Whole models", "", *[line for case in result["models"] for line in model_table(case, rates)]]
     if result["layers"]:

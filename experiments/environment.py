@@ -40,10 +40,11 @@ def reset_peak_memory(device: str) -> None:
     import torch
 
     if device.startswith("cuda"):
+        torch.cuda.init()  # there are no statistics to reset before: RuntimeError, Invalid device argument
         torch.cuda.reset_peak_memory_stats(device)
         return
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak_memory(device: str) -> int:
@@ -56,7 +57,9 @@ def peak_memory(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     try:
-        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+        (line,) = [
+            line for line in Path("/proc/self/status").read_text("utf-8").splitlines() if line.startswith("VmHWM")
+        ]
         return 1024 * int(line.split()[1])
     except (OSError, ValueError):
         unit = 1 if sys.platform == "darwin" else 1024
@@ -72,14 +75,21 @@ def device_name(device: str) -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text("utf-8").splitlines() if "model name" in line
+        ]
         model = names[0] if names else model
     return f"{model}, {torch.get_num_threads()} threads"
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """The commit of this code and whether files differ from it; None and None outside a git checkout."""
+    """The commit of this code and whether files differ from it; None and None where it is not a git checkout.
+
+    A copy without .git may lie inside another repository, whose commit says nothing of this code.
+    """
     here = Path(__file__).resolve().parent.parent
+    if not (here / ".git").exists():
+        return None, None
 
     def git(*arguments: str) -> str:
         return subprocess.run(

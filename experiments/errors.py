@@ -6,7 +6,9 @@ A stage that a signal asked to stop ends with `Preempted`, and its command with 
 from __future__ import annotations
 
 import difflib
+import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -35,6 +37,25 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
 
 
+def out_of_memory(error: BaseException) -> str | None:
+    """What was asked for, if memory ran out: a GPU's or the machine's. None for any other error.
+
+    PyTorch has a class for a GPU's allocator alone; its CPU allocator and the CUDA libraries raise a RuntimeError.
+    """
+    text = str(error)
+    no_memory = (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and re.search(r"can't allocate memory|out of memory|ALLOC_FAILED", text))
+    )
+    if not no_memory:
+        return None
+    size = re.search(r"(?i:tried|unable) to allocate (\d[\d.]*\s*\w+)", text)
+    where = "the GPU" if re.search(r"CUDA|CUBLAS", text) else "the machine"
+    return f"{where} is out of memory" + (f" ({size[1]} more were asked for)" if size else "")
+
+
 def run_command(main: Callable[[list[str]], int | None]) -> None:
     """Run a command line: exit status 0 or what `main` returns, 1 with one line for a mistake, 130 when interrupted.
 
@@ -55,9 +76,10 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
-    except (UserError, OSError) as error:
-        if debug:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        memory = out_of_memory(error)
+        if debug or not (memory or isinstance(error, UserError | OSError)):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {memory or ' '.join(str(error).split())}", file=sys.stderr)
         status = 1
     sys.exit(status)

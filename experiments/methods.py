@@ -67,9 +67,15 @@ def attach(
         return base
     import peft
 
+    from diablo.residual import check_start
+    from diablo.targets import check_targets
+
     on_meta = next(base.parameters()).is_meta
     try:
-        config = _prepared(method, base, peft_config(_sized(method, base)), batches, first)
+        config = peft_config(_sized(method, base))
+        check_targets(base, config)  # PEFT's own methods too
+        check_start(base, config)
+        config = _prepared(method, base, config, batches, first)
         model = peft.get_peft_model(base, config, low_cpu_mem_usage=on_meta)
     except (ValueError, TypeError) as error:
         if isinstance(error, TypeError) and not _is_quantized(base):  # whose weights cannot be changed
@@ -190,43 +196,71 @@ def save(method: Config, model: torch.nn.Module, folder: Path, initial: dict[str
 
 def _sort_sets(config: Any, path: Path) -> None:
     """PEFT writes a set (of target modules) in an order that each Python process makes up anew."""
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     for name, value in content.items():
         if isinstance(getattr(config, name, None), set):
             content[name] = sorted(value)
-    path.write_text(json.dumps(content, indent=2, sort_keys=True))
+    path.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def load(method: Config, base: PreTrainedModel, folder: Path, merge: bool) -> PreTrainedModel:
     """A fresh base with what was trained on it. `merge` folds an adapter into the weights, where the method can.
 
-    A quantised base becomes one of full precision thereby: its dequantised weights with the update.
+    A quantised base becomes one of full precision thereby: its dequantised weights with the update. A weight that other
+    modules share, as an output layer tied to the embedding, is untied first.
     """
     # Importing from diablo also registers the adapter types that PEFT does not know.
     from diablo.quantize import dequantize_model, merge_dequantized
+    from diablo.tied import untie
 
     quantized = _is_quantized(base)
     if method["trains"] == "nothing":
         return dequantize_model(base) if merge and quantized else base
+    _check_finite(folder)
     if method["trains"] == "all":
         trained: Any = type(base).from_pretrained(folder, dtype=base.dtype)
         return trained.to(base.device)
     import peft
 
     try:
-        model = peft.PeftModel.from_pretrained(base, folder)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            model = peft.PeftModel.from_pretrained(base, folder)
+    except (RuntimeError, ValueError, KeyError, OSError, UserWarning) as error:
         raise UserError(f"{folder}: this adapter does not fit the base model: {error}") from None
     if merge and not _merges(model):
         raise UserError(
             f"evaluation.merge=true: {method['label']} cannot be folded into the base's weights: set it to false"
         )
-    if not merge or not quantized:
-        return cast(Any, model.merge_and_unload() if merge else model)
+    if not merge:
+        return cast(Any, model)
+    if not quantized:
+        untie(model.get_base_model())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")  # it is untied now
+            return cast(Any, model.merge_and_unload())
     try:
         return merge_dequantized(model)
     except (ValueError, TypeError) as error:
         raise UserError(f"evaluation.merge=true: {method['label']} on a quantised base: {error}") from None
+
+
+def _check_finite(folder: Path) -> None:
+    """UserError if a tensor in the folder's files is not finite: its training failed, whatever it would score."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  # it is no dictionary
+                    tensor: torch.Tensor = file.get_tensor(name)
+                    if tensor.is_floating_point() and not tensor.isfinite().all():
+                        raise UserError(
+                            f"{path}: {name} has values that are NaN or infinite, so the training failed: repeat it "
+                            f"with a lower recipe.learning_rate"
+                        )
+        except SafetensorError as error:
+            raise UserError(f"{path}: not a complete safetensors file ({error}): train the run again") from None
 
 
 def _merges(model: torch.nn.Module) -> bool:

@@ -41,6 +41,8 @@ GROUPS = ("model", "method", "quantization", "task", "protocol")
 PAPER = "cells=paper"  # beside experiment=…: only the paper's own cells
 CHOSEN_LEARNING_RATE = "${method.learning_rate.${task.name}}"  # what run.yaml says where nobody gives one
 ONLY_TO_CHOOSE = {"method": ("learning_rate", "contract"), "model": ("adapter_size",), "task": ("benchmarks",)}
+# They change no result, and a run that ran out of memory goes on with others.
+MEMORY_SETTINGS = (("runtime", "gradient_checkpointing"), ("evaluation", "batch_size"))
 Config = dict[str, Any]
 
 OmegaConf.register_new_resolver("times", lambda factor, value: factor * value, replace=True)
@@ -307,12 +309,15 @@ def run_paths(config: Config) -> RunPaths:
 
 
 def write_runs(configs: Iterable[Config]) -> list[RunPaths]:
-    """Make the run directories. A config that is already there is checked and left as it is."""
+    """Make the run directories. A config that is already there is checked and stays, but for `MEMORY_SETTINGS`."""
     runs = []
     for config in configs:
         run = run_paths(config)
         if run.config.is_file():
-            read_config(run)
+            frozen = read_config(run)
+            renewed = {part: frozen[part] | {key: config[part][key]} for part, key in MEMORY_SETTINGS}
+            if frozen | renewed != frozen:
+                write_config(run, frozen | renewed)
         else:
             write_config(run, config)
         runs.append(run)

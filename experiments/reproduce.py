@@ -11,6 +11,7 @@ Finished runs are skipped and interrupted ones resumed, so the same command is a
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from experiments.choose import Stages, stages, to_csv, write_choices
 from experiments.errors import UserError, run_command
 from experiments.evaluations import evaluation_paths
 from experiments.plan import read_experiment, run_paths, write_runs
-from experiments.records import RunPaths, read_config, write_atomically
+from experiments.records import EvalRecord, RunPaths, TrainRecord, read_config, write_atomically
 
 Config = dict[str, Any]
 Outcome = TypeVar("Outcome")
@@ -140,17 +141,29 @@ class Runner:
 
     def _execute(self, run: RunPaths, title: str, score: bool) -> str:
         """Train and, if asked, score one run; what came out."""
-        from eval.run import evaluate
-        from experiments.train import train
-
         if self.processes and not run.train_record.is_file():
             self.processes.run("experiments.train", run)
         if self.processes and score and not _is_scored(run):
             self.processes.run("eval.run", run)
-        record = train(run, progress=title)
-        if score:
-            return ", ".join(_short(result) for result in evaluate(run, progress=not self.processes))
-        return ", ".join(f"{key} {value}" for key, value in _rounded(record.held_out or {}))
+        return outcome(*train_and_score(run, title, score, progress=not self.processes))
+
+
+def train_and_score(
+    run: RunPaths, title: str = "", score: bool = True, progress: bool = False, allow_identity: bool = False
+) -> tuple[TrainRecord, list[EvalRecord]]:
+    """Train and, if asked, score one run in this process."""
+    from eval.run import evaluate
+    from experiments.train import train
+
+    trained = train(run, progress=title)
+    return trained, evaluate(run, progress=progress, allow_identity=allow_identity) if score else []
+
+
+def outcome(trained: TrainRecord, scores: list[EvalRecord]) -> str:
+    """What came out, in one line: the scores, or without any what the held-out rows say."""
+    if scores:
+        return ", ".join(_short(score) for score in scores)
+    return ", ".join(f"{key} {value}" for key, value in _rounded(trained.held_out or {}))
 
 
 class Processes:
@@ -171,6 +184,11 @@ class Processes:
         self._running.add(process)
         _, errors = process.communicate()
         self._running.discard(process)
+        if process.returncode == -signal.SIGKILL:
+            raise UserError(
+                f"{run.root}: {module} was killed, as Linux does when memory runs out: give fewer --workers, or plan "
+                f"smaller runs"
+            )
         if process.returncode:
             lines = errors.strip().splitlines() or [f"{module} ended with status {process.returncode}"]
             raise UserError(lines[-1].removeprefix("error: "))
@@ -213,7 +231,7 @@ def _rounded(held_out: Config) -> list[tuple[str, str]]:
     return [(key.replace("_", " "), f"{value:.4g}") for key, value in held_out.items() if value is not None]
 
 
-def _short(score: Any) -> str:
+def _short(score: EvalRecord) -> str:
     metric = "" if score.metric == "accuracy" else f"{score.metric} "
     return f"{score.benchmark} {metric}{score.accuracy:.1%}"
 

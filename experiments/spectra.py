@@ -29,7 +29,10 @@ from transformers import TrainerCallback
 from experiments.errors import UserError
 from experiments.records import cut_lines
 
-TOLERANCE = 1e-6  # of the largest eigenvalue of X_i^T X_i: directions below it are not of X_i's column space
+# Of X_i's largest singular value, by X's dtype: directions below it may be rounding noise, and are not counted to X_i's
+# column space. In Llama layers whose X or g_Y has a known lower rank, the first singular value that should be zero was
+# at most 1.2e-7 in float32 and 1.6e-3 in bf16, and rounding a trained model's X and g_Y to bf16 adds up to 2.8e-3.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 DIGITS = 5  # significant ones of what is written
 
 
@@ -44,7 +47,8 @@ def spectrum(x: Tensor, blocks: int) -> dict[str, Any]:
         `stable_rank`: ||X||_F² / ||X||_2²; `energy`: the share of ||X||_F² in the d = features / N largest singular
         directions, 1 if rank(X) ≤ d; and for every block, as lists: `block_stable_rank`, `block_energy` (the share of
         ||X_i||_F² in its d / 4 largest directions) and `covered`, the share of ||X||_F² inside the column space of X_i:
-        at most `energy`, and 1 for every block where the condition holds.
+        at most `energy`, and 1 for every block where the condition holds. The column space is spanned by the left
+        singular vectors of X_i whose singular value is over `TOLERANCE` of the largest.
 
     Raises:
         ValueError: N does not divide the features, or X has a number that is not finite.
@@ -53,17 +57,19 @@ def spectrum(x: Tensor, blocks: int) -> dict[str, Any]:
         raise ValueError(f"{blocks} blocks do not divide its {x.shape[1]} features")
     if not torch.isfinite(x).all():
         raise ValueError("has numbers that are not finite")
+    tolerance = TOLERANCE[x.dtype]
     x = x.double()
     if x.shape[0] > x.shape[1]:
         x = torch.linalg.qr(x, mode="r").R  # other rows, the same inner products of columns: nothing below changes
     width = x.shape[1] // blocks
     rows = x @ x.T
     parts = x.view(x.shape[0], blocks, width).transpose(0, 1)  # (N, tokens, d)
-    values, vectors = torch.linalg.eigh(parts.mT @ parts)  # rising
-    kept = values > TOLERANCE * values[:, -1:]
-    left = parts @ vectors * torch.where(kept, values, torch.inf).rsqrt()[:, None]  # orthonormal columns, or zeros
+    # Not from eigenvalues of X_i^T X_i: in float64 nothing is left there of singular values below 1e-8 of the largest.
+    left, singular, _ = torch.linalg.svd(parts, full_matrices=False)
+    left = left * (singular > tolerance * singular[:, :1])[:, None]
     covered = (left * (rows @ left)).sum((1, 2)) / rows.trace()
-    whole, each = _shares(torch.linalg.eigvalsh(rows), width), _shares(values, max(1, width // 4))
+    whole = _shares(torch.linalg.eigvalsh(rows).flip(-1).clamp(min=0), width)  # rounding leaves some below 0
+    each = _shares(singular.square(), max(1, width // 4))
     return {
         **dict(zip(("stable_rank", "energy"), whole, strict=True)),
         **dict(zip(("block_stable_rank", "block_energy"), each, strict=True)),
@@ -71,11 +77,10 @@ def spectrum(x: Tensor, blocks: int) -> dict[str, Any]:
     }
 
 
-def _shares(eigenvalues: Tensor, count: int) -> tuple[Any, Any]:
-    """Of rising eigenvalues (…, m): their sum over the largest, and the share of the `count` largest."""
-    eigenvalues = eigenvalues.clamp(min=0)  # rounding leaves some below
-    total = eigenvalues.sum(-1)
-    return (total / eigenvalues[..., -1]).tolist(), (eigenvalues[..., -count:].sum(-1) / total).tolist()
+def _shares(squares: Tensor, count: int) -> tuple[Any, Any]:
+    """Of falling squared singular values (…, m): their sum over the largest, and the share of the `count` largest."""
+    total = squares.sum(-1)
+    return (total / squares[..., 0]).tolist(), (squares[..., :count].sum(-1) / total).tolist()
 
 
 class MeasureSpectra(TrainerCallback):

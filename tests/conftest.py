@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import os
+import resource
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
+from experiments.environment import device_name
 from experiments.records import RunPaths
 
+STARTED = time.monotonic()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Property tests: the same examples in every run, so that a red test is the change's own; `make test-random` searches
+# anew each time and ten times as far, and prints what fails, to be added as an @example. How long an example takes
+# depends on the machine, and fails nothing.
+settings.register_profile(
+    "fixed", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("random", settings.get_profile("fixed"), derandomize=False, max_examples=1000)
+settings.load_profile("fixed")
 
 # The model `tiny` after a few steps of pretraining: the same code, seconds instead of a minute.
 SMALL = [
@@ -27,6 +41,14 @@ SMALL = [
     "evaluation.generation.max_new_tokens=8",
     "runtime.device=cpu",
 ]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A test's random numbers do not depend on which tests ran before it in the same process."""
+    import torch
+
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +85,7 @@ def small(tmp_path: Path, cache_dir: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The folder of SmolLM2-135M's weights in the user's own cache, made there if its package is installed, or a skip."""
+    """The folder of SmolLM2-135M in the user's cache, converted there if its package is installed, or a skip."""
     from experiments.gguf import converted
     from experiments.plan import plan
 
@@ -119,3 +141,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
         if "not installed" in reason or "no data" in reason:
             report.outcome = "failed"
             report.longrepr = f"{item.nodeid}: in CI this may not be skipped: {reason}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Processor time depends less than wall time on what else the machine does; xdist's workers have ended by now."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = sum(usage.ru_utime + usage.ru_stime for usage in used)
+    line = f"{seconds:.0f} s of processor time in {time.monotonic() - STARTED:.0f} s"
+    terminalreporter.write_line(f"{line}, {device_name('cpu')}, {os.cpu_count()} processors")

@@ -195,7 +195,7 @@ def test_the_page_in_a_browser(report: Path, tmp_path: Path, width: int) -> None
     flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
     flags += ["--window-size=1400,1000", "--virtual-time-budget=5000", "--dump-dom"]
     page = (tmp_path / "frame.html").as_uri()
-    dom = subprocess.run([chromium, *flags, page], capture_output=True, text=True, timeout=120, check=True).stdout
+    dom = subprocess.run([chromium, *flags, page], capture_output=True, text=True, timeout=240, check=True).stdout
     seen = json.loads(dom.partition('<pre id="seen">')[2].partition("</pre>")[0])
     assert seen["inner"] == width
     assert seen["scroll"] <= width
@@ -234,7 +234,7 @@ def test_the_command_writes_the_page_without_torch(tmp_path: Path) -> None:
         "--note",
         "A note.",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "out" / "index.html")), done.stderr
 
 
@@ -244,6 +244,6 @@ def test_help_answers_before_anything_heavy_is_imported() -> None:
         "try: report.main(['--help'])\n"
         "except SystemExit: assert not {'pandas', 'matplotlib', 'numpy'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert "--step-times" in done.stdout

@@ -153,7 +153,7 @@ def test_it_is_not_merged() -> None:
         ({"bottleneck_size": 0}, "bottleneck_size=0 must be a whole number of at least 1"),
         ({"bottleneck_size": 2.5}, "bottleneck_size=2.5 must be a whole number"),
         ({"target_modules": ["mlp"]}, "layers.0.mlp: the sizes of LlamaMLP are unknown: it is no linear layer"),
-        ({"target_modules": ["nothing"]}, "not found in the base model"),
+        ({"target_modules": ["nothing"]}, "target_modules: nothing matches no module of LlamaForCausalLM"),
     ],
 )
 def test_mistakes_are_refused(settings: dict[str, Any], message: str) -> None:

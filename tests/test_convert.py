@@ -161,8 +161,10 @@ def test_a_shape_that_has_no_such_sides_gets_the_largest_it_has_and_a_warning() 
 def test_a_budget_below_the_finest_split_is_refused_with_the_numbers() -> None:
     with pytest.raises(ValueError, match=r"budget=1e-06 is 0 of [\d,]+ parameters, .* trains [\d,]+ \("):
         suggest_num_blocks(tiny_llama(), budget=1e-6)
-    with pytest.raises(ValueError, match=r"target_modules=\['nothing'\] names no linear layer"):
-        suggest_num_blocks(tiny_llama(), target_modules=["nothing"])
+    with pytest.raises(ValueError, match="nothing matches no module of LlamaForCausalLM"):
+        suggest_num_blocks(tiny_llama(), target_modules=["q_proj", "nothing"])
+    with pytest.raises(ValueError, match=r"target_modules=\['norm'\] names no linear layer"):
+        suggest_num_blocks(tiny_llama(), target_modules=["norm"])
 
 
 def test_all_linear_means_what_peft_means_by_it() -> None:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from diablo.blocks import (
@@ -85,7 +85,6 @@ def test_a_split_that_does_not_divide_is_refused_with_the_nearest_that_do(
     assert "\n" not in str(caught.value)
 
 
-@settings(deadline=None)
 @given(in_features=sizes, out_features=sizes, num_blocks=st.integers(1, 12), tokens=st.integers(0, 5))
 def test_product_gradient_and_delta_weight_equal_the_dense_definition(
     in_features: int, out_features: int, num_blocks: int, tokens: int
@@ -111,7 +110,6 @@ def test_product_gradient_and_delta_weight_equal_the_dense_definition(
     torch.testing.assert_close(add_block_product_(y, x, blocks), expected, rtol=1e-12, atol=1e-12)
 
 
-@settings(deadline=None)
 @given(in_features=sizes, out_features=sizes, num_blocks=st.integers(1, 12), transposed=st.booleans())
 def test_diagonal_blocks_are_views_of_exactly_the_changed_entries(
     in_features: int, out_features: int, num_blocks: int, transposed: bool

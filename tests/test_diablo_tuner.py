@@ -336,7 +336,10 @@ def test_bad_settings_are_refused_with_their_value(settings: dict, message: str)
             {"target_modules": ["embed_tokens"]},
             r"^model\.embed_tokens: DiaBlo adapts linear layers, not Embedding: take it out of target_modules$",
         ),
-        ({"target_modules": ["attention"]}, r"Target modules \{'attention'\} not found in the base model"),
+        (
+            {"target_modules": ["attention"]},
+            r"^target_modules: attention matches no module of LlamaForCausalLM: known: ",
+        ),
     ],
 )
 def test_unfit_targets_are_refused_in_one_line_that_says_where(settings: dict, message: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eval import equality
@@ -180,7 +180,6 @@ def test_equalities_never_raise_and_are_symmetric(left: str, right: str) -> None
         assert equal(left, right) is equal(right, left), name
 
 
-@settings(max_examples=60, deadline=None)
 @given(LATEX, LATEX)
 def test_the_equalities_that_ask_sympy_never_raise(left: str, right: str) -> None:
     for equal in (equality.milora, equality.milora_with_self_comparison, equality.math_verify_equal):

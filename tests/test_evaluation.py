@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from eval import generate as generate_module
+from eval.models import load
 from eval.rescore import main as rescore_main
 from eval.rescore import rescore
 from eval.run import evaluate
-from experiments.records import EvalPaths, RunPaths, read_config, read_json, write_config
+from experiments.records import EvalPaths, RunPaths, read_config, read_json, trained_record, write_config
 from experiments.train import train
 from tests.conftest import planned
 
@@ -106,6 +107,15 @@ def test_zero_steps_are_the_base_and_need_to_be_allowed(small: list[str], fails_
     (of_base,), (of_adapter,) = evaluate(base), evaluate(run, allow_identity=True)
     assert of_base.identity  # the base itself needs no permission
     assert of_base.items == of_adapter.items
+
+
+def test_a_model_that_computes_nan_is_not_scored(finished: RunPaths, tmp_path: Path, fails_with: Fails) -> None:
+    """Finite blocks, so large that the model with them is not."""
+    run = copied(finished, tmp_path)
+    trained, file = trained_record(run), run.adapter / "adapter_model.safetensors"
+    save_file({key: torch.full_like(tensor, 3e38) for key, tensor in load_file(file).items()}, file, {"format": "pt"})
+    message = fails_with(lambda: load(read_config(run), run, trained, allow_identity=False))
+    assert message.startswith(f"{run.root.name}: with {run.adapter} the model computes NaN in float32: a larger")
 
 
 def test_an_adapter_of_another_base_is_refused(finished: RunPaths, tmp_path: Path, fails_with: Fails) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -48,7 +48,6 @@ def rounded_sum(layer: DiabloLinear, original: Tensor) -> Tensor:
 # The same numbers
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     in_features=st.integers(1, 40),
     out_features=st.integers(1, 40),

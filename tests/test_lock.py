@@ -86,7 +86,7 @@ def test_a_dead_holder_of_this_host_is_taken_over_at_once(run: RunPaths) -> None
         process.kill()  # and not waited for: a zombie is dead
         started = time.monotonic()
         enter(run)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30  # well before the 60 s after which any holder is given up
 
 
 def test_a_requeued_task_waits_for_its_survivor(
@@ -96,8 +96,8 @@ def test_a_requeued_task_waits_for_its_survivor(
     monkeypatch.setenv("SLURM_JOB_ID", "41")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with writer(run, SLURM_RESTART_COUNT="0") as process:
-        subprocess.Popen(["sh", "-c", f"sleep 1.5; kill -9 {process.pid}"])
         started = time.monotonic()
+        subprocess.Popen(["sh", "-c", f"sleep 1.5; kill -9 {process.pid}"])
         enter(run)
         assert time.monotonic() - started > 1
     assert f"waiting for job 41, restart 0, process {process.pid}" in capsys.readouterr().err
@@ -119,7 +119,7 @@ def test_clock_times_in_files_count_for_nothing(run: RunPaths, written: float, f
         os.utime(path, (written, written))
     started = time.monotonic()
     enter(run, patience=1.0)
-    assert 1.0 < time.monotonic() - started < 10
+    assert 1.0 < time.monotonic() - started < 60
     held_elsewhere(run)
     beats = (
         f"import time; time.sleep(1); open({str(run.heartbeat)!r}, 'w').write('{{\"beat\": 2, \"time\": {written}}}')"
@@ -134,7 +134,7 @@ def test_a_stopped_process_that_wakes_leaves_the_directory_alone(run: RunPaths) 
         time.sleep(0.5)
         with locked(run, patience=1.0):
             process.send_signal(18)  # SIGCONT
-            assert process.wait(20) == 1
+            assert process.wait(120) == 1
             assert json.loads(run.lock.read_text())["pid"] == os.getpid()
     assert json.loads(run.attempts.read_text())[0]["how"] is None
 
@@ -145,8 +145,8 @@ def test_of_two_waiters_one_writes(run: RunPaths) -> None:
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom experiments.lock import locked\n"
         "from experiments.records import RunPaths\n"
-        "with locked(RunPaths(Path(sys.argv[1])), 1.0):\n"
-        "    a = time.monotonic(); time.sleep(0.7); print(a, time.monotonic())"
+        "with locked(RunPaths(Path(sys.argv[1])), 2.5):\n"
+        "    a = time.monotonic(); time.sleep(0.3); print(a, time.monotonic())"
     )
     environment = {**os.environ, "SLURM_JOB_ID": "1"}
     waiting = [
@@ -155,7 +155,7 @@ def test_of_two_waiters_one_writes(run: RunPaths) -> None:
         )
         for _ in range(3)
     ]
-    times = sorted(tuple(map(float, process.communicate(timeout=60)[0].split())) for process in waiting)
+    times = sorted(tuple(map(float, process.communicate(timeout=240)[0].split())) for process in waiting)
     assert len(times) == 3
     assert all(first[1] <= second[0] for first, second in pairwise(times))
 

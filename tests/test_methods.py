@@ -8,6 +8,7 @@ that does not, whether it trains under gradient checkpointing and on a quantised
 from __future__ import annotations
 
 import copy
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
@@ -304,3 +306,39 @@ def test_an_adapter_for_other_shapes_is_refused(tmp_path: Path) -> None:
     other: Any = AutoModelForCausalLM.from_config(build_config({**ARCHITECTURE, "intermediate_size": 64}))
     with pytest.raises(UserError, match="does not fit the base model"):
         methods.load(method, other, tmp_path / "adapter", merge=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["diablo", "lora", "prompt", "full"])
+def test_what_is_not_finite_is_refused_with_file_and_tensor(name: str, value: float, tmp_path: Path) -> None:
+    method, model = config_of(name)["method"], attached(name)
+    methods.save(method, model, tmp_path / "adapter", methods.initial_state(model))
+    (file,) = (tmp_path / "adapter").glob("*.safetensors")
+    tensors = load_file(file)
+    broken = sorted(tensors)[-1]
+    tensors[broken].view(-1)[-1] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    for merge in (False, True):
+        with pytest.raises(UserError, match=f"^{re.escape(f'{file}: {broken}')} has values that are NaN or infinite"):
+            methods.load(method, fresh_base(), tmp_path / "adapter", merge=merge)
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_a_file_that_was_cut_short_is_refused(name: str, tmp_path: Path) -> None:
+    method, model = config_of(name)["method"], attached(name)
+    methods.save(method, model, tmp_path / "adapter", {})
+    (file,) = (tmp_path / "adapter").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"^{re.escape(str(file))}: not a complete safetensors file"):
+        methods.load(method, fresh_base(), tmp_path / "adapter", merge=False)
+
+
+def test_an_adapter_with_a_tensor_missing_is_refused(tmp_path: Path) -> None:
+    method, model = config_of("lora")["method"], attached("lora")
+    methods.save(method, model, tmp_path / "adapter", {})
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop(sorted(tensors)[0])
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="does not fit the base model: Found missing adapter keys"):
+        methods.load(method, fresh_base(), tmp_path / "adapter", merge=True)

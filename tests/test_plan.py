@@ -66,12 +66,12 @@ def test_what_is_resolved_once_for_many_runs_is_right_for_each() -> None:
 
 
 def test_planning_a_thousand_runs_takes_seconds() -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     configs = plan(
         ["method=lora,diablo", "seed=range(0,50)", f"recipe.learning_rate={','.join(map(str, range(1, 11)))}"]
     )
     assert len(configs) == 1000
-    assert time.perf_counter() - started < 20  # a safety net: well below a second on two idle cores
+    assert time.process_time() - started < 20  # a safety net: well below a second
 
 
 RESULT = [

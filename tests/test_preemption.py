@@ -51,7 +51,7 @@ def preempt(module: str, run: RunPaths, seen: Seen, number: int = signal.SIGUSR1
             time.sleep(0.001)
         process.send_signal(number)
         process.send_signal(number)  # Slurm repeats its signals
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=240)
     finally:
         process.kill()
     assert process.returncode == 75, errors[-2000:]
@@ -120,7 +120,7 @@ def test_a_run_stopped_again_and_again_ends_as_if_undisturbed(
     assert markers[0]["step"] is None
     assert 10 < first < markers[2]["step"] <= markers[3]["step"] < 120
     done = start("experiments.train", run)
-    assert done.wait(120) == 0
+    assert done.wait(240) == 0
     assert not run.preempted.exists()
     assert train(run).resumed_at == [marker["step"] for marker in markers[1:]]
     markers.append(preempt("eval.run", run, beating, signal.SIGTERM))
@@ -171,14 +171,14 @@ def test_all_processes_stop_at_one_step_though_one_was_asked(small: list[str], t
             time.sleep(0.001)
         processes[1].send_signal(signal.SIGTERM)
         for process in processes:
-            assert process.wait(120) == 75, process.communicate()[1][-2000:]
+            assert process.wait(240) == 75, process.communicate()[1][-2000:]
         marker = read_json(broken.preempted)
         assert marker["signal"] == "SIGTERM"  # the first process wrote this, the second had the signal
         steps.append(marker["step"])
     assert steps[0] is None
     assert 5 < steps[1] < 48
     for run in (whole, broken):
-        assert [process.wait(120) for process in start_two(run, free_port())] == [0, 0]
+        assert [process.wait(240) for process in start_two(run, free_port())] == [0, 0]
     assert train(broken).resumed_at == steps[1:]
     assert content(broken) == content(whole)
 
@@ -269,10 +269,11 @@ def test_a_signal_after_the_last_step_leaves_the_run_finished(tmp_path: Path) ->
 
 
 def test_speed_and_remaining_time_are_of_this_attempt(tmp_path: Path) -> None:
+    started = time.monotonic()
     with attempt(RunPaths(tmp_path), "train") as heart:
         heart.at(100, 200, 5000)  # resumed there
         time.sleep(0.5)
         heart.at(110, 200, 6000)
     beat = read_json(RunPaths(tmp_path).heartbeat)
-    assert 1000 < beat["tokens_per_second"] <= 2000  # 1,000 tokens in half a second or somewhat more
+    assert 1000 / (time.monotonic() - started) < beat["tokens_per_second"] <= 2000  # 1,000 tokens in 0.5 s or more
     assert beat["eta_seconds"] == pytest.approx(9 * 1000 / beat["tokens_per_second"], rel=0.1)

@@ -152,7 +152,7 @@ def test_another_process_at_the_run_before_is_waited_for(small: list[str]) -> No
             time.sleep(0.01)
         assert before(run).lock.is_file()
         train(run)
-        assert other.wait(60) == 0
+        assert other.wait(240) == 0
     finally:
         other.kill()
         other.wait()

@@ -7,7 +7,7 @@ import math
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 
 from diablo.quantize import normal_float, normal_float_levels, round_to_nearest
 from diablo.quantize.packing import pack, packed_words, unpack
@@ -86,7 +86,6 @@ def test_nf4_agrees_with_bitsandbytes() -> None:
     torch.testing.assert_close((ours - weight).norm(), (theirs - weight).norm(), rtol=1e-3, atol=0)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     bits=st.integers(2, 8),
     shape=st.lists(st.integers(0, 13), min_size=1, max_size=4).map(tuple),

@@ -154,13 +154,14 @@ def test_only_a_program_that_ran_to_its_end_passes(sandbox: str, program: str, s
 
 
 @BOTH
-def test_endless_programs_are_timed_out(sandbox: str) -> None:
+def test_endless_programs_are_timed_out(sandbox: str, monkeypatch: pytest.MonkeyPatch) -> None:
     programs = ["while True: pass", "10**10**9", "while True:\n    try:\n        while True: pass\n    except: pass"]
     started = time.monotonic()
+    assert run("import time; time.sleep(600)", sandbox, timeout=0.2) == Outcome("timed_out", "over 0.8 s on the clock")
+    monkeypatch.setattr("eval.sandbox.WALL_FACTOR", 100)  # so that the CPU's limit comes first on a loaded machine too
     for outcome in run_programs(programs, sandbox=sandbox, timeout=0.4):
         assert outcome == Outcome("timed_out", "over 0.4 s of CPU time")
-    assert run("import time; time.sleep(60)", sandbox, timeout=0.2) == Outcome("timed_out", "over 0.8 s on the clock")
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
 
 
 @BOTH

@@ -136,7 +136,8 @@ def test_the_config_that_was_given_is_left_alone() -> None:
     [
         ({"num_blocks": 65}, {}, "num_blocks=65 exceeds the 64 blocks of 8 × 8"),
         ({"block_size": 5}, {}, "block_size=5 does not divide in_features=32 and out_features=32"),
-        ({"target_modules": ["query"]}, {}, "'query'.* names no linear layer of LlamaForCausalLM"),
+        ({"target_modules": ["query"]}, {}, "query matches no module of LlamaForCausalLM"),
+        ({"target_modules": ["embed_tokens"]}, {}, "'embed_tokens'.* names no linear layer of LlamaForCausalLM"),
         ({}, {"score": "max"}, "score='max': choose one of mean_abs, abs_mean"),
         ({}, {"learning_rate": 1e30, "steps": 3}, "gradient of .* is not finite: lower its learning rate"),
     ],

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -51,7 +51,6 @@ def layer_of(pattern: str, base: nn.Linear, mode: Literal["adapter", "in_place"]
     d_out=st.integers(1, 5),
     seed=st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=150)
 def test_a_pattern_chooses_its_share_once_each_and_has_its_form(
     pattern: str, n: int, d_in: int, d_out: int, seed: int
 ) -> None:

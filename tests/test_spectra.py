@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from peft import get_peft_model
 from safetensors.torch import load_file
@@ -24,7 +24,7 @@ from analysis.theory import condition
 from diablo import DiabloConfig
 from experiments.errors import UserError
 from experiments.records import read_lines
-from experiments.spectra import MeasureSpectra, spectrum, trained_layers
+from experiments.spectra import TOLERANCE, MeasureSpectra, spectrum, trained_layers
 from experiments.train import train
 from tests.analysis_runs import LAYERS, MODULES, write_run, write_spectra
 from tests.conftest import planned
@@ -34,23 +34,54 @@ from tests.test_run import train_until
 SETTINGS = {"every": 2, "blocks": 4, "tokens": 1000}
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 6), st.integers(1, 30), st.integers(0, 1000))
-def test_against_the_definitions(tokens: int, blocks: int, width: int, rank: int, seed: int) -> None:
+DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
+
+
+@given(
+    tokens=st.integers(1, 40),
+    blocks=st.integers(1, 4),
+    width=st.integers(1, 6),
+    rank=st.integers(1, 30),
+    decay=st.integers(0, 12),
+    dtype=DTYPES,
+    seed=st.integers(0, 1000),
+)
+@example(tokens=5, blocks=4, width=5, rank=5, decay=0, dtype=torch.float64, seed=2)  # a block's condition is over 1e3
+@example(tokens=20, blocks=4, width=6, rank=6, decay=8, dtype=torch.float64, seed=0)  # and here over 1e8
+@example(tokens=20, blocks=4, width=6, rank=6, decay=8, dtype=torch.float32, seed=0)
+def test_against_the_definitions(
+    tokens: int, blocks: int, width: int, rank: int, decay: int, dtype: torch.dtype, seed: int
+) -> None:
+    """numpy's, of the same rounded matrix; the `rank` directions of X fall to 10^-decay of the first."""
     generator = np.random.default_rng(seed)
-    x = generator.normal(size=(tokens, rank)) @ generator.normal(size=(rank, blocks * width))
-    found = spectrum(torch.tensor(x), blocks)
+    factors = generator.normal(size=(tokens, rank)), generator.normal(size=(rank, blocks * width))
+    rounded = torch.tensor(factors[0] * np.logspace(0, -decay, rank) @ factors[1]).to(dtype)
+    found = spectrum(rounded, blocks)
+    x = rounded.double().numpy()
     squares = np.linalg.svd(x, compute_uv=False) ** 2
     assert found["stable_rank"] == pytest.approx(squares.sum() / squares[0])
     assert found["energy"] == pytest.approx(squares[:width].sum() / squares.sum())
     for number, part in enumerate(np.split(x, blocks, axis=1)):
-        own = np.linalg.svd(part, compute_uv=False) ** 2
-        assert found["block_stable_rank"][number] == pytest.approx(own.sum() / own[0])
-        assert found["block_energy"][number] == pytest.approx(own[: max(1, width // 4)].sum() / own.sum())
-        inside = part @ np.linalg.lstsq(part, x, rcond=None)[0]
-        # Directions that carry less than a millionth of a block's largest are left out, and these problems have some.
-        assert found["covered"][number] == pytest.approx((inside**2).sum() / squares.sum(), abs=1e-3)
+        own = np.linalg.svd(part, compute_uv=False)
+        assert found["block_stable_rank"][number] == pytest.approx((own**2).sum() / own[0] ** 2)
+        energy = (own[: max(1, width // 4)] ** 2).sum() / (own**2).sum()
+        assert found["block_energy"][number] == pytest.approx(energy)
+        inside = part @ np.linalg.lstsq(part, x, rcond=TOLERANCE[dtype])[0]
+        condition = own[0] / own[own > TOLERANCE[dtype] * own[0]].min()  # what rounding in float64 is enlarged by
+        assert found["covered"][number] == pytest.approx((inside**2).sum() / squares.sum(), abs=1e-14 * condition)
         assert found["covered"][number] <= found["energy"] + 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rounding_an_input_adds_nothing_to_a_blocks_column_space(dtype: torch.dtype) -> None:
+    """The first block has rank 2 and covers two of eight directions; rounded it has rank 16 of 40."""
+    generator = np.random.default_rng(0)
+    x = torch.tensor(generator.normal(size=(40, 8)) @ generator.normal(size=(8, 64)))
+    x[:, :16] = x[:, :2] @ torch.tensor(generator.normal(size=(2, 16)))
+    exact, rounded = spectrum(x, 4), spectrum(x.to(dtype), 4)
+    assert torch.linalg.matrix_rank(x.to(dtype)[:, :16].double()) == 16
+    assert exact["covered"][0] < 0.5
+    assert rounded["covered"] == pytest.approx(exact["covered"], abs=1e-3)
 
 
 def test_where_the_condition_holds_every_block_covers_all_of_it() -> None:

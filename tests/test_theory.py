@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis.plots_theory import least_squares_map, sign
@@ -97,7 +97,6 @@ def test_outside_the_condition_lora_can_be_better() -> None:
     assert low["lora"] < row["lora"]  # and the more so, the lower the rank of what is to be learnt
 
 
-@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), rank=st.integers(1, 12))
 def test_stationary_for_the_blocks_is_stationary_for_all_of_w(seed: int, rank: int) -> None:
     """Any loss: X_i^T g_i = 0 for every block makes X^T g_Y = 0 if rank(X_i) = rank(X), here rank ≤ 24 / 3 = 8."""
@@ -174,7 +173,7 @@ def test_the_map_says_in_signs_what_the_losses_are() -> None:
 
 def test_numpy_is_all_it_needs() -> None:
     program = "import sys, analysis.theory; assert not {'scipy', 'pandas', 'torch', 'matplotlib'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=240)
 
 
 @pytest.mark.parametrize("rank", [1, 4, 5, 9])

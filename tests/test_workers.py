@@ -33,7 +33,7 @@ def test_runs_beside_each_other_end_as_those_in_one_process(tmp_path: Path, cach
         while process.poll() is None and not all(after(3)(run) for run in runs[:2]):
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=240)
     finally:
         process.kill()
     assert process.returncode == 75, errors[-2000:]

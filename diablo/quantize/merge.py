@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from diablo.quantize.grids import nearest_levels, to_codes
 from diablo.quantize.linear import QuantizedLinear, set_module
+from diablo.tied import untie
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ def _merge(model: PeftModel, replace: Callable[[str, QuantizedLinear, Tensor | N
             set_module(base, name, _merged(name, module, replace))
         elif isinstance(module, QuantizedLinear) and not name.endswith(".base_layer"):
             set_module(base, name, replace(name, module, None))
+    untie(base)
     tuner: Any = model.base_model
     return tuner.merge_and_unload(safe_merge=True)
 
