@@ -21,6 +21,7 @@ from experiments.train import train
 from tests.test_methods import batch, config_of, fresh_base
 
 ROOT = Path(__file__).resolve().parent.parent
+MODES = ("adapter", "in_place")  # in one pair of processes, since it takes longer to start one than to use it
 
 
 def torchrun(run: RunPaths) -> None:
@@ -59,16 +60,17 @@ import json, os, sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from experiments import methods
 from tests.test_methods import batch
-from tests.test_distributed import in_mode
+from tests.test_distributed import MODES, in_mode
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-model = DistributedDataParallel(in_mode(sys.argv[2]))
 rows = torch.cat([batch(), batch().flip(0)])[rank::2]
-for part, sync in ((rows[:1], False), (rows[1:2], False), (rows[2:], True)):
-    with model.no_sync() if not sync else torch.enable_grad():
-        (model(input_ids=part, labels=part).loss / 3).backward()
-gradients = {name: tensor.grad.tolist() for name, tensor in methods.trained_tensors(model.module).items()}
-open(os.path.join(sys.argv[1], f"{rank}.json"), "w").write(json.dumps(gradients))
+for mode in MODES:
+    model = DistributedDataParallel(in_mode(mode))
+    for part, sync in ((rows[:1], False), (rows[1:2], False), (rows[2:], True)):
+        with model.no_sync() if not sync else torch.enable_grad():
+            (model(input_ids=part, labels=part).loss / 3).backward()
+    gradients = {name: tensor.grad.tolist() for name, tensor in methods.trained_tensors(model.module).items()}
+    open(os.path.join(sys.argv[1], f"{mode}-{rank}.json"), "w").write(json.dumps(gradients))
 dist.destroy_process_group()
 """
 
@@ -81,12 +83,12 @@ def in_mode(mode: str) -> Any:
     return methods.attach(method, fresh_base()).eval()
 
 
-def run_script(script: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_script(script: Path, code: str) -> subprocess.CompletedProcess[str]:
     """The code in two gloo processes."""
     script.write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     return subprocess.run(
-        [*command, "--nproc_per_node=2", str(script), str(script.parent), *arguments],
+        [*command, "--nproc_per_node=2", str(script), str(script.parent)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -96,18 +98,18 @@ def run_script(script: Path, code: str, *arguments: str) -> subprocess.Completed
     )
 
 
-@pytest.mark.parametrize("mode", ["adapter", "in_place"])
-def test_gradients_are_equal_on_both_ranks_and_to_the_joined_batch(mode: str, tmp_path: Path) -> None:
+def test_gradients_are_equal_on_both_ranks_and_to_the_joined_batch(tmp_path: Path) -> None:
     """With accumulation under no_sync, as Trainer does it."""
-    done = run_script(tmp_path / "gradients.py", GRADIENTS, mode)
+    done = run_script(tmp_path / "gradients.py", GRADIENTS)
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert first == second
-    model = in_mode(mode)
-    rows = torch.cat([batch(), batch().flip(0)])
-    model(input_ids=rows, labels=rows).loss.backward()
-    for name, tensor in methods.trained_tensors(model).items():
-        torch.testing.assert_close(torch.tensor(first[name]), tensor.grad, atol=1e-6, rtol=1e-4)
+    for mode in MODES:
+        first, second = (json.loads((tmp_path / f"{mode}-{rank}.json").read_text()) for rank in (0, 1))
+        assert first == second, mode
+        model = in_mode(mode)
+        rows = torch.cat([batch(), batch().flip(0)])
+        model(input_ids=rows, labels=rows).loss.backward()
+        for name, tensor in methods.trained_tensors(model).items():
+            torch.testing.assert_close(torch.tensor(first[name]), tensor.grad, atol=1e-6, rtol=1e-4)
 
 
 SHARDED = """
@@ -117,54 +119,55 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from diablo.in_place import local_shard
-from tests.test_distributed import in_mode
+from tests.test_distributed import MODES, in_mode
 from tests.test_methods import batch
 dist.init_process_group("gloo")
-rank, model = dist.get_rank(), in_mode(sys.argv[2])
-mesh = init_device_mesh("cpu", (2,))
-for layer in model.get_base_model().model.layers:
-    fully_shard(layer, mesh=mesh)
-fully_shard(model, mesh=mesh)
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
 rows = torch.cat([batch(), batch().flip(0)])[rank::2]
-for _ in range(3):
-    model(input_ids=rows, labels=rows).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-logits = model(input_ids=batch()).logits
-state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-if rank == 0:
-    state = {"logits": logits.detach(), **{name: tensor.clone() for name, tensor in state.items()}}
-    save_file(state, f"{sys.argv[1]}/state.safetensors")
-    try:
-        local_shard(model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight, 3)
-    except RuntimeError as error:
-        assert "mode='adapter'" in str(error)
-    else:
-        raise AssertionError("three blocks were given to two processes")
+for mode in MODES:
+    model = in_mode(mode)
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    logits = model(input_ids=batch()).logits
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        state = {"logits": logits.detach(), **{name: tensor.clone() for name, tensor in state.items()}}
+        save_file(state, f"{sys.argv[1]}/{mode}.safetensors")
+        try:
+            local_shard(model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight, 3)
+        except RuntimeError as error:
+            assert "mode='adapter'" in str(error)
+        else:
+            raise AssertionError("three blocks were given to two processes")
 dist.barrier()
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("mode", ["adapter", "in_place"])
-def test_a_model_sharded_by_fsdp2_trains_as_one_process_does(mode: str, tmp_path: Path) -> None:
+def test_a_model_sharded_by_fsdp2_trains_as_one_process_does(tmp_path: Path) -> None:
     """In place, each process writes the blocks of its own rows; what is gathered is W0 and D."""
-    done = run_script(tmp_path / "sharded.py", SHARDED, mode)
+    done = run_script(tmp_path / "sharded.py", SHARDED)
     assert done.returncode == 0, done.stderr[-3000:]
-    state = load_file(tmp_path / "state.safetensors")
-    model = in_mode(mode)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    rows = torch.cat([batch(), batch().flip(0)])
-    for _ in range(3):
-        model(input_ids=rows, labels=rows).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    torch.testing.assert_close(state.pop("logits"), model(input_ids=batch()).logits, atol=1e-4, rtol=1e-3)
-    expected = model.state_dict()
-    assert state.keys() == expected.keys()
-    for name, tensor in expected.items():
-        if "diablo_" in name:
-            torch.testing.assert_close(state[name], tensor, atol=1e-4, rtol=1e-3)
-        else:
-            assert torch.equal(state[name], tensor), name
+    for mode in MODES:
+        state = load_file(tmp_path / f"{mode}.safetensors")
+        model = in_mode(mode)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        rows = torch.cat([batch(), batch().flip(0)])
+        for _ in range(3):
+            model(input_ids=rows, labels=rows).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.testing.assert_close(state.pop("logits"), model(input_ids=batch()).logits, atol=1e-4, rtol=1e-3)
+        expected = model.state_dict()
+        assert state.keys() == expected.keys()
+        for name, tensor in expected.items():
+            if "diablo_" in name:
+                torch.testing.assert_close(state[name], tensor, atol=1e-4, rtol=1e-3)
+            else:
+                assert torch.equal(state[name], tensor), name
