@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,16 @@ QUICK = {
 }
 
 
-def output_error(model: Any, full: Any, tokens: Tensor) -> float:
+def output_error(model: Any, wanted: Sequence[Tensor], tokens: Tensor) -> float:
     """The mean over decoder layers and positions of the relative squared error of their outputs."""
-    with torch.no_grad():
-        found, wanted = (m(input_ids=tokens, output_hidden_states=True).hidden_states[1:] for m in (model, full))
-    errors = [(one - other).square().sum(-1) / other.square().sum(-1) for one, other in zip(found, wanted, strict=True)]
+    pairs = zip(layer_outputs(model, tokens), wanted, strict=True)
+    errors = [(one - other).square().sum(-1) / other.square().sum(-1) for one, other in pairs]
     return torch.stack(errors).mean().item()
+
+
+def layer_outputs(model: Any, tokens: Tensor) -> Sequence[Tensor]:
+    with torch.no_grad():
+        return model(input_ids=tokens, output_hidden_states=True, logits_to_keep=1).hidden_states[1:]
 
 
 def rounded(model: Any) -> Any:
@@ -77,11 +82,12 @@ def test_every_quantizer_with_an_adapter(
     tokens = calibration_tokens({**config, "quantization": {"calibration": CALIBRATION}})
     assert tokens is not None
     full = load_full_precision(config)[0]
+    wanted = layer_outputs(full, tokens)
     # Before training, with the LoRA that belongs to the weights where there is one.
     start = methods.attach(config["method"], load_base(config)[0])
     assert len(quantized_layers(start)) == 3 * 7
-    error = output_error(start, full, tokens)
-    rounding = output_error(rounded(load_full_precision(config)[0]), full, tokens)
+    error = output_error(start, wanted, tokens)
+    rounding = output_error(rounded(full), wanted, tokens)
     if name == "rtn":
         assert error == pytest.approx(rounding, rel=1e-4)
     assert 0 < error < (rounding if PROMISES[name] else 1)
