@@ -1,13 +1,14 @@
 """The paper's experiments that choose learning rates on held-out rows, each executed from its plan to its report page.
 
 On three layers of SmolLM2-135M and real rows, with every method, kind of task, protocol and quantiser of the file;
-rows, steps, sizes and learning rates are few. What comes out says that the experiment runs, and nothing about its methods.
+rows, steps, sizes and learning rates are few. What comes out says that the experiment runs and nothing about methods.
 """
 
 from __future__ import annotations
 
 import csv
 import gc
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,7 +128,7 @@ def test_an_experiment_runs_from_plan_to_page(
     runs = load_runs([run_paths(config).root for config in found.final], quiet=True)
     assert runs.problems == []
     assert set(runs.frame["run_id"]) == {config["run_id"] for config in found.final}
-    assert runs.frame["accuracy"].notna().all()
+    assert not any(math.isnan(value) for value in runs.frame["accuracy"])
     assert len((page.parent / "learning_rates.csv").read_text(encoding="utf-8").splitlines()) == 1 + len(found.first)
     with (page.parent / "table.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
