@@ -35,7 +35,8 @@ def freeze_first(
             first = resolve([parse(f"method={method['first']}"), *shared])
         except UserError as error:
             where = f"configs/method/{method['first']}.yaml"
-            raise UserError(f"the run that {method['name']} needs first is set by {where} alone: {error}") from None
+            told = str(error).replace("give recipe.learning_rate=…", "add it there")  # which is of this run
+            raise UserError(f"the run that {method['name']} needs first is set by {where} alone: {told}") from None
         method["first"] = {"method": first["method"], "learning_rate": first["recipe"]["learning_rate"]}
     return settings
 

@@ -55,7 +55,7 @@ def reproduce(
         if found.final:
             print(f"{_title(name)}: {len(found.final)} runs in {run_paths(found.final[0]).root.parent}", flush=True)
             failures += execute(found.final)
-    page = report(name, found, out, measure=not report_only)
+    page = report(name, found, out, overrides, measure=not report_only)
     print(f"report: {page.resolve()}  ({time.perf_counter() - started:.0f} s in all)")
     missing = (
         [f"{len(found.to_come)} runs without a learning rate ({'; '.join(found.undecided)})"] if found.undecided else []
@@ -68,16 +68,22 @@ def reproduce(
     return page
 
 
-def report(name: str, found: Stages, out: Path, measure: bool) -> Path:
-    """Write the report of an experiment's runs into `out`. `measure`: its step times are measured here."""
+def report(name: str, found: Stages, out: Path, overrides: list[str], measure: bool) -> Path:
+    """Write the report of an experiment's runs into `out`. `measure`: its step times are measured here, if they can be.
+
+    `overrides` are named on the page, whose title and notes are the experiment file's.
+    """
     # Late and only here: experiments is what eval and analysis stand on.
     from analysis.report import write_report
-    from experiments.timing import measure_step_times
+    from experiments.timing import can_measure, measure_step_times
 
     experiment, notes = read_experiment(name), []
     runs = [run for run in map(run_paths, found.final) if run.config.is_file()]
     if not any(run.train_record.is_file() for run in runs):
         raise UserError(f"no run of {name} is finished: there is nothing to report")
+    given = [override for override in overrides if not override.startswith("runtime.")]
+    if given:
+        notes.append(f"These settings were given for all runs, whatever title and notes say: {' '.join(given)}")
     if found.first:
         write_choices(found)
         write_atomically(out / "learning_rates.csv", to_csv(found))
@@ -86,9 +92,9 @@ def report(name: str, found: Stages, out: Path, measure: bool) -> Path:
             f"Learning rates were chosen by the {by} on rows kept out of training, with one seed; the tables say "
             "which. learning_rates.csv has every one that was tried."
         )
-    # A label stands for one method only within a task: another task adapts other modules.
-    one_task = len({config["task"]["name"] for config in found.final}) == 1
-    step_times = measure_step_times(found.final, runs[0].root.parent / "step_times") if measure and one_task else None
+    step_times = None
+    if measure and can_measure(found.final):
+        step_times = measure_step_times(found.final, runs[0].root.parent / "step_times")
     return write_report(
         [run.root for run in runs],
         out,

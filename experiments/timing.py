@@ -21,13 +21,24 @@ from experiments.records import content_hash, write_atomically
 
 Config = dict[str, Any]
 FLOOR = "floor"
+LARGEST = 10_000_000  # parameters of a base: its floor and every method's model are in memory together, for 18 rounds
 STEP_TIMES_SCHEMA = 1
+
+
+def can_measure(configs: Sequence[Config]) -> bool:
+    """Whether `measure_step_times` takes these runs: of one small model and one task, within which a label stands for
+    one method. Of larger models train.json has the time of a step, and experiments.benchmark measures passes."""
+    from experiments.models import empty_base
+
+    one = len({(config["model"]["name"], config["task"]["name"]) for config in configs}) == 1
+    trained = any(config["method"]["trains"] != "nothing" for config in configs)
+    return one and trained and empty_base(configs[0]["model"]["architecture"]).num_parameters() <= LARGEST
 
 
 def measure_step_times(configs: Sequence[Config], folder: Path, rounds: int = 15, length: int = 64) -> Path:
     """Seconds per forward and backward pass of every method in `configs`, one file per set of methods and device.
 
-    A file that is there is kept. Methods are told apart by their label; all configs must share one base model.
+    A file that is there is kept. Methods are told apart by their label; all configs must share one base model and task.
     """
     import torch
 

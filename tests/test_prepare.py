@@ -215,10 +215,21 @@ def test_a_method_before_without_a_learning_rate_is_refused(
     fails_with: Callable[[Callable[[], object]], str],
 ) -> None:
     said = fails_with(lambda: plan(["method=lori_s", "task=metamathqa", "recipe.learning_rate=1e-3"]))
-    assert said.startswith(
+    assert said == (
         "the run that lori_s needs first is set by configs/method/lori_d.yaml alone: no learning rate is recorded for "
-        "lori_d on metamathqa"
+        "lori_d on metamathqa: add it there"
     )
+
+
+@pytest.mark.parametrize(
+    ("task", "stand_in"),
+    [("commonsense_170k", "commonsense_74k"), ("code_alpaca", "code_alpaca_6k"), ("saferpaca", "safety_7k")],
+)
+def test_a_stand_in_has_the_learning_rates_of_its_task(task: str, stand_in: str) -> None:
+    """A method that needs a run before it runs on the stand-ins too."""
+    runs = [plan(["method=lori_s", f"task={name}"])[0] for name in (task, stand_in)]
+    ours, theirs = ((run["recipe"]["learning_rate"], run["method"]["first"]["learning_rate"]) for run in runs)
+    assert ours == theirs == (5e-4, 5e-5)
 
 
 def test_micro_batches_are_the_examples_in_an_order_of_the_seed(small: list[str]) -> None:

@@ -17,7 +17,7 @@ from experiments.plan import main as plan_main
 from experiments.plan import plan, write_runs
 from experiments.records import read_json
 from experiments.reproduce import reproduce
-from experiments.timing import FLOOR, measure_step_times
+from experiments.timing import FLOOR, can_measure, measure_step_times
 from experiments.train import train
 from tests.conftest import SMALL
 
@@ -35,6 +35,8 @@ def test_quickstart_end_to_end(tmp_path: Path, cache_dir: Path) -> None:
     page = reproduce("quickstart", overrides, tmp_path / "report")
     text = page.read_text()
     assert "http://" not in text.replace("http://www.w3.org", "")  # nothing is loaded from elsewhere
+    assert "given for all runs, whatever title and notes say: model.pretraining.steps=4 task.data.train=64" in text
+    assert "runtime.runs_dir=" not in text
     with (tmp_path / "report" / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["label"] for row in rows} == {
@@ -57,6 +59,21 @@ def test_step_times_are_interleaved_and_kept(tmp_path: Path, cache_dir: Path) ->
     before = path.stat().st_mtime_ns
     assert measure_step_times(configs, tmp_path, rounds=3, length=16) == path
     assert path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "measured"),
+    [
+        (["method=lora,base"], True),
+        (["method=base"], False),
+        (["model=smollm2_135m", "method=lora,diablo", "recipe.learning_rate=1e-3"], False),
+        (["model=tiny,smollm2_135m", "method=lora", "recipe.learning_rate=1e-3"], False),
+        (["task=arith,gsm8k", "method=lora", "recipe.learning_rate=1e-3"], False),
+    ],
+)
+def test_step_times_are_of_one_task_and_one_small_model(arguments: list[str], measured: bool) -> None:
+    """All methods' models are in memory together, and a label stands for one of them."""
+    assert can_measure(plan(arguments)) == measured
 
 
 def test_every_task_trains_and_scores_on_real_rows(data_root: Path, tmp_path: Path, cache_dir: Path) -> None:
