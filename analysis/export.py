@@ -2,8 +2,8 @@
 
     python -m analysis.export runs --out analysis/results/quickstart/runs
 
-Of a run it keeps config.yaml (without the paths of `runtime`), train.json, learning_rate.json, every score.json and a
-thinned metrics.jsonl and spectra.jsonl. Adapters, plans, samples and checkpoints stay behind.
+Of a run it keeps config.yaml (without the paths of `runtime`), train.json or diverged.json, held_out.json,
+learning_rate.json, every score.json and a thinned metrics.jsonl and spectra.jsonl. Adapters, plans, samples and checkpoints stay behind.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def export_run(source: Path, out: Path) -> Path:
     config = read_config(old)
     config["runtime"] = {key: None if key in PATHS else value for key, value in config["runtime"].items()}
     write_config(new, config)
-    for path in (old.train_record, old.learning_rate, *sorted(source.glob("eval/*/*/score.json"))):
+    records = (old.train_record, old.held_out, old.diverged, old.learning_rate)
+    for path in (*records, *sorted(source.glob("eval/*/*/score.json"))):
         if path.is_file():
             write_atomically(new.root / path.relative_to(source), _compact(read_json(path)))
     if old.spectra.is_file():
