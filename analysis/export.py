@@ -3,7 +3,8 @@
     python -m analysis.export runs --out analysis/results/quickstart/runs
 
 Of a run it keeps config.yaml (without the paths of `runtime`), train.json or diverged.json, held_out.json,
-learning_rate.json, every score.json and a thinned metrics.jsonl and spectra.jsonl. Adapters, plans, samples and checkpoints stay behind.
+learning_rate.json, every score.json and a thinned metrics.jsonl and spectra.jsonl. Adapters, plans, samples and
+checkpoints stay behind.
 """
 
 from __future__ import annotations
