@@ -28,7 +28,10 @@ from experiments.records import (
 )
 
 UNREADABLE = (UserError, OSError, ValueError, KeyError, TypeError, AttributeError)  # what a damaged file can raise
-SIZES = {"num_blocks": "N", "r": "r"}  # the setting that sizes an adapter -> the letter the literature gives it
+SIZES = {  # the setting that sizes an adapter -> what the literature calls it; PaCA's rank is a count of rows
+    **{"num_blocks": "N", "r": "r", "count": "r"},
+    **{"num_virtual_tokens": "tokens", "bottleneck_size": "width", "down_ratio": "down"},
+}
 DENOMINATOR = 4096  # of a density, at most
 RUN_COLUMNS = (
     *("run_id", "path", "model", "method", "label", "size", "size_number", "task", "seed", "learning_rate"),
@@ -97,7 +100,7 @@ def _about_run(run: RunPaths, config: dict[str, Any]) -> dict[str, Any]:
     quantization = config.get("quantization") or {}
     size = next((key for key in SIZES if adapter.get(key) is not None), None)
     letter = "blocks" if method["name"] == "smt" else SIZES[size] if size else ""  # SMT's are a number, not a cut
-    pattern = adapter.get("pattern")
+    pattern = None if size else adapter.get("pattern")
     density = f" {Fraction(adapter['density']).limit_denominator(DENOMINATOR)}" if adapter.get("density") else ""
     return {
         "run_id": run.root.name,

@@ -11,6 +11,7 @@ import pytest
 
 from analysis.load import find_runs, load_metrics, load_runs, load_step_times, records
 from experiments.errors import UserError
+from experiments.plan import plan, write_runs
 from experiments.records import RunPaths
 from tests.analysis_runs import LAYERS, MODULES, change, score_file, step_times_file, write_run
 
@@ -41,6 +42,19 @@ def test_a_run_becomes_a_row(tmp_path: Path) -> None:
     }
     assert {key: row[key] for key in expected} == expected
     assert list(row["items"]) == [1, 1, 1, 0]
+
+
+def test_every_method_that_has_a_size_says_it(small: list[str]) -> None:
+    """PaCA's is a rank: it is a method of its own, and no pattern of the ablation."""
+    grids = ["method=lora,ia3,full", "method=paca,s2ft,smt,prompt,prefix,bottleneck", "method=sparse,diablo"]
+    configs = [config for grid in grids for config in plan([*small, grid, "recipe.learning_rate=1e-3"])]
+    frame = load_runs([run.root for run in write_runs(configs)], quiet=True).frame
+    assert dict(zip(frame["method"], frame["size"], strict=True)) == {
+        **{"lora": "r=6", "ia3": "", "full": "", "paca": "r=12", "s2ft": "down=0.375", "smt": "blocks=108"},
+        **{"prompt": "tokens=20", "prefix": "tokens=10", "bottleneck": "width=18"},
+        **{"sparse": "random_entry 1/8", "diablo": "N=8"},
+    }
+    assert frame.loc[frame["pattern"].notna(), "method"].tolist() == ["sparse"]
 
 
 def test_missing_stays_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,7 @@ COMMON = [
 # The whole training set of the paper's task is not in its public repository: its stand-in, and of that one part.
 COMMONSENSE = [
     *("task=commonsense_74k", "task.data.source=[arc_easy]", "protocol.max_length=160"),
-    "evaluation.generation.num_beams=1",
+    *("evaluation.benchmarks=[boolq,arc_easy]", "evaluation.generation.num_beams=1"),
 ]
 
 
@@ -49,6 +49,7 @@ CASES = {
         COMMONSENSE,
         {
             "num_blocks=128": "num_blocks=32",
+            "method=lora_ga": "method=lora_ga method.prepare.iterations=1",
             "num_blocks=890,5049": "num_blocks=20,40 method.prepare.steps=2",
             "num_blocks=3688": "num_blocks=20 method.prepare.steps=2",
         },
@@ -68,7 +69,7 @@ CASES = {
         ]
     ),
     "sweep_n_rank": Case(
-        [*COMMONSENSE, "evaluation.benchmarks=[boolq,arc_easy]"],
+        COMMONSENSE,
         {"num_blocks=16,32,64,128,256": "num_blocks=16,32,64", "r=4,8,16,32,64,128": "r=4,128"},
     ),
 }
