@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Config = dict[str, Any]
-DTYPES = ("bfloat16", "float16", "float32", "float64")
+DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 
 
 def leave_out_sklearn() -> None:
@@ -100,9 +100,12 @@ def weights_dtype(model: Config, device: str) -> torch.dtype:
     if name == "auto":
         on_gpu = device.startswith("cuda")
         return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if name not in DTYPES:
-        raise UserError(f"model.dtype={name}: {nearest(name, ['auto', *DTYPES])}")
     return getattr(torch, name)
+
+
+def check_dtype(model: Config) -> None:
+    if model["dtype"] not in DTYPES:
+        raise UserError(f"model.dtype={model['dtype']}: {nearest(str(model['dtype']), DTYPES)}")
 
 
 def with_dtype(config: Config, device: str) -> Config:

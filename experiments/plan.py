@@ -33,6 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments.errors import UserError, nearest, run_command
 from experiments.first import freeze_first
 from experiments.gguf import settle_weights
+from experiments.models import check_dtype
 from experiments.quantize import name_quantized
 from experiments.records import RunPaths, read_config, run_id, write_config
 
@@ -294,6 +295,7 @@ def _resolve_references(composed: Config) -> Config:
 
 def _named(settings: Config) -> Config:
     """Drop the tables that only served to choose a value, and name the run."""
+    check_dtype(settings["model"])
     settle_weights(settings["model"], Path(settings["runtime"]["cache_dir"]))
     name_quantized(settings)
     if settings["spectra"]["every"] is None:
