@@ -52,7 +52,8 @@ def train_until(run: RunPaths, step: int, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_finished_run_holds_what_the_design_says(finished: RunPaths) -> None:
     record = train(finished)
     assert {path.name for path in finished.root.iterdir()} == {
-        *("config.yaml", "adapter", "metrics.jsonl", "train.json", "eval", "attempts.json", "heartbeat.json")
+        *("config.yaml", "adapter", "metrics.jsonl", "train.json", "held_out.json", "eval"),
+        *("attempts.json", "heartbeat.json"),
     }
     assert set(record.adapter_files) >= {"adapter_config.json", "adapter_model.safetensors"}
     assert record.steps == 16 and record.rows == 64  # noqa: PT018  64 rows, batches of 8, 2 epochs
