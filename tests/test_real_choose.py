@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from analysis.load import load_runs, records
-from experiments import methods
+from experiments import methods, timing
 from experiments.choose import stages
 from experiments.data import training_rows
 from experiments.models import load_base
@@ -33,6 +34,7 @@ def test_rates_are_chosen_by_the_held_out_rows_with_grouping_by_length(
     smollm2_slice: list[str], tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keep_shortest_rows(monkeypatch, 24)
+    monkeypatch.setattr(timing, "measure_step_times", partial(timing.measure_step_times, rounds=1))
     file = tmp_path / "two_stages.yaml"
     file.write_text(FILE, encoding="utf-8")
     few = ["task.data.heldout=8", "recipe.max_steps=4", "evaluation.benchmarks=[mawps]"]

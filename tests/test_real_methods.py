@@ -174,8 +174,10 @@ def check_loading(found: Trained, name: str, rounding: float) -> None:
 
 
 def of_method(name: str) -> list[str]:
-    rate = yaml.safe_load((CONFIGS / "method" / f"{name}.yaml").read_text(encoding="utf-8"))["learning_rate"]["arith"]
-    return [f"method={name}", f"recipe.learning_rate={rate / 4}", f"model.adapter_size.smt_blocks={SMT_BLOCKS}"]
+    content = yaml.safe_load((CONFIGS / "method" / f"{name}.yaml").read_text(encoding="utf-8"))
+    few = ["method.prepare.steps=4"] if "steps" in content.get("prepare", {}) else []  # of a warm-up
+    rate = content["learning_rate"]["arith"] / 4
+    return [f"method={name}", f"recipe.learning_rate={rate}", f"model.adapter_size.smt_blocks={SMT_BLOCKS}", *few]
 
 
 def run_settings(tmp_path: Path, data_root: Path) -> list[str]:
