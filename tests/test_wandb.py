@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,13 @@ def history_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def id_of(folder: Path) -> str:
-    return next(record.run.run_id for record in records_of(folder) if record.HasField("run"))
+    """wandb writes by a process of its own, which on a busy machine may be behind."""
+    for _ in range(300):
+        found = [record.run.run_id for record in records_of(folder) if record.HasField("run")]
+        if found:
+            return found[0]
+        time.sleep(0.1)
+    raise AssertionError(f"{folder}: no run was written")
 
 
 def test_training_mirrors_its_metrics_under_one_id(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
