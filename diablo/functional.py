@@ -62,7 +62,9 @@ def add_blocks(result: Tensor, x: Tensor, blocks: Tensor, dropout: float = 0.0, 
         x: `(..., in_features)`.
     """
     if result._base is not None or not (result.requires_grad and result.grad_fn is not None):
-        result = result.clone()  # a view, or somebody's own tensor
+        result = result.clone(memory_format=torch.contiguous_format)  # a view, or somebody's own tensor
+    elif not result.is_contiguous():
+        result = result.contiguous()  # whose rows are a view of it
     return _AddBlocks.apply(result, x, blocks, *(places or (None, None)), dropout, _seed(dropout))  # pyright: ignore
 
 
@@ -94,8 +96,10 @@ class _BlockLinear(torch.autograd.Function):
             narrow = x.to(weight.dtype)
             y = F.linear(narrow, weight, bias)
             if in_weight is None:
-                rows = _rows(narrow)
-                add_product_(_rows(y), _drop(rows, _mask(rows, dropout, seed), dropout), blocks.to(y.dtype), places)
+                rows, shape = _rows(narrow), y.shape
+                y = _rows(y)  # a copy where y is not contiguous, so that the sum must not be looked for in y itself
+                add_product_(y, _drop(rows, _mask(rows, dropout, seed), dropout), blocks.to(y.dtype), places)
+                y = y.view(shape)
         ctx.dropout, ctx.seed, ctx.in_weight, ctx.x_dtype = dropout, seed, in_weight, x.dtype
         ctx.gathered = False
         if in_weight is not None and places is not None and is_smaller_gathered(places, x.shape[-1]):

@@ -244,8 +244,8 @@ def math_verify_equal(text: str, gold: str) -> bool:
     """
     text, gold = text.replace(r"\$", ""), gold.replace(r"\$", "")
     said = metamath_expression(text).answer or final_answer_expression(text).answer
-    if said is not None and "$" not in said:
-        text = f"${said}$"
+    if said is not None:  # what stands before it, such as another \\boxed, is not the answer
+        text = said if "$" in said else f"${said}$"
     return gold != "" and (said is None or len(said) <= LONGEST) and _in_time(_verified, text, f"${gold}$")
 
 

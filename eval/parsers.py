@@ -38,15 +38,17 @@ def hash_marks(text: str, options: Sequence[str] = ()) -> Reading:
 
 
 def final_answer(text: str, options: Sequence[str] = ()) -> Reading:
-    """The first number after the first "The final answer is: "; without the phrase the last number of the text.
+    """The first number between the first "The final answer is: " and a second; else the last number of the text.
 
-    juzhengz/LoRI and ziyangjoy/DiaBlo evaluate_gsm8k.py, commas dropped first.
+    juzhengz/LoRI and ziyangjoy/DiaBlo evaluate_gsm8k.py, `extract_answer_gsm8k`, commas dropped first. The second rule
+    counts without the phrase, and also where no number follows it.
     """
-    before, phrase, after = text.replace(",", "").partition(FINAL_ANSWER)
-    if phrase:
-        match = re.search(NUMBER, after)
-        return Reading(match[0] if match else None)
-    answer = last_number(before).answer
+    text = text.replace(",", "")
+    _, *after = text.split(FINAL_ANSWER, maxsplit=2)
+    match = re.search(NUMBER, after[0]) if after else None
+    if match:
+        return Reading(match[0])
+    answer = last_number(text).answer
     return Reading(answer, fallback=answer is not None)
 
 
@@ -80,6 +82,14 @@ def metamath_expression(text: str, options: Sequence[str] = ()) -> Reading:
     """What follows the last "The answer is: ", up to a full stop at the end of a line: MetaMath eval_math.py."""
     _, phrase, after = text.rpartition(METAMATH_ANSWER)
     return _expression(after) if phrase else Reading(None)
+
+
+def diablo_expression(text: str, options: Sequence[str] = ()) -> Reading:
+    """As `metamath_expression`, of the text without white space around it: ziyangjoy/DiaBlo evaluate_math.py.
+
+    So a last "The answer is: " with nothing behind it is none, and a full stop that ends the text ends no line.
+    """
+    return metamath_expression(text.strip())
 
 
 def final_answer_expression(text: str, options: Sequence[str] = ()) -> Reading:

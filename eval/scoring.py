@@ -19,6 +19,7 @@ from eval.equality import (
 )
 from eval.parsers import (
     Reading,
+    diablo_expression,
     exact_after_phrase,
     final_answer,
     final_answer_expression,
@@ -79,6 +80,11 @@ def after_first_response(prompt: str, completion: str) -> str:
     return pieces[min(1, len(pieces) - 1)]
 
 
+def all_after_first_response(prompt: str, completion: str) -> str:
+    """All that follows the first "### Response:", further ones too: stanfordnlp/pyreft and BaohaoLiao/ApiQ."""
+    return (prompt + completion).split(RESPONSE, maxsplit=1)[-1]
+
+
 def after_last_response(prompt: str, completion: str) -> str:
     return (prompt + completion).split(RESPONSE)[-1]
 
@@ -88,6 +94,7 @@ SEARCHED: dict[str, Callable[[str, str], str]] = {
     "completion": completion_only,
     "whole": whole,
     "after_first_response": after_first_response,
+    "all_after_first_response": all_after_first_response,
     "after_last_response": after_last_response,
 }
 # The answer, from that text and the benchmark's options.
@@ -97,6 +104,7 @@ PARSERS: dict[str, Callable[[str, Sequence[str]], Reading]] = {
     "last_number": last_number,
     "metamath_number": metamath_number,
     "metamath_expression": metamath_expression,
+    "diablo_expression": diablo_expression,
     "final_answer_expression": final_answer_expression,
     "first_option": first_option,
     "option_after_phrase": option_after_phrase,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from collections import OrderedDict
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, Quanti
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from diablo import DiabloConfig, DiabloLinear
+from diablo import DiabloConfig, DiabloLinear, SparseConfig
 
 
 @pytest.mark.parametrize("mode", ["adapter", "in_place"])
@@ -199,3 +200,28 @@ def test_a_bitsandbytes_4_bit_base_trains_and_merges() -> None:
     assert layer.diablo_blocks["default"].grad is not None
     layer.merge()
     assert (layer(x) - adapted).norm() < 0.15 * adapted.norm()  # merging quantises the sum again
+
+
+class Transposing(nn.Linear):
+    """A base layer whose output is not contiguous."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("pattern", ["diagonal", "random_block", "random_entry"])
+def test_the_update_reaches_an_output_of_any_strides(pattern: str, grad: bool) -> None:
+    """W x + D x, also where adding to the output's rows would add to a copy of them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict(first=nn.Linear(8, 12), second=Transposing(12, 12))).double()
+    config = SparseConfig(pattern=pattern, density="1/3", target_modules=["second"], mode="adapter", init_weights=False)
+    x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=grad)
+    before = model(x)
+    assert not before.is_contiguous()
+    adapted = get_peft_model(model, config)
+    layer: Any = adapted.base_model.model.second
+    expected = before + model.first(x) @ layer.get_delta_weight("default").T
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(adapted(x), expected)
+        torch.testing.assert_close(adapted(x.transpose(0, 1)), expected.transpose(0, 1))

@@ -153,6 +153,8 @@ def test_no_text_is_run(equal: Callable[[str, str], bool], tmp_path: Path) -> No
         (r"Then $x = \boxed{1 + y}$.", "y+1", True),
         (r"The answer is: \$18.50.", r"\$18.50", True),
         (r"\boxed{7}", "8", False),
+        (r"\boxed{5} wait. The answer is: $7$.", "5", False),
+        (r"\boxed{5} wait. The answer is: $7$.", "7", True),
         ("The answer is: 3", r"\frac{1}{2}", False),
         ("x/2 The answer is: x/2", "7", False),
         ("nothing", "7", False),

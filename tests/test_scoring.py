@@ -40,6 +40,8 @@ OPTIONS |= dict.fromkeys(("ARC-Easy", "ARC-Challenge", "openbookqa"), OPTIONS["s
         ("after_first_response", "Q\n### Response:\n", "2\n### Response: 3", "\n2\n"),
         ("after_first_response", "Q ", "2", "Q 2"),  # no marker: all there is
         ("after_first_response", "Q ", "2 ### Response: 3", " 3"),
+        ("all_after_first_response", "Q\n### Response:\n", "5\n\n### Response:\n7", "\n5\n\n### Response:\n7"),
+        ("all_after_first_response", "Q ", "2", "Q 2"),
         ("after_last_response", "Q\n### Response:\n", "2\n### Response: 3 ### Response: 4", " 4"),
         ("after_last_response", "Q ", "2", "Q 2"),
     ],
@@ -111,6 +113,12 @@ METAMATH_EXPRESSION = [
     ("The answer is 3", None),
     ("3", None),
 ]
+DIABLO_EXPRESSION = [
+    ("The answer is: 9.\nThe answer is: ", "9"),  # a phrase without its space is none
+    ("The answer is: 44. \n.\n", "44."),
+    (r"so The answer is: \frac{1}{2}. ", r"\frac{1}{2}"),
+    ("The answer is: ", None),
+]
 FINAL_ANSWER_EXPRESSION = [
     (r"so The final answer is:  \frac{1}{2}", r"\frac{1}{2}"),
     ("The final answer is: 3.\nQuestion: next", "3"),
@@ -140,6 +148,7 @@ FIRST_LETTER = [
             "last_number": LAST_NUMBER,
             "metamath_number": METAMATH_NUMBER,
             "metamath_expression": METAMATH_EXPRESSION,
+            "diablo_expression": DIABLO_EXPRESSION,
             "final_answer_expression": FINAL_ANSWER_EXPRESSION,
             "first_letter": FIRST_LETTER,
         }.items()
@@ -157,7 +166,9 @@ def test_free_answers(name: str, text: str, answer: str | None) -> None:
         ("The final answer is: 1,234,567 dollars", Reading("1234567")),
         ("The final answer is: 5 The final answer is: 6", Reading("5")),
         ("The final answer is: none", Reading(None)),
-        ("5 apples. The final answer is: none", Reading(None)),  # the phrase rules the second rule out
+        ("5 apples. The final answer is: none", Reading("5", fallback=True)),  # as without the phrase
+        ("So 12. The final answer is: twelve", Reading("12.", fallback=True)),
+        ("The final answer is: none. The final answer is: 6. Left 7", Reading("7", fallback=True)),
         ("12 apples and 7 pears", Reading("7", fallback=True)),
         ("in 2 days. It costs $3.50.", Reading("3.50", fallback=True)),
         ("It costs $3.50, due in 2 days.", Reading("2", fallback=True)),
