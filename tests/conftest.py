@@ -98,15 +98,19 @@ def smollm2() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_slice(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides for the first three layers of SmolLM2-135M, with its embedding and tokenizer."""
+    return first_layers(smollm2, 3, tmp_path_factory.mktemp("slice"))
+
+
+def first_layers(whole: Path, count: int, folder: Path) -> list[str]:
+    """Overrides for the first layers of SmolLM2-135M, which are written into `folder`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = tmp_path_factory.mktemp("slice")
-    model: Any = AutoModelForCausalLM.from_pretrained(smollm2)
-    model.model.layers = model.model.layers[:3]
-    model.config.num_hidden_layers = 3
+    model: Any = AutoModelForCausalLM.from_pretrained(whole)
+    model.model.layers = model.model.layers[:count]
+    model.config.num_hidden_layers = count
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder)
-    return ["model=smollm2_135m", f"model.path={folder}", "model.architecture.num_hidden_layers=3"]
+    AutoTokenizer.from_pretrained(whole).save_pretrained(folder)
+    return ["model=smollm2_135m", f"model.path={folder}", f"model.architecture.num_hidden_layers={count}"]
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from analysis.load import load_runs
 from experiments.choose import stages
 from experiments.plan import CONFIGS, plan, run_paths
 from experiments.reproduce import reproduce
+from tests.conftest import first_layers
 
 pytestmark = pytest.mark.real
 
@@ -38,10 +39,12 @@ COMMONSENSE = [
 
 @dataclass(frozen=True)
 class Case:
-    """What is given beside `COMMON`, and what of the file's text is replaced: sizes that do not fit 576 × 1536."""
+    """What is given beside `COMMON`, and what of the file's text is replaced: sizes that do not fit 576 × 1536, and
+    what only one of its methods has."""
 
     overrides: list[str]
     replaced: dict[str, str] = field(default_factory=dict)
+    layers: int | None = None  # of a base of its own
 
 
 CASES = {
@@ -64,9 +67,11 @@ CASES = {
     "sparse_patterns": Case(["task.data.source=mawps"]),
     "quantized": Case(
         [
-            *("task=gsm8k_mawps", "task.data.source=[mawps]"),
+            *("task=gsm8k_mawps", "task.data.source=[mawps]", "evaluation.benchmarks=[gsm8k,aqua]"),
             *("model.adapter_size.calibration_samples=2", "model.adapter_size.calibration_length=64"),
-        ]
+        ],
+        {"quantization=magr": "quantization=magr quantization.options.iterations=2"},
+        layers=1,  # a layer takes 40 s to be quantised in all ten ways
     ),
     "sweep_n_rank": Case(
         COMMONSENSE,
@@ -107,6 +112,7 @@ def kinds(configs: list[Config]) -> set[tuple[Any, ...]]:
 @pytest.mark.parametrize("name", CASES)
 def test_an_experiment_runs_from_plan_to_page(
     name: str,
+    smollm2: Path,
     smollm2_slice: list[str],
     data_root: Path,
     cache_dir: Path,
@@ -114,7 +120,9 @@ def test_an_experiment_runs_from_plan_to_page(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     places = [f"runtime.runs_dir={tmp_path / 'runs'}", f"runtime.data_root={data_root}"]
-    overrides = [*smollm2_slice, *COMMON, *CASES[name].overrides, *places, f"runtime.cache_dir={cache_dir}"]
+    layers = CASES[name].layers
+    base = first_layers(smollm2, layers, tmp_path / "base") if layers else smollm2_slice
+    overrides = [*base, *COMMON, *CASES[name].overrides, *places, f"runtime.cache_dir={cache_dir}"]
     file = shortened(name, tmp_path)
     gc.collect()
     gc.freeze()  # every training collects garbage twice, through all that the tests' modules hold
