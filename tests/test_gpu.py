@@ -190,11 +190,11 @@ def test_a_part_that_dies_takes_no_other_along(tmp_path: Path, cache_dir: Path) 
 def test_a_part_that_hangs_is_ended_when_the_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped process stands for a driver that does not come back."""
     monkeypatch.setattr(gpu, "GRACE", 1.0)
-    arguments = ["--device", "cpu", "--out", str(tmp_path), "--minutes", "0.6", "--parts", "speed", "queue"]
+    arguments = ["--device", "cpu", "--out", str(tmp_path), "--minutes", "1.7", "--parts", "speed", "queue"]
     arguments += ["--queue", "quickstart"]
     started = time.time()
     hung, other = while_it_runs(tmp_path / "speed.json", signal.SIGSTOP, lambda record: record["item"], arguments)
-    assert time.time() - started < 45
+    assert time.time() - started < 135
     assert (hung["status"], hung["reason"]) == ("stopped", "the time was up in this machine")
     assert (other["status"], other["reason"]) == ("left out", "no time is left")
     assert read_json(tmp_path / "speed.json")["status"] == "stopped"
