@@ -214,13 +214,13 @@ class Transposing(nn.Linear):
 def test_the_update_reaches_an_output_of_any_strides(pattern: str, grad: bool) -> None:
     """W x + D x, also where adding to the output's rows would add to a copy of them."""
     torch.manual_seed(0)
-    model = nn.Sequential(OrderedDict(first=nn.Linear(8, 12), second=Transposing(12, 12))).double()
+    model: Any = nn.Sequential(OrderedDict(first=nn.Linear(8, 12), second=Transposing(12, 12))).double()
     config = SparseConfig(pattern=pattern, density="1/3", target_modules=["second"], mode="adapter", init_weights=False)
     x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=grad)
     before = model(x)
     assert not before.is_contiguous()
-    adapted = get_peft_model(model, config)
-    layer: Any = adapted.base_model.model.second
+    adapted: Any = get_peft_model(model, config)
+    layer = adapted.base_model.model.second
     expected = before + model.first(x) @ layer.get_delta_weight("default").T
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(adapted(x), expected)
