@@ -17,7 +17,7 @@ from diablo.config import DIABLO
 ALL_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def tiny_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def tiny_llama(dtype: torch.dtype = torch.float32, tied: bool = False) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -27,6 +27,7 @@ def tiny_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,  # k_proj and v_proj are 32 → 16
         initializer_range=0.2,  # large enough that every output depends visibly on every weight
+        tie_word_embeddings=tied,
     )
     model = LlamaForCausalLM(config).eval()
     nn.Module.to(model, dtype)

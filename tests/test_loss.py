@@ -8,27 +8,13 @@ import pytest
 import torch
 from peft import PromptTuningConfig, get_peft_model
 from torch.nn import functional
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from diablo import DiabloConfig
 from experiments import loss as chunked
 from experiments.loss import TargetForward, Targets
 from experiments.prompts import IGNORED
-
-
-def tiny_llama(tied: bool = False) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        tie_word_embeddings=tied,
-    )
-    return LlamaForCausalLM(config).eval()
+from tests.test_diablo_tuner import tiny_llama
 
 
 @pytest.fixture(params=[1, 3, 1000])
@@ -64,7 +50,7 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("what", ["all", "diablo", "head", "prompt"])
 def test_value_and_gradients_are_those_of_the_models_own_loss(what: str, tied: bool, chunk: int) -> None:
-    model: Any = tiny_llama(tied).double()
+    model: Any = tiny_llama(tied=tied).double()
     if what == "prompt":
         model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).double()
     elif what != "all":

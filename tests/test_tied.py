@@ -10,7 +10,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from diablo import DiabloConfig, LoriConfig, MiloraConfig, SmtConfig, SparseConfig
 from diablo.quantize import QuantizedLinear, load_quantized, merge_to_grid, round_to_nearest, save_quantized
@@ -23,6 +23,7 @@ from experiments.merge import merge
 from experiments.plan import plan
 from tests.conftest import planned
 from tests.quantized_models import decoder_linears, llama
+from tests.test_diablo_tuner import tiny_llama
 
 HEAD: dict[str, Any] = {"target_modules": ["q_proj", "lm_head"]}
 OURS: dict[str, PeftConfig] = {
@@ -43,19 +44,7 @@ PEFTS: dict[str, PeftConfig] = {
 
 
 def base(tied: bool = True, dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        tie_word_embeddings=tied,
-    )
-    model = LlamaForCausalLM(config).eval()
-    return nn.Module.to(model, dtype)  # pyright: ignore[reportReturnType]
+    return tiny_llama(dtype, tied)
 
 
 def logits(model: nn.Module) -> Tensor:
