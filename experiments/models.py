@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from experiments import hub
-from experiments.errors import UserError, nearest
+from experiments.errors import UserError
 from experiments.records import RunPaths, TrainRecord
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Config = dict[str, Any]
-DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 
 
 def leave_out_sklearn() -> None:
@@ -101,11 +100,6 @@ def weights_dtype(model: Config, device: str) -> torch.dtype:
         on_gpu = device.startswith("cuda")
         return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return getattr(torch, name)
-
-
-def check_dtype(model: Config) -> None:
-    if model["dtype"] not in DTYPES:
-        raise UserError(f"model.dtype={model['dtype']}: {nearest(str(model['dtype']), DTYPES)}")
 
 
 def with_dtype(config: Config, device: str) -> Config:
