@@ -116,8 +116,6 @@ def _model(settings: Config, device: str) -> tuple[Any, PreTrainedTokenizerBase]
         from eval.models import vllm
 
         return vllm(name, tokenizer, settings["dtype"], context, bos, revision), tokenizer
-    if settings["backend"] != "hf":
-        raise UserError(f"evaluation.judge.backend={settings['backend']}: choose hf or vllm")
     from transformers import AutoModelForCausalLM
 
     from eval.models import hf, plain_generation

@@ -103,8 +103,6 @@ def _planned(config: Config) -> list[tuple[Benchmark, Config]]:
     evaluation = config["evaluation"]
     if not evaluation["benchmarks"]:
         raise UserError(f"{config['run_id']}: no benchmark is named: name some with evaluation.benchmarks=[…]")
-    if evaluation["limit"] is not None and evaluation["limit"] < 1:
-        raise UserError(f"evaluation.limit={evaluation['limit']}: give one row or more, or null for all")
     benchmarks = [read_benchmark(name) for name in evaluation["benchmarks"]]
     return [(benchmark, settings_of(evaluation, benchmark)) for benchmark in benchmarks]
 

@@ -99,7 +99,7 @@ def value_of(override: Override) -> Any:
         if isinstance(value, str) and re.search(r"\\[ntr]", value):
             raise UserError(
                 f"{override.input_line!r}: for a line break put the text into double quotes, for a backslash and a "
-                f"letter into single ones, inside those of the shell"
+                f"letter into single ones, inside those of the shell and not in choice(…)"
             )
         return value
 

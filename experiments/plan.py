@@ -30,12 +30,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.errors import UserError, nearest, run_command
+from experiments.evaluations import task_file
 from experiments.first import freeze_first
 from experiments.gguf import settle_weights
 from experiments.overrides import by_name, checked, set_value, sweep
 from experiments.quantize import name_quantized
 from experiments.records import RunPaths, read_config, run_id, write_config
 from experiments.settings import leaves, stored
+from experiments.sources import SOURCES
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 GROUPS = ("model", "method", "quantization", "task", "protocol")
@@ -72,8 +74,15 @@ def expand_experiment(arguments: Sequence[str]) -> list[list[str]]:
             raise UserError(f"{PAPER}: experiment {name or '…'} has no cells of the paper, no `paper`")
     if not name:
         return [others]
-    common = shlex.split(experiment.get("common", ""))
-    return [[*common, *shlex.split(grid), *others] for grid in grids]
+    common = _split(name, experiment.get("common", ""))
+    return [[*common, *_split(name, grid), *others] for grid in grids]
+
+
+def _split(experiment: str, line: Any) -> list[str]:
+    try:
+        return shlex.split(line)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"experiment {experiment}: {line!r} is no line of key=value ({error})") from None
 
 
 def split_experiment(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -93,7 +102,12 @@ def read_experiment(name: str) -> Config:
     path = Path(name) if name.endswith(".yaml") else CONFIGS / "experiment" / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"no experiment {name!r}: {nearest(name, options('experiment'))}")
-    content = yaml.safe_load(path.read_text())
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: an experiment is a map with title and grids")
     unknown = set(content) - {"title", "common", "grids", "paper", "notes", "learning_rate_by", "reference"}
     if unknown or not (content.get("grids") or content.get("paper")):
         raise UserError(
@@ -206,7 +220,7 @@ def _compose(overrides: tuple[str, ...]) -> Config:
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
             composed = OmegaConf.to_container(compose("run", overrides=list(overrides)), resolve=False)
-    except HydraException as error:
+    except (HydraException, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"configs do not fit together: {error}") from None
     return cast(Config, composed)
 
@@ -290,6 +304,7 @@ def _resolve_references(composed: Config) -> Config:
 
 def _named(settings: Config) -> Config:
     """Drop the tables that only served to choose a value, and name the run."""
+    _check_data(settings)
     settle_weights(settings["model"], Path(settings["runtime"]["cache_dir"]))
     name_quantized(settings)
     if settings["spectra"]["every"] is None:
@@ -298,6 +313,15 @@ def _named(settings: Config) -> Config:
         for table in tables:
             del settings[section][table]
     return {"run_id": run_id(settings), **settings}
+
+
+def _check_data(settings: Config) -> None:
+    for benchmark in settings["evaluation"]["benchmarks"]:
+        task_file(benchmark)
+    given = settings["task"]["data"]["source"]
+    for source in [given] if isinstance(given, str) else given:
+        if source not in SOURCES and source != "arith":
+            raise UserError(f"task.data.source={source}: no such data set: {nearest(source, [*SOURCES, 'arith'])}")
 
 
 def run_paths(config: Config) -> RunPaths:

@@ -51,10 +51,9 @@ def target_text(protocol: dict[str, Any], row: dict[str, str]) -> str:
 
 def select_rows(protocol: dict[str, Any], rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     """The rows that the protocol trains on: all, or of those with one prompt the last, in the first one's place."""
-    kept = protocol["repeated_prompts"]
-    if kept not in ("all", "last"):
-        raise UserError(f"protocol.repeated_prompts={kept}: choose all or last")
-    return list({prompt_text(protocol, row): row for row in rows}.values()) if kept == "last" else list(rows)
+    if protocol["repeated_prompts"] == "all":
+        return list(rows)
+    return list({prompt_text(protocol, row): row for row in rows}.values())
 
 
 def encode(

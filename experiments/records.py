@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from experiments.errors import UserError
+from experiments.settings import check
 
 SCHEMA = 4  # raised when a record changes its meaning
 NOT_IN_THE_ID = ("run_id", "runtime", "evaluation")  # settings that cannot change what is trained
@@ -321,9 +322,12 @@ def read_config(run: RunPaths) -> dict[str, Any]:
             f"{run.root}: no config.yaml, so not a run directory: plan one with `python -m experiments.plan`"
         )
     try:
-        config = yaml.load(run.config.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        config = yaml.load(run.config.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        check(config)
         expected = run_id(config)
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except UserError as error:
+        raise UserError(f"{run.config}: {error}") from None
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{run.config}: not a run's config ({error}): plan the run again") from None
     if expected != run.root.name:
         raise UserError(

@@ -266,11 +266,11 @@ def test_only_evaluation_settings_may_change(finished: RunPaths, fails_with: Fai
     [
         ("evaluation.parser.number=last_numbr", "did you mean last_number or"),
         ("evaluation.searched=prompt", "evaluation.searched=prompt: did you mean completion?"),
-        ("evaluation.limit=0", "give one row or more"),
+        ("evaluation.limit=0", "evaluation.limit=0: it must be a whole number of at least 1, or null"),
         ("evaluation.batch_size=1,2", "a comma makes several"),
         ("protocol=plain,lori", "protocol=plain,lori: name one"),
         ("evaluation.generation.temperature=0.7", "one sample is not sampled but the likeliest"),
-        ("evaluation.backend=vlm", "choose hf or vllm"),
+        ("evaluation.backend=vlm", "evaluation.backend='vlm': it must be one of hf, vllm"),
         ("evaluation.benchmarks=[arit]", "did you mean arith"),
     ],
 )
