@@ -66,18 +66,43 @@ NUMBERS = [
     *("held_out_exact_match", "step_seconds", "accuracy", "standard_error"),
 ]
 TYPES = dict.fromkeys(WHOLE_NUMBERS, "Int64") | dict.fromkeys(NUMBERS, "float64")
+TEXTS = [
+    *("run_id", "model", "method", "label", "size", "task", "rate_chosen", "rate_by", "train_protocol", "loss_on"),
+    *("pattern", "quantizer", "setting", "group", "base_hash", "train_data_hash", "benchmark", "metric", "protocol"),
+    *("evaluation", "test_data_hash"),
+]
 
 
 def read_run(directory: Path) -> list[dict[str, Any]]:
-    """The rows of one run, each with what is wrong with it as `problems`; of a run without a config that alone."""
-    problems: list[str] = []
+    """The rows of one run, each with what is wrong with it as `problems`; of a run that cannot be read that alone."""
     run = RunPaths(directory)
     try:
-        config = read_config(run)
-        about_run = _about_run(run, config)
-        planned = (config.get("evaluation") or {}).get("benchmarks") or []
-    except UNREADABLE as error:
+        rows = _read_run(run)
+        for row in rows:
+            _check_types(row)
+    except Exception as error:  # whatever a file from elsewhere holds, the other runs are reported
         return [{"path": directory, "problems": [line_of(run.config, error)]}]
+    return rows
+
+
+def _check_types(row: dict[str, Any]) -> None:
+    """ValueError unless every value fits its column: one that does not would stop the reading of all runs."""
+    for column, value in row.items():
+        kind = TYPES.get(column)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = isinstance(value, str) if column in TEXTS else number if kind else True
+        if kind == "Int64" and number:
+            fits = math.isfinite(value) and value == int(value) and abs(value) < 2**63
+        if value is not None and not fits:
+            what = "text" if column in TEXTS else "a whole number" if kind == "Int64" else "a number"
+            raise ValueError(f"{column} is {value!r:.40}, not {what}")
+
+
+def _read_run(run: RunPaths) -> list[dict[str, Any]]:
+    problems: list[str] = []
+    config = read_config(run)
+    about_run = _about_run(run, config)
+    planned = (config.get("evaluation") or {}).get("benchmarks") or []
     about_run |= _rate_choice(run, problems)
     trained, training = _training(run, problems)
     evaluations = list(_evaluations(run, config, trained, problems))
@@ -90,7 +115,7 @@ def read_run(directory: Path) -> list[dict[str, Any]]:
     for benchmark in planned:
         if benchmark not in scored:
             evaluations.append({"benchmark": benchmark, "place": planned.index(benchmark)})
-            problems.append(f"{directory}: no score for {benchmark}")
+            problems.append(f"{run.root}: no score for {benchmark}")
     return [about_run | training | evaluation | {"problems": problems} for evaluation in evaluations or [{}]]
 
 

@@ -12,6 +12,7 @@ it after the chunk in progress.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache
@@ -57,7 +58,7 @@ def evaluate(
         run.preempted.unlink(missing_ok=True)
         _check_trained(run, wanted)
         return [read_record(paths.score, EvalRecord) for _, _, paths in wanted]
-    _check_sandbox(config)
+    _check_sandbox(config, said="evaluation.sandbox=none" in (overrides or []))
     with attempt(run, "eval") as heartbeat, ExitStack() as stack:
         trained = _check_trained(run, wanted)
         missing = [entry for entry in wanted if not entry[2].samples.is_file()]
@@ -91,10 +92,20 @@ def check_data(config: Config) -> None:
     _check_sandbox(config)
 
 
-def _check_sandbox(config: Config) -> None:
-    """Told before the hours of generation, not after; not asked of who only reads what is finished."""
+def _check_sandbox(config: Config, said: bool = False) -> None:
+    """Told before the hours of generation, not after; not asked of who only reads what is finished.
+
+    Args:
+        said: that there is to be none was said on this command line. A run's config alone is not believed: it may come
+            from elsewhere, with the programs.
+    """
     evaluation = config["evaluation"]
     if any(read_benchmark(name).kind == "program" for name in evaluation["benchmarks"]):
+        if evaluation["sandbox"] == "none" and not said and os.environ.get("DIABLO_SANDBOX") != "none":
+            raise UserError(
+                f"{config['run_id']}: evaluation.sandbox=none in its config would run programs without protection: "
+                f"set DIABLO_SANDBOX=none as well, or give eval.run evaluation.sandbox=bwrap"
+            )
         check_sandbox(evaluation["sandbox"])
 
 

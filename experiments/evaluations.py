@@ -13,6 +13,7 @@ import yaml
 
 from experiments.errors import UserError, nearest
 from experiments.records import EvalPaths, RunPaths
+from experiments.settings import NAME
 
 Config = dict[str, Any]
 TASKS = Path(__file__).resolve().parent.parent / "eval" / "tasks"
@@ -58,7 +59,7 @@ def settings_of(evaluation: Config, benchmark: str, kind: str) -> Config:
 def task_file(benchmark: str) -> Path:
     """lm-eval's task file of a benchmark."""
     path = TASKS / f"{benchmark}.yaml"
-    if not path.is_file():
+    if not NAME.fullmatch(benchmark) or not path.is_file():
         raise UserError(
             f"no benchmark {benchmark!r}: {nearest(benchmark, (file.stem for file in TASKS.glob('*.yaml')))}"
         )

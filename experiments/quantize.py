@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.errors import UserError, run_command
+from experiments.received import check_folder
 from experiments.records import RunPaths, content_hash, file_hash, read_config
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ def load_quantized_base(
 
     folder = (trained_on and _with_hash(config, trained_on)) or make_quantized(config, device)
     try:
+        check_folder(folder)
         base: Any = load_quantized(folder, device)
     except ValueError as error:
         raise UserError(f"{error}: delete {folder}") from None
@@ -110,7 +112,14 @@ def _with_hash(config: Config, digest: str) -> Path | None:
     from diablo.quantize.storage import RECORD, read_record
 
     folders = sorted(path.parent for path in _home(config).glob(f"*/{RECORD}"))
-    return next((folder for folder in folders if (read_record(folder) or {}).get("hash") == digest), None)
+    for folder in folders:
+        try:
+            found = (read_record(folder) or {}).get("hash")
+        except ValueError:  # of another run's base: those who want it are told
+            continue
+        if found == digest:
+            return folder
+    return None
 
 
 def _home(config: Config) -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 from experiments.errors import UserError
 
 Config = dict[str, Any]
-NAME = re.compile(r"\w[\w .+=,()@-]{0,99}")  # names become folders: no path fits
+NAME = re.compile(r"\w[\w.+=,@-]{0,99}")  # names become folders: no path fits
 SHARE = re.compile(r"1/[1-9]\d*")
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 PATTERNS = (
@@ -39,7 +39,7 @@ TYPES = {
     "number": "a number",
     "step": "a number",
     "text": "text (in quotes if it looks like a number)",
-    "name": "a name of letters, digits, blanks and _.+=,()@-, at most 100 of them and no path",
+    "name": "a name of letters, digits and _.+=,@-, at most 100 of them",
     "share": "a share as 1/64 or 0.015625",
     "map": "a map as {key: value}",
 }
