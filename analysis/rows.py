@@ -15,7 +15,9 @@ import numpy as np
 
 from experiments.errors import UserError
 from experiments.evaluations import evaluation_paths
+from experiments.follows import check_score, check_training
 from experiments.records import (
+    EvalPaths,
     EvalRecord,
     RunPaths,
     TrainRecord,
@@ -104,7 +106,7 @@ def _read_run(run: RunPaths) -> list[dict[str, Any]]:
     about_run = _about_run(run, config)
     planned = (config.get("evaluation") or {}).get("benchmarks") or []
     about_run |= _rate_choice(run, problems)
-    trained, training = _training(run, problems)
+    trained, training = _training(run, config, problems)
     evaluations = list(_evaluations(run, config, trained, problems))
     scored = {evaluation["benchmark"] for evaluation in evaluations}
     if (config.get("evaluation") or {}).get("mean"):
@@ -162,7 +164,7 @@ def _rate_choice(run: RunPaths, problems: list[str]) -> dict[str, Any]:
     return {"rate_chosen": words, "rate_by": by}
 
 
-def _training(run: RunPaths, problems: list[str]) -> tuple[TrainRecord | None, dict[str, Any]]:
+def _training(run: RunPaths, config: dict[str, Any], problems: list[str]) -> tuple[TrainRecord | None, dict[str, Any]]:
     """The training record, and what the frame takes from it; (None, {}) when there is none to trust."""
     if run.diverged.is_file():
         try:
@@ -176,8 +178,7 @@ def _training(run: RunPaths, problems: list[str]) -> tuple[TrainRecord | None, d
         return None, {}
     try:
         record = read_record(run.train_record, TrainRecord)
-        if record.run_id != run.root.name:
-            raise UserError(f"{run.train_record}: the record of {record.run_id}: train the run again")
+        check_training(run, config, record)
         return record, {
             "trainable_parameters": record.trainable_parameters,
             "base_parameters": record.base_parameters,
@@ -227,8 +228,8 @@ def _evaluations(
     for path in sorted(run.root.glob("eval/*/*/score.json")):
         try:
             record = read_record(path, EvalRecord)
+            _check_score(path, run, record, trained)
             items = np.array(record.items, dtype=float)
-            _check_score(path, run, record, items, trained)
         except UNREADABLE as error:
             problems.append(line_of(path, error))
             continue
@@ -309,12 +310,11 @@ def _commits(*found: TrainRecord | EvalRecord) -> list[str]:
     return sorted({f"{e.get('commit') or 'unknown'}{', changed' if e.get('dirty') else ''}" for e in about})
 
 
-def _check_score(path: Path, run: RunPaths, record: EvalRecord, items: np.ndarray, trained: TrainRecord | None) -> None:
-    """UserError unless the score is this run's, adds up, and was made with the weights that the training recorded."""
+def _check_score(path: Path, run: RunPaths, record: EvalRecord, trained: TrainRecord | None) -> None:
+    """UserError unless the score is this run's, follows from its files, and is of the weights that were trained."""
     if record.run_id != run.root.name:
         raise UserError(f"{path}: the score of {record.run_id}: evaluate the run again")
-    if record.n == 0 or len(items) != record.n or not math.isclose(items.mean(), record.accuracy, abs_tol=1e-9):
-        raise UserError(f"{path}: n and accuracy do not fit its items: evaluate the run again")
+    check_score(EvalPaths(path.parent), record)
     if trained is not None:
         for name in trained.adapter_files.keys() & record.adapter_files.keys():
             if trained.adapter_files[name] != record.adapter_files[name]:

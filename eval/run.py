@@ -30,9 +30,10 @@ from experiments.attempts import Heartbeat, attempt
 from experiments.data import rows_hash
 from experiments.environment import environment
 from experiments.errors import UserError, run_command
+from experiments.follows import check_training, read_score
 from experiments.models import leave_out_sklearn, resolve_device
 from experiments.prompts import prompt_text
-from experiments.records import EvalPaths, EvalRecord, RunPaths, TrainRecord, read_config, read_record, trained_record
+from experiments.records import EvalPaths, EvalRecord, RunPaths, TrainRecord, read_config, trained_record
 
 Config = dict[str, Any]
 # What a run keeps of its own when another protocol is named.
@@ -57,7 +58,7 @@ def evaluate(
     if all(paths.score.is_file() for _, _, paths in wanted):
         run.preempted.unlink(missing_ok=True)
         _check_trained(run, wanted)
-        return [read_record(paths.score, EvalRecord) for _, _, paths in wanted]
+        return [read_score(paths) for _, _, paths in wanted]
     _check_sandbox(config, said="evaluation.sandbox=none" in (overrides or []))
     with attempt(run, "eval") as heartbeat, ExitStack() as stack:
         trained = _check_trained(run, wanted)
@@ -80,6 +81,7 @@ def evaluate(
 def _check_trained(run: RunPaths, wanted: list[tuple[Benchmark, Config, EvalPaths]]) -> TrainRecord:
     """The run's train record, once nothing that is there was made with other weights."""
     trained = trained_record(run)
+    check_training(run, read_config(run), trained)
     for _, _, paths in wanted:
         check_weights(paths, trained)
     return trained
@@ -164,7 +166,7 @@ def _generate(
 
 def _score(config: Config, settings: Config, paths: EvalPaths) -> EvalRecord:
     if paths.score.is_file():
-        return read_record(paths.score, EvalRecord)
+        return read_score(paths)
     if settings["read"]["judge"] is not None:
         judge(settings["read"]["judge"], paths, str(resolve_device(config["runtime"]["device"])))
     return score_samples(paths, config["evaluation"]["sandbox"])

@@ -198,6 +198,7 @@ class EvalRecord:
     data_hash: str
     samples_hash: str  # sha256 of samples.jsonl
     environment: dict[str, Any]  # where the completions were made
+    judgements_hash: str | None = None  # sha256 of judgements.jsonl, of protocols that have a judge
     schema: int = SCHEMA
 
 
