@@ -34,6 +34,7 @@ from experiments.records import (
     read_json,
     read_lines,
     read_record,
+    read_settings,
 )
 
 SCALARS = dict.fromkeys(("loss", "learning_rate", "gradient_norm", "seconds"), "float64")  # of metrics.jsonl
@@ -120,11 +121,9 @@ def _frame(found: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 def _check_same_config(first: Path, second: Path) -> None:
     """UserError with the difference when two directories of one run id were configured differently."""
-    import yaml
-
     try:
-        ours, theirs = (_flat(yaml.safe_load((run / "config.yaml").read_text())) for run in (first, second))
-    except (OSError, ValueError, yaml.YAMLError, AttributeError, RecursionError):
+        ours, theirs = (_flat(read_settings(run / "config.yaml")) for run in (first, second))
+    except (OSError, UserError):
         return  # not a config: reading the run says so
     keys = [key for key in sorted(ours.keys() | theirs.keys()) if not key.startswith("runtime.")]
     differ = [f"{key} is {ours.get(key)!r} and {theirs.get(key)!r}" for key in keys if ours.get(key) != theirs.get(key)]

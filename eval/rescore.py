@@ -50,20 +50,19 @@ def score_samples(paths: EvalPaths, sandbox: str = "bwrap") -> EvalRecord:
         items, beside, counts = _score_programs(lines, stops, sandbox)
     else:
         items, beside, counts = _score_answers(paths, lines, read, benchmark.options, benchmark.kind)
-    record = EvalRecord(
-        **planned
-        | {name: header.get(name) for name in FROM_HEADER}
-        | counts
-        | {
-            "metric": benchmark.metric,
-            "accuracy": fmean(items),
-            "standard_error": standard_error(items),
-            "beside": beside,
-            "items": items,
-            "samples_hash": file_hash(paths.samples),
-            "judgements_hash": None if read["judge"] is None else file_hash(paths.judgements),
-        }
-    )
+    fields: dict[str, Any] = {
+        **planned,
+        **{name: header.get(name) for name in FROM_HEADER},
+        **counts,
+        "metric": benchmark.metric,
+        "accuracy": fmean(items),
+        "standard_error": standard_error(items),
+        "beside": beside,
+        "items": items,
+        "samples_hash": file_hash(paths.samples),
+        "judgements_hash": None if read["judge"] is None else file_hash(paths.judgements),
+    }
+    record = EvalRecord(**fields)
     write_record(paths.score, record)
     return record
 

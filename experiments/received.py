@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from experiments.errors import UserError
 
 CODE = re.compile(r"(diablo|peft)(\.[^\W\d]\w*)+")
 FILE_NAME = re.compile(r"[\w-][\w.-]*")
+MOST_LEVELS = 100
 MOST_ENTRIES = 50_000  # in a config: YAML's references make billions of a few lines
 # Fields of PEFT's config classes that name modules to import, or files and models to load beside the adapter.
 FOREIGN = (
@@ -40,6 +42,22 @@ def check_folder(root: Path) -> None:
                     folders.append(entry.path)
             elif not entry.is_file(follow_symlinks=False) and os.path.lexists(entry.path):
                 raise UserError(f"{entry.path}: neither a file nor a folder: remove it")
+
+
+def check_depth(text: str, parse: Callable[[], Iterable[Any]]) -> None:
+    """UserError if YAML is nested so deeply that reading it would crash the process.
+
+    Args:
+        parse: its events, which are only looked at where a text can be nested so deeply.
+    """
+    if len(re.findall(r"[\[{]|[-?]\s", text)) < MOST_LEVELS:
+        return
+    depth = 0
+    for event in parse():
+        name = type(event).__name__
+        depth += name.endswith("StartEvent") - name.endswith("EndEvent")
+        if depth > MOST_LEVELS:
+            raise UserError(f"nested more than {MOST_LEVELS} times: not a run's config")
 
 
 def check_config(config: Any) -> None:

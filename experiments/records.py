@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from experiments.errors import UserError
-from experiments.received import check_config, check_file_names, check_folder
+from experiments.received import check_config, check_depth, check_file_names, check_folder
 from experiments.settings import check
 
 SCHEMA = 4  # raised when a record changes its meaning
@@ -345,27 +345,43 @@ def read_config(run: RunPaths) -> dict[str, Any]:
 
     So is a directory that holds what no run does: experiments/received.py.
     """
-    import yaml
-
     if not run.config.is_file():
         raise UserError(
             f"{run.root}: no config.yaml, so not a run directory: plan one with `python -m experiments.plan`"
         )
     check_folder(run.root)
+    config = read_settings(run.config)
     try:
-        config = yaml.load(run.config.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        check_config(config)
         check(config)
         expected = run_id(config)
     except UserError as error:
         raise UserError(f"{run.config}: {error}") from None
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{run.config}: not a run's config ({error}): plan the run again") from None
     if expected != run.root.name:
         raise UserError(
             f"{run.config}: these settings belong to {expected}, not to {run.root.name}: a config is frozen, "
             f"undo the edit or plan a new run"
         )
+    return config
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The content of a config.yaml, whether or not it is what its run id says."""
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        text = path.read_text(encoding="utf-8")
+        check_depth(text, lambda: yaml.parse(text, loader))
+        config = yaml.load(text, loader)
+        check_config(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: not a run's config ({error}): plan the run again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not a run's config: plan the run again")
     return config
 
 
