@@ -78,7 +78,7 @@ def rescore(run: RunPaths, sandbox: str = "bwrap") -> list[tuple[EvalRecord | No
         raise UserError(f"{run.root}: no stored completions: run `python -m eval.run {run.root}` first")
     results = []
     for paths in evaluations:
-        if read_json(paths.plan)["settings"]["read"]["judge"] is not None and not paths.score.is_file():
+        if planned_fields(paths.plan, read_json(paths.plan))["judge"] is not None and not paths.score.is_file():
             continue  # its judge has not spoken: `eval.run` goes on there
         try:
             before = read_record(paths.score, EvalRecord) if paths.score.is_file() else None

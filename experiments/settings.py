@@ -16,6 +16,7 @@ from typing import Any
 from experiments.errors import UserError
 
 Config = dict[str, Any]
+SECTIONS = ("model", "method", "quantization", "task", "recipe", "spectra", "protocol", "evaluation", "runtime")
 NAME = re.compile(r"\w[\w.+=,@-]{0,99}")  # names become folders: no path fits
 SHARE = re.compile(r"1/[1-9]\d*")
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
@@ -260,6 +261,9 @@ def stored(key: str, value: Any, default: Any = None) -> Any:
 
 def check(config: Config) -> None:
     """UserError if a setting of a run's config cannot have its value. Those that are missing are not asked for."""
+    for name in SECTIONS:
+        if not isinstance(config.get(name, {}), dict):
+            raise UserError(f"{name}={shown(config[name])}: it must be a section of settings")
     for key, value in leaves(config):
         if not (value is None and key.startswith("runtime.")):  # paths are taken out of committed runs
             stored(key, value)
