@@ -56,6 +56,12 @@ def out_of_memory(error: BaseException) -> str | None:
     return f"{where} is out of memory" + (f" ({size[1]} more were asked for)" if size else "")
 
 
+def one_line(error: BaseException) -> str:
+    """What a command prints of an error that ended it."""
+    plain = isinstance(error, UserError | OSError)
+    return out_of_memory(error) or ("" if plain else f"{type(error).__name__}: ") + " ".join(str(error).split())
+
+
 def run_command(main: Callable[[list[str]], int | None]) -> None:
     """Run a command line: exit status 0 or what `main` returns, 1 with one line for a mistake, 130 when interrupted.
 
