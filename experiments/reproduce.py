@@ -239,7 +239,7 @@ def _rounded(held_out: Config) -> list[tuple[str, str]]:
 
 def _short(score: EvalRecord) -> str:
     metric = "" if score.metric == "accuracy" else f"{score.metric} "
-    return f"{score.benchmark} {metric}{score.accuracy:.1%}"
+    return f"{score.benchmark} {metric}{score.shown(score.accuracy)}"
 
 
 def main(arguments: list[str]) -> None:
