@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from experiments.errors import UserError
-from experiments.evaluations import evaluation_paths
+from experiments.evaluations import LIKELIHOOD, evaluation_paths, kind_of
 from experiments.records import (
+    NLL,
     EvalRecord,
     RunPaths,
     TrainRecord,
@@ -69,7 +70,11 @@ TYPES = dict.fromkeys(WHOLE_NUMBERS, "Int64") | dict.fromkeys(NUMBERS, "float64"
 
 
 def read_run(directory: Path) -> list[dict[str, Any]]:
-    """The rows of one run, each with what is wrong with it as `problems`; of a run without a config that alone."""
+    """The rows of one run, each with what is wrong with it as `problems`; of a run without a config that alone.
+
+    Likelihood benchmarks have rows of their own with the metric `NLL`, and are in no mean: a run has at least one row
+    that is not of them.
+    """
     problems: list[str] = []
     run = RunPaths(directory)
     try:
@@ -80,18 +85,33 @@ def read_run(directory: Path) -> list[dict[str, Any]]:
         return [{"path": directory, "problems": [line_of(run.config, error)]}]
     about_run |= _rate_choice(run, problems)
     trained, training = _training(run, problems)
-    evaluations = list(_evaluations(run, config, trained, problems))
-    scored = {evaluation["benchmark"] for evaluation in evaluations}
+    scores = list(_evaluations(run, config, trained, problems))
+    likelihoods = [score for score in scores if score["metric"] == NLL]
+    evaluations = [score for score in scores if score["metric"] != NLL]
+    scored = {score["benchmark"] for score in scores}
+    every, planned = planned, [name for name in planned if not _is_likelihood(name)]
     if (config.get("evaluation") or {}).get("mean"):
         evaluations += list(_means(run, evaluations, planned, problems))
     for evaluation in evaluations:
         if evaluation["benchmark"] in planned:
             evaluation["place"] = planned.index(evaluation["benchmark"])
-    for benchmark in planned:
-        if benchmark not in scored:
+    for benchmark in every:
+        if benchmark in scored:
+            continue
+        problems.append(f"{directory}: no score for {benchmark}")
+        if benchmark in planned:
             evaluations.append({"benchmark": benchmark, "place": planned.index(benchmark)})
-            problems.append(f"{directory}: no score for {benchmark}")
-    return [about_run | training | evaluation | {"problems": problems} for evaluation in evaluations or [{}]]
+        else:
+            likelihoods.append({"benchmark": benchmark, "metric": NLL})
+    found = [*(evaluations or [{}]), *likelihoods]
+    return [about_run | training | evaluation | {"problems": problems} for evaluation in found]
+
+
+def _is_likelihood(benchmark: str) -> bool:
+    try:
+        return kind_of(benchmark) == LIKELIHOOD
+    except UserError:  # of another version, which had other benchmarks
+        return False
 
 
 def _about_run(run: RunPaths, config: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Benchmarks: what a task file says, its rows, and the settings of a run's protocol for its kind of answer.
 
 A benchmark is an lm-eval task file in `eval/tasks/`. Its metadata names the data set, the kind of answer (option,
-number, letter, expression, program or refusal) and, of options, which there are.
+number, letter, expression, program or refusal) and, of options, which there are. The kind `likelihood` asks for no
+answer: it measures how well the model predicts the rows' targets (eval/likelihood.py). Its metadata also names the
+protocol by which the rows become tokens, null for the run's own, and of fixed samples their `limit` of rows.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class Benchmark:
 
 
 def read_benchmark(name: str) -> Benchmark:
-    task = yaml.safe_load(evaluations.task_file(name).read_text())
+    task = yaml.safe_load(evaluations.task_file(name).read_text(encoding="utf-8"))
     about = task["metadata"]
     return Benchmark(
         name=name,
@@ -57,6 +59,24 @@ def rows_of(config: Config, benchmark: Benchmark) -> list[Row]:
     own = config["task"]["data"]
     data = own if own["source"] == benchmark.source else {"source": benchmark.source}
     return load_rows(data, benchmark.split, config["runtime"]["data_root"])
+
+
+def planned(config: Config) -> list[tuple[Benchmark, Config]]:
+    """The benchmarks of a run's config with the settings of each, all checked."""
+    evaluation = config["evaluation"]
+    if not evaluation["benchmarks"]:
+        raise UserError(f"{config['run_id']}: no benchmark is named: name some with evaluation.benchmarks=[…]")
+    found = []
+    for benchmark in map(read_benchmark, evaluation["benchmarks"]):
+        if benchmark.kind == evaluations.LIKELIHOOD:
+            settings = evaluations.likelihood_settings(config, benchmark.name)
+        else:
+            settings = settings_of(evaluation, benchmark)
+        limit = settings["asked"]["limit"]
+        if limit is not None and limit < 1:
+            raise UserError(f"evaluation.limit={limit}: give one row or more, or null for all")
+        found.append((benchmark, settings))
+    return found
 
 
 def settings_of(evaluation: Config, benchmark: Benchmark) -> Config:

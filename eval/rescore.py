@@ -14,7 +14,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 from eval.benchmarks import read_benchmark
+from eval.likelihood import score_likelihood
 from experiments.errors import UserError, run_command
+from experiments.evaluations import LIKELIHOOD
 from experiments.records import (
     EvalPaths,
     EvalRecord,
@@ -33,9 +35,10 @@ def score_samples(paths: EvalPaths, sandbox: str = "bwrap") -> EvalRecord:
     """Write and return `score.json` of one evaluation. `sandbox`: where model-written programs run."""
     plan = read_json(paths.plan)
     header, *lines = read_lines(paths.samples)
-    if len(lines) != len(plan["order"]) * plan["settings"]["asked"]["generation"]["samples"]:
+    read, asked, benchmark = plan["settings"]["read"], plan["settings"]["asked"], read_benchmark(plan["benchmark"])
+    samples = 1 if benchmark.kind == LIKELIHOOD else asked["generation"]["samples"]
+    if len(lines) != len(plan["order"]) * samples:
         raise UserError(f"{paths.samples}: does not have the completions of its plan: delete it and evaluate again")
-    read, benchmark = plan["settings"]["read"], read_benchmark(plan["benchmark"])
     kept = len(plan["order"])
     if read["full_batches_of"] is not None:
         kept -= kept % read["full_batches_of"]
@@ -46,9 +49,11 @@ def score_samples(paths: EvalPaths, sandbox: str = "bwrap") -> EvalRecord:
             f"{plan['protocol']} scores full batches only: give a larger evaluation.limit, or "
             f"evaluation.full_batches_of=null"
         )
-    if benchmark.kind == "program":
-        stops = plan["settings"]["asked"]["generation"]["stop"]
-        items, beside, counts = _score_programs(lines, stops, sandbox)
+    error = None
+    if benchmark.kind == LIKELIHOOD:
+        items, beside, counts, error = score_likelihood(lines)
+    elif benchmark.kind == "program":
+        items, beside, counts = _score_programs(lines, asked["generation"]["stop"], sandbox)
     else:
         items, beside, counts = _score_answers(paths, lines, read, benchmark.options, benchmark.kind)
     record = EvalRecord(
@@ -63,16 +68,16 @@ def score_samples(paths: EvalPaths, sandbox: str = "bwrap") -> EvalRecord:
         judge=read["judge"],
         metric=benchmark.metric,
         n=kept,
-        samples=plan["settings"]["asked"]["generation"]["samples"],
+        samples=samples,
         accuracy=fmean(items),
-        standard_error=_standard_error(items),
+        standard_error=_standard_error(items) if error is None else error,
         beside=beside,
         **counts,
         dropped=plan["rows"] - kept,
         cut_prompts=header["cut_prompts"],
         items=items,
-        generation=plan["settings"]["asked"],
-        backend=plan["settings"]["asked"]["backend"],
+        generation=asked,
+        backend=asked["backend"],
         dtype=header["dtype"],
         batch_size=plan["batch_size"],
         seconds=header["seconds"],
@@ -168,8 +173,9 @@ def main(arguments: list[str]) -> None:
     for root in options.runs:
         for before, after in rescore(RunPaths(root.resolve()), options.sandbox):
             same = before is not None and (before.items, before.beside) == (after.items, after.beside)
-            was = "unchanged" if same else "new" if before is None else f"was {before.accuracy:.2%}"
-            print(f"{root.name} {after.benchmark} ({after.protocol}): {after.metric} {after.accuracy:.2%}, {was}")
+            was = "unchanged" if same else "new" if before is None else f"was {before.shown(before.accuracy, 2)}"
+            score = after.shown(after.accuracy, 2)
+            print(f"{root.name} {after.benchmark} ({after.protocol}): {after.metric} {score}, {was}")
 
 
 if __name__ == "__main__":

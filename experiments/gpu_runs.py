@@ -118,7 +118,7 @@ def _train_and_score(options: argparse.Namespace, settings: list[str]) -> Config
         }
     loss = f"loss {losses[0]:.3f} → {losses[-1]:.3f}, " if losses else ""
     peak = f"{trained.peak_memory_bytes / 1e6:,.0f} MB"
-    return {**result, "line": f"{loss}{score.benchmark} {score.accuracy:.1%} of {score.n}, {peak}"}
+    return {**result, "line": f"{loss}{score.benchmark} {score.shown(score.accuracy)} of {score.n}, {peak}"}
 
 
 def methods_items(options: argparse.Namespace, _: list[Config]) -> Iterator[Item]:

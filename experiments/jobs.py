@@ -194,4 +194,4 @@ def forget_unscorable(job: Job) -> bool:
 
 def _short(score: EvalRecord) -> str:
     metric = "" if score.metric == "accuracy" else f"{score.metric} "
-    return f"{score.benchmark} {metric}{score.accuracy:.1%}"
+    return f"{score.benchmark} {metric}{score.shown(score.accuracy)}"
