@@ -99,6 +99,11 @@ def report(name: str, found: Stages, out: Path, overrides: list[str], measure: b
             f"Learning rates were chosen by the {by} on rows kept out of training, with one seed; the tables say "
             "which. learning_rates.csv has every one that was tried."
         )
+    reference = experiment.get("reference")
+    labels = {config["method"]["label"] for config in found.final if run_paths(config).train_record.is_file()}
+    if reference is not None and reference not in labels:
+        notes.append(f"Nothing is compared: no run of {reference}, the reference, is finished.")
+        reference = None
     step_times = None
     if measure and can_measure(found.final):
         step_times = measure_step_times(found.final, runs[0].root.parent / "step_times")
@@ -108,7 +113,7 @@ def report(name: str, found: Stages, out: Path, overrides: list[str], measure: b
         step_times,
         experiment["title"],
         [*experiment.get("notes", []), *notes],
-        reference=experiment.get("reference"),
+        reference=reference,
         tried=[run.root for run in map(run_paths, found.first) if run.config.is_file()],
         wandb=found.final[0]["runtime"]["wandb"],
     )
@@ -132,6 +137,8 @@ def execute(title: str, jobs: Jobs, workers: int) -> None:
     numbers, told = itertools.count(1), set(jobs.stages().chosen())
 
     def work(worker: Worker | None) -> None:
+        if worker is not None:
+            worker.start()  # now, so that the first run's seconds are its own
         while (job := jobs.take()) is not None:
             line = f"[{next(numbers):>{len(str(total))}}/{total}] {job.config['run_id']}"
             before, error = time.perf_counter(), None

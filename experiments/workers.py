@@ -2,8 +2,8 @@
 
     python -m experiments.workers      # started by experiments/reproduce.py; not meant to be typed
 
-A worker reads a job per line from its standard input, `{"run": DIRECTORY, "score": true}`, and answers on its standard
-output: `{"outcome": TEXT}`, `{"error": TEXT}` or, where a signal stopped it, `{"preempted": TEXT}`.
+A worker says that it is ready, reads a job per line from its standard input, `{"run": DIRECTORY, "score": true}`, and
+answers on its standard output: `{"outcome": TEXT}`, `{"error": TEXT}` or, if a signal stopped it, `{"preempted": TEXT}`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from experiments.errors import Preempted, UserError, one_line, run_command
 from experiments.records import RunPaths
 
 Answer = dict[str, Any]
+READY = "ready"
 
 
 class Stopped(UserError):
@@ -44,8 +45,7 @@ class Worker:
         """What came out of a run. UserError if it failed; also if the process died, as when memory ran out."""
         if self.stopped:
             raise Stopped("not begun")
-        if self.process is None or self.process.poll() is not None:
-            self._start()
+        self.start()
         process = self.process
         assert process is not None
         assert process.stdin is not None
@@ -79,7 +79,10 @@ class Worker:
         if self.errors is not None:
             self.errors.close()
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start the process unless it is there, and wait until it has imported what it needs."""
+        if self.process is not None and self.process.poll() is None:
+            return
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "experiments.workers"],
@@ -89,6 +92,8 @@ class Worker:
             text=True,
             encoding="utf-8",
         )
+        assert self.process.stdout is not None
+        self.process.stdout.readline()  # READY, or nothing if the process died, which the first job tells
 
     def _of_the_dead(self, run: RunPaths) -> Answer:
         assert self.process is not None
@@ -139,6 +144,7 @@ def main(arguments: list[str]) -> None:
     for name in ("experiments.train", "eval.run"):  # before the first job, so that a job's time is its own
         import_module(name)
 
+    print(READY, file=answers, flush=True)
     for line in sys.stdin:
         found = answer(json.loads(line))
         with suppress(BrokenPipeError):
