@@ -3,7 +3,7 @@
     python -m experiments.workers      # started by experiments/reproduce.py; not meant to be typed
 
 A worker says that it is ready, reads a job per line from its standard input, `{"run": DIRECTORY, "score": true}`, and
-answers on its standard output: `{"outcome": TEXT}`, `{"error": TEXT}` or, if a signal stopped it, `{"preempted": TEXT}`.
+answers on its standard output: `{"outcome": TEXT}`, `{"error": TEXT}` or, stopped by a signal, `{"preempted": TEXT}`.
 """
 
 from __future__ import annotations
