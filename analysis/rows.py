@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from experiments.errors import UserError
-from experiments.evaluations import LIKELIHOOD, evaluation_paths, kind_of
+from experiments.evaluations import LIKELIHOOD, evaluation_paths, kind_of, name_of
 from experiments.records import (
     NLL,
     EvalRecord,
@@ -80,7 +80,7 @@ def read_run(directory: Path) -> list[dict[str, Any]]:
     try:
         config = read_config(run)
         about_run = _about_run(run, config)
-        planned = (config.get("evaluation") or {}).get("benchmarks") or []
+        planned = [name_of(name) for name in (config.get("evaluation") or {}).get("benchmarks") or []]
     except UNREADABLE as error:
         return [{"path": directory, "problems": [line_of(run.config, error)]}]
     about_run |= _rate_choice(run, problems)

@@ -9,11 +9,11 @@ protocol by which the rows become tokens, null for the run's own, and of fixed s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import yaml
-
 from eval.scoring import Rules, check_rules
+from eval.text import text_rows
 from experiments import evaluations
 from experiments.errors import UserError
 
@@ -39,10 +39,10 @@ class Benchmark:
 
 
 def read_benchmark(name: str) -> Benchmark:
-    task = yaml.safe_load(evaluations.task_file(name).read_text(encoding="utf-8"))
+    task = evaluations.task_of(name)
     about = task["metadata"]
     return Benchmark(
-        name=name,
+        name=evaluations.name_of(name),
         task=task,
         source=about["source"],
         kind=about["kind"],
@@ -56,6 +56,8 @@ def rows_of(config: Config, benchmark: Benchmark) -> list[Row]:
     """A benchmark's rows: made as the run's own task makes them, if it is the same data."""
     from experiments.data import load_rows
 
+    if benchmark.source.endswith(evaluations.TEXT):
+        return text_rows(Path(benchmark.source))
     own = config["task"]["data"]
     data = own if own["source"] == benchmark.source else {"source": benchmark.source}
     return load_rows(data, benchmark.split, config["runtime"]["data_root"])
@@ -67,9 +69,13 @@ def planned(config: Config) -> list[tuple[Benchmark, Config]]:
     if not evaluation["benchmarks"]:
         raise UserError(f"{config['run_id']}: no benchmark is named: name some with evaluation.benchmarks=[…]")
     found = []
-    for benchmark in map(read_benchmark, evaluation["benchmarks"]):
+    names = [evaluations.name_of(name) for name in evaluation["benchmarks"]]
+    for name in evaluation["benchmarks"]:
+        if names.count(evaluations.name_of(name)) > 1:
+            raise UserError(f"evaluation.benchmarks: two are called {evaluations.name_of(name)}: name it once")
+        benchmark = read_benchmark(name)
         if benchmark.kind == evaluations.LIKELIHOOD:
-            settings = evaluations.likelihood_settings(config, benchmark.name)
+            settings = evaluations.likelihood_settings(config, name)
         else:
             settings = settings_of(evaluation, benchmark)
         limit = settings["asked"]["limit"]

@@ -1,10 +1,11 @@
 """How well a run's model predicts the targets of given rows: negative log-likelihood in nats, without generation.
 
 The rows become tokens exactly as training makes them (experiments/tokens.py), by the run's own protocol or by the one
-that the task file names, except that rows of one prompt all count. The model is the one that generates, in the same
-dtype and without autocast; the softmax is in float32 and no more logits are held at a time than in training
-(experiments/loss.py). `samples.jsonl` has a line for every row: `index`, `nll` (summed over its targets), `targets`
-(their number) and `exact` (1 if every target is the argmax). Nothing of it is resumed: it takes seconds.
+that the task file names, except that rows of one prompt all count; a plain text is cut into windows (eval/text.py). The
+model is the one that generates, in the same dtype and without autocast; the softmax is in float32 and no more logits
+are held at a time than in training (experiments/loss.py). `samples.jsonl` has a line for every row: `index`, `nll`
+(summed over its targets), `targets` (their number) and `exact` (1 if every target is the argmax). Nothing of it is
+resumed: it takes seconds.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
 from eval.benchmarks import Row
+from eval.text import Windows
 from experiments.attempts import Heartbeat
 from experiments.environment import environment
 from experiments.errors import UserError
@@ -47,9 +49,11 @@ def measure(
     size, name = config["evaluation"]["batch_size"], about["benchmark"]
     plan = {**about, "batch_size": size, "order": list(range(len(rows)))}
     write_atomically(paths.plan, json.dumps(plan) + "\n")
-    examples = tokenised(
-        about["settings"]["asked"]["protocol"], scored.tokenizer, rows, Path(config["runtime"]["cache_dir"])
-    )
+    protocol = about["settings"]["asked"]["protocol"]
+    if protocol["name"] == "text":
+        examples = Windows(scored.tokenizer, rows)
+    else:
+        examples = tokenised(protocol, scored.tokenizer, rows, Path(config["runtime"]["cache_dir"]))
     longest = int(examples.lengths.max())
     if longest > scored.context:
         raise UserError(
@@ -76,7 +80,7 @@ def measure(
 
 
 def score_examples(
-    scored: Scored, examples: Examples, batch_size: int, title: str = "", heartbeat: Heartbeat | None = None
+    scored: Scored, examples: Examples | Windows, batch_size: int, title: str = "", heartbeat: Heartbeat | None = None
 ) -> torch.Tensor:
     """`Targets.row_scores` of all examples, in their order, on the CPU. Rows of similar length share a batch."""
     import torch

@@ -20,6 +20,8 @@ TASKS, CONFIGS = ROOT / "eval" / "tasks", ROOT / "configs"
 ASKED = ("prompt", "prompt_with_input", "strip_prompt", "bos", "limit", "merge", "backend")
 READ = ("searched", "full_batches_of")
 LIKELIHOOD = "likelihood"  # the kind of benchmarks that score given targets instead of completions
+TEXT = ".txt"  # a benchmark that is the path of such a file asks for the likelihood of its text (eval/text.py)
+WINDOW = 1000  # characters of it that the model sees together, at most
 
 
 def evaluation_paths(run: RunPaths, config: Config) -> list[EvalPaths]:
@@ -36,7 +38,12 @@ def evaluation_paths(run: RunPaths, config: Config) -> list[EvalPaths]:
 
 def evaluation_path(run: RunPaths, config: Config, benchmark: str, settings: Config) -> EvalPaths:
     """The folder of one benchmark, named by the protocol that decides its prompts and by the settings."""
-    return run.evaluation(benchmark, protocol_of(config, settings)[0], settings)
+    return run.evaluation(name_of(benchmark), protocol_of(config, settings)[0], settings)
+
+
+def name_of(benchmark: str) -> str:
+    """What a benchmark of a run's config is called in its records: a text by its file's name alone."""
+    return Path(benchmark).name if benchmark.endswith(TEXT) else benchmark
 
 
 def protocol_of(config: Config, settings: Config) -> tuple[str, int]:
@@ -67,7 +74,12 @@ def likelihood_settings(config: Config, benchmark: str) -> Config:
 
 @cache
 def protocol_section(name: str) -> Config:
-    """The `protocol` section of a run that is planned with a file of `configs/protocol`, given as <task>/<name>."""
+    """The `protocol` section of a run that is planned with a file of `configs/protocol`, given as <task>/<name>.
+
+    "text" is no such file: it stands for the windows of a plain text.
+    """
+    if name == "text":
+        return {"name": name, "version": 1, "window": WINDOW}
     path = CONFIGS / "protocol" / f"{name}.yaml"
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     parents = [entry for entry in content.get("defaults", []) if entry != "_self_"]
@@ -109,8 +121,15 @@ def _chosen(value: Any, name: str, benchmark: str, kind: str) -> Any:
     return value[kind]
 
 
-def task_file(benchmark: str) -> Path:
-    """lm-eval's task file of a benchmark."""
+def task_of(benchmark: str) -> Config:
+    """The content of a benchmark's task file; of a text what such a file would say."""
+    if benchmark.endswith(TEXT):
+        about = {"version": 1.0, "source": benchmark, "kind": LIKELIHOOD, "metric": "nll", "protocol": "text"}
+        return {"task": name_of(benchmark), "test_split": "test", "metadata": about}
+    return yaml.safe_load(_task_file(benchmark).read_text(encoding="utf-8"))
+
+
+def _task_file(benchmark: str) -> Path:
     path = TASKS / f"{benchmark}.yaml"
     if not path.is_file():
         raise UserError(
@@ -126,4 +145,4 @@ def kind_of(benchmark: str) -> str:
 @cache
 def _about(benchmark: str) -> Config:
     """The metadata of a benchmark's task file."""
-    return yaml.safe_load(task_file(benchmark).read_text(encoding="utf-8"))["metadata"]
+    return task_of(benchmark)["metadata"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from eval.models import load
 from eval.rescore import main as rescore_main
 from eval.rescore import rescore
 from eval.run import check_data, describe, evaluate
+from eval.text import text_rows
 from experiments import loss as chunked
 from experiments.data import load_rows
 from experiments.evaluations import TASKS, evaluation_paths, protocol_section
@@ -263,6 +265,53 @@ def test_the_retention_sets_are_500_rows_each_that_training_never_sees(data_root
         rows = rows_of(config, benchmark)[:500]
         assert len({json.dumps(row) for row in rows}) == 500
         assert not {row["instruction"] for row in rows} & trained
+
+
+def test_windows_joined_are_the_text(tmp_path: Path) -> None:
+    file = tmp_path / "essay.txt"
+    text = "one  two\n\nthree\t" * 400 + "x" * 4500 + " end\n"
+    file.write_text(text, encoding="utf-8")
+    windows = [row["output"] for row in text_rows(file)]
+    assert "".join(windows) == text
+    assert max(map(len, windows)) == 1000
+    cut_in_words = [before[-1] + after[0] for before, after in itertools.pairwise(windows) if after[0].strip()]
+    assert cut_in_words == ["xx"] * 4
+    assert len(windows) <= 14
+
+
+def test_any_text_is_a_benchmark(copied: RunPaths, tmp_path: Path, fails_with: Fails) -> None:
+    """A window's NLL is that of all its tokens but the first, by the definition."""
+    file = tmp_path / "essay.txt"
+    generator = torch.Generator().manual_seed(0)
+    words = ["Tom", "has", "3", "apples", "naïve\n\n", "\t12", "buys"]
+    text = " ".join(words[int(i)] for i in torch.randint(len(words), (900,), generator=generator))
+    file.write_text(text, encoding="utf-8")
+    name = f"evaluation.benchmarks=[{file}]"
+    config = read_config(copied)
+    config["evaluation"]["benchmarks"] = [str(file)]
+    rows = rows_of(config, read_benchmark(str(file)))
+    found = scored(copied)
+    ids = [found.tokenizer(row["output"]).input_ids for row in rows]
+    assert max(map(len, ids)) <= found.context
+    (record,) = evaluate(copied, [name])
+    (paths,) = evaluation_paths(copied, config)
+    assert read_record(paths.score, EvalRecord) == record
+    assert (record.benchmark, record.protocol, record.n) == ("essay.txt", "text", len(rows))
+    model = found.model.double()
+    for line, tokens in zip(samples_of(copied, "essay.txt"), ids, strict=True):
+        with torch.no_grad():
+            log_softmax = model(input_ids=torch.tensor([tokens])).logits[0].log_softmax(-1)
+        nll = -sum(float(log_softmax[place - 1, tokens[place]]) for place in range(1, len(tokens)))
+        assert line["nll"] == pytest.approx(nll, rel=1e-5)
+        assert line["targets"] == len(tokens) - 1
+    file.unlink()
+    ((old, new),) = rescore(copied)
+    assert old == new
+    assert "cannot be read as text" in fails_with(lambda: evaluate(copied, [name, "evaluation.limit=1"]))
+    file.write_text(" ")
+    assert "holds no text" in fails_with(lambda: evaluate(copied, [name, "evaluation.limit=1"]))
+    twice = f"evaluation.benchmarks=[{file},other/essay.txt]"
+    assert "two are called essay.txt" in fails_with(lambda: evaluate(copied, [twice]))
 
 
 @pytest.mark.parametrize(
