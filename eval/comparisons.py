@@ -60,17 +60,23 @@ class _Comparer:
         self._pairs, self.verdicts = self._process.stdin, self._process.stdout
 
     def ask(self, name: str, pair: Pair, seconds: float) -> None:
-        self._pairs.write(json.dumps([name, *pair, seconds]).encode() + b"\n")
-        self._pairs.flush()
+        try:
+            self._pairs.write(json.dumps([name, *pair, seconds]).encode() + b"\n")
+            self._pairs.flush()
+        except BrokenPipeError:
+            raise self._ended() from None
 
     def verdict(self) -> bool | None:
         line = self.verdicts.readline()
         if not line:
-            raise UserError(
-                f"the process that compares expressions ended with status {self._process.wait()}: free memory and "
-                "score again with `python -m eval.rescore RUN`"
-            )
+            raise self._ended()
         return json.loads(line)
+
+    def _ended(self) -> UserError:
+        return UserError(
+            f"the process that compares expressions ended with status {self._process.wait()}: free memory and score "
+            "again with `python -m eval.rescore RUN`"
+        )
 
     def end(self) -> None:
         self._process.kill()

@@ -163,6 +163,18 @@ def test_the_second_try_is_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compare("milora", pairs[2:]) == [True, None]
 
 
+def test_a_process_that_was_killed_is_told_and_replaced(fails_with: Fails) -> None:
+    """Not a broken pipe, which commands take for a reader that has left."""
+    pairs = [("x+1", "1+x")]
+    assert compare("milora", pairs) == [True]
+    for comparer in comparisons._idle:
+        comparer._process.kill()
+        comparer._process.wait()
+    for _ in range(len(comparisons._idle)):
+        assert "ended with status -9" in fails_with(lambda: compare("milora", pairs))
+    assert compare("milora", pairs) == [True]
+
+
 def test_an_interruption_leaves_no_verdict_for_the_next_pairs() -> None:
     def interrupt(number: int, frame: object) -> None:
         raise Preempted
