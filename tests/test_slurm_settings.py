@@ -18,11 +18,12 @@ from experiments.records import RunPaths, read_config
 from slurm import retry
 from slurm.arrays import Options, job_script
 from slurm.cluster import FOLDER, Cluster, minutes, read_cluster, sbatch_lines
+from slurm.job import _note_given_up
 from slurm.manifest import Manifest, describe_run, is_finished, write_manifest
-from slurm.queue import Task
+from slurm.queue import Task, queued
 from slurm.rank import torch_variables
 from slurm.snapshot import take_snapshot
-from slurm.status import NEVER_STARTED, run_state, statuses, table
+from slurm.status import NEVER_STARTED, failed_before, run_state, statuses, table
 from slurm.submit import _submitter_lock, _with_frozen_evaluation, parse, submit
 from tests.slurm_runs import overrides, settings
 
@@ -184,6 +185,153 @@ def test_states(tmp_path: Path, attempts: list[dict[str, Any]], task: Task | Non
     state = run_state(RunPaths(tmp_path), ABOUT, task, None)
     assert (state.state, state.detail) == expected
     assert state.preempted == sum(attempt["how"] == "preempted" for attempt in attempts)
+
+
+@pytest.mark.parametrize(
+    ("attempts", "expected"),
+    [
+        ([], ("unknown", "not started; whether")),
+        ([_attempt("preempted")], ("unknown", "train preempted; whether")),
+        ([_attempt("finished")], ("unknown", "train finished; whether")),
+        ([_attempt(None)], ("unknown", "train on n1 without a fresh heartbeat; whether")),
+        ([_attempt("failed", "out of memory")], ("failed", "out of memory")),
+    ],
+)
+def test_states_where_the_queue_is_not_known(
+    tmp_path: Path, attempts: list[dict[str, Any]], expected: tuple[str, str]
+) -> None:
+    if attempts:
+        (tmp_path / "attempts.json").write_text(json.dumps(attempts))
+    log = tmp_path / "task.log"
+    log.write_text("said by an earlier task")
+    state = run_state(RunPaths(tmp_path), ABOUT, None, log, queue_known=False)
+    assert (state.state, state.detail[: len(expected[1])]) == expected
+
+
+@pytest.mark.parametrize("queue_known", [True, False])
+def test_a_fresh_heartbeat_is_a_running_run(tmp_path: Path, queue_known: bool) -> None:
+    (tmp_path / "attempts.json").write_text(json.dumps([_attempt(None)]))
+    heartbeat, now = tmp_path / "heartbeat.json", time.time()
+
+    def state(beat: float, written: float) -> str:
+        heartbeat.write_text(json.dumps({"stage": "train", "step": 12, "steps": 40, "time": beat}))
+        os.utime(heartbeat, (written, written))
+        return run_state(RunPaths(tmp_path), ABOUT, None, None, queue_known).state
+
+    ended = "failed" if queue_known else "unknown"
+    assert state(now, now) == "running"
+    assert state(now - 3600, now) == "running"  # one clock is wrong
+    assert state(now, now + 3600) == "running"
+    assert state(now - 3600, now - 3600) == ended
+    assert state(now + 3600, now + 3600) == ended  # both
+
+
+@pytest.fixture
+def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts a script in the place of squeue."""
+    path = tmp_path / "bin" / "squeue"
+    path.parent.mkdir()
+    monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
+
+    def write(script: str) -> None:
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1",
+        "echo '<html>502 Bad Gateway</html>'",
+        "printf '\\377\\376\\000garbage'",
+        "echo '7|0'",
+        "echo 'x|y|z|u|v'",
+        "echo '7|N/A|RUNNING|None|{manifest}'",
+        "echo '7|5|RUNNING|None|{manifest}'",
+        "sleep 60 & sleep 60",
+    ],
+)
+def test_a_queue_that_cannot_be_read_makes_runs_unknown(
+    script: str,
+    tmp_path: Path,
+    squeue: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("slurm.queue.PATIENCE", 1.0)
+    path = tmp_path / ".slurm" / "20260101-000000-001" / "manifest.json"
+    for name in ("waiting", "running"):
+        (tmp_path / name).mkdir()
+    write_manifest(path, _manifest(tmp_path, {"waiting": ABOUT, "running": ABOUT}, [["waiting"], ["running"]]))
+    (tmp_path / "running" / "attempts.json").write_text(json.dumps([_attempt(None)]))
+    (tmp_path / "running" / "heartbeat.json").write_text(json.dumps({"stage": "train", "time": time.time()}))
+    squeue(script.replace("{manifest}", str(path)))
+    started = time.monotonic()
+    assert [state.state for state in statuses(tmp_path)] == ["unknown", "running"]
+    assert time.monotonic() - started < 30
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note.startswith("note: without the queue (squeue")
+
+
+def test_lines_of_other_jobs_are_passed_over(tmp_path: Path, squeue: Callable[[str], None]) -> None:
+    path = tmp_path / ".slurm" / "20260101-000000-001" / "manifest.json"
+    write_manifest(path, _manifest(tmp_path, {"run": ABOUT}, [["run"]]))
+    squeue(f"echo '6|N/A|PENDING|Priority|a comment | of others'; echo '7|0|RUNNING|None|{path}'")
+    assert queued(tmp_path) == {"run": [Task("7_0", "RUNNING", "None")]}
+
+
+def test_a_give_up_is_a_failure_of_every_run_of_the_task(tmp_path: Path, fails_with: FailsWith) -> None:
+    """Whether a run was preempted, killed, between its stages or not begun when the task was stopped."""
+    lasts: dict[str, list[dict[str, Any]]] = {
+        "preempted": [_attempt("preempted")],
+        "killed": [_attempt(None)],
+        "between": [_attempt("finished")],
+        "not-begun": [],
+        "done": [_attempt("finished")],
+    }
+    for name, attempts in lasts.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "attempts.json").write_text(json.dumps(attempts))
+    (tmp_path / "between" / "train.json").touch()
+    for record in ("train.json", *ABOUT["eval"]):
+        (tmp_path / "done" / record).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "done" / record).touch()
+    manifest = _manifest(tmp_path, dict.fromkeys(lasts, ABOUT), [list(lasts)])
+    why = "stopped, and not requeued again after 3 times (max_requeues): submit again to go on"
+    _note_given_up(manifest, list(lasts), why)
+    states = {name: run_state(RunPaths(tmp_path / name), ABOUT, None, None) for name in lasts}
+    assert {state.state for name, state in states.items() if name != "done"} == {"failed"}
+    assert {state.detail for name, state in states.items() if name != "done"} == {why}
+    assert states["done"].state == "finished"
+    assert [failed_before(RunPaths(tmp_path / name)) for name in lasts] == [True] * 4 + [False]
+    assert states["preempted"].preempted == 1
+
+
+def test_an_error_of_git_is_short_and_comes_before_anything_is_written(
+    tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, fails_with: FailsWith
+) -> None:
+    """A full disk has a line for every file; a repository of another user is refused at once."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, script in {
+        "sbatch": "echo slurm 23.02",
+        "squeue": "true",
+        "scontrol": "echo MaxArraySize = 1001",
+        "git": 'for i in $(seq 2000); do echo "error: unable to write file f$i" >&2; done; exit 128',
+    }.items():
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    runs_dir = tmp_path / "runs"
+    arguments = ["method=lora", "seed=0", *overrides(runs_dir, cache_dir)]
+    message = fails_with(lambda: submit(arguments, settings(), Options()))
+    assert message.startswith("git rev-parse in ")
+    assert message.endswith(": error: unable to write file f1; … (2000 lines); error: unable to write file f2000")
+    assert not list(runs_dir.glob("*/config.yaml"))
+    assert "time" in fails_with(lambda: submit(arguments, settings("time=24:00:00"), Options()))
+    assert not list(runs_dir.glob("*/config.yaml"))
 
 
 def test_a_running_runs_progress_and_a_finished_run(tmp_path: Path) -> None:
