@@ -146,11 +146,13 @@ def _score_answers(
         Sample(line["prompt"], completion, line["answer"]) for line, completion in zip(lines, completions, strict=True)
     ]
     scored = score(Rules(read["searched"], read["parser"], read["equality"], options), samples)
-    beside = {}
+    beside = {"undecided": float(scored.undecided)} if scored.undecided else {}
     if kind == "expression":
-        from eval.equality import math_verify_equal
+        from eval.comparisons import compare
 
-        beside["math-verify"] = fmean(math_verify_equal(line["completion"], line["answer"]) for line in lines)
+        verdicts = compare("math_verify", [(line["completion"], line["answer"]) for line in lines])
+        beside["math-verify"] = fmean(verdict is True for verdict in verdicts)
+        beside |= {"math-verify undecided": float(verdicts.count(None))} if None in verdicts else {}
     right: dict[int, list[int]] = {}
     for line, item in zip(lines, scored.items, strict=True):
         right.setdefault(line["index"], []).append(item)

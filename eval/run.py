@@ -12,6 +12,7 @@ it after the chunk in progress.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache
@@ -185,9 +186,12 @@ def describe(record: EvalRecord) -> str:
         "read by the second rule": record.fallback,
         "rows dropped": record.dropped,
         "prompts cut": record.cut_prompts,
+        "comparisons given up": int(record.beside.get("undecided", 0)),
     }
     text += "".join(f"; {count:,} {words}" for words, count in counts.items() if count)
-    shares = {name: value for name, value in record.beside.items() if "programs" not in name and name != "targets"}
+    shares = {
+        name: value for name, value in record.beside.items() if not re.search("programs|undecided|^targets$", name)
+    }
     beside = ", ".join(f"{name} {value:.1%}" for name, value in shares.items())
     return f"{text})" + (f"; {beside}" if beside else "")
 

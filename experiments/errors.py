@@ -11,7 +11,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+
+LONGEST = 500  # characters of a line of another program
 
 
 class UserError(Exception):
@@ -35,6 +37,17 @@ def nearest(word: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
+
+
+def shortened(lines: Sequence[str]) -> str:
+    """What another program said, in one line: all of a few lines, else the first and the last, and how many there are.
+
+    On a full disk git has one line for every file.
+    """
+    told = [line.strip() for line in lines if line.strip()]
+    if len(told) > 4:
+        told = [told[0], f"… ({len(told)} lines)", told[-1]]
+    return "; ".join(line if len(line) <= LONGEST else f"{line[:LONGEST]}…" for line in told)
 
 
 def out_of_memory(error: BaseException) -> str | None:
