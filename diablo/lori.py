@@ -6,7 +6,6 @@ are ordinary LoRA once trained. Formulas and constants are those of the authors'
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,12 +93,11 @@ def largest_entries(factors: dict[str, Tensor], sparsity: float) -> dict[str, Te
     return {name: (factor.abs().flatten() >= threshold).nonzero().flatten() for name, factor in factors.items()}
 
 
-def choose_entries(
-    model: nn.Module, config: PeftConfig, batches: Iterator[dict[str, Tensor]] | None, first: Path | None
-) -> PeftConfig:
+def choose_entries(model: nn.Module, config: PeftConfig, backward: object, first: Path | None) -> PeftConfig:
     """Tells the base's layers which entries of B are to be trained: the largest of a LoRI-D adapter for the same base.
 
     Args:
+        backward: not used.
         first: the folder of that adapter. On the meta device none is needed, and as many entries are taken.
 
     Raises:
