@@ -145,7 +145,11 @@ def block_scores(total: Tensor, block_size: int, score: str) -> Tensor:
         `(rows, columns)`: blocks of input features by blocks of output features.
     """
     blocks = total.T.unflatten(1, (-1, block_size)).unflatten(0, (-1, block_size))  # (row, in, column, out)
-    return blocks.mean((1, 3)).abs() if score == "mean_abs" else blocks.abs().mean((1, 3))
+    if score == "mean_abs":
+        return blocks.mean((1, 3)).abs()
+    if score == "abs_mean":
+        return blocks.abs().mean((1, 3))
+    raise ValueError(f"score={score!r}: choose one of {', '.join(SCORES)}")
 
 
 def top_blocks(scores: dict[str, Tensor], number: int) -> dict[str, list[list[int]]]:

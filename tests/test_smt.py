@@ -93,6 +93,8 @@ def test_a_score_is_of_the_block_in_that_place() -> None:
     total = torch.tensor([[1.0, -1.0, 2.0, 2.0], [1.0, -1.0, 2.0, -4.0]])
     assert block_scores(total, 2, "mean_abs").tolist() == [[0.0], [0.5]]
     assert block_scores(total, 2, "abs_mean").tolist() == [[1.0], [2.5]]
+    with pytest.raises(ValueError, match="score='max': choose one of"):
+        block_scores(total, 2, "max")
 
 
 def test_ties_go_to_the_first_name_row_and_column() -> None:
