@@ -7,7 +7,8 @@ It is never written inside a forward or backward pass.
 
 Optimizers are watched by one hook for the whole process, so a training loop needs no line for it. At its next forward
 pass a layer also notices a D that was replaced, or changed in sight of autograd: transformers loads adapters like that.
-What is in nobody's sight, a write through `.data` or by DeepSpeed's partitioned optimizers, needs `refresh(model)`.
+Inside a graph of torch.compile it cannot rewrite W then, and raises instead. What is in nobody's sight, a write through
+`.data` or by DeepSpeed's partitioned optimizers, needs `refresh(model)`.
 """
 
 from __future__ import annotations
@@ -87,6 +88,30 @@ class InPlaceLayer(ABC):
     @abstractmethod
     def refresh(self, changed: bool = True) -> None:
         """Bring the weight to what the layer computes with now. `changed`: the trained tensor may have new values."""
+
+
+def mark_of(trained: Tensor) -> list[int]:
+    """Changes with the tensor's memory, and with its values where autograd sees that."""
+    return [trained.data_ptr(), trained._version]
+
+
+@torch.library.custom_op("diablo::check_written", mutates_args=("mark",))
+def check_written(mark: Tensor, trained: Tensor) -> None:
+    """For graphs of torch.compile: RuntimeError if the trained tensor is not the one that `mark` was taken of.
+
+    The mark is declared as changed, which it is not, so that the check is not optimised away.
+    """
+    if mark.tolist() != mark_of(trained):
+        raise RuntimeError(
+            "blocks trained in place were changed outside an optimizer's step (LBFGS does so within one), which a "
+            "compiled forward pass cannot write into the weight: call diablo.refresh(model) after it, or use "
+            "mode='adapter'"
+        )
+
+
+@check_written.register_fake
+def _(mark: Tensor, trained: Tensor) -> None:
+    return None
 
 
 _watched: weakref.WeakSet[InPlaceLayer] = weakref.WeakSet()

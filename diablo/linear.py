@@ -43,7 +43,7 @@ class DiabloLinear(nn.Module, DiabloLayer):
         """`x` is `(..., in_features)`, the result `(..., out_features)` in the base layer's output dtype."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if self.in_weight is not None and not torch.compiler.is_compiling():
+        if self.in_weight is not None:
             self._check_weight()
         names = [] if self.disable_adapters or self.merged else self.active_adapters
         names = [name for name in names if name in self.diablo_blocks]
@@ -116,6 +116,7 @@ class DiabloLinear(nn.Module, DiabloLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # of a copy, or of a layer that was unpickled
         watch(self)
+        self.refresh()  # the mark of what is in the weight is that of the tensors that were copied
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """W0 and D, also where the weight holds W0 + D.
