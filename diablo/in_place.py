@@ -31,6 +31,9 @@ class Part(Protocol):
 
     def copy_(self, values: Tensor, /) -> Any: ...
 
+    @property
+    def dtype(self) -> torch.dtype: ...
+
 
 class Overwrite:
     """Other values in parts of a weight, and the weight's own values to put back.
@@ -55,6 +58,8 @@ class Overwrite:
             Whether all values are finite; with `check_finite` the weight is left as it was if they are not.
         """
         originals = self.originals or [part.clone() for part in parts]
+        # The weight's dtype may be another since they were taken: `.data` is in nobody's sight.
+        originals = [original.to(part.dtype) for original, part in zip(originals, parts, strict=True)]
         sums = [(original + values).to(original.dtype) for original, values in zip(originals, update, strict=True)]
         if check_finite and not all(bool(total.isfinite().all()) for total in sums):
             return False

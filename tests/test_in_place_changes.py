@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor, nn
 
 import diablo
-from diablo import DiabloLinear
+from diablo import DiabloConfig, DiabloLinear, SparseConfig
 from tests.test_in_place import blocks_of, layer_of
 
 
@@ -104,3 +105,26 @@ def test_a_copy_of_a_layer_in_training_compiles() -> None:
     copied, x = copy.deepcopy(layer), torch.randn(5, 64)
     compiled: Any = torch.compile(copied, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("old", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("places", [False, True])
+def test_a_base_that_is_cast_through_data_is_written_in_its_new_dtype(old: torch.dtype, places: bool) -> None:
+    """It went on rounding to the old one."""
+    new = torch.float32 if old is torch.bfloat16 else torch.bfloat16
+    base: Any = nn.Sequential(nn.Linear(64, 64, dtype=old))
+    original = base[0].weight.detach().clone()
+    config = SparseConfig(pattern="random_block", density="1/4", target_modules=["0"], mode="in_place")
+    if not places:
+        config = DiabloConfig(num_blocks=4, target_modules=["0"], mode="in_place")
+    get_peft_model(base, config)
+    layer = base[0]
+    for parameter in layer.base_layer.parameters():
+        parameter.data = parameter.data.to(new)
+    optimizer = torch.optim.SGD([blocks_of(layer)], lr=0.1)
+    layer(torch.randn(5, 64, dtype=new)).float().square().sum().backward()
+    optimizer.step()
+    expected = original.to(new).float() + layer.get_delta_weight("default")
+    assert torch.equal(layer.base_layer.weight, expected.to(new))
+    layer.enable_adapters(False)
+    assert torch.equal(layer.base_layer.weight, original.to(new))

@@ -2,7 +2,7 @@
 
 Three steps: a proximal descent that shrinks the largest magnitudes, GPTQ on a grid that is a little narrower than the
 weights, and a coordinate descent against the original weights. The settings are those of the authors' code
-(AozhongZhang/MagR), with three differences. It shrinks with the last calibration sequence alone, here all of them count.
+(AozhongZhang/MagR), with three differences. It shrinks with the last calibration sequence alone, here with all of them.
 It adds 0.1 to a denominator that is about 1e5 with its 262,144 calibration tokens, and not with few. It takes what the
 last pass of the descent leaves; here no row ends worse than it began: each keeps the result with the least error of its
 outputs, GPTQ's or a pass's. The passes of groups need that: each fits the grids again, β times as wide as the quantised
