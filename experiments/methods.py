@@ -11,7 +11,7 @@ import dataclasses
 import importlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Config = dict[str, Any]
-Batch = dict[str, "torch.Tensor"]  # input_ids, attention_mask and labels, as in training
+Backward = Callable[[], None]
 
 
 def peft_config(adapter: Config) -> PeftConfig:
@@ -52,14 +52,15 @@ def _find(where: str, target: str, what: str) -> Any:
 
 
 def attach(
-    method: Config, base: PreTrainedModel, batches: Iterator[Batch] | None = None, first: Path | None = None
+    method: Config, base: PreTrainedModel, backward: Backward | None = None, first: Path | None = None
 ) -> torch.nn.Module:
     """The model to train: the base itself with all or none of its weights trainable, or the base with an adapter.
 
     Only what the method trains requires a gradient afterwards.
 
     Args:
-        batches: training examples without end, on the base's device, for methods that are prepared with data.
+        backward: for methods that are prepared with data. Each call adds to the base's gradients that of the mean loss
+            over the next `recipe.batch_size` training rows.
         first: the adapter of the run that `method.first` names.
     """
     base.requires_grad_(method["trains"] == "all")
@@ -75,7 +76,7 @@ def attach(
         config = peft_config(_sized(method, base))
         check_targets(base, config)  # PEFT's own methods too
         check_start(base, config)
-        config = _prepared(method, base, config, batches, first)
+        config = _prepared(method, base, config, backward, first)
         model = peft.get_peft_model(base, config, low_cpu_mem_usage=on_meta)
     except (ValueError, TypeError) as error:
         if isinstance(error, TypeError) and not _is_quantized(base):  # whose weights cannot be changed
@@ -94,9 +95,9 @@ def _is_quantized(base: torch.nn.Module) -> bool:
 
 
 def _prepared(
-    method: Config, base: PreTrainedModel, config: PeftConfig, batches: Iterator[Batch] | None, first: Path | None
+    method: Config, base: PreTrainedModel, config: PeftConfig, backward: Backward | None, first: Path | None
 ) -> PeftConfig:
-    """The config after the function that `method.prepare` names: `(base, config, batches, first, **settings)`.
+    """The config after the function that `method.prepare` names: `(base, config, backward, first, **settings)`.
 
     It finds all weights frozen and leaves them and their flags as they are. What attaching needs is in the config it
     returns, or in attributes of the base's modules. The same arguments must give the same result, to the bit.
@@ -106,7 +107,7 @@ def _prepared(
         return config
     prepare = _find("method.prepare", settings.pop("_target_"), "function")
     with _deterministic():
-        return prepare(base, config, batches, first, **settings)
+        return prepare(base, config, backward, first, **settings)
 
 
 @contextmanager

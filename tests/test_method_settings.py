@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from experiments import methods
 from experiments.counting import count
 from experiments.plan import plan
-from tests.test_methods import fresh_base, random_batches
+from tests.test_methods import fresh_base, random_backward
 
 PAPER_TASKS = ["commonsense_170k", "metamathqa", "gsm8k"]
 
@@ -37,7 +37,8 @@ def test_scale_and_dropout_of_the_attached_layers_are_the_sources(
     name: str, scaling: float, dropout: float, task: str
 ) -> None:
     config = config_of(f"method={name}", f"task={task}", "model.adapter_size.rank=8")
-    model = methods.attach(config["method"], fresh_base(), random_batches())
+    base = fresh_base()
+    model = methods.attach(config["method"], base, random_backward(base))
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     assert len(layers) == 10  # q, k, v, up and down of two layers
     for layer in layers:
