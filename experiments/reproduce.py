@@ -39,13 +39,12 @@ def reproduce(
     report_only: bool = False,
     minutes: float | None = None,
     results: Path | None = None,
-) -> Path | None:
+) -> Path:
     """Run every stage of `configs/experiment/<name>.yaml` and return the path of the report's page.
 
     Args:
         report_only: report what is finished, run nothing.
-        minutes: begin no run that would take longer than what is left of them, and stop cleanly; None if nothing was
-            finished that could be reported.
+        minutes: begin no run that would take longer than what is left of them, and stop cleanly.
         results: a folder of exported runs (analysis/export.py) that count as finished.
     """
     if workers < 1:
