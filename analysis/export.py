@@ -1,6 +1,7 @@
 """Run directories made small enough to commit: what tables, figures and notebooks read, and nothing else.
 
     python -m analysis.export runs --out analysis/results/quickstart/runs
+    python -m analysis.export runs --out analysis/results/evidence/runs --no-norms      # of many runs
 
 Of a run it keeps config.yaml (without the paths of `runtime`), train.json or diverged.json, held_out.json,
 learning_rate.json, every score.json and a thinned metrics.jsonl and spectra.jsonl. Adapters, plans, samples and
@@ -26,8 +27,11 @@ STEPS = 60  # steps kept in all
 DIGITS = 5  # significant ones of a number in metrics.jsonl
 
 
-def export_run(source: Path, out: Path) -> Path:
-    """Write the small copy of one run into the folder `out` and return its directory."""
+def export_run(source: Path, out: Path, norms: bool = True) -> Path:
+    """Write the small copy of one run into the folder `out` and return its directory.
+
+    `norms`: keep the gradient norm of every trained tensor, which is most of a copy's size.
+    """
     old, new = RunPaths(source), RunPaths(out / source.name)
     config = read_config(old)
     config["runtime"] = {key: None if key in PATHS else value for key, value in config["runtime"].items()}
@@ -35,11 +39,12 @@ def export_run(source: Path, out: Path) -> Path:
     records = (old.train_record, old.held_out, old.diverged, old.learning_rate)
     for path in (*records, *sorted(source.glob("eval/*/*/score.json"))):
         if path.is_file():
-            write_atomically(new.root / path.relative_to(source), _compact(read_json(path)))
+            record = read_json(path) if norms or path != old.train_record else read_json(path) | {"tensors": []}
+            write_atomically(new.root / path.relative_to(source), _compact(record))
     if old.spectra.is_file():
         write_atomically(new.spectra, "".join(_compact(line) for line in thinned(list(read_lines(old.spectra)), 0, 8)))
     if old.metrics.is_file():
-        lines = list(read_lines(old.metrics))
+        lines = [line if norms else line | {"gradient_norms": []} for line in read_lines(old.metrics)]
         write_atomically(new.metrics, "".join(_compact(_rounded(line)) for line in thinned(lines)))
     return new.root
 
@@ -76,9 +81,9 @@ def _rounded(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compact(record: dict[str, Any]) -> str:
-    """A record as one line; whole numbers, as most items are, without their `.0`."""
+    """A record as one line; whole numbers, as most items are, without their `.0`, and others in 7 digits."""
     if "items" in record:
-        items = [int(item) if float(item).is_integer() else item for item in record["items"]]
+        items = [int(item) if float(item).is_integer() else float(f"{item:.7g}") for item in record["items"]]
         record = record | {"items": items}
     return json.dumps(record, separators=(",", ":")) + "\n"
 
@@ -87,11 +92,12 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m analysis.export", description="Runs, small enough to commit.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="run directories, or folders of them")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the small copies into")
+    parser.add_argument("--no-norms", action="store_true", help="leave out the gradient norms of single tensors")
     options = parser.parse_args(arguments)
 
     from analysis.load import find_runs
 
-    copies = [export_run(run, options.out) for run in find_runs(options.runs)]
+    copies = [export_run(run, options.out, not options.no_norms) for run in find_runs(options.runs)]
     size = sum(path.stat().st_size for copy in copies for path in copy.rglob("*") if path.is_file())
     print(f"{len(copies)} runs, {size / 2**10:,.0f} KiB in {options.out}")
 

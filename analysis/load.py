@@ -56,11 +56,18 @@ class Runs:
     benchmark's in the task's order, their mean last; `commits` are the versions of this code that trained and scored;
     `items` is an (n,) array of 1 and 0, or of shares where a row has several completions, and a list of such arrays for
     the mean over a task's benchmarks; `percent_of_base` is in percent, `accuracy` in [0, 1], `train_seconds` in
-    seconds. A planned evaluation without a score has a row with `benchmark` alone. `problems` has a line for everything
-    that was left out or is not there yet.
+    seconds. A planned evaluation without a score has a row with `benchmark` alone.
+
+    `likelihood` has the evaluations of likelihood benchmarks (eval/likelihood.py), with the same columns but `nll`
+    instead of `accuracy`: nats per target token, lower is better; `items` is a row's NLL over the mean number of
+    targets of a row. They are no share of anything, so `frame`, and with it every table, figure and comparison of
+    accuracies, is without them; a run that has no other evaluation has one row there, without a benchmark.
+
+    `problems` has a line for everything that was left out or is not there yet.
     """
 
     frame: pd.DataFrame
+    likelihood: pd.DataFrame
     problems: list[str]
 
 
@@ -104,8 +111,10 @@ def load_runs(directories: Iterable[Path], quiet: bool = False) -> Runs:
     problems = [line for lines in told for line in lines] + problems
     for problem in [] if quiet else problems:
         print(problem, file=sys.stderr)
-    frame = frame.loc[frame["run_id"].notna()].drop(columns="problems").reset_index(drop=True)
-    return Runs(frame, problems)
+    frame = frame.loc[frame["run_id"].notna()].drop(columns="problems")
+    is_nll = frame["metric"] == run_records.NLL
+    likelihood = frame.loc[is_nll].rename(columns={"accuracy": "nll"})
+    return Runs(frame.loc[~is_nll].reset_index(drop=True), likelihood.reset_index(drop=True), problems)
 
 
 def _read_in_parallel(directories: Sequence[Path]) -> list[list[dict[str, Any]]]:

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from experiments.errors import UserError
-from experiments.evaluations import evaluation_paths
+from experiments.evaluations import LIKELIHOOD, evaluation_paths, kind_of, name_of
 from experiments.follows import check_score, check_training
 from experiments.records import (
+    NLL,
     EvalPaths,
     EvalRecord,
     RunPaths,
@@ -76,7 +77,11 @@ TEXTS = [
 
 
 def read_run(directory: Path) -> list[dict[str, Any]]:
-    """The rows of one run, each with what is wrong with it as `problems`; of a run that cannot be read that alone."""
+    """The rows of one run, each with what is wrong with it as `problems`; of a run that cannot be read that alone.
+
+    Likelihood benchmarks have rows of their own with the metric `NLL`, and are in no mean: a run has at least one row
+    that is not of them.
+    """
     run = RunPaths(directory)
     try:
         rows = _read_run(run)
@@ -104,21 +109,36 @@ def _read_run(run: RunPaths) -> list[dict[str, Any]]:
     problems: list[str] = []
     config = read_config(run)
     about_run = _about_run(run, config)
-    planned = (config.get("evaluation") or {}).get("benchmarks") or []
+    planned = [name_of(name) for name in (config.get("evaluation") or {}).get("benchmarks") or []]
     about_run |= _rate_choice(run, problems)
     trained, training = _training(run, config, problems)
-    evaluations = list(_evaluations(run, config, trained, problems))
-    scored = {evaluation["benchmark"] for evaluation in evaluations}
+    scores = list(_evaluations(run, config, trained, problems))
+    likelihoods = [score for score in scores if score["metric"] == NLL]
+    evaluations = [score for score in scores if score["metric"] != NLL]
+    scored = {score["benchmark"] for score in scores}
+    every, planned = planned, [name for name in planned if not _is_likelihood(name)]
     if (config.get("evaluation") or {}).get("mean"):
         evaluations += list(_means(run, evaluations, planned, problems))
     for evaluation in evaluations:
         if evaluation["benchmark"] in planned:
             evaluation["place"] = planned.index(evaluation["benchmark"])
-    for benchmark in planned:
-        if benchmark not in scored:
+    for benchmark in every:
+        if benchmark in scored:
+            continue
+        problems.append(f"{run.root}: no score for {benchmark}")
+        if benchmark in planned:
             evaluations.append({"benchmark": benchmark, "place": planned.index(benchmark)})
-            problems.append(f"{run.root}: no score for {benchmark}")
-    return [about_run | training | evaluation | {"problems": problems} for evaluation in evaluations or [{}]]
+        else:
+            likelihoods.append({"benchmark": benchmark, "metric": NLL})
+    found = [*(evaluations or [{}]), *likelihoods]
+    return [about_run | training | evaluation | {"problems": problems} for evaluation in found]
+
+
+def _is_likelihood(benchmark: str) -> bool:
+    try:
+        return kind_of(benchmark) == LIKELIHOOD
+    except UserError:  # of another version, which had other benchmarks
+        return False
 
 
 def _about_run(run: RunPaths, config: dict[str, Any]) -> dict[str, Any]:

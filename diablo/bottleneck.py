@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import (
 )
 from torch import Tensor, nn
 
+from diablo.mixed import MixedBatches, rows_by_adapter
 from diablo.register import peft_type, register
 from diablo.targets import CheckedTuner
 
@@ -104,21 +105,44 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`x` is `(..., in_features)`, the result `(..., out_features)` in the base layer's output dtype."""
+        adapter_names = kwargs.pop("adapter_names", None)
         y = result = self.base_layer(x, *args, **kwargs)
-        for name in () if self.disable_adapters else self.active_adapters:
+        if self.disable_adapters:
+            return result
+        if adapter_names is not None:
+            for name, rows in rows_by_adapter(x, adapter_names, self.merged).items():
+                if name in self.bottleneck_down:
+                    result = result.index_add(0, rows, self._update(name, y[rows]))
+            return result
+        for name in self.active_adapters:
             if name in self.bottleneck_down:
-                down, up = self.bottleneck_down[name], self.bottleneck_up[name]
-                update = up(nn.functional.gelu(down(y.to(next(down.parameters()).dtype))))
-                result = result + update.to(result.dtype)
+                result = result + self._update(name, y)
         return result
 
+    def _update(self, adapter_name: str, y: Tensor) -> Tensor:
+        down, up = self.bottleneck_down[adapter_name], self.bottleneck_up[adapter_name]
+        return up(nn.functional.gelu(down(y.to(next(down.parameters()).dtype)))).to(y.dtype)
 
-class BottleneckModel(CheckedTuner, BaseTuner):
+    def _apply(self, fn: Any, recurse: bool = True) -> BottleneckLayer:
+        networks = (self.bottleneck_down, self.bottleneck_up)
+        exact = [{name: tensor.detach() for name, tensor in network.named_parameters()} for network in networks]
+        super()._apply(fn, recurse)
+        for network, before in zip(networks, exact, strict=True):
+            for name, parameter in network.named_parameters():
+                if parameter.dtype.itemsize < 4 <= before[name].dtype.itemsize:
+                    parameter.data = before[name].to(parameter.device)
+        return self
+
+
+class BottleneckModel(CheckedTuner, MixedBatches, BaseTuner):
     """A model with bottlenecks behind its target layers. Made by `get_peft_model(model, BottleneckConfig(...))`."""
 
     prefix = "bottleneck_"
     tuner_layer_cls = BottleneckLayer
     target_module_mapping = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), ENDS_OF_SUBLAYERS)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError("bottlenecks are not linear: a weighted sum of their weights is no sum of their updates")
 
     def _create_and_replace(
         self,

@@ -10,7 +10,6 @@ N nor the targets nor the base model. It is read with `weights_only=True`, which
 from __future__ import annotations
 
 import argparse
-import pickle
 import re
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 from packaging.version import Version
 from peft import PeftConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -44,8 +44,10 @@ def from_authors(checkpoint: Path, out: Path, base: str) -> DiabloConfig:
         )
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        first = str(error).strip().splitlines()[0]
+    except OSError:
+        raise
+    except Exception as error:  # whatever bytes make the unpickler raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{checkpoint}: not a file of tensors only, and nothing else is read: {first}") from None
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{checkpoint}: holds a {type(state).__name__}, not a state dict with {THEIRS} tensors")
@@ -59,8 +61,10 @@ def from_authors(checkpoint: Path, out: Path, base: str) -> DiabloConfig:
             raise ValueError(f"{checkpoint}: {key} is no {THEIRS} tensor: only diagonal blocks can be converted")
         if name not in layers:
             raise ValueError(f"{checkpoint}: {key}: {base} has no linear layer {name}: give the base it was trained on")
+        if name in asked:
+            raise ValueError(f"{checkpoint}: {key}: {name} has blocks twice, with and without the prefix module.")
         asked[name] = _num_blocks(layers[name], blocks, f"{checkpoint}: {key}")
-        tensors[f"{PREFIX}{name}{OURS}"] = blocks.float().contiguous()
+        tensors[f"{PREFIX}{name}{OURS}"] = _as_float32(blocks, f"{checkpoint}: {key}")
     targets = sorted({name.rpartition(".")[2] for name in asked})
     indices = _layer_indices(checkpoint, targets, set(asked), layers)
     all_layers = not indices or len(indices) == model.config.num_hidden_layers
@@ -94,7 +98,11 @@ def to_authors(adapter: Path, checkpoint: Path) -> int:
     if not isinstance(config, DiabloConfig):
         raise ValueError(f"{adapter}: an adapter of type {config.peft_type}, not DIABLO")
     state = {}
-    for key, blocks in load_file(adapter / "adapter_model.safetensors").items():
+    try:
+        tensors = load_file(adapter / "adapter_model.safetensors")
+    except SafetensorError as error:
+        raise ValueError(f"{adapter}: adapter_model.safetensors is not a complete safetensors file ({error})") from None
+    for key, blocks in tensors.items():
         if not key.endswith(OURS):
             raise ValueError(f"{adapter}: {key}: their format holds diagonal blocks only")
         state[key.removeprefix(PREFIX).removesuffix(OURS) + THEIRS] = blocks
@@ -102,11 +110,22 @@ def to_authors(adapter: Path, checkpoint: Path) -> int:
     return len(state)
 
 
+def _as_float32(blocks: Tensor, where: str) -> Tensor:
+    ordinary = blocks.layout == torch.strided and not (blocks.is_meta or blocks.is_quantized or blocks.is_nested)
+    if not ordinary or not blocks.is_floating_point():
+        kind = "without values" if blocks.is_meta else f"of {blocks.dtype} and {blocks.layout}"
+        raise ValueError(f"{where} is a tensor {kind}: blocks are dense floating-point numbers")
+    values = blocks.detach().float().contiguous()
+    if not values.isfinite().all():
+        raise ValueError(f"{where} has values that are NaN or infinite in float32: the training failed")
+    return values
+
+
 def _num_blocks(layer: nn.Linear, blocks: Tensor, where: str) -> int:
     """The N that gives blocks of this shape; where N does not divide the sides, theirs may have fewer blocks than N."""
     longest = max(layer.in_features, layer.out_features)
     if blocks.ndim == 3:
-        for n in range(blocks.shape[0], longest + 1):
+        for n in range(max(1, blocks.shape[0]), longest + 1):
             if block_shape(layer.in_features, layer.out_features, n, allow_uneven=True) == BlockShape(*blocks.shape):
                 return n
     raise ValueError(

@@ -7,7 +7,8 @@ It is never written inside a forward or backward pass.
 
 Optimizers are watched by one hook for the whole process, so a training loop needs no line for it. At its next forward
 pass a layer also notices a D that was replaced, or changed in sight of autograd: transformers loads adapters like that.
-What is in nobody's sight, a write through `.data` or by DeepSpeed's partitioned optimizers, needs `refresh(model)`.
+Inside a graph of torch.compile it cannot rewrite W then, and raises instead. What is in nobody's sight, a write through
+`.data` or by DeepSpeed's partitioned optimizers, needs `refresh(model)`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ class Part(Protocol):
     def clone(self) -> Tensor: ...
 
     def copy_(self, values: Tensor, /) -> Any: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
 
 class Overwrite:
@@ -54,6 +58,8 @@ class Overwrite:
             Whether all values are finite; with `check_finite` the weight is left as it was if they are not.
         """
         originals = self.originals or [part.clone() for part in parts]
+        # The weight's dtype may be another since they were taken: `.data` is in nobody's sight.
+        originals = [original.to(part.dtype) for original, part in zip(originals, parts, strict=True)]
         sums = [(original + values).to(original.dtype) for original, values in zip(originals, update, strict=True)]
         if check_finite and not all(bool(total.isfinite().all()) for total in sums):
             return False
@@ -87,6 +93,30 @@ class InPlaceLayer(ABC):
     @abstractmethod
     def refresh(self, changed: bool = True) -> None:
         """Bring the weight to what the layer computes with now. `changed`: the trained tensor may have new values."""
+
+
+def mark_of(trained: Tensor) -> list[int]:
+    """Changes with the tensor's memory, and with its values where autograd sees that."""
+    return [trained.data_ptr(), trained._version]
+
+
+@torch.library.custom_op("diablo::check_written", mutates_args=("mark",))
+def check_written(mark: Tensor, trained: Tensor) -> None:
+    """For graphs of torch.compile: RuntimeError if the trained tensor is not the one that `mark` was taken of.
+
+    The mark is declared as changed, which it is not, so that the check is not optimised away.
+    """
+    if mark.tolist() != mark_of(trained):
+        raise RuntimeError(
+            "blocks trained in place were changed outside an optimizer's step (LBFGS does so within one), which a "
+            "compiled forward pass cannot write into the weight: call diablo.refresh(model) after it, or use "
+            "mode='adapter'"
+        )
+
+
+@check_written.register_fake
+def _(mark: Tensor, trained: Tensor) -> None:
+    return None
 
 
 _watched: weakref.WeakSet[InPlaceLayer] = weakref.WeakSet()

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from diablo import places as at_places
 from diablo.blocks import BlockShape, block_shape, covered, delta_weight, diagonal_blocks
 from diablo.config import BlockConfig, DiabloConfig
-from diablo.in_place import InPlaceLayer, Overwrite, Part, local_shard, unwatch
+from diablo.in_place import InPlaceLayer, Overwrite, Part, check_written, local_shard, mark_of, unwatch
 from diablo.places import ChosenEntries, Places
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -93,7 +93,7 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         self.in_weight: str | None = None
         self.weight_is_shared = False
         self._overwrites: dict[str, Overwrite] = {}
-        self._written: tuple[int, int] | None = None  # which blocks are in the weight, and their version
+        self._written: Tensor | None = None  # `mark_of` the blocks in the weight
 
         base_layer = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)
@@ -247,7 +247,7 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         blocks, weight = self.diablo_blocks[name], self.base_layer.weight
         # FSDP2 shows other tensors in the forward pass than outside it, which says nothing of their values.
         sharded = isinstance(blocks, DTensor) or isinstance(weight, DTensor)
-        self._written = None if sharded else (id(blocks), blocks._version)
+        self._written = None if sharded else torch.tensor(mark_of(blocks), device="cpu")
 
     def prepare_unloading(self) -> None:
         """Leave the base layer as it is to be without its adapters, merged or as it was, for good."""
@@ -263,13 +263,18 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
     def _check_weight(self) -> None:
         """Before a forward pass in place: the weight must hold the blocks that there are.
 
+        Inside a graph of torch.compile it cannot be rewritten: there the graph checks it whenever it runs.
+
         Raises:
-            RuntimeError: the base layer has got hooks, or lost its values, since the adapter was attached.
+            RuntimeError: the base layer has got hooks, or lost its values, since the adapter was attached; in a graph,
+                the blocks have changed.
         """
         name = self.in_weight
         assert name is not None
         blocks = self.diablo_blocks[name]
-        if self._written is not None and self._written != (id(blocks), blocks._version):
+        if self._written is not None and torch.compiler.is_compiling():
+            check_written(self._written, blocks)
+        elif self._written is not None and self._written.tolist() != mark_of(blocks):
             self.refresh()  # loaded by assignment, or changed by hand
         if obstacle := obstacle_to_in_place(self.base_layer, 0.0):
             raise RuntimeError(f"the layer trains in place and got {obstacle} since: use mode='adapter'")

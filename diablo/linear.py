@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks  # pyright: ignore[reportPrivateUsage]
 
 from diablo.config import BlockConfig
 from diablo.functional import add_blocks, block_linear
 from diablo.in_place import watch
 from diablo.layer import DiabloLayer, obstacle_to_in_place
+from diablo.mixed import rows_by_adapter
 from diablo.places import Places
 
 
@@ -43,7 +45,10 @@ class DiabloLinear(nn.Module, DiabloLayer):
         """`x` is `(..., in_features)`, the result `(..., out_features)` in the base layer's output dtype."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if self.in_weight is not None and not torch.compiler.is_compiling():
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is not None and not self.disable_adapters:
+            return self._mixed(x, adapter_names, *args, **kwargs)
+        if self.in_weight is not None:
             self._check_weight()
         names = [] if self.disable_adapters or self.merged else self.active_adapters
         names = [name for name in names if name in self.diablo_blocks]
@@ -64,9 +69,27 @@ class DiabloLinear(nn.Module, DiabloLayer):
             result = base(x, *args, **kwargs)
             if self.quantization_backend is not None:
                 result = self.quantization_backend.maybe_clone_base_result(result)
+            if _is_seen(base):
+                result = result.clone()
             result = add_blocks(result, x, blocks, dropout, places)
         for name in others:
             result = add_blocks(result, x, self.diablo_blocks[name], self._dropout(name), self.places(name))
+        return result
+
+    def _mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Every row with its own adapter."""
+        rows_of = rows_by_adapter(x, adapter_names, self.merged)
+        in_place = self.in_weight is not None
+        self._leave_weight()
+        try:
+            result = self.base_layer(x, *args, **kwargs)
+        finally:
+            if in_place:
+                self.refresh(changed=False)
+        for name, rows in rows_of.items():
+            if name in self.diablo_blocks:
+                blocks, places = self.diablo_blocks[name], self.places(name)
+                result = result.index_copy(0, rows, add_blocks(result[rows], x[rows], blocks, 0.0, places))
         return result
 
     def _dropout(self, adapter_name: str) -> float:
@@ -116,6 +139,7 @@ class DiabloLinear(nn.Module, DiabloLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # of a copy, or of a layer that was unpickled
         watch(self)
+        self.refresh()  # the mark of what is in the weight is that of the tensors that were copied
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """W0 and D, also where the weight holds W0 + D.
@@ -139,6 +163,11 @@ class DiabloLinear(nn.Module, DiabloLayer):
 
     def __repr__(self) -> str:
         return "diablo." + super().__repr__()
+
+
+def _is_seen(base_layer: nn.Module) -> bool:
+    """Whether hooks see what a module in the layer returns, so that nothing may be added to it in place."""
+    return bool(_global_forward_hooks) or any(module._forward_hooks for module in base_layer.modules())
 
 
 def _after_loading(layer: DiabloLinear, _: Any) -> None:

@@ -6,9 +6,9 @@ are ordinary LoRA once trained. Formulas and constants are those of the authors'
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,10 @@ class LoriConfig(LoraConfig):
         default=0.0,
         metadata={"help": "Share of all entries of B that are not trained, chosen by `choose_entries`. 0 trains all."},
     )
+    entries: dict[str, int] | None = field(
+        default=None,
+        metadata={"help": "Layer name -> how many entries are trained there, set by `choose_entries`; for loading."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,24 +54,40 @@ class LoriConfig(LoraConfig):
 
 
 class SparseB(nn.Module):
-    """A matrix B `(out, r)` that is zero but for a few entries: `values` are trained, `entries` say where they lie."""
+    """A matrix B `(out, r)` that is zero but for a few entries: `values` are trained, `entries` say where they lie.
+
+    Args:
+        entries: indices into the flattened B; an int is their number, and they are still to be loaded.
+    """
 
     entries: Tensor
 
-    def __init__(self, shape: tuple[int, int], entries: Tensor, like: Tensor) -> None:
+    def __init__(self, shape: tuple[int, int], entries: Tensor | int, like: Tensor) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.is_loaded = shape, not isinstance(entries, int)
+        if isinstance(entries, int):
+            entries = torch.zeros(entries, dtype=torch.long, device=like.device)
         self.values = nn.Parameter(torch.zeros(entries.shape, dtype=like.dtype, device=like.device))
-        self.register_buffer("entries", entries.to(like.device), persistent=False)
+        self.register_buffer("entries", entries.to(like.device))
 
     @property
     def weight(self) -> Tensor:
-        """B itself, as LoRA's layers read it to merge."""
+        """B itself, as LoRA's layers read it to merge.
+
+        Raises:
+            RuntimeError: the config says how many entries there are, and no adapter was loaded that says which.
+        """
         out, r = self.shape
+        if not self.is_loaded:
+            raise RuntimeError("which entries of B are trained is not known: load the adapter, or call choose_entries")
         return self.values.new_zeros(out * r).index_put((self.entries,), self.values).view(out, r)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.is_loaded = self.is_loaded or f"{prefix}entries" in state_dict
 
 
 def largest_entries(factors: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:
@@ -94,12 +114,11 @@ def largest_entries(factors: dict[str, Tensor], sparsity: float) -> dict[str, Te
     return {name: (factor.abs().flatten() >= threshold).nonzero().flatten() for name, factor in factors.items()}
 
 
-def choose_entries(
-    model: nn.Module, config: PeftConfig, batches: Iterator[dict[str, Tensor]] | None, first: Path | None
-) -> PeftConfig:
+def choose_entries(model: nn.Module, config: PeftConfig, backward: object, first: Path | None) -> PeftConfig:
     """Tells the base's layers which entries of B are to be trained: the largest of a LoRI-D adapter for the same base.
 
     Args:
+        backward: not used.
         first: the folder of that adapter. On the meta device none is needed, and as many entries are taken.
 
     Raises:
@@ -121,6 +140,7 @@ def choose_entries(
         raise ValueError(f"sparsity={config.sparsity} takes its entries from a trained LoRI-D adapter: none was given")
     else:
         chosen = largest_entries(_trained_factors(first, shapes), config.sparsity)
+    config.entries = {name: len(entries) for name, entries in chosen.items()}
     for name, layer in layers.items():
         setattr(layer, CHOSEN, chosen[name])
     return config
@@ -162,7 +182,8 @@ def _trained_factors(first: Path, shapes: dict[str, tuple[int, int]]) -> dict[st
 class LoriModel(CheckedTuner, LoraModel):
     """PEFT's LoRA with A frozen and, where entries were chosen, a sparse B.
 
-    Save with `diablo.residual.save_adapter`: the file then holds an ordinary LoRA.
+    `save_pretrained` writes the trained values and where they lie; `diablo.residual.save_adapter` an ordinary LoRA,
+    which needs no DiaBlo to be loaded.
     """
 
     def _create_and_replace(
@@ -191,13 +212,13 @@ class LoriModel(CheckedTuner, LoraModel):
     @staticmethod
     def _make_sparse(layer: LoraLayer, adapter_name: str, key: str, config: LoriConfig) -> None:
         base_layer = layer.get_base_layer()
-        entries = getattr(base_layer, CHOSEN, None)
+        entries = getattr(base_layer, CHOSEN, (config.entries or {}).get(key))
         if entries is None:
             raise ValueError(
-                f"{key}: sparsity={config.sparsity} and no entries are chosen: call diablo.lori.choose_entries first, "
-                "and save with diablo.residual.save_adapter"
+                f"{key}: sparsity={config.sparsity} and no entries are chosen: call diablo.lori.choose_entries first"
             )
-        delattr(base_layer, CHOSEN)
+        if hasattr(base_layer, CHOSEN):
+            delattr(base_layer, CHOSEN)
         dense = layer.lora_B[adapter_name]
         assert isinstance(dense, nn.Linear)
         shape = (dense.out_features, dense.in_features)
@@ -214,7 +235,7 @@ def dense_factors(model: nn.Module, tensors: dict[str, Tensor], adapter_name: st
             sparse = layer.lora_B[adapter_name]
             assert isinstance(sparse, SparseB)
             dense[name.removesuffix("values") + "weight"] = sparse.weight.detach()
-        else:
+        elif not name.endswith(".lora_B.entries"):
             dense[name] = tensor
     return dense
 

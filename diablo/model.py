@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from diablo.config import DIABLO, BlockConfig, DiabloConfig
 from diablo.layer import DiabloLayer
 from diablo.linear import DiabloLinear
+from diablo.mixed import MixedBatches
 from diablo.places import Places
 from diablo.register import register
 from diablo.targets import CheckedTuner
@@ -20,7 +24,7 @@ from diablo.tied import shared_names
 PAPER_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
 
-class DiabloModel(CheckedTuner, BaseTuner):
+class DiabloModel(CheckedTuner, MixedBatches, BaseTuner):
     """A model whose target layers compute `Y = X W0 + X D` with a trainable block-diagonal D (arXiv 2506.03230).
 
     Every layer has its own block sizes, so the narrow key and value projections of grouped-query attention get
@@ -76,6 +80,33 @@ class DiabloModel(CheckedTuner, BaseTuner):
             )
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """A new adapter whose update is the weighted sum of others', which must train the same entries.
+
+        It is frozen and not active, as those that PEFT's LoRA makes.
+
+        Raises:
+            ValueError: adapters are unknown or train other entries, or another combination than "linear" is asked for.
+        """
+        if combination_type != "linear":
+            raise ValueError(f"combination_type={combination_type!r}: blocks are combined as 'linear' only")
+        if len(adapters) != len(weights) or not adapters:
+            raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter")
+        if unknown := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"there is no adapter {', '.join(unknown)}, only {', '.join(self.peft_config)}")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"adapter_name={adapter_name!r} is taken")
+        layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, DiabloLayer)}
+        layers = {name: layer for name, layer in layers.items() if any(one in layer.diablo_blocks for one in adapters)}
+        sums = {name: _weighted_sum(name, layer, adapters, weights) for name, layer in layers.items()}
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapters[0]])
+        self.inject_adapter(self.model, adapter_name)
+        for name, total in sums.items():
+            layers[name].diablo_blocks[adapter_name].data = total
+            layers[name].diablo_blocks[adapter_name].requires_grad_(False)
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(new_module, DiabloLayer):
             super()._replace_module(parent, child_name, new_module, child)
@@ -84,6 +115,22 @@ class DiabloModel(CheckedTuner, BaseTuner):
                 child.prepare_unloading()
             # Unloading puts the complete base layer back. PEFT's version would copy `weight`, which HQQ's layers lack.
             setattr(parent, child_name, new_module)
+
+
+def _weighted_sum(name: str, layer: DiabloLayer, adapters: list[str], weights: list[float]) -> Tensor:
+    same = all(one in layer.diablo_blocks for one in adapters)
+    if same:
+        shapes = {layer.diablo_blocks[one].shape for one in adapters}
+        first, *others = (layer.places(one) for one in adapters)
+        same = len(shapes) == 1 and all(
+            (other is None) == (first is None)
+            and (other is None or all(torch.equal(*pair) for pair in zip(first or (), other, strict=True)))
+            for other in others
+        )
+    if not same:
+        raise ValueError(f"{name}: adapters {', '.join(adapters)} train other entries, so their blocks have no sum")
+    blocks = [weight * layer.diablo_blocks[one].detach() for one, weight in zip(adapters, weights, strict=True)]
+    return torch.stack(blocks).sum(0)
 
 
 register(DIABLO, DiabloConfig, DiabloModel)

@@ -30,7 +30,8 @@ def pattern_shape(
         count: of rows or columns, instead of a density.
 
     Raises:
-        ValueError: the density does not make whole rows, columns, blocks or entries of this layer.
+        ValueError: the density does not make whole rows, columns, blocks or entries of this layer, or the pattern is
+            unknown.
     """
 
     def share_of(total: int, what: str) -> int:
@@ -52,6 +53,8 @@ def pattern_shape(
         return BlockShape(share_of(in_features * out_features, "entries"), 1, 1)
     if pattern == "banded":
         return BlockShape(in_features * share_of(out_features, "entries per row"), 1, 1)
+    if pattern not in BLOCK_PATTERNS:
+        raise _unknown(pattern)
     if density.numerator != 1:
         raise ValueError(f"pattern={pattern}: density={density} must be 1/N with a whole N, the side of the grid")
     d_in, d_out = (share_of(side, "features per block") for side in (in_features, out_features))
@@ -68,6 +71,9 @@ def draw(pattern: str, shape: BlockShape, in_features: int, out_features: int, g
     - `random_row`, `random_column`, `random_entry`: distinct ones, each equally likely.
     - `banded`: every row has the same number of entries around the diagonal, scaled where W is not square; at both
       ends the band is moved to lie inside W.
+
+    Raises:
+        ValueError: the pattern is unknown.
     """
     num_blocks, d_in, d_out = shape
     if pattern == "random_row":
@@ -86,13 +92,19 @@ def draw(pattern: str, shape: BlockShape, in_features: int, out_features: int, g
     if pattern == "shuffled_diagonal":
         shuffled = torch.randperm(in_features, generator=generator, device="cpu").view(num_blocks, d_in)
         return _places(shuffled.sort(1).values, _all(out_features).view(num_blocks, d_out))
-    rows = columns = _all(num_blocks)
     if pattern == "random_block":
         cells = draw_distinct(num_blocks**2, num_blocks, generator)
-        rows, columns = cells // num_blocks, cells % num_blocks
-    elif pattern == "permuted_block":
+        return grid_places(cells // num_blocks, cells % num_blocks, d_in, d_out)
+    if pattern == "permuted_block":
         columns = torch.randperm(num_blocks, generator=generator, device="cpu")
-    return grid_places(rows, columns, d_in, d_out)
+        return grid_places(_all(num_blocks), columns, d_in, d_out)
+    if pattern == "diagonal":
+        return grid_places(_all(num_blocks), _all(num_blocks), d_in, d_out)
+    raise _unknown(pattern)
+
+
+def _unknown(pattern: str) -> ValueError:
+    return ValueError(f"pattern={pattern!r} is unknown to diablo.patterns: choose one of {', '.join(PATTERNS)}")
 
 
 def grid_places(rows: Tensor, columns: Tensor, d_in: int, d_out: int) -> Places:

@@ -111,7 +111,11 @@ class ChosenEntries:
         return self.weight[self.index]
 
     def copy_(self, values: Tensor) -> None:
-        self.weight[self.index] = values
+        self.weight[self.index] = values.to(self.weight.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
 
 
 def _is_all(index: Tensor, features: int) -> bool:

@@ -1,17 +1,19 @@
 """Benchmarks: what a task file says, its rows, and the settings of a run's protocol for its kind of answer.
 
 A benchmark is an lm-eval task file in `eval/tasks/`. Its metadata names the data set, the kind of answer (option,
-number, letter, expression, program or refusal) and, of options, which there are.
+number, letter, expression, program or refusal) and, of options, which there are. The kind `likelihood` asks for no
+answer: it measures how well the model predicts the rows' targets (eval/likelihood.py). Its metadata also names the
+protocol by which the rows become tokens, null for the run's own, and of fixed samples their `limit` of rows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import yaml
-
 from eval.scoring import Rules, check_rules
+from eval.text import text_rows
 from experiments import evaluations
 from experiments.errors import UserError
 
@@ -37,10 +39,10 @@ class Benchmark:
 
 
 def read_benchmark(name: str) -> Benchmark:
-    task = yaml.safe_load(evaluations.task_file(name).read_text())
+    task = evaluations.task_of(name)
     about = task["metadata"]
     return Benchmark(
-        name=name,
+        name=evaluations.name_of(name),
         task=task,
         source=about["source"],
         kind=about["kind"],
@@ -54,9 +56,33 @@ def rows_of(config: Config, benchmark: Benchmark) -> list[Row]:
     """A benchmark's rows: made as the run's own task makes them, if it is the same data."""
     from experiments.data import load_rows
 
+    if benchmark.source.endswith(evaluations.TEXT):
+        return text_rows(Path(benchmark.source))
     own = config["task"]["data"]
     data = own if own["source"] == benchmark.source else {"source": benchmark.source}
     return load_rows(data, benchmark.split, config["runtime"]["data_root"])
+
+
+def planned(config: Config) -> list[tuple[Benchmark, Config]]:
+    """The benchmarks of a run's config with the settings of each, all checked."""
+    evaluation = config["evaluation"]
+    if not evaluation["benchmarks"]:
+        raise UserError(f"{config['run_id']}: no benchmark is named: name some with evaluation.benchmarks=[…]")
+    found = []
+    names = [evaluations.name_of(name) for name in evaluation["benchmarks"]]
+    for name in evaluation["benchmarks"]:
+        if names.count(evaluations.name_of(name)) > 1:
+            raise UserError(f"evaluation.benchmarks: two are called {evaluations.name_of(name)}: name it once")
+        benchmark = read_benchmark(name)
+        if benchmark.kind == evaluations.LIKELIHOOD:
+            settings = evaluations.likelihood_settings(config, name)
+        else:
+            settings = settings_of(evaluation, benchmark)
+        limit = settings["asked"]["limit"]
+        if limit is not None and limit < 1:
+            raise UserError(f"evaluation.limit={limit}: give one row or more, or null for all")
+        found.append((benchmark, settings))
+    return found
 
 
 def settings_of(evaluation: Config, benchmark: Benchmark) -> Config:

@@ -1,28 +1,18 @@
 r"""Whether an answer that was read is the right one: functions of the two texts, named by the protocols.
 
-No text of a model is ever evaluated as Python: numbers go through float, LaTeX through a grammar (latex2sympy). What
-sympy does with the result may take for ever (9^{9^{9^9}}) and holds signals off meanwhile, so it is done in a process
-of its own, which is ended after SECONDS. What takes longer is not equal.
+No text of a model is ever evaluated as Python: numbers go through float, LaTeX through a grammar. Those that ask sympy
+may take for ever (9^{9^{9^9}}): `eval.comparisons` limits them.
 """
 
 from __future__ import annotations
 
-import atexit
-import logging
 import math
-import multiprocessing
-from collections.abc import Callable
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from eval.parsers import final_answer_expression, metamath_expression
-from experiments.errors import UserError
 
-if TYPE_CHECKING:
-    from multiprocessing.pool import Pool
-
-SECONDS = 5.0  # for one comparison by sympy
-SECONDS_TO_START = 120.0  # the process imports sympy
 LONGEST = 200  # characters of an expression that sympy is given; the longest answer of MATH has 81
 UNITS = r"\text{ "  # units follow it
 NO_BRACKETS = str.maketrans("", "", "{}()")
@@ -186,7 +176,7 @@ def _slash_as_fraction(text: str, any_slash: bool) -> str:
 
 
 def _math_equal(prediction: str, gold: str) -> bool:
-    """sufenlp/MiLoRA grader.py `math_equal`. Only LaTeX is parsed; theirs tries Python text too, by an `eval`."""
+    """sufenlp/MiLoRA grader.py `math_equal`. What is no LaTeX is not equal; theirs evaluates it as Python."""
     left, right = _number(prediction), _number(gold)
     if left is not None and right is not None:
         return _close(left, right)
@@ -197,7 +187,7 @@ def _math_equal(prediction: str, gold: str) -> bool:
         return True
     if len(prediction) > LONGEST or len(gold) > LONGEST:
         return False
-    return _same_parts(prediction, gold) or _in_time(_symbols_agree, prediction, gold)
+    return _same_parts(prediction, gold) or _symbols_agree(prediction, gold)
 
 
 def _same_inside(prediction: str, gold: str) -> bool:
@@ -219,19 +209,20 @@ def _same_parts(prediction: str, gold: str) -> bool:
 
 def _symbols_agree(prediction: str, gold: str) -> bool:
     """Equal to sympy, or the same value within 1e-3."""
-    from latex2sympy2_extended import latex2sympy
     from sympy import N, simplify
 
-    left: Any
-    right: Any
-    try:
-        left, right = (latex2sympy(text, normalization_config=None) for text in (prediction, gold))
-    except Exception:  # no LaTeX; its grammar raises many kinds
+    from eval.latex import parse_latex
+
+    left: Any = None
+    right: Any = None
+    with _failures_ignored():  # no LaTeX; its grammar raises many kinds
+        left, right = parse_latex(prediction), parse_latex(gold)
+    if right is None:
         return False
-    with suppress(Exception):  # a set has no difference
+    with _failures_ignored():  # an equation has no difference
         if simplify(left - right) == 0:
             return True
-    with suppress(Exception):  # a symbol has no value
+    with _failures_ignored():  # a symbol has no value
         return math.isclose(N(left), N(right), rel_tol=1e-3)
     return False
 
@@ -246,52 +237,23 @@ def math_verify_equal(text: str, gold: str) -> bool:
     said = metamath_expression(text).answer or final_answer_expression(text).answer
     if said is not None:  # what stands before it, such as another \\boxed, is not the answer
         text = said if "$" in said else f"${said}$"
-    return gold != "" and (said is None or len(said) <= LONGEST) and _in_time(_verified, text, f"${gold}$")
+    return gold != "" and (said is None or len(said) <= LONGEST) and _verified(text, f"${gold}$")
 
 
 def _verified(text: str, gold: str) -> bool:
     from math_verify import parse, verify
 
-    # Without the library's own time limits, which are signals.
-    try:
+    with _failures_ignored():  # without the library's own time limits, which are signals
         return verify(parse(gold, parsing_timeout=0), parse(text, parsing_timeout=0), timeout_seconds=0)
+    return False
+
+
+@contextmanager
+def _failures_ignored() -> Iterator[None]:
+    """What these libraries cannot do with a text is no error, unless memory ran out."""
+    try:
+        yield
+    except MemoryError:
+        raise
     except Exception:
-        return False
-
-
-# A process of its own
-
-_started: list[Pool] = []  # the process that compares, while there is one
-
-
-def _in_time(compare: Callable[[str, str], bool], left: str, right: str) -> bool:
-    """What `compare` says in the other process; False if it takes longer than SECONDS: then the process is ended."""
-    if not _started:
-        _started.append(_start())
-    try:
-        return _started[0].apply_async(compare, (left, right)).get(SECONDS)
-    except multiprocessing.TimeoutError:
-        _started.pop().terminate()
-        return False
-
-
-def _start() -> Pool:
-    """The process, ready. It is spawned: a fork of a process with threads and a GPU may hang."""
-    pool = multiprocessing.get_context("spawn").Pool(1, _prepare)
-    try:
-        pool.apply_async(bool).get(SECONDS_TO_START)
-    except multiprocessing.TimeoutError:
-        pool.terminate()
-        raise UserError(
-            "the process that compares expressions does not start: a script that scores MATH must keep its code under "
-            'if __name__ == "__main__"'
-        ) from None
-    atexit.register(pool.terminate)
-    return pool
-
-
-def _prepare() -> None:
-    """In the new process: no log, and the imports that take long."""
-    logging.disable()
-    with suppress(ImportError):  # a missing library is reported by the comparison
-        import math_verify  # noqa: F401
+        pass

@@ -14,7 +14,9 @@ from statistics import fmean
 from typing import Any
 
 from eval.benchmarks import read_benchmark
+from eval.likelihood import score_likelihood
 from experiments.errors import UserError, run_command
+from experiments.evaluations import LIKELIHOOD
 from experiments.follows import FROM_HEADER, check_samples, check_score, planned_fields, standard_error
 from experiments.received import check_folder
 from experiments.records import (
@@ -37,7 +39,7 @@ def score_samples(paths: EvalPaths, sandbox: str = "bwrap") -> EvalRecord:
     planned = planned_fields(paths.plan, plan)
     header, *lines = read_lines(paths.samples)
     check_samples(paths, plan, lines)
-    read, benchmark = plan["settings"]["read"], read_benchmark(plan["benchmark"])
+    read, asked, benchmark = plan["settings"]["read"], plan["settings"]["asked"], read_benchmark(plan["benchmark"])
     lines = [line for line in lines if line["index"] < planned["n"]]
     if not lines:
         raise UserError(
@@ -45,9 +47,11 @@ def score_samples(paths: EvalPaths, sandbox: str = "bwrap") -> EvalRecord:
             f"{plan['protocol']} scores full batches only: give a larger evaluation.limit, or "
             f"evaluation.full_batches_of=null"
         )
-    if benchmark.kind == "program":
-        stops = plan["settings"]["asked"]["generation"]["stop"]
-        items, beside, counts = _score_programs(lines, stops, sandbox)
+    error = None
+    if benchmark.kind == LIKELIHOOD:
+        items, beside, counts, error = score_likelihood(lines)
+    elif benchmark.kind == "program":
+        items, beside, counts = _score_programs(lines, asked["generation"]["stop"], sandbox)
     else:
         items, beside, counts = _score_answers(paths, lines, read, benchmark.options, benchmark.kind)
     fields: dict[str, Any] = {
@@ -56,7 +60,7 @@ def score_samples(paths: EvalPaths, sandbox: str = "bwrap") -> EvalRecord:
         **counts,
         "metric": benchmark.metric,
         "accuracy": fmean(items),
-        "standard_error": standard_error(items),
+        "standard_error": standard_error(items) if error is None else error,
         "beside": beside,
         "items": items,
         "samples_hash": file_hash(paths.samples),
@@ -127,11 +131,13 @@ def _score_answers(
         Sample(line["prompt"], completion, line["answer"]) for line, completion in zip(lines, completions, strict=True)
     ]
     scored = score(Rules(read["searched"], read["parser"], read["equality"], options), samples)
-    beside = {}
+    beside = {"undecided": float(scored.undecided)} if scored.undecided else {}
     if kind == "expression":
-        from eval.equality import math_verify_equal
+        from eval.comparisons import compare
 
-        beside["math-verify"] = fmean(math_verify_equal(line["completion"], line["answer"]) for line in lines)
+        verdicts = compare("math_verify", [(line["completion"], line["answer"]) for line in lines])
+        beside["math-verify"] = fmean(verdict is True for verdict in verdicts)
+        beside |= {"math-verify undecided": float(verdicts.count(None))} if None in verdicts else {}
     right: dict[int, list[int]] = {}
     for line, item in zip(lines, scored.items, strict=True):
         right.setdefault(line["index"], []).append(item)
@@ -146,8 +152,9 @@ def main(arguments: list[str]) -> None:
     for root in options.runs:
         for before, after in rescore(RunPaths(root.resolve()), options.sandbox):
             same = before is not None and (before.items, before.beside) == (after.items, after.beside)
-            was = "unchanged" if same else "new" if before is None else f"was {before.accuracy:.2%}"
-            print(f"{root.name} {after.benchmark} ({after.protocol}): {after.metric} {after.accuracy:.2%}, {was}")
+            was = "unchanged" if same else "new" if before is None else f"was {before.shown(before.accuracy, 2)}"
+            score = after.shown(after.accuracy, 2)
+            print(f"{root.name} {after.benchmark} ({after.protocol}): {after.metric} {score}, {was}")
 
 
 if __name__ == "__main__":

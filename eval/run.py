@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks import Benchmark, Row, read_benchmark, rows_of, settings_of
+from eval.benchmarks import Benchmark, Row, planned, read_benchmark, rows_of
 from eval.generate import begin, check_room, check_weights, generate, make_plan, quiet, reuse
 from eval.judge import judge
+from eval.likelihood import measure
 from eval.models import Scored, language_model, load
 from eval.rescore import score_samples
 from eval.sandbox import check_sandbox
@@ -30,6 +32,7 @@ from experiments.attempts import Heartbeat, attempt
 from experiments.data import rows_hash
 from experiments.environment import environment
 from experiments.errors import UserError, run_command
+from experiments.evaluations import LIKELIHOOD, evaluation_path, protocol_of
 from experiments.follows import check_training, read_score
 from experiments.models import leave_out_sklearn, resolve_device
 from experiments.prompts import prompt_text
@@ -49,11 +52,12 @@ def evaluate(
 ) -> list[EvalRecord]:
     """Score the run on every benchmark of its config (or of `overrides`), generating only what is not there yet.
 
-    `lm`: another model of lm-eval's to ask instead of the run's own behind `evaluation.backend`.
+    `lm`: another model of lm-eval's to ask for completions instead of the run's own behind `evaluation.backend`.
     """
     config = with_overrides(read_config(run), overrides or [])
     wanted = [
-        (benchmark, settings, _paths(config, run, benchmark, settings)) for benchmark, settings in _planned(config)
+        (benchmark, settings, evaluation_path(run, config, benchmark.name, settings))
+        for benchmark, settings in planned(config)
     ]
     if all(paths.score.is_file() for _, _, paths in wanted):
         run.preempted.unlink(missing_ok=True)
@@ -66,14 +70,24 @@ def evaluate(
         rows = {benchmark.name: rows_of(config, benchmark) for benchmark, *_ in missing}  # before any is generated
 
         @cache
+        def scored() -> Scored:
+            """The run's model, made once, where something is to be scored."""
+            return load(config, run, trained, allow_identity)
+
+        @cache
         def model() -> tuple[Scored, Any]:
             """The run's model and what asks it, made once, where something is to be generated."""
             quiet()
-            scored = load(config, run, trained, allow_identity)
-            return scored, lm or stack.enter_context(language_model(config, run, scored))
+            return scored(), lm or stack.enter_context(language_model(config, run, scored()))
 
+        missing.sort(key=lambda entry: entry[0].kind != LIKELIHOOD)  # vLLM takes the model away from the device
         for benchmark, settings, paths in missing:
-            _generate(config, trained, benchmark, settings, rows[benchmark.name], paths, model, progress, heartbeat)
+            about = _about(config, trained, benchmark, settings, rows[benchmark.name])
+            asked = rows[benchmark.name][: settings["asked"]["limit"]]
+            if benchmark.kind == LIKELIHOOD:
+                measure(about, asked, config, scored(), paths, progress, heartbeat)
+            else:
+                _generate(config, about, benchmark, asked, paths, model, progress, heartbeat)
         stack.close()  # the model goes before a judge comes
         return [_score(config, settings, paths) for _, settings, paths in wanted]
 
@@ -89,7 +103,7 @@ def _check_trained(run: RunPaths, wanted: list[tuple[Benchmark, Config, EvalPath
 
 def check_data(config: Config) -> None:
     """UserError if a benchmark of a run's config cannot be scored: wrong settings, missing rows, no sandbox."""
-    for benchmark, _ in _planned(config):
+    for benchmark, _ in planned(config):
         rows_of(config, benchmark)
     _check_sandbox(config)
 
@@ -111,46 +125,35 @@ def _check_sandbox(config: Config, said: bool = False) -> None:
         check_sandbox(evaluation["sandbox"])
 
 
-def _planned(config: Config) -> list[tuple[Benchmark, Config]]:
-    """The benchmarks of a run's config with the settings of each, all checked."""
-    evaluation = config["evaluation"]
-    if not evaluation["benchmarks"]:
-        raise UserError(f"{config['run_id']}: no benchmark is named: name some with evaluation.benchmarks=[…]")
-    benchmarks = [read_benchmark(name) for name in evaluation["benchmarks"]]
-    return [(benchmark, settings_of(evaluation, benchmark)) for benchmark in benchmarks]
-
-
-def _paths(config: Config, run: RunPaths, benchmark: Benchmark, settings: Config) -> EvalPaths:
-    return run.evaluation(benchmark.name, config["evaluation"]["protocol"], settings)
-
-
-def _generate(
-    config: Config,
-    trained: TrainRecord,
-    benchmark: Benchmark,
-    settings: Config,
-    rows: list[Row],
-    paths: EvalPaths,
-    model: Callable[[], tuple[Scored, Any]],
-    progress: bool,
-    heartbeat: Heartbeat,
-) -> None:
-    evaluation = config["evaluation"]
-    about = {
+def _about(config: Config, trained: TrainRecord, benchmark: Benchmark, settings: Config, rows: list[Row]) -> Config:
+    """What a plan says of a benchmark, its `rows` and the weights."""
+    protocol, version = protocol_of(config, settings)
+    return {
         "run_id": config["run_id"],
         "benchmark": benchmark.name,
         "benchmark_version": benchmark.version,
-        "protocol": evaluation["protocol"],
-        "protocol_version": evaluation["version"],
+        "protocol": protocol,
+        "protocol_version": version,
         "settings": settings,
         "rows": len(rows),
         "data_hash": rows_hash(rows),
         "base_hash": trained.base_hash,
         "adapter_files": trained.adapter_files,
     }
-    rows = rows[: evaluation["limit"]]
-    prompts = [prompt_text(settings["asked"], row) for row in rows]
-    plan = make_plan(about, prompts, evaluation["batch_size"])
+
+
+def _generate(
+    config: Config,
+    about: Config,
+    benchmark: Benchmark,
+    rows: list[Row],
+    paths: EvalPaths,
+    model: Callable[[], tuple[Scored, Any]],
+    progress: bool,
+    heartbeat: Heartbeat,
+) -> None:
+    prompts = [prompt_text(about["settings"]["asked"], row) for row in rows]
+    plan = make_plan(about, prompts, config["evaluation"]["batch_size"])
     begin(paths, plan)
     if reuse(paths, plan):
         return
@@ -189,16 +192,20 @@ def with_overrides(config: Config, overrides: list[str]) -> Config:
 
 def describe(record: EvalRecord) -> str:
     """A score in one line."""
-    text = f"{record.benchmark} ({record.protocol}, {record.parser}): {record.metric} {record.accuracy:.1%}"
-    text += f" ± {record.standard_error:.1%} (n = {record.n}"
+    text = f"{record.benchmark} ({record.protocol}, {record.parser}): {record.metric} {record.shown(record.accuracy)}"
+    text += f" ± {record.shown(record.standard_error)} (n = {record.n}"
     counts = {
         "without an answer": record.no_match,
         "read by the second rule": record.fallback,
         "rows dropped": record.dropped,
         "prompts cut": record.cut_prompts,
+        "comparisons given up": int(record.beside.get("undecided", 0)),
     }
     text += "".join(f"; {count:,} {words}" for words, count in counts.items() if count)
-    beside = ", ".join(f"{name} {value:.1%}" for name, value in record.beside.items() if "programs" not in name)
+    shares = {
+        name: value for name, value in record.beside.items() if not re.search("programs|undecided|^targets$", name)
+    }
+    beside = ", ".join(f"{name} {value:.1%}" for name, value in shares.items())
     return f"{text})" + (f"; {beside}" if beside else "")
 
 

@@ -1,15 +1,16 @@
 """Programs that a model wrote, run where they can do no harm, each with its outcome.
 
 With `sandbox="bwrap"` every program is a process of its own in bubblewrap's namespaces: no network, no other process in
-sight, the system and the Python installation read-only and nothing else of the machine, a scratch folder in memory of
-SCRATCH bytes at /tmp, an empty environment, no privileges, and the limits of `sandbox_runner.py`. Bubblewrap runs in a
-user namespace; the machine's own root, whom RLIMIT_NPROC does not bind, gets no user namespace but a user id of its own
-for every program. With `sandbox="none"` the same runner, time-out and limits (but for the number of processes) hold in
-a plain process, which can read and write all that the user can.
+sight, the system and Python's libraries read-only and nothing else of the machine, a scratch folder in memory of
+SCRATCH bytes at /tmp, an empty environment, no privileges, and the limits of `sandbox_runner.py`. `seccomp.py` refuses
+it further processes, namespaces, keyrings and memory outside its own, so the limits of the process hold for all that it
+does. Bubblewrap runs in a user namespace; the machine's own root, whom RLIMIT_NPROC does not bind, gets no user
+namespace but a user id of its own for every program. With `sandbox="none"` the same runner, time-out and limits (but
+for the number of threads) hold in a plain process, which can read and write all that the user can.
 
-What is not prevented: the program shares its interpreter with the tests, as in openai/human-eval, so one that inspects
-the interpreter can cheat on its own score; it cannot harm the machine. Memory is limited for each process, not for a
-sandbox as a whole: that takes a cgroup, as Slurm makes for a job.
+What is not prevented: the program shares its interpreter with the tests, as in openai/human-eval and juzhengz/LoRI, so
+one that inspects the interpreter, or returns an object that equals everything, can cheat on its own score there and
+here; it cannot harm the machine.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from eval.seccomp import call_filter
 from experiments.errors import UserError, nearest
 
 Sandbox = Literal["bwrap", "none"]
@@ -102,14 +104,27 @@ def _command(sandbox: str) -> list[str]:
     else:
         command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
     command += ["--perms", "1777", "--size", str(SCRATCH), "--tmpfs", "/tmp", "--chdir", "/tmp"]
-    installation = {sys.prefix, sys.base_prefix, str(Path(sys.executable).resolve().parents[1])}
-    for path in [*SYSTEM, *sorted(installation)]:  # a folder comes before the folders in it
-        for parent in reversed(Path(path).parents):  # those that bubblewrap makes by itself are closed to other users
-            command += ["--dir", str(parent)]
+    # Not all of a prefix, which may be a home directory, but what Python needs of it.
+    executable = os.path.realpath(sys.executable)
+    prefixes = sorted({sys.prefix, sys.base_prefix, str(Path(executable).parents[1])})
+    parts = [f"{prefix}/{part}" for prefix in prefixes for part in ("lib", "lib64", "pyvenv.cfg")]
+    for path in [*SYSTEM, *parts, executable]:  # a folder comes before the folders in it
+        command += _parents(path)
         command += ["--ro-bind-try", path, path]
+    if not _within(sys.executable, SYSTEM) and sys.executable != executable:
+        command += [*_parents(sys.executable), "--symlink", executable, sys.executable]
     command += ["--ro-bind", str(RUNNER), "/runner.py", "--proc", "/proc", "--dev", "/dev"]
     command += ["--remount-ro", "/dev", "--remount-ro", "/"]
     return [*command, "--", *python, "/runner.py"]
+
+
+def _parents(path: str) -> list[str]:
+    """Options that make the folders above a path: those that bubblewrap makes by itself are closed to other users."""
+    return [word for parent in reversed(Path(path).parents) for word in ("--dir", str(parent))]
+
+
+def _within(path: str, folders: Sequence[str]) -> bool:
+    return any(Path(path).is_relative_to(folder) for folder in folders)
 
 
 def _is_root() -> bool:
@@ -126,9 +141,17 @@ def _run(program: str, sandbox: str, command: list[str], timeout: float) -> Outc
     # A user id of its own, so that the processes of two programs are not counted together.
     uid = 2**30 + secrets.randbelow(2**30) if sandboxed and _is_root() else None
     data = {"token": token, "uid": uid, "sandboxed": sandboxed, "timeout": timeout, "program": program}
-    with tempfile.TemporaryFile() as task, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    with (
+        tempfile.TemporaryFile() as task,
+        tempfile.TemporaryFile() as calls,
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+    ):
         task.write(json.dumps(data).encode())
         task.seek(0)
+        if sandboxed:
+            calls.write(call_filter())
+            calls.seek(0)
+            command = [command[0], "--seccomp", str(calls.fileno()), *command[1:]]
         with subprocess.Popen(
             command,
             stdin=task,
@@ -136,6 +159,7 @@ def _run(program: str, sandbox: str, command: list[str], timeout: float) -> Outc
             stderr=subprocess.PIPE,
             env=ENVIRONMENT,
             cwd=folder,
+            pass_fds=[calls.fileno()] if sandboxed else [],
             start_new_session=True,
         ) as process:
             try:

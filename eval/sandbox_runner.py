@@ -7,6 +7,9 @@ in the places of standard input, output and error.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
 import math
 import os
@@ -16,13 +19,24 @@ import sys
 
 GIB, MIB = 2**30, 2**20
 MESSAGE_LENGTH = 200  # characters
-PROCESSES = 16  # and threads; a user namespace counts its own from Linux 5.14 on
+THREADS = 16  # a user namespace counts its own from Linux 5.14 on
 LIMITS = {
     resource.RLIMIT_AS: 2 * GIB,
     resource.RLIMIT_FSIZE: 16 * MIB,
     resource.RLIMIT_NOFILE: 64,
     resource.RLIMIT_CORE: 0,
 }
+# What openai/human-eval execution.py and juzhengz/LoRI execute.py take away: a program that uses it fails there.
+TAKEN = {
+    "os": "kill system putenv remove removedirs rmdir fchdir setuid fork forkpty killpg rename renames truncate "
+    "replace unlink fchmod fchown chmod chown chroot lchflags lchmod lchown getcwd chdir",
+    "shutil": "rmtree move chown",
+    "subprocess": "Popen",
+    "builtins": "exit quit help",
+}
+# Imported there before, and not importable afterwards.
+IMPORTED = ("multiprocessing", "numpy", "pandas")
+NOT_INSTALLED = ("ipdb", "joblib", "resource", "psutil", "tkinter")
 
 
 def main() -> None:
@@ -41,6 +55,7 @@ def main() -> None:
     write(report, f"{task['token']} started\n".encode())
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, no `except` can stop it
     signal.setitimer(signal.ITIMER_PROF, task["timeout"])
+    _take_away(task["program"])
     try:
         # Empty globals as in openai/human-eval execution.py: `__name__` is not "__main__".
         exec(compile(task["program"], "<program>", "exec", dont_inherit=True), {})
@@ -52,11 +67,32 @@ def main() -> None:
     leave(0)  # at once: no exit handlers, no waiting for threads
 
 
+class _Unreadable(io.StringIO):
+    """Standard input, of which reading is an error there."""
+
+    def read(self, *arguments: object) -> str:
+        raise OSError
+
+    readline = readlines = read  # type: ignore[assignment]
+
+
+def _take_away(program: str) -> None:
+    for module in IMPORTED:
+        if module in program:
+            with contextlib.suppress(Exception):
+                importlib.import_module(module)
+    for module, names in TAKEN.items():
+        for name in names.split():
+            setattr(importlib.import_module(module), name, None)
+    sys.modules.update(dict.fromkeys(NOT_INSTALLED))  # type: ignore[arg-type]
+    sys.stdin = _Unreadable()
+
+
 def _limit(timeout: float, sandboxed: bool) -> None:
     """Limits that the program cannot raise; lower ones of the machine stay. CPU time in whole seconds, a backstop."""
     limits = {**LIMITS, resource.RLIMIT_CPU: math.ceil(timeout) + 2}
     if sandboxed:  # outside, all processes of the user would count, and a right program fail for their number
-        limits[resource.RLIMIT_NPROC] = PROCESSES
+        limits[resource.RLIMIT_NPROC] = THREADS
     for kind, value in limits.items():
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from eval.comparisons import UNBOUNDED, compare
 from eval.equality import (
     diablo,
     hendrycks,
@@ -59,11 +60,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Score:
-    """`items` is 1 or 0 for every sample; the counts say how many had no answer or needed the parser's second rule."""
+    """`items` is 1 or 0 for every sample; the counts say how many had no answer, needed the parser's second rule, or
+    are wrong because their comparison exceeded its limits."""
 
     items: list[int]
     no_match: int
     fallback: int
+    undecided: int
 
 
 def completion_only(prompt: str, completion: str) -> str:
@@ -139,16 +142,27 @@ def score(rules: Rules, samples: Sequence[Sample]) -> Score:
     """Every sample read and judged. What cannot be read is wrong, whatever the right answer."""
     searched = _named("searched", rules.searched, SEARCHED)
     parser = _named("parser", rules.parser, PARSERS)
-    equal = _named("equality", rules.equality, EQUALITIES)
+    _named("equality", rules.equality, EQUALITIES)
     readings = [parser(searched(sample.prompt, sample.completion), rules.options) for sample in samples]
+    pairs = {
+        number: (reading.answer, sample.answer)
+        for number, (reading, sample) in enumerate(zip(readings, samples, strict=True))
+        if reading.answer is not None and sample.answer != ""
+    }
+    verdicts = dict(zip(pairs, verdicts_on(rules.equality, list(pairs.values())), strict=True))
     return Score(
-        items=[
-            int(reading.answer is not None and sample.answer != "" and equal(reading.answer, sample.answer))
-            for reading, sample in zip(readings, samples, strict=True)
-        ],
+        items=[int(verdicts.get(number) is True) for number in range(len(samples))],
         no_match=sum(reading.answer is None for reading in readings),
         fallback=sum(reading.fallback for reading in readings),
+        undecided=sum(verdict is None for verdict in verdicts.values()),
     )
+
+
+def verdicts_on(equality: str, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
+    """Whether every answer equals its gold; None where sympy exceeded its limits."""
+    if equality in UNBOUNDED:
+        return compare(equality, pairs)
+    return [EQUALITIES[equality](answer, gold) for answer, gold in pairs]
 
 
 def _named(setting: str, name: str, known: Mapping[str, Named]) -> Named:

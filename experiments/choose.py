@@ -63,8 +63,11 @@ class Stages:
 
 def stages(arguments: Sequence[str]) -> Stages:
     """The stages of what `plan` plans. Reads the records of the first stage's runs."""
-    configs = plan(arguments)
-    by = _rule(arguments)
+    return stages_of(plan(arguments), rule(arguments))
+
+
+def stages_of(configs: list[Config], by: str | None) -> Stages:
+    """The stages of planned runs, whose learning rates are chosen `by` a key of `RULES`; None: as they are."""
     if by is None:
         return Stages(final=configs)
     groups: dict[str, list[Config]] = {}
@@ -133,7 +136,7 @@ def to_csv(found: Stages) -> str:
     return text.getvalue()
 
 
-def _rule(arguments: Sequence[str]) -> str | None:
+def rule(arguments: Sequence[str]) -> str | None:
     """What the experiment chooses learning rates by, if it does."""
     name, _ = split_experiment(arguments)
     by = read_experiment(name).get("learning_rate_by") if name else None

@@ -11,7 +11,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+
+LONGEST = 500  # characters of a line of another program
 
 
 class UserError(Exception):
@@ -37,6 +39,17 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
 
 
+def shortened(lines: Sequence[str]) -> str:
+    """What another program said, in one line: all of a few lines, else the first and the last, and how many there are.
+
+    On a full disk git has one line for every file.
+    """
+    told = [line.strip() for line in lines if line.strip()]
+    if len(told) > 4:
+        told = [told[0], f"… ({len(told)} lines)", told[-1]]
+    return "; ".join(line if len(line) <= LONGEST else f"{line[:LONGEST]}…" for line in told)
+
+
 def out_of_memory(error: BaseException) -> str | None:
     """What was asked for, if memory ran out: a GPU's or the machine's. None for any other error.
 
@@ -54,6 +67,12 @@ def out_of_memory(error: BaseException) -> str | None:
     size = re.search(r"(?i:tried|unable) to allocate (\d[\d.]*\s*\w+)", text)
     where = "the GPU" if re.search(r"CUDA|CUBLAS", text) else "the machine"
     return f"{where} is out of memory" + (f" ({size[1]} more were asked for)" if size else "")
+
+
+def one_line(error: BaseException) -> str:
+    """What a command prints of an error that ended it."""
+    plain = isinstance(error, UserError | OSError)
+    return out_of_memory(error) or ("" if plain else f"{type(error).__name__}: ") + " ".join(str(error).split())
 
 
 def run_command(main: Callable[[list[str]], int | None]) -> None:

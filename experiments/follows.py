@@ -10,6 +10,7 @@ from typing import Any
 
 from experiments.errors import UserError
 from experiments.records import (
+    NLL,
     EvalPaths,
     EvalRecord,
     RunPaths,
@@ -39,9 +40,13 @@ def read_score(paths: EvalPaths) -> EvalRecord:
 def check_score(paths: EvalPaths, record: EvalRecord) -> None:
     """UserError unless a score adds up and follows from those of its files that are there: a committed run has none."""
     anew = f"delete {paths.score.name} and evaluate the run again, which scores the completions that are there"
-    if record.n == 0 or len(record.items) != record.n or not all(0 <= item <= 1 for item in record.items):
+    most = math.inf if record.metric == NLL else 1
+    if record.n == 0 or len(record.items) != record.n or not all(0 <= item <= most for item in record.items):
         raise UserError(f"{paths.score}: n does not fit its items: {anew}")
-    for name, value in (("accuracy", fmean(record.items)), ("standard_error", standard_error(record.items))):
+    adds_up = {"accuracy": fmean(record.items)}
+    if record.metric != NLL:  # whose error also depends on the lengths of the rows
+        adds_up["standard_error"] = standard_error(record.items)
+    for name, value in adds_up.items():
         if not math.isclose(getattr(record, name), value, abs_tol=1e-9):
             raise UserError(f"{paths.score}: {name} does not follow from its items: {anew}")
     for name in ("no_match", "fallback"):
@@ -81,7 +86,7 @@ def planned_fields(path: Path, plan: Config) -> dict[str, Any]:
             **{key: plan[key] for key in same},
             **{key: read[key] for key in ("searched", "parser", "equality", "judge")},
             "n": kept,
-            "samples": asked["generation"]["samples"],
+            "samples": _samples(asked),
             "dropped": plan["rows"] - kept,
             "generation": asked,
             "backend": asked["backend"],
@@ -92,13 +97,24 @@ def planned_fields(path: Path, plan: Config) -> dict[str, Any]:
 
 def check_samples(paths: EvalPaths, plan: Config, lines: list[Config]) -> None:
     """UserError unless there is one completion for every row and sample of the plan."""
-    repeats = range(plan["settings"]["asked"]["generation"]["samples"])
-    found = [(line.get("index"), line.get("repeat")) for line in lines]
+    asked = plan["settings"]["asked"]
+    repeats = range(_samples(asked))
+    found = [(line.get("index"), line.get("repeat", 0)) for line in lines]
     if found != [(index, repeat) for index in sorted(plan["order"]) for repeat in repeats]:
         raise UserError(f"{paths.samples}: does not have the completions of its plan: delete it and evaluate again")
+    texts, numbers = (
+        (("prompt", "completion", "answer"), ()) if "generation" in asked else ((), ("nll", "targets", "exact"))
+    )
     for line in lines:
-        if not all(isinstance(line.get(key), str) for key in ("prompt", "completion", "answer")):
-            raise UserError(f"{paths.samples}: row {line['index']} lacks its text: delete it and evaluate again")
+        if not all(isinstance(line.get(key), str) for key in texts) or not all(
+            isinstance(line.get(key), int | float) for key in numbers
+        ):
+            raise UserError(f"{paths.samples}: row {line['index']} is not whole: delete it and evaluate again")
+
+
+def _samples(asked: Config) -> int:
+    """Completions per row; a likelihood benchmark generates none, and has one line per row."""
+    return asked["generation"]["samples"] if "generation" in asked else 1
 
 
 def standard_error(items: Sequence[float]) -> float:

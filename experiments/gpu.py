@@ -175,6 +175,8 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for the smallest sizes; default: cuda")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these, in this order")
     parser.add_argument("--queue", metavar="EXPERIMENT", help="a file of configs/experiment, or the path of another")
+    parser.add_argument("--workers", type=int, default=1, help="runs of the queue at a time; default: 1")
+    parser.add_argument("--results", type=Path, help="exported runs that count as finished in the queue")
     parser.add_argument("--authors-repo", type=Path, help="checkout of ziyangjoy/DiaBlo; its layer is timed too")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # this process is that part, until a time
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)

@@ -21,13 +21,13 @@ import torch
 from transformers import AutoConfig
 
 from experiments.errors import UserError
-from experiments.evaluations import evaluation_paths
 from experiments.gpu import ROOT
+from experiments.jobs import Jobs, take_in, train_and_score
 from experiments.models import base_path, load_tokenizer
 from experiments.plan import options as choices
-from experiments.plan import plan, run_paths, write_runs
-from experiments.records import RunPaths, TrainRecord, read_lines, read_record
-from experiments.reproduce import outcome, train_and_score
+from experiments.plan import plan, write_runs
+from experiments.records import RunPaths, read_lines
+from experiments.reproduce import execute
 from experiments.train import train
 
 Config = dict[str, Any]
@@ -118,7 +118,7 @@ def _train_and_score(options: argparse.Namespace, settings: list[str]) -> Config
         }
     loss = f"loss {losses[0]:.3f} → {losses[-1]:.3f}, " if losses else ""
     peak = f"{trained.peak_memory_bytes / 1e6:,.0f} MB"
-    return {**result, "line": f"{loss}{score.benchmark} {score.accuracy:.1%} of {score.n}, {peak}"}
+    return {**result, "line": f"{loss}{score.benchmark} {score.shown(score.accuracy)} of {score.n}, {peak}"}
 
 
 def methods_items(options: argparse.Namespace, _: list[Config]) -> Iterator[Item]:
@@ -205,29 +205,21 @@ def _told(bits: dict[str, int]) -> str:
 
 
 def queue_items(options: argparse.Namespace, _: list[Config]) -> Iterator[Item]:
-    """The unfinished runs of an experiment: first those that a learning rate is chosen by, then the others."""
-    from experiments.choose import stages
+    """The unfinished runs of an experiment, in its order, until the time is up."""
+    yield Item("runs", partial(_queue, options), like_others=False)
 
+
+def _queue(options: argparse.Namespace) -> Config:
     where = [f"runtime.runs_dir={options.out / 'runs'}", *options.overrides, f"runtime.device={options.device}"]
-    arguments = [f"experiment={options.queue}", *where]
-    yield from _runs(stages(arguments).first, score=False)
-    yield from _runs(stages(arguments).final, score=True)
-
-
-def _runs(configs: list[Config], score: bool) -> Iterator[Item]:
-    for config in configs:
-        run = run_paths(config)
-        scored = not score or all(paths.score.is_file() for paths in evaluation_paths(run, config))
-        if not (run.train_record.is_file() and scored):
-            yield Item(config["run_id"], partial(_train_one, config, score), _seconds_of_a_run(configs))
-
-
-def _seconds_of_a_run(configs: list[Config]) -> float:
-    """What the longest finished training of these took."""
-    records = [run_paths(config).train_record for config in configs]
-    return max((read_record(path, TrainRecord).train_seconds for path in records if path.is_file()), default=0.0)
-
-
-def _train_one(config: Config, score: bool) -> Config:
-    (run,) = write_runs([config])
-    return {"line": outcome(*train_and_score(run, score=score))}
+    jobs = Jobs([f"experiment={options.queue}", *where], options.until)
+    if options.results is not None:
+        take_in(jobs.configs, options.results)
+    execute(str(options.queue), jobs, options.workers)
+    result = {
+        "runs": [{"run_id": run_id, "scored": scored, "seconds": round(s, 1)} for (run_id, scored), s in jobs.times()],
+        "failed": [f"{run_id}: {error}" for (run_id, _), error in jobs.failed.items()],
+        "left_out": len(jobs.left_out),
+    }
+    if jobs.failed:
+        raise ItemFailed(f"{len(jobs.failed)} runs failed; the first: {result['failed'][0]}", result)
+    return {**result, "line": f"{len(result['runs'])} runs, {len(jobs.left_out)} did not fit"}

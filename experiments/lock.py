@@ -1,8 +1,9 @@
 """One writer per run directory: `lock`, a file that names the job, host and process that write there.
 
 A lock whose holder was killed is taken over, but never on a guess, since a job that Slurm lost may go on running beside
-its successor: the holder's process is gone from this very host, or squeue does not know its job, or its heartbeat has
-stood still for `PATIENCE` seconds of the waiter's own monotonic clock. No clock time in any file counts.
+its successor: the holder's process is gone from this very machine, or its heartbeat has stood still for `PATIENCE`
+seconds, or for `PATIENCE_UNLISTED` if squeue does not know its job: that may be one of another cluster. Seconds are of
+the waiter's own monotonic clock. No clock time in any file counts.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments import preemption
+from experiments.commands import answer
 from experiments.errors import Preempted, UserError
 from experiments.records import RunPaths
 
-PATIENCE = 600.0  # seconds
+PATIENCE, PATIENCE_UNLISTED = 600.0, 60.0  # seconds
 POLL, POLL_QUEUE = 0.2, 30.0  # seconds between looks at the files and the process, and at the queue
 
 Holder = dict[str, Any]
@@ -46,7 +47,7 @@ def locked(run: RunPaths, patience: float | None = None, beside_living: bool = F
     `beside_living`: wait for that one too, until it has ended.
     """
     beat = _read_json(_read(run.heartbeat)).get("beat", -1) + 1  # makes the lock another than any before it
-    text = json.dumps({**identity(), "beat": beat})
+    text = json.dumps({**identity(), "processes": _processes(), "beat": beat})
     try:
         _acquire(run, text, PATIENCE if patience is None else patience, beside_living)
     except OSError as error:
@@ -59,6 +60,14 @@ def locked(run: RunPaths, patience: float | None = None, beside_living: bool = F
     finally:
         if holds(run, text):
             run.lock.unlink(missing_ok=True)
+
+
+def _processes() -> str:
+    """Where a process id means the same process: this boot of this machine, and the container in it."""
+    try:
+        return f"{_read(Path('/proc/sys/kernel/random/boot_id')).strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return socket.gethostname()
 
 
 def holds(run: RunPaths, text: str) -> bool:
@@ -78,16 +87,18 @@ def _acquire(run: RunPaths, text: str, patience: float, beside_living: bool) -> 
     while True:
         with suppress(FileExistsError):
             handle = os.open(run.lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-            with os.fdopen(handle, "w") as file:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(text)
             return
         content = _read(run.lock)
         holder, now = _read_json(content), time.monotonic()
         state = (content, _read(run.heartbeat))
-        gone = holder.get("host") == me["host"] and not _alive(holder.get("pid"))
-        if not gone and now - asked_queue > POLL_QUEUE:
+        still = now - since if state == seen else 0.0
+        here = holder.get("processes") == me["processes"]
+        gone = here and not _alive(holder.get("pid"))
+        if not gone and not here and still > PATIENCE_UNLISTED and now - asked_queue > POLL_QUEUE:
             gone, asked_queue = _job_gone(holder.get("job")), now
-        if gone or (state == seen and now - since > patience):
+        if gone or still > patience:
             _remove(run.lock, content)
             continue
         if state != seen:
@@ -133,15 +144,8 @@ def _job_gone(job: Any) -> bool:
     """Whether squeue answers and does not know the job."""
     if job is None or shutil.which("squeue") is None:
         return False
-    try:
-        done = subprocess.run(
-            ["squeue", "--noheader", "--jobs", str(job), "--format", "%i"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
+    done = answer(["squeue", "--noheader", "--jobs", str(job), "--format", "%i"], 30)
+    if done is None:
         return False
     return not done.stdout.strip() if done.returncode == 0 else "Invalid job id" in done.stderr
 
@@ -149,7 +153,7 @@ def _job_gone(job: Any) -> bool:
 def _read(path: Path) -> str:
     """A file's text, "" where there is none."""
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except OSError:
         return ""
 

@@ -12,7 +12,7 @@ import importlib
 import inspect
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 WHOLE_MODEL = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 Config = dict[str, Any]
-Batch = dict[str, "torch.Tensor"]  # input_ids, attention_mask and labels, as in training
+Backward = Callable[[], None]
 
 
 def peft_config(adapter: Config) -> PeftConfig:
@@ -64,14 +64,15 @@ def _find(where: str, target: str, what: str) -> Any:
 
 
 def attach(
-    method: Config, base: PreTrainedModel, batches: Iterator[Batch] | None = None, first: Path | None = None
+    method: Config, base: PreTrainedModel, backward: Backward | None = None, first: Path | None = None
 ) -> torch.nn.Module:
     """The model to train: the base itself with all or none of its weights trainable, or the base with an adapter.
 
     Only what the method trains requires a gradient afterwards.
 
     Args:
-        batches: training examples without end, on the base's device, for methods that are prepared with data.
+        backward: for methods that are prepared with data. Each call adds to the base's gradients that of the mean loss
+            over the next `recipe.batch_size` training rows.
         first: the adapter of the run that `method.first` names.
     """
     base.requires_grad_(method["trains"] == "all")
@@ -87,7 +88,7 @@ def attach(
         config = peft_config(_sized(method, base))
         check_targets(base, config)  # PEFT's own methods too
         check_start(base, config)
-        config = _prepared(method, base, config, batches, first)
+        config = _prepared(method, base, config, backward, first)
         model = peft.get_peft_model(base, config, low_cpu_mem_usage=on_meta)
     except (ValueError, TypeError) as error:
         if isinstance(error, TypeError) and not _is_quantized(base):  # whose weights cannot be changed
@@ -106,9 +107,9 @@ def _is_quantized(base: torch.nn.Module) -> bool:
 
 
 def _prepared(
-    method: Config, base: PreTrainedModel, config: PeftConfig, batches: Iterator[Batch] | None, first: Path | None
+    method: Config, base: PreTrainedModel, config: PeftConfig, backward: Backward | None, first: Path | None
 ) -> PeftConfig:
-    """The config after the function that `method.prepare` names: `(base, config, batches, first, **settings)`.
+    """The config after the function that `method.prepare` names: `(base, config, backward, first, **settings)`.
 
     It finds all weights frozen and leaves them and their flags as they are. What attaching needs is in the config it
     returns, or in attributes of the base's modules. The same arguments must give the same result, to the bit.
@@ -118,11 +119,11 @@ def _prepared(
         return config
     prepare = _find("method.prepare", settings.pop("_target_"), "function")
     try:
-        inspect.signature(prepare).bind(base, config, batches, first, **settings)
+        inspect.signature(prepare).bind(base, config, backward, first, **settings)
     except TypeError as error:
         raise UserError(f"method.prepare: {error}") from None
     with _deterministic():
-        return prepare(base, config, batches, first, **settings)
+        return prepare(base, config, backward, first, **settings)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.errors import UserError, nearest, run_command
-from experiments.evaluations import task_file
+from experiments.evaluations import kind_of
 from experiments.first import freeze_first
 from experiments.gguf import settle_weights
 from experiments.overrides import by_name, checked, set_value, sweep
@@ -317,7 +317,7 @@ def _named(settings: Config) -> Config:
 
 def _check_data(settings: Config) -> None:
     for benchmark in settings["evaluation"]["benchmarks"]:
-        task_file(benchmark)
+        kind_of(benchmark)  # a text's file may be on another machine
     given = settings["task"]["data"]["source"]
     for source in [given] if isinstance(given, str) else given:
         if source not in SOURCES and source != "arith":

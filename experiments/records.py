@@ -22,6 +22,7 @@ from experiments.received import check_config, check_depth, check_file_names, ch
 from experiments.settings import check
 
 SCHEMA = 4  # raised when a record changes its meaning
+NLL = "nll"  # the metric of likelihood benchmarks
 NOT_IN_THE_ID = ("run_id", "runtime", "evaluation")  # settings that cannot change what is trained
 
 
@@ -176,17 +177,19 @@ class EvalRecord:
     parser: str  # how an answer was read from it
     equality: str  # when it was right
     judge: dict[str, Any] | None  # the chat model that read the completions, of protocols that have one
-    metric: str  # what `accuracy` is: accuracy, pass@1, safety rate (share of safe answers) or refusal rate
+    metric: str  # what `accuracy` is: accuracy, pass@1, safety rate (share of safe answers), refusal rate or nll
     n: int  # rows scored
     samples: int  # completions per row
-    accuracy: float  # mean of `items`
+    accuracy: float  # mean of `items`; of likelihood benchmarks the NLL per target token: no share, lower is better
     standard_error: float  # of `accuracy`, over rows
     beside: dict[str, float]  # other figures of the same completions
     no_match: int  # completions in which the parser found no answer; they count as wrong
     fallback: int  # completions read by the parser's second rule
     dropped: int  # rows that the protocol or `limit` leaves out
     cut_prompts: int  # prompts that lost their beginning because prompt and completion do not fit the model's context
-    items: list[float]  # 1 or 0 for every row, in the benchmark's order; with several samples the share that is right
+    # 1 or 0 for every row, in the benchmark's order; with several samples the share that is right; of likelihood
+    # benchmarks the row's NLL over the mean number of targets of a row
+    items: list[float]
     generation: dict[str, Any]
     backend: str
     dtype: str
@@ -200,6 +203,10 @@ class EvalRecord:
     environment: dict[str, Any]  # where the completions were made
     judgements_hash: str | None = None  # sha256 of judgements.jsonl, of protocols that have a judge
     schema: int = SCHEMA
+
+    def shown(self, value: float, digits: int = 1) -> str:
+        """A score or its error in the metric's unit: percent with so many digits, or nats."""
+        return f"{value:.4f}" if self.metric == NLL else f"{value:.{digits}%}"
 
 
 Record = TypeVar("Record", TrainRecord, EvalRecord)

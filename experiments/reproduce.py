@@ -2,7 +2,8 @@
 
     python -m experiments.reproduce quickstart
     python -m experiments.reproduce quickstart seed=0,1,2,3,4 --out report/five_seeds
-    python -m experiments.reproduce quickstart --workers 4      # four runs at a time, each in processes of its own
+    python -m experiments.reproduce quickstart --workers 4      # four runs at a time, in four processes
+    python -m experiments.reproduce quickstart --minutes 30     # begins no run that would take longer
 
 Where the experiment chooses learning rates (experiments/choose.py), that is done first, on rows kept out of training.
 Finished runs are skipped and interrupted ones resumed, so the same command is also how an experiment is continued.
@@ -11,58 +12,63 @@ Finished runs are skipped and interrupted ones resumed, so the same command is a
 from __future__ import annotations
 
 import argparse
-import signal
-import subprocess
+import itertools
 import sys
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from experiments import preemption
-from experiments.choose import Stages, stages, to_csv, write_choices
+from experiments.choose import Stages, to_csv, write_choices
 from experiments.errors import UserError, run_command
-from experiments.evaluations import evaluation_paths
+from experiments.jobs import Job, Jobs, finished_outcome, forget_unscorable, outcome, take_in, train_and_score
 from experiments.plan import read_experiment, run_paths, write_runs
-from experiments.records import EvalRecord, RunPaths, TrainRecord, read_config, write_atomically
+from experiments.records import write_atomically
+from experiments.workers import Stopped, Worker
 
 Config = dict[str, Any]
-Outcome = TypeVar("Outcome")
 
 
 def reproduce(
-    name: str, overrides: list[str], out: Path | None = None, workers: int = 1, report_only: bool = False
+    name: str,
+    overrides: list[str],
+    out: Path | None = None,
+    workers: int = 1,
+    report_only: bool = False,
+    minutes: float | None = None,
+    results: Path | None = None,
 ) -> Path:
     """Run every stage of `configs/experiment/<name>.yaml` and return the path of the report's page.
 
-    `report_only`: report what is finished, run nothing.
+    Args:
+        report_only: report what is finished, run nothing.
+        minutes: begin no run that would take longer than what is left of them, and stop cleanly.
+        results: a folder of exported runs (analysis/export.py) that count as finished.
     """
     if workers < 1:
         raise UserError(f"--workers {workers}: give one or more")
+    if minutes is not None and minutes <= 0:
+        raise UserError(f"--minutes {minutes:g}: give more than 0")
     started = time.perf_counter()
-    arguments = [f"experiment={name}", *overrides]
-    found = stages(arguments)
+    jobs = Jobs([f"experiment={name}", *overrides], None if minutes is None else time.time() + 60 * minutes)
     out = out or Path("report") / Path(name).stem
-    failures: list[str] = []
+    if results is not None and (taken := take_in(jobs.configs, results)):
+        print(f"{taken} runs were taken from {results}", flush=True)
     if not report_only:
-        execute = Runner(name, workers, [*found.first, *found.final])
-        if found.first:
-            print(f"{_title(name)}: {len(found.first)} runs to choose learning rates by", flush=True)
-            failures += execute(found.first, score=False)
-            found = stages(arguments)
-            print("\n".join(found.chosen()), flush=True)
-        if found.final:
-            print(f"{_title(name)}: {len(found.final)} runs in {run_paths(found.final[0]).root.parent}", flush=True)
-            failures += execute(found.final)
+        execute(_title(name), jobs, workers)
+    found = jobs.stages()
     page = report(name, found, out, overrides, measure=not report_only)
     print(f"report: {page.resolve()}  ({time.perf_counter() - started:.0f} s in all)")
-    missing = (
-        [f"{len(found.to_come)} runs without a learning rate ({'; '.join(found.undecided)})"] if found.undecided else []
-    )
-    if failures:
+    missing = []
+    if jobs.failed:
         total = len({config["run_id"] for config in [*found.first, *found.final]})
-        missing.append(f"{len(failures)} of {total} runs failed")
+        missing.append(f"{len(jobs.failed)} of {total} runs failed")
+    if jobs.left_out:
+        print(f"{len(jobs.left_out)} runs did not fit into the time: the same command goes on with them")
+    elif found.undecided:
+        missing.append(f"{len(found.to_come)} runs without a learning rate ({'; '.join(found.undecided)})")
     if missing:
         raise UserError(f"{' and '.join(missing)} and are missing from the report")
     return page
@@ -92,6 +98,11 @@ def report(name: str, found: Stages, out: Path, overrides: list[str], measure: b
             f"Learning rates were chosen by the {by} on rows kept out of training, with one seed; the tables say "
             "which. learning_rates.csv has every one that was tried."
         )
+    reference = experiment.get("reference")
+    labels = {config["method"]["label"] for config in found.final if run_paths(config).train_record.is_file()}
+    if reference is not None and reference not in labels:
+        notes.append(f"Nothing is compared: no run of {reference}, the reference, is finished.")
+        reference = None
     step_times = None
     if measure and can_measure(found.final):
         step_times = measure_step_times(found.final, runs[0].root.parent / "step_times")
@@ -101,119 +112,91 @@ def report(name: str, found: Stages, out: Path, overrides: list[str], measure: b
         step_times,
         experiment["title"],
         [*experiment.get("notes", []), *notes],
-        reference=experiment.get("reference"),
+        reference=reference,
         tried=[run.root for run in map(run_paths, found.first) if run.config.is_file()],
         wandb=found.final[0]["runtime"]["wandb"],
     )
 
 
-class Runner:
-    """Trains and scores runs, one after the other here, or several at a time in processes of their own."""
+def execute(title: str, jobs: Jobs, workers: int) -> None:
+    """Do the jobs, one after the other here or `workers` at a time in processes, and tell in one line how each went.
 
-    def __init__(self, name: str, workers: int, configs: list[Config]) -> None:
-        from eval.run import check_data
+    UserError if all failed. What failed or did not fit into the time is in `jobs`.
+    """
+    from eval.run import check_data
 
-        self.name = name
-        for config in {config["task"]["name"]: config for config in configs}.values():
-            check_data(config)  # what is missing is told before the first run is trained
-        self.workers, self.processes = workers, Processes() if workers > 1 else None
-        if self.processes:
-            make_bases(configs)
+    for config in {config["task"]["name"]: config for config in jobs.configs}.values():
+        check_data(config)  # what is missing is told before the first run is trained
+    known, total = jobs.known(), jobs.total()
+    if not known:
+        raise UserError(f"{title}: no runs")
+    to_choose = sum(not job.score for job in known)
+    by = f", {to_choose} of them to choose learning rates by" if to_choose else ""
+    print(f"{title}: {total} runs in {known[0].run.root.parent}{by}", flush=True)
+    numbers, told = itertools.count(1), set(jobs.stages().chosen())
 
-    def __call__(self, configs: list[Config], score: bool = True) -> list[str]:
-        """Do the runs and tell in one line each how it went. Returns what failed; UserError if all did."""
-        runs = write_runs(configs)
-
-        def execute(number: int, run: RunPaths) -> str | None:
-            title = f"[{number:>{len(str(len(runs)))}}/{len(runs)}] {run.root.name}"
-            before = time.perf_counter()
+    def work(worker: Worker | None) -> None:
+        if worker is not None:
+            worker.start()  # now, so that the first run's seconds are its own
+        while (job := jobs.take()) is not None:
+            line = f"[{next(numbers):>{len(str(total))}}/{total}] {job.config['run_id']}"
+            before, error = time.perf_counter(), None
             try:
-                result = self._execute(run, title, score)
-            except UserError as error:
-                print(f"{title}  failed: {error}", file=sys.stderr, flush=True)
-                return f"{run.root.name}: {error}"
-            print(f"{title}  {result}  ({time.perf_counter() - before:.1f} s)", flush=True)
-            return None
+                result = _do(job, line, worker)
+            except Stopped as stop:
+                print(f"{line}  {stop}", file=sys.stderr, flush=True)
+                jobs.stopped(job)
+                return
+            except UserError as failure:
+                error = f"{job.config['run_id']}: {failure}"
+                print(f"{line}  failed: {failure}", file=sys.stderr, flush=True)
+            else:
+                print(f"{line}  {result}  ({time.perf_counter() - before:.1f} s)", flush=True)
+            jobs.done(job, time.perf_counter() - before, error)
+            for choice in jobs.stages().chosen():
+                if choice not in told:
+                    told.add(choice)
+                    print(choice, flush=True)
 
-        numbers = range(1, len(runs) + 1)
-        if self.processes:
-            outcomes = self.processes.map(self.workers, execute, numbers, runs)
-        else:
-            outcomes = [execute(number, run) for number, run in zip(numbers, runs, strict=True)]
-        failures = [failure for failure in outcomes if failure]
-        if len(failures) == len(runs):
-            raise UserError(f"no run of {self.name} finished; the first: {failures[0]}")
-        return failures
-
-    def _execute(self, run: RunPaths, title: str, score: bool) -> str:
-        """Train and, if asked, score one run; what came out."""
-        if self.processes and not run.train_record.is_file():
-            self.processes.run("experiments.train", run)
-        if self.processes and score and not _is_scored(run):
-            self.processes.run("eval.run", run)
-        return outcome(*train_and_score(run, title, score, progress=not self.processes))
-
-
-def train_and_score(
-    run: RunPaths, title: str = "", score: bool = True, progress: bool = False, allow_identity: bool = False
-) -> tuple[TrainRecord, list[EvalRecord]]:
-    """Train and, if asked, score one run in this process."""
-    from eval.run import evaluate
-    from experiments.train import train
-
-    trained = train(run, progress=title)
-    return trained, evaluate(run, progress=progress, allow_identity=allow_identity) if score else []
+    if workers == 1:
+        work(None)
+    else:
+        make_bases(jobs.configs)
+        _work_in_processes(work, workers, jobs.deadline)
+    if jobs.failed and jobs.failed.keys() >= {job.key for job in jobs.known()}:
+        raise UserError(f"no run of {title} finished; the first: {next(iter(jobs.failed.values()))}")
 
 
-def outcome(trained: TrainRecord, scores: list[EvalRecord]) -> str:
-    """What came out, in one line: the scores, or without any what the held-out rows say."""
-    if scores:
-        return ", ".join(_short(score) for score in scores)
-    return ", ".join(f"{key} {value}" for key, value in _rounded(trained.held_out or {}))
+def _do(job: Job, title: str, worker: Worker | None) -> str:
+    done_elsewhere = finished_outcome(job)
+    if done_elsewhere is not None:
+        return done_elsewhere
+    forget_unscorable(job)
+    (run,) = write_runs([job.config])
+    if worker is None:
+        return outcome(*train_and_score(run, title, job.score, progress=True))
+    return worker.do(run, job.score)
 
 
-class Processes:
-    """The stages of several runs at a time, each by its own command, so that one that dies takes no other along."""
-
-    def __init__(self) -> None:
-        self._running: set[subprocess.Popen[str]] = set()
-        self._stopped = False
-
-    def run(self, module: str, run: RunPaths) -> None:
-        """Run a stage's command. UserError with the last line that it wrote if it fails."""
-        if self._stopped:
-            raise UserError("not begun")
-        command = [sys.executable, "-m", module, str(run.root)]
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        self._running.add(process)
-        _, errors = process.communicate()
-        self._running.discard(process)
-        if process.returncode == -signal.SIGKILL:
-            raise UserError(
-                f"{run.root}: {module} was killed, as Linux does when memory runs out: give fewer --workers, or plan "
-                f"smaller runs"
-            )
-        if process.returncode:
-            lines = errors.strip().splitlines() or [f"{module} ended with status {process.returncode}"]
-            raise UserError(lines[-1].removeprefix("error: "))
-
-    def map(self, workers: int, function: Callable[..., Outcome], *arguments: Iterable[Any]) -> list[Outcome]:
-        """As the built-in, in threads. When this process is asked to stop, the commands are asked to and waited for."""
-        pool = ThreadPoolExecutor(workers)
-        self._stopped = False
-        with preemption.listening():
-            try:
-                preemption.raise_at_once(True)
-                return list(pool.map(function, *arguments))
-            finally:
-                preemption.raise_at_once(False)
-                self._stopped = True
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in list(self._running):
-                    process.terminate()
-                pool.shutdown()
+def _work_in_processes(work: Callable[[Worker], None], count: int, deadline: float | None) -> None:
+    """`work` in a thread for each of so many workers. They are stopped when the time is up or a signal comes."""
+    workers = [Worker() for _ in range(count)]
+    pool = ThreadPoolExecutor(count)
+    with preemption.listening():
+        try:
+            preemption.raise_at_once(True)
+            futures = [pool.submit(work, worker) for worker in workers]
+            left = None if deadline is None else max(0.0, deadline - time.time())
+            wait(futures, left, return_when=FIRST_EXCEPTION)
+        finally:
+            preemption.raise_at_once(False)
+            for worker in workers:
+                worker.stop()
+            pool.shutdown()
+            for worker in workers:
+                worker.wait()
+    for future in futures:
+        future.result()
 
 
 def make_bases(configs: list[Config]) -> None:
@@ -229,19 +212,6 @@ def _title(name: str) -> str:
     return read_experiment(name)["title"]
 
 
-def _is_scored(run: RunPaths) -> bool:
-    return all(paths.score.is_file() for paths in evaluation_paths(run, read_config(run)))
-
-
-def _rounded(held_out: Config) -> list[tuple[str, str]]:
-    return [(key.replace("_", " "), f"{value:.4g}") for key, value in held_out.items() if value is not None]
-
-
-def _short(score: EvalRecord) -> str:
-    metric = "" if score.metric == "accuracy" else f"{score.metric} "
-    return f"{score.benchmark} {metric}{score.accuracy:.1%}"
-
-
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.reproduce",
@@ -255,11 +225,23 @@ def main(arguments: list[str]) -> None:
         "--workers",
         type=int,
         default=1,
-        help="runs at a time, each with processes of its own and OMP_NUM_THREADS threads; default: 1, here",
+        help="runs at a time, each in a process with OMP_NUM_THREADS threads; default: 1, here",
     )
     parser.add_argument("--report-only", action="store_true", help="report the runs that are finished, run nothing")
+    parser.add_argument("--minutes", type=float, help="begin no run that would not end within so many")
+    parser.add_argument(
+        "--results", type=Path, metavar="DIR", help="exported runs (analysis.export) that count as finished"
+    )
     options = parser.parse_intermixed_args(arguments)
-    reproduce(options.experiment, options.overrides, options.out, options.workers, options.report_only)
+    reproduce(
+        options.experiment,
+        options.overrides,
+        options.out,
+        options.workers,
+        options.report_only,
+        options.minutes,
+        options.results,
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 A setting that `SETTINGS` does not name is of the type of its value in the config files: a flag, a whole number, a
 number (neither of them negative), text, or a list of these. Numbers that are equal are stored alike, so that they give
-one run id: 8.0 becomes 8 where a whole number is meant, and 1 becomes 1.0 where any number is.
+one run id: as the config files write the number if they do, else 8.0 as 8.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from experiments.errors import UserError
 Config = dict[str, Any]
 SECTIONS = ("model", "method", "quantization", "task", "recipe", "spectra", "protocol", "evaluation", "runtime")
 NAME = re.compile(r"\w[\w.+=,@-]{0,99}")  # names become folders: no path fits
+BENCHMARK = re.compile(rf"{NAME.pattern}|(?:[^\0]*/)?{NAME.pattern}\.txt")
 SHARE = re.compile(r"1/[1-9]\d*")
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 PATTERNS = (
@@ -38,9 +39,9 @@ TYPES = {
     "flag": "true or false",
     "whole": "a whole number",
     "number": "a number",
-    "step": "a number",
     "text": "text (in quotes if it looks like a number)",
     "name": "a name of letters, digits and _.+=,@-, at most 100 of them",
+    "benchmark": "a benchmark's name or the path of a .txt file whose own name has letters, digits and _.+=,@- alone",
     "share": "a share as 1/64 or 0.015625",
     "map": "a map as {key: value}",
 }
@@ -51,7 +52,7 @@ class Rule:
     """What a value may be.
 
     Attributes:
-        kind: a key of `TYPES`. A `step` is a number that is stored as a whole one where it is.
+        kind: a key of `TYPES`.
         least, most: the range of a number; without the first where `above` is set, without the last where `below` is.
         words: what it may be instead, or must be if the kind is "word".
         null: null is allowed too.
@@ -88,12 +89,13 @@ class Rule:
     def _one(self, value: Any) -> Any:
         if isinstance(value, str) and value in self.words:
             return value
-        if self.kind in ("whole", "number", "step") or (self.kind == "share" and not isinstance(value, str)):
+        if self.kind in ("whole", "number") or (self.kind == "share" and not isinstance(value, str)):
             return self._number(value)
         fits = {
             "flag": lambda: isinstance(value, bool),
             "text": lambda: isinstance(value, str),
             "name": lambda: isinstance(value, str) and NAME.fullmatch(value),
+            "benchmark": lambda: isinstance(value, str) and BENCHMARK.fullmatch(value),
             "share": lambda: SHARE.fullmatch(value),
             "map": lambda: isinstance(value, dict),
             "word": lambda: False,
@@ -112,7 +114,7 @@ class Rule:
         whole = value == int(value)
         if self.kind == "whole" and not whole:
             raise ValueError
-        return int(value) if whole and self.kind in ("whole", "step") else float(value)
+        return int(value) if whole else value
 
     def __str__(self) -> str:
         words = ", ".join(self.words)
@@ -145,14 +147,14 @@ SETTINGS = {
     "run_id": NAMED,
     "seed": Rule("whole", 0, 2**32 - 1),
     "recipe.learning_rate": AMOUNT,
-    "recipe.epochs": Rule("step", 0, above=True),
+    "recipe.epochs": Rule("number", 0, above=True),
     "recipe.max_steps": MAYBE_COUNT,
     "recipe.batch_size": COUNT,
     "recipe.micro_batch_size": COUNT,
     "recipe.optimizer": _words(*OPTIMIZERS),
     "recipe.betas": Rule("number", 0, 1, below=True, many="list", length=2),
     "recipe.schedule": _words("linear", "cosine", "constant"),
-    "recipe.warmup_steps": Rule("step", 0),
+    "recipe.warmup_steps": Rule("number", 0),
     "recipe.adapter_dropout": DROPOUT,
     "spectra.every": MAYBE_COUNT,
     "spectra.blocks": COUNT,
@@ -189,8 +191,8 @@ SETTINGS = {
     "evaluation.judge.dtype": _words(*DTYPES),
     "evaluation.judge.max_new_tokens": COUNT,
     "evaluation.judge.question": TEXT,
-    "evaluation.benchmarks": replace(NAMED, many="list"),
-    "evaluation.limit": MAYBE_COUNT,
+    "evaluation.benchmarks": Rule("benchmark", many="list"),
+    "evaluation.limit": replace(MAYBE_COUNT, mapped=True),
     "evaluation.batch_size": COUNT,
     "evaluation.backend": _words("hf", "vllm"),
     "evaluation.sandbox": _words("bwrap", "none"),
@@ -223,7 +225,7 @@ SETTINGS = {
     "method.adapter.o_ratio": Rule("number", 0, 1),
     "method.adapter.block_size": COUNT,
     "method.adapter.r": COUNT,
-    "method.adapter.lora_alpha": Rule("step", 0, above=True),
+    "method.adapter.lora_alpha": Rule("number", 0, above=True),
     "method.adapter.lora_dropout": DROPOUT,
     "method.adapter.sparsity": DROPOUT,
     "method.adapter.bottleneck_size": COUNT,
@@ -236,7 +238,7 @@ SETTINGS = {
     "quantization.target_modules": replace(TEXT, many="or list", null=True),
     "quantization.options": MAP,
     "quantization.options.rank": COUNT,
-    "quantization.options.lora_alpha": Rule("step", 0, above=True),
+    "quantization.options.lora_alpha": Rule("number", 0, above=True),
     "quantization.options.alpha": replace(AMOUNT, null=True),
     "quantization.calibration.text": MAYBE_TEXT,
     "quantization.calibration.samples": COUNT,
@@ -252,9 +254,8 @@ def stored(key: str, value: Any, default: Any = None) -> Any:
     """
     rule = SETTINGS.get(_own(key)) or _rule_of(default)
     try:
-        if rule is None:
-            return _finite(value)
-        return rule.stored(value)
+        kept = _finite(value) if rule is None else rule.stored(value)
+        return default if kept == default and kept is not True and kept is not False else kept
     except (ValueError, OverflowError):
         raise UserError(f"{key}={shown(value)}: it must be {rule or 'finite'}") from None
 

@@ -79,6 +79,7 @@ def _attached(config: Config, tokens: Any) -> Any:
     from experiments import methods
     from experiments.first import first_config
     from experiments.models import load_base
+    from experiments.preparation import Backward
 
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
     before = first_config(config)
@@ -90,7 +91,8 @@ def _attached(config: Config, tokens: Any) -> Any:
             torch.optim.SGD(methods.trained_tensors(model).values(), lr=1e-3).step()
             methods.save(before["method"], model, Path(folder), initial)
         base = load_base(config, str(tokens.device))[0]
-        return methods.attach(config["method"], base, itertools.repeat(batch), Path(folder) if before else None)
+        backward = Backward(base, itertools.repeat([batch]))
+        return methods.attach(config["method"], base, backward, Path(folder) if before else None)
 
 
 def interleaved(

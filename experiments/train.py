@@ -101,10 +101,11 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
         weights_hash,
         with_dtype,
     )
+    from experiments.preparation import Backward, row_steps
     from experiments.prompts import collate, select_rows
     from experiments.spectra import MeasureSpectra
     from experiments.tokens import tokenised
-    from experiments.trainer import RunTrainer, micro_batches
+    from experiments.trainer import RunTrainer
 
     device = resolve_device(config["runtime"]["device"])
     run_hash, config = config_hash(config), with_dtype(config, str(device))
@@ -125,7 +126,7 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
         check_base(run, first, hashes["base_hash"])
     steps, tokens, seconds, truncated, kept, tensors, resumed_at, held_out = 0, 0, 0.0, 0, 0, [], [], None
     unlabelled = 0
-    examples, unseen, batches = None, None, None
+    examples, unseen, backward = None, None, None
     padded = partial(collate, pad_token_id=cast(int, tokenizer.pad_token_id))
     if trains:
         with arguments.main_process_first(local=False):
@@ -136,9 +137,11 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
         unlabelled = examples.unlabelled
         _check_labels(config, unlabelled, len(examples))
         truncated, kept = examples.truncated, len(examples)
-        batches = micro_batches(examples, config, padded, arguments.device)
+        if config["method"].get("prepare"):
+            backward = Backward(base, row_steps(examples, config, padded, arguments.device))
     set_seed(config["seed"])
-    model: Any = methods.attach(config["method"], base, batches, first and first.adapter)
+    model: Any = methods.attach(config["method"], base, backward, first and first.adapter)
+    del backward
     if arguments.gradient_checkpointing:
         methods.check_checkpointing(config["method"], model)
     initial = methods.initial_state(model)

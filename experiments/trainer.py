@@ -4,13 +4,11 @@ gradient norm of every trained tensor at every step.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,25 +67,6 @@ class EpochSampler(Sampler[int]):
             batches = torch.cat(ordered).view(len(order) // self.micro_batch_size, self.micro_batch_size)
             order = batches[torch.randperm(len(batches), generator=generator)].flatten()
         yield from order.tolist()
-
-
-def micro_batches(
-    examples: Examples, config: dict[str, Any], collator: Callable[[list[Any]], dict[str, torch.Tensor]], device: Any
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Micro-batches of the examples without end, the same in every process, in an order the seed decides."""
-    recipe, size = config["recipe"], config["recipe"]["micro_batch_size"]
-    for epoch in itertools.count():
-        sampler = EpochSampler(
-            examples.lengths,
-            batch_size=size,
-            micro_batch_size=size,
-            seed=config["seed"],
-            epoch=partial(int, epoch),
-            group_by_length=recipe["group_by_length"],
-        )
-        for rows in torch.tensor(list(sampler)).split(size):
-            batch = collator([examples[row] for row in rows.tolist()])
-            yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 class RunTrainer(Trainer):

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from experiments.errors import UserError, run_command
+from experiments.lock import identity
 from experiments.records import RunPaths, write_atomically
 from slurm.manifest import Manifest, check_run, is_finished, read_manifest
 from slurm.queue import slurm
@@ -90,14 +91,14 @@ def work(manifest: Manifest, names: list[str]) -> int:
                 if not is_finished(run, stage, manifest.runs[name]):
                     worker.run(run, stage)
         except Interrupted:
-            return requeue(worker, RunPaths(Path(manifest.runs_dir) / name))
+            return requeue(worker, names)
         except (UserError, OSError) as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
             failed = True
     return int(failed)
 
 
-def requeue(worker: Worker, run: RunPaths) -> int:
+def requeue(worker: Worker, names: list[str]) -> int:
     """Put this task, and it alone, back into the queue, unless Slurm does so itself or someone cancelled it."""
     state = job_state()
     # After a preemption or the loss of a node Slurm requeues by itself, and who cancels wants no requeue. Slurm never
@@ -108,7 +109,7 @@ def requeue(worker: Worker, run: RunPaths) -> int:
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     if restarts >= worker.manifest.max_requeues:
         why = f"stopped, and not requeued again after {restarts} times (max_requeues): submit again to go on"
-        _note_given_up(run, why)
+        _note_given_up(worker.manifest, names, why)
         raise UserError(why)
     worker.told_to_stop = False
     slurm("scontrol", "requeue", job_id())
@@ -120,12 +121,15 @@ def requeue(worker: Worker, run: RunPaths) -> int:
     return 0
 
 
-def _note_given_up(run: RunPaths, why: str) -> None:
-    """Say it with the run's last attempt, which is one that was preempted, for status and retry."""
-    attempts = read_attempts(run)
-    if attempts and attempts[-1].get("how") == "preempted":
-        attempts[-1]["error"] = why
-        write_atomically(run.attempts, json.dumps(attempts, indent=1) + "\n")
+def _note_given_up(manifest: Manifest, names: list[str], why: str) -> None:
+    """Say it with every run of the task that is not done, begun or not, for status and retry."""
+    for name in names:
+        run = RunPaths(Path(manifest.runs_dir) / name)
+        left = [stage for stage in manifest.stages if not is_finished(run, stage, manifest.runs[name])]
+        if left and run.root.is_dir():
+            now = time.time()
+            entry = {"stage": left[0], **identity(), "started": now, "ended": now, "how": "failed", "error": why}
+            write_atomically(run.attempts, json.dumps([*read_attempts(run), entry], indent=1) + "\n")
 
 
 def job_id() -> str:

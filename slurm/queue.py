@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from experiments.errors import UserError
+from experiments.commands import answer
+from experiments.errors import UserError, shortened
 from slurm.manifest import Manifest, read_manifest, submissions
+
+PATIENCE = 30.0  # seconds for squeue, which asks a busy controller again itself
 
 
 @dataclass(frozen=True)
@@ -24,22 +26,20 @@ class Task:
     reason: str  # why it is pending
 
 
-def slurm(*command: str, text: str | None = None) -> str:
+def slurm(*command: str, seconds: float = 120) -> str:
     """Standard output of a command; its refusal, in one line, as an error."""
     try:
-        result = subprocess.run(command, input=text, capture_output=True, text=True, timeout=120)
+        result = answer(command, seconds)
     except FileNotFoundError:
         raise UserError(
             f"no {command[0]} on the path: submit on a node of the cluster, or run here without Slurm by "
             "`python -m experiments.reproduce`"
         ) from None
-    except subprocess.TimeoutExpired:
-        raise UserError(
-            f"{command[0]} gave no answer in 2 minutes: the controller is down or busy, try again"
-        ) from None
+    if result is None:
+        raise UserError(f"{command[0]} gave no answer in {seconds:g} s: the controller is down or busy, try again")
     if result.returncode:
-        said = "; ".join(line.removeprefix(f"{command[0]}: error: ") for line in result.stderr.strip().splitlines())
-        raise UserError(f"{command[0]}: {said or f'exit status {result.returncode}'}")
+        lines = [line.removeprefix(f"{command[0]}: error: ") for line in result.stderr.splitlines()]
+        raise UserError(f"{command[0]}: {shortened(lines) or f'exit status {result.returncode}'}")
     return result.stdout
 
 
@@ -51,12 +51,16 @@ def queued(runs_dir: Path) -> dict[str, list[Task]]:
     ours = f"{submissions(runs_dir)}/"
     read = cache(read_manifest)
     tasks: dict[str, list[Task]] = {}
-    listing = slurm("squeue", "--noheader", "--array", "--user", str(os.getuid()), "--format=%F|%K|%T|%r|%k")
-    for line in listing.splitlines():
-        job, index, state, reason, comment = line.split("|", 4)
+    command = ("squeue", "--noheader", "--array", "--user", str(os.getuid()), "--format=%F|%K|%T|%r|%k")
+    for line in slurm(*command, seconds=PATIENCE).splitlines():
+        job, index, state, reason, comment = [*line.split("|", 4), *[""] * 4][:5]
+        if not job.isdigit() or not state.isupper():
+            raise UserError(f"squeue: cannot read its line {line[:80]!r}")
         if not comment.startswith(ours) or not Path(comment).is_file():
             continue
         manifest: Manifest = read(Path(comment))
+        if not index.isdigit() or int(index) >= len(manifest.tasks):
+            raise UserError(f"squeue: cannot read its line {line[:80]!r}: no task of {comment}")
         for name in manifest.tasks[int(index)]:
             task = Task(f"{job}_{index}", state, reason)
             others = tasks.setdefault(name, [])
@@ -64,13 +68,13 @@ def queued(runs_dir: Path) -> dict[str, list[Task]]:
     return tasks
 
 
-def queued_if_known(runs_dir: Path) -> dict[str, list[Task]]:
-    """As `queued`; where Slurm does not answer, nothing, and a note that says so."""
+def queued_if_known(runs_dir: Path) -> dict[str, list[Task]] | None:
+    """As `queued`; None and a note that says so where Slurm gives no answer that can be read."""
     try:
         return queued(runs_dir)
     except UserError as error:
         print(f"note: without the queue ({error})", file=sys.stderr)
-        return {}
+        return None
 
 
 def max_array_size() -> int:

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from experiments.errors import UserError
+from experiments.errors import UserError, shortened
 
 PROJECT = Path(__file__).resolve().parent.parent
 FOLDERS = ("configs", "diablo", "experiments", "eval", "analysis", "slurm")
@@ -67,6 +67,6 @@ def _all_files(project: Path) -> list[str]:
 def _git(folder: Path, *arguments: str, text: bytes | None = None) -> bytes:
     result = subprocess.run(["git", "-C", str(folder), *arguments], input=text, capture_output=True)
     if result.returncode:
-        said = result.stderr.decode(errors="replace").strip()
+        said = shortened(result.stderr.decode(errors="replace").splitlines())
         raise UserError(f"git {arguments[0]} in {folder}, for the snapshot of the code: {said}")
     return result.stdout

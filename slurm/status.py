@@ -3,7 +3,8 @@
     python -m slurm.status                          # every run ever submitted from runs/
     python -m slurm.status experiment=quickstart runs_dir=/data/runs --watch 10
 
-States: planned, queued, running, preempted, failed, finished. Needs no accounting, and works without Slurm.
+States: planned, queued, running, preempted, failed, finished. Needs no accounting. Where Slurm gives no answer a run
+with a fresh heartbeat is running, and one that only the queue could tell of is unknown.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from slurm.manifest import all_manifests, is_finished
 from slurm.queue import Task, queued_if_known
 
 STALE = 600  # seconds without a heartbeat after which a running run is doubted
+FRESH = 30  # seconds after its last heartbeat in which a run lives, whatever the queue says or does not say
 NEVER_STARTED = "never started, and not in the queue: cancelled, or what it was to wait for failed; submit again"
-STATES = ("running", "queued", "preempted", "failed", "planned", "finished")
+STATES = ("running", "queued", "preempted", "failed", "unknown", "planned", "finished")
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,20 @@ def statuses(runs_dir: Path, experiment: str | None = None) -> list[State]:
         raise UserError(f"{runs_dir}: no submission of {experiment}: {nearest(str(experiment), experiments)}")
     waiting = queued_if_known(runs_dir)
     return [
-        run_state(RunPaths(runs_dir / name), entry, next(iter(waiting.get(name, [])), None), logs.get(name))
+        run_state(
+            RunPaths(runs_dir / name),
+            entry,
+            next(iter((waiting or {}).get(name, [])), None),
+            logs.get(name),
+            queue_known=waiting is not None,
+        )
         for name, entry in about.items()
     ]
 
 
-def run_state(run: RunPaths, about: dict[str, Any], task: Task | None, log: Path | None) -> State:
+def run_state(
+    run: RunPaths, about: dict[str, Any], task: Task | None, log: Path | None, queue_known: bool = True
+) -> State:
     """The state of one run. The queue counts before the files, which a killed process cannot correct."""
     attempts = read_attempts(run)
     preempted = sum(attempt.get("how") == "preempted" for attempt in attempts)
@@ -79,12 +89,17 @@ def run_state(run: RunPaths, about: dict[str, Any], task: Task | None, log: Path
         return state("finished")
     if task is not None:
         return state("preempted" if preempted else "queued", f"waits: {task.reason}")
+    last = attempts[-1] if attempts else {}
+    if attempts and last.get("how") is None and _lives(run):
+        where = "not in this cluster's queue" if queue_known else "seen by its heartbeat"
+        return state("running", f"{progress(run)}; {where}")
+    if last.get("how") == "failed" or last.get("error"):
+        return state("failed", last.get("error") or "no message")
+    if not queue_known:
+        return state("unknown", f"{_last_seen(last)}; whether it is queued or runs is not known")
     if not attempts:
         said = last_line(log) if log is not None else ""
         return state("failed", said) if said else state("planned", NEVER_STARTED)
-    last = attempts[-1]
-    if last.get("how") == "failed" or last.get("error"):
-        return state("failed", last.get("error") or "no message")
     if last.get("how") == "preempted":
         return state("preempted", "not in the queue: submit again to go on")
     if last.get("how") is None:
@@ -92,10 +107,28 @@ def run_state(run: RunPaths, about: dict[str, Any], task: Task | None, log: Path
     return state("planned", f"{last.get('stage')} is finished, the rest is not in the queue")
 
 
+def _last_seen(attempt: dict[str, Any]) -> str:
+    """What the last attempt left, where it was not a failure."""
+    if not attempt:
+        return "not started"
+    if attempt.get("how") is None:
+        return f"{attempt.get('stage')} on {attempt.get('host')} without a fresh heartbeat"
+    return f"{attempt.get('stage')} {attempt['how']}"
+
+
+def _lives(run: RunPaths) -> bool:
+    """Whether its heartbeat is fresh by the clock of its node or of the disk, of which one may be wrong."""
+    try:
+        beat, written = json.loads(run.heartbeat.read_text(encoding="utf-8")), run.heartbeat.stat().st_mtime
+    except (OSError, ValueError):
+        return False
+    return any(abs(time.time() - clock) < FRESH for clock in (beat.get("time", 0), written))
+
+
 def read_attempts(run: RunPaths) -> list[dict[str, Any]]:
     """What every attempt at the run left; empty before the first."""
     try:
-        attempts = json.loads((run.root / "attempts.json").read_text())
+        attempts = json.loads((run.root / "attempts.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
     return attempts if isinstance(attempts, list) else []
@@ -114,7 +147,7 @@ def failed_before(run: RunPaths) -> bool:
 def progress(run: RunPaths) -> str:
     """`train step 120/400, 5,300 tokens/s, 4 min left`, from the heartbeat."""
     try:
-        beat, written = json.loads(run.heartbeat.read_text()), run.heartbeat.stat().st_mtime
+        beat, written = json.loads(run.heartbeat.read_text(encoding="utf-8")), run.heartbeat.stat().st_mtime
     except (OSError, ValueError):
         return "starting"
     if beat.get("step") is None:

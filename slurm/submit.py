@@ -52,7 +52,7 @@ def submit(arguments: Sequence[str], cluster: Cluster, options: Options) -> list
         raise UserError(f"runtime.runs_dir has {len(folders)} values: a submission has one folder of runs")
     runs_dir = Path(folders.pop()).resolve()
     if options.dry_run:
-        todo = _missing(title, wanted, queued_if_known(runs_dir), options)
+        todo = _missing(title, wanted, queued_if_known(runs_dir) or {}, options)
         for array in arrays(todo, cluster, options, 1001):
             print(f"would submit {array}")
         _say_what_comes(found)
@@ -61,15 +61,18 @@ def submit(arguments: Sequence[str], cluster: Cluster, options: Options) -> list
         return []
     slurm("sbatch", "--version")  # before anything is written
     with _submitter_lock(runs_dir):
-        write_runs(config for config, _ in wanted)
+        # What may be refused comes before the run directories.
         waiting = queued(runs_dir)
         todo = _missing(title, wanted, waiting, options)
-        if not todo and not options.second_stage:
+        submits = bool(todo) or options.second_stage
+        parts = list(arrays(todo, cluster, options, max_array_size())) if todo else []
+        code = take_snapshot(submissions(runs_dir) / "code") if submits else {}
+        write_runs(config for config, _ in wanted)
+        if not submits:
             return []
         about = {
             config["run_id"]: describe_run(_absolute(runs_dir, config), config, scored) for config, scored in wanted
         }
-        code = take_snapshot(submissions(runs_dir) / "code")
         manifest = partial(
             Manifest,
             experiment=title,
@@ -79,7 +82,7 @@ def submit(arguments: Sequence[str], cluster: Cluster, options: Options) -> list
             scratch=cluster.scratch,
             code=code,
         )
-        jobs = _submit_arrays(list(arrays(todo, cluster, options, max_array_size())), manifest, cluster, options)
+        jobs = _submit_arrays(parts, manifest, cluster, options)
         if name:
             earlier = {task.job.split("_")[0] for run_id in planned for task in waiting.get(run_id, [])}
             more = bool(found.undecided) and not options.second_stage

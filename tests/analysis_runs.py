@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,15 @@ def write_run(
     protocol: str = "plain",
     benchmark: str | None = None,
     pattern: str | None = None,
+    nll: list[float] | None = None,
 ) -> Path:
     """A finished run as the real stages leave it, with invented numbers. `items=None` leaves it without a score,
     `mean_with` plans another benchmark and the mean of both; the benchmark is named as the task if not otherwise.
-    A `pattern` makes it a run of the method `sparse`."""
+    A `pattern` makes it a run of the method `sparse`. `nll`: items of the likelihood benchmark gsm8k_nll."""
     benchmark = benchmark or task
     generator = np.random.default_rng(seed)
     key, letter = ("num_blocks", "N") if method == "diablo" else ("r", "r")
+    names = [benchmark, *([mean_with] if mean_with else []), *(["gsm8k_nll"] if nll else [])]
     adapter = None if method in ("full", "base") else {key: size, "target_modules": ["q_proj", "down_proj"]}
     if pattern is not None:
         adapter = {"pattern": pattern, "density": 1 / size}
@@ -68,7 +71,7 @@ def write_run(
         "protocol": {"name": protocol, "train_on_prompt": protocol == "llm_adapters"},
         "recipe": {"learning_rate": learning_rate, "epochs": 1, "batch_size": 16},
         "seed": seed,
-        "evaluation": {"benchmarks": [benchmark, *([mean_with] if mean_with else [])], "mean": mean_with is not None},
+        "evaluation": {"benchmarks": names, "mean": mean_with is not None},
         "runtime": {"device": "cpu"},
     }
     identity = run_id(config)
@@ -117,45 +120,50 @@ def write_run(
         total = float(np.sqrt(np.sum(np.square(norms))))
         lines.append(json.dumps({**scalars, "gradient_norm": total, "gradient_norms": norms}) + "\n")
     run.metrics.write_text("".join(lines))
-    if items is not None:
-        accuracy = sum(items) / len(items)
-        write_record(
-            run.evaluation(benchmark, protocol, {"max_new_tokens": 64}).score,
-            EvalRecord(
-                run_id=identity,
-                benchmark=benchmark,
-                benchmark_version=1.0,
-                protocol=protocol,
-                protocol_version=1,
-                searched="completion",
-                parser="hash_marks",
-                equality="same_number",
-                judge=None,
-                metric="accuracy",
-                n=len(items),
-                samples=1,
-                accuracy=accuracy,
-                standard_error=(accuracy * (1 - accuracy) / len(items)) ** 0.5,
-                beside={},
-                no_match=1,
-                fallback=0,
-                dropped=0,
-                cut_prompts=0,
-                items=[float(item) for item in items],
-                generation={"limit": None, "generation": {"max_new_tokens": 64, "num_beams": 1}},
-                backend="hf",
-                dtype="float32",
-                batch_size=64,
-                seconds=1.0,
-                identity=False,
-                base_hash=content_hash(model),
-                adapter_files=adapter_files,
-                data_hash=content_hash(f"{benchmark} test"),
-                samples_hash=content_hash("samples"),
-                environment={"torch": "2.13.0", "device": "cpu", "commit": "0" * 40, "dirty": False},
-            ),
-        )
+    for name, found in ((benchmark, items), ("gsm8k_nll", nll)):
+        if found is not None:
+            score = _score(identity, name, protocol, found, model, adapter_files)
+            write_record(run.evaluation(name, protocol, {"max_new_tokens": 64}).score, score)
     return run.root
+
+
+def _score(
+    identity: str, benchmark: str, protocol: str, items: Sequence[float], model: str, adapter_files: dict[str, str]
+) -> EvalRecord:
+    mean, likelihood = sum(items) / len(items), benchmark.endswith("_nll")
+    return EvalRecord(
+        run_id=identity,
+        benchmark=benchmark,
+        benchmark_version=1.0,
+        protocol=protocol,
+        protocol_version=1,
+        searched="completion",
+        parser="hash_marks",
+        equality="same_number",
+        judge=None,
+        metric="nll" if likelihood else "accuracy",
+        n=len(items),
+        samples=1,
+        accuracy=mean,
+        standard_error=0.1 if likelihood else (mean * (1 - mean) / len(items)) ** 0.5,
+        beside={},
+        no_match=1,
+        fallback=0,
+        dropped=0,
+        cut_prompts=0,
+        items=[float(item) for item in items],
+        generation={"limit": None, "generation": {"max_new_tokens": 64, "num_beams": 1}},
+        backend="hf",
+        dtype="float32",
+        batch_size=64,
+        seconds=1.0,
+        identity=False,
+        base_hash=content_hash(model),
+        adapter_files=adapter_files,
+        data_hash=content_hash(f"{benchmark} test"),
+        samples_hash=content_hash("samples"),
+        environment={"torch": "2.13.0", "device": "cpu", "commit": "0" * 40, "dirty": False},
+    )
 
 
 def _norm(tensor: str, step: int, generator: np.random.Generator) -> float:

@@ -10,6 +10,7 @@ from eval.run import evaluate
 from experiments.records import EvalRecord, RunPaths, TrainRecord, read_record
 from experiments.train import train
 from slurm.cluster import Cluster, read_cluster
+from slurm.manifest import Manifest
 from slurm.status import State, statuses
 from slurm.submit import Options, submit
 from tests.conftest import SMALL, planned
@@ -104,3 +105,21 @@ class Running:
 def steps(run: RunPaths) -> int:
     """How many steps of its training are done."""
     return run.metrics.read_bytes().count(b"\n") if run.metrics.is_file() else 0
+
+
+def attempt_entry(how: str | None, error: str | None = None) -> dict[str, Any]:
+    return {"job": "7_0", "restart": 0, "host": "n1", "stage": "train", "how": how, "error": error}
+
+
+def planned_manifest(runs_dir: Path, runs: dict[str, Any], tasks: list[list[str]]) -> Manifest:
+    return Manifest(
+        experiment="sweep",
+        runs_dir=str(runs_dir),
+        stages=["train", "eval"],
+        tasks=tasks,
+        runs=runs,
+        processes=1,
+        max_requeues=100,
+        scratch=None,
+        code={"folder": str(runs_dir)},
+    )

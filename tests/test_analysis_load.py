@@ -72,6 +72,37 @@ def test_missing_stays_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err.splitlines() == runs.problems
 
 
+def test_likelihoods_stand_in_a_frame_of_their_own(tmp_path: Path) -> None:
+    """No table of accuracies meets them: neither scored, nor planned and missing, nor in the mean of benchmarks."""
+    both = write_run(tmp_path, "lora", items=[1, 0], nll=[1.5, 2.5], task="gsm8k")
+    plain = write_run(tmp_path, "dora", items=[1, 1], task="gsm8k")
+    missing = write_run(tmp_path, "pissa", items=[0, 1], nll=[3.0], task="gsm8k")
+    next(missing.glob("eval/gsm8k_nll/*/score.json")).unlink()
+    only = write_run(tmp_path, "milora", nll=[0.5, 0.75], task="gsm8k")
+    with_mean = write_run(tmp_path, "full", items=[1, 0], mean_with="svamp", nll=[2.0, 3.0], task="gsm8k")
+    svamp = RunPaths(with_mean).evaluation("svamp", "plain", {}).score
+    svamp.parent.mkdir(parents=True)
+    svamp.write_text(next(with_mean.glob("eval/gsm8k/*/score.json")).read_text())
+    change(svamp, benchmark="svamp")
+    runs = load_runs([both, plain, missing, only, with_mean], quiet=True)
+    assert runs.problems == [
+        f"{missing}: no score for gsm8k_nll",
+        f"{only}: no score for gsm8k",
+    ]
+    assert runs.frame["benchmark"].tolist() == ["gsm8k"] * 5 + ["svamp", "mean of 2"]
+    assert runs.frame["metric"].dropna().unique().tolist() == ["accuracy"]
+    assert runs.frame["accuracy"].dropna().tolist() == [0.5, 1.0, 0.5, 0.5, 0.5, 0.5]
+    assert "accuracy" not in runs.likelihood.columns
+    rows = records(runs.likelihood)
+    assert [row["benchmark"] for row in rows] == ["gsm8k_nll"] * 4
+    assert [row["path"] for row in rows] == [both, missing, only, with_mean]
+    assert runs.likelihood["nll"].dropna().tolist() == [2.0, 0.625, 2.5]
+    assert list(rows[0]["items"]) == [1.5, 2.5]
+    assert runs.likelihood["nll"].isna().tolist() == [False, True, False, False]
+    with_parameters = {row["run_id"]: row["trainable_parameters"] for row in rows}
+    assert set(with_parameters.values()) == {10_000}
+
+
 def test_the_base_model_has_no_learning_rate_and_no_training_time(tmp_path: Path) -> None:
     (row,) = records(load_runs([write_run(tmp_path, "base", parameters=0, items=[0, 1])]).frame)
     assert row["trainable_parameters"] == 0

@@ -71,6 +71,24 @@ def test_rows_are_sorted_by_name_and_size_and_cells_do_not_mix(tmp_path: Path) -
     ]
 
 
+def test_likelihoods_change_no_page(tmp_path: Path) -> None:
+    """The same runs with and without NLL beside their accuracies: the same tables, comparisons, figures and page."""
+    pages = []
+    for folder, nll in (("without", None), ("with", [1.5, 2.5, 3.5, 0.5])):
+        for method in ("lora", "diablo", "base"):
+            for seed in range(2):
+                items = [1, 0, seed, 1]
+                write_run(tmp_path / folder, method, seed=seed, items=items, nll=nll, task="gsm8k", parameters=100)
+        out = tmp_path / f"{folder} report"
+        page = write_report(find_runs([tmp_path / folder]), out, None, "Runs")
+        texts = {path.relative_to(out): path.read_text() for path in out.rglob("*") if path.suffix in (".csv", ".md")}
+        pages.append(texts)
+        assert texts
+        assert len(load_runs(find_runs([tmp_path / folder])).likelihood) == (6 if nll else 0)
+        assert "gsm8k_nll" not in page.read_text()
+    assert pages[0] == pages[1]
+
+
 def test_what_is_missing_is_blank(tmp_path: Path) -> None:
     write_run(tmp_path, "lora")
     (row,) = records(display(method_table(load_runs(find_runs([tmp_path])).frame)))

@@ -101,6 +101,19 @@ def test_parameters_are_float32_beside_a_base_of_16_bits(dtype: torch.dtype, tmp
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("cast", ["half", "bfloat16"])
+def test_casting_the_model_leaves_the_bottlenecks_in_float32(cast: str) -> None:
+    model = with_values(attach(tiny_llama()))
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "bottleneck_" in name}
+    getattr(model, cast)()
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert all(p.dtype.itemsize == 2 for name, p in after.items() if name not in before)
+    assert all(parameter is after[name] for name, parameter in model.named_parameters())
+    model.double()
+    assert {after[name].dtype for name in before} == {torch.float64}
+
+
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_saved_and_loaded_it_is_the_same(low_cpu_mem_usage: bool, tmp_path: Path) -> None:
     model = with_values(attach(tiny_llama()))

@@ -117,6 +117,55 @@ def test_what_is_no_such_checkpoint_is_refused_by_name(
     assert not (tmp_path / "ours").exists()
 
 
+Q_PROJ = "model.layers.0.self_attn.q_proj.block_A"
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        (torch.ones(4, 8, 8).to_sparse(), r"q_proj\.block_A is a tensor of torch.float32 and torch.sparse_coo: blocks"),
+        (torch.ones(4, 8, 8, device="meta"), r"q_proj\.block_A is a tensor without values"),
+        (torch.ones(4, 8, 8, dtype=torch.complex64), r"q_proj\.block_A is a tensor of torch.complex64"),
+        (torch.ones(4, 8, 8, dtype=torch.int32), r"q_proj\.block_A is a tensor of torch.int32"),
+        (torch.full((4, 8, 8), torch.nan), r"q_proj\.block_A has values that are NaN or infinite"),
+        (torch.full((4, 8, 8), 1e300, dtype=torch.float64), r"q_proj\.block_A has values that are NaN or infinite"),
+        (torch.ones(0, 8, 8), r"shape \(0, 8, 8\), which no N gives"),
+        (torch.ones(1).expand(4, 2**40, 8), r"which no N gives"),
+    ],
+)
+def test_blocks_that_are_no_dense_finite_numbers_are_refused(
+    blocks: Tensor, message: str, base: Path, tmp_path: Path
+) -> None:
+    torch.save({Q_PROJ: blocks}, tmp_path / "adapter.chkpt")
+    with pytest.raises(ValueError, match=message):
+        from_authors(tmp_path / "adapter.chkpt", tmp_path / "ours", str(base))
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_layer_that_is_there_twice_is_refused(base: Path, tmp_path: Path) -> None:
+    torch.save({Q_PROJ: torch.ones(4, 8, 8), f"module.{Q_PROJ}": torch.ones(4, 8, 8)}, tmp_path / "adapter.chkpt")
+    with pytest.raises(ValueError, match="q_proj has blocks twice"):
+        from_authors(tmp_path / "adapter.chkpt", tmp_path / "ours", str(base))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x80", b"\x80\x02]q\x00.", b"PK\x03\x04", b"hello", b"\x80\x04\x95\xff", bytes(range(256))]
+)
+def test_any_bytes_give_one_line(content: bytes, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter.chkpt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^.*adapter\.chkpt: (not a file of tensors only|holds a)[^\n]*$"):
+        from_authors(tmp_path / "adapter.chkpt", tmp_path / "ours", str(base))
+
+
+def test_an_adapter_that_was_cut_short_is_refused(base: Path, tmp_path: Path) -> None:
+    torch.save(their_state(4), tmp_path / "adapter.chkpt")
+    from_authors(tmp_path / "adapter.chkpt", tmp_path / "ours", str(base))
+    file = tmp_path / "ours" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"ours: adapter_model\.safetensors is not a complete safetensors file"):
+        to_authors(tmp_path / "ours", tmp_path / "back.chkpt")
+
+
 def test_the_command_prints_one_line(base: Path, tmp_path: Path) -> None:
     torch.save(their_state(4), tmp_path / "adapter.chkpt")
     command = [sys.executable, "-m", "diablo.convert", str(tmp_path / "adapter.chkpt"), str(tmp_path / "ours")]

@@ -225,3 +225,39 @@ def test_the_update_reaches_an_output_of_any_strides(pattern: str, grad: bool) -
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(adapted(x), expected)
         torch.testing.assert_close(adapted(x.transpose(0, 1)), expected.transpose(0, 1))
+
+
+@pytest.mark.parametrize("where", ["layer", "part of it", "everywhere"])
+def test_a_hook_sees_what_the_base_layer_gives(where: str) -> None:
+    """The update was added to the tensor that the hook had kept."""
+    base = nn.Sequential(OrderedDict(inner=nn.Linear(8, 4)))
+    layer: Any = Wrapped(base)
+    adapted = DiabloLinear(layer, "default", DiabloConfig(num_blocks=2, mode="adapter", init_weights=False))
+    x, kept = torch.randn(3, 8, requires_grad=True), []
+
+    def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        kept.append(output)
+
+    if where == "everywhere":
+        handle = nn.modules.module.register_module_forward_hook(keep)
+    else:
+        handle = layer.get_submodule("" if where == "layer" else "inner").register_forward_hook(keep)
+    try:
+        result = adapted(x)
+    finally:
+        handle.remove()
+    expected = nn.functional.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(kept[0], expected)
+    torch.testing.assert_close(result, expected + x @ adapted.get_delta_weight("default").T)
+
+
+class Wrapped(nn.Linear):
+    """A linear layer that gives on what a part of it returns."""
+
+    def __init__(self, parts: nn.Sequential) -> None:
+        super().__init__(8, 4)
+        self.inner = parts.inner
+        self.weight, self.bias = parts.inner.weight, parts.inner.bias  # pyright: ignore
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.inner(input)  # pyright: ignore[reportCallIssue]

@@ -18,6 +18,7 @@ import pytest
 
 from experiments import lock as lock_module
 from experiments.attempts import attempt
+from experiments.commands import answer
 from experiments.errors import UserError
 from experiments.lock import identity, locked
 from experiments.records import RunPaths, write_atomically
@@ -160,25 +161,89 @@ def test_of_two_waiters_one_writes(run: RunPaths) -> None:
     assert all(first[1] <= second[0] for first, second in pairwise(times))
 
 
+UNKNOWN_JOB = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+
+
+@pytest.fixture
+def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts a script in the place of squeue."""
+    path = tmp_path / "bin" / "squeue"
+    path.parent.mkdir()
+    monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
+
+    def write(script: str) -> None:
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+
+    return write
+
+
 def test_squeue_is_believed_when_it_does_not_know_the_job(
-    run: RunPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunPaths, squeue: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only then: a controller that does not answer says nothing about the job."""
-    squeue = tmp_path / "bin" / "squeue"
-    squeue.parent.mkdir()
-    monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
+    assert lock_module.PATIENCE_UNLISTED == 60
+    monkeypatch.setattr(lock_module, "PATIENCE_UNLISTED", 0.3)
     for script, gone in (
         ("echo 41_3", False),
         ("true", True),
-        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", True),
+        (UNKNOWN_JOB, True),
         ("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", False),
     ):
-        squeue.write_text(f"#!/bin/sh\n{script}\n")
-        squeue.chmod(0o755)
+        squeue(script)
         held_elsewhere(run, job="41_3")
         started = time.monotonic()
-        enter(run, patience=1.0)
-        assert (time.monotonic() - started < 1.0) is gone, script
+        enter(run, patience=4.0)
+        assert time.monotonic() - started > 0.3
+        assert (time.monotonic() - started < 4.0) is gone, script
+
+
+def test_a_heartbeat_outweighs_squeue(
+    run: RunPaths, squeue: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, fails_with: Fails
+) -> None:
+    """A job of another cluster, on a host that cannot be asked, is unknown to the local squeue and alive."""
+    monkeypatch.setattr(lock_module, "PATIENCE_UNLISTED", 2.0)
+    squeue(UNKNOWN_JOB)
+    held_elsewhere(run, job="41_3")
+    beats = (
+        f"import time\nfor beat in range(9):\n    time.sleep(1)\n    open({str(run.heartbeat)!r}, 'w').write(str(beat))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", beats])
+    try:
+        assert "is being written by job 41_3" in fails_with(lambda: enter(run))
+        assert run.lock.exists()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_process_of_this_machine_outweighs_squeue(
+    run: RunPaths, squeue: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An orphan whose job Slurm has given up, and which stands still: its directory is taken after the long wait."""
+    monkeypatch.setattr(lock_module, "PATIENCE_UNLISTED", 0.3)
+    squeue(UNKNOWN_JOB)
+    with writer(run, SLURM_JOB_ID="41") as process:
+        process.send_signal(19)  # SIGSTOP
+        started = time.monotonic()
+        enter(run, patience=3.0)
+        assert time.monotonic() - started > 3.0
+
+
+def test_a_process_id_counts_in_its_own_container_only(run: RunPaths) -> None:
+    """Containers may share a host's name. Where there is none of this id a process of another container may live."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    held_elsewhere(run, host=socket.gethostname(), pid=ended.pid, processes="another")
+    started = time.monotonic()
+    enter(run, patience=1.0)
+    assert time.monotonic() - started > 1.0
+
+
+def test_a_squeue_that_hangs_is_ended_with_its_children(run: RunPaths) -> None:
+    started = time.monotonic()
+    assert answer(["sh", "-c", "sleep 60 & sleep 60"], 0.5) is None
+    assert time.monotonic() - started < 30
 
 
 def test_training_beside_another_process_is_refused(small: list[str], fails_with: Fails) -> None:

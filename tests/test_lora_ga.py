@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from diablo.lora_ga import estimate_gradients
 from diablo.residual import initial_factors, save_adapter
@@ -40,9 +41,15 @@ def batches() -> Iterator[dict[str, Tensor]]:
         yield {"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": rows}
 
 
+def backward(base: LlamaForCausalLM) -> Callable[[], None]:
+    source = batches()
+    return lambda: base(**next(source)).loss.backward()
+
+
 def started(**settings: Any) -> PeftModel:
-    base, config = tiny_llama().requires_grad_(False), lora_ga(**settings)
-    estimate_gradients(base, config, batches(), iterations=4)
+    base, config = tiny_llama(), lora_ga(**settings)
+    base.requires_grad_(False)
+    estimate_gradients(base, config, backward(base), iterations=4)
     torch.manual_seed(0)
     return attach(base, config)
 
@@ -85,7 +92,7 @@ def test_preparing_leaves_the_base_alone() -> None:
     base = tiny_llama()
     base.requires_grad_(False)
     config = lora_ga()
-    assert estimate_gradients(base, config, batches(), iterations=2) is config
+    assert estimate_gradients(base, config, backward(base), iterations=2) is config
     assert not base.training
     original = tiny_llama().state_dict()
     for name, parameter in base.named_parameters():
@@ -125,13 +132,13 @@ def test_on_the_meta_device_nothing_is_estimated() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((lora_ga(), None, 8), "LoRA-GA estimates gradients on 8 batches of training examples: none are given"),
-        ((lora_ga(), batches(), 0), "LoRA-GA estimates gradients on 0 batches of training examples: it needs one"),
-        ((lora_ga(r=9), batches(), 1), r"k_proj: LoRA-GA takes 2 r = 18 triplets of a \(16, 32\) gradient"),
+        ((lora_ga(), False, 8), "LoRA-GA estimates gradients on 8 batches of training examples: none are given"),
+        ((lora_ga(), True, 0), "LoRA-GA estimates gradients on 0 batches of training examples: it needs one"),
+        ((lora_ga(r=9), True, 1), r"k_proj: LoRA-GA takes 2 r = 18 triplets of a \(16, 32\) gradient"),
     ],
 )
 def test_what_is_missing_is_said_with_the_numbers(arguments: tuple, message: str) -> None:
     config, given, iterations = arguments
-    base: nn.Module = tiny_llama().requires_grad_(False)
+    base = tiny_llama()
     with pytest.raises(ValueError, match=message):
-        estimate_gradients(base, config, given, iterations=iterations)  # pyright: ignore[reportArgumentType]
+        estimate_gradients(base, config, backward(base) if given else None, iterations=iterations)

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import Trainer, TrainingArguments
 
 from diablo import LoriConfig
 from diablo.lori import choose_entries, largest_entries
@@ -132,6 +133,63 @@ def test_the_saved_adapter_is_plain_lora(sparsity: float, settings: dict, tmp_pa
     zeros = sum(int((tensor == 0).sum()) for name, tensor in file.items() if "lora_B" in name)
     total = sum(tensor.numel() for name, tensor in file.items() if "lora_B" in name)
     assert zeros == (total - int((1 - sparsity) * total) if sparsity else 0)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("sparsity", [0.9, 0.997])
+def test_pefts_own_files_hold_what_loading_needs(
+    sparsity: float, low_cpu_mem_usage: bool, first: Path, tmp_path: Path
+) -> None:
+    model = sparse(first, sparsity=sparsity)
+    train(model)
+    expected = model.eval()(tokens()).logits
+    model.save_pretrained(str(tmp_path / "plain"))
+    loaded = PeftModel.from_pretrained(
+        tiny_llama(), str(tmp_path / "plain"), is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    assert torch.equal(loaded.eval()(tokens()).logits, expected)
+    assert isinstance(loaded.peft_config["default"], LoriConfig)
+    sizes = [sum(p.numel() for p in one.parameters() if p.requires_grad) for one in (model, loaded)]
+    assert sizes[0] == sizes[1] > 0
+    before = loaded.get_submodule(f"{LAYER}.lora_B.default").entries
+    train(loaded)
+    assert not torch.equal(loaded.eval()(tokens()).logits, expected)
+    assert torch.equal(loaded.get_submodule(f"{LAYER}.lora_B.default").entries, before)  # pyright: ignore
+    save_adapter(loaded, tmp_path / "lora", {})
+    again = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "lora"))
+    assert torch.equal(again(tokens()).logits, loaded(tokens()).logits)
+
+
+def test_a_state_dict_holds_what_loading_needs(first: Path) -> None:
+    model, other = sparse(first), sparse(first)
+    train(model)
+    for _, layer in other.named_modules():
+        if hasattr(layer, "entries"):
+            layer.entries = torch.zeros_like(layer.entries)  # pyright: ignore
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.eval()(tokens()).logits, model.eval()(tokens()).logits)
+
+
+def test_a_trainers_checkpoint_is_resumed(first: Path, tmp_path: Path) -> None:
+    def trained(folder: Path, steps: int, resume: bool) -> Tensor:
+        model = sparse(first)
+        arguments = TrainingArguments(
+            output_dir=str(folder), max_steps=steps, save_steps=2, learning_rate=1e-2, report_to=[], use_cpu=True,
+            lr_scheduler_type="constant", disable_tqdm=True, save_only_model=False,
+        )  # fmt: skip
+        rows = [{"input_ids": row, "labels": row} for row in tokens()] * 8
+        Trainer(model, arguments, train_dataset=rows).train(resume_from_checkpoint=resume)  # pyright: ignore
+        return model.eval()(tokens()).logits
+
+    whole = trained(tmp_path / "whole", 4, resume=False)
+    trained(tmp_path / "parts", 2, resume=False)
+    torch.testing.assert_close(trained(tmp_path / "parts", 4, resume=True), whole, rtol=0, atol=1e-6)
+
+
+def test_a_config_without_its_files_says_what_is_missing(first: Path) -> None:
+    config = sparse(first).peft_config["default"]
+    with pytest.raises(RuntimeError, match="which entries of B are trained is not known"):
+        attach(tiny_llama(), config)(tokens())
 
 
 def test_layers_without_any_kept_entry_stay_as_they_are(first: Path) -> None:

@@ -18,8 +18,8 @@ from experiments.environment import reset_peak_memory
 from experiments.errors import UserError, out_of_memory
 from experiments.plan import plan, write_runs
 from experiments.records import RunPaths, read_config
-from experiments.reproduce import Processes
 from experiments.train import train
+from experiments.workers import Worker
 from tests.conftest import planned
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,7 +136,7 @@ def test_a_run_without_enough_memory_goes_on_with_another_setting(small: list[st
     assert line.startswith(f"error: {run.root}: train: the machine is out of memory")
     assert "runtime.gradient_checkpointing=true" in line
     with pytest.raises(UserError) as caught:
-        Processes().run("experiments.train", run)
+        Worker().do(run, score=False)
     assert "train: the machine is out of memory" in str(caught.value)
     assert "--workers" in str(caught.value)
     assert planned([*overrides, "runtime.gradient_checkpointing=true"]) == run
@@ -166,8 +166,8 @@ def test_a_worker_that_was_killed_is_told_in_one_line(
     killed.write_text("#!/bin/sh\nkill -9 $$\n", encoding="utf-8")
     killed.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(killed))
-    with pytest.raises(UserError, match=r"experiments\.train was killed, as Linux does .* give fewer --workers"):
-        Processes().run("experiments.train", planned(small))
+    with pytest.raises(UserError, match=r"its process was killed, as Linux does .* give fewer --workers"):
+        Worker().do(planned(small), score=False)
 
 
 def test_cuda_is_initialised_before_its_statistics_are_reset(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from experiments.counting import count
 from experiments.errors import UserError
 from experiments.models import build_config
 from experiments.plan import CONFIGS, options, plan
+from experiments.preparation import Backward
 from tests.quantized_models import decoder_linears
 
 ARCHITECTURE = {
@@ -83,24 +84,28 @@ def attached(name: str, base: PreTrainedModel | None = None) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         first = first_adapter(method, base.dtype, Path(folder)) if "first" in method else None
         set_seed(1)
-        return methods.attach(method, base, random_batches(), first).eval()
+        return methods.attach(method, base, random_backward(base), first).eval()
 
 
 def first_adapter(method: dict[str, Any], dtype: torch.dtype, folder: Path) -> Path:
     set_seed(1)
     before = method["first"]["method"]
-    model = methods.attach(before, fresh_base(dtype), random_batches())
+    base = fresh_base(dtype)
+    model = methods.attach(before, base, random_backward(base))
     initial = methods.initial_state(model)
     train_a_little(model)
     methods.save(before, model, folder, initial)
     return folder
 
 
-def random_batches() -> Iterator[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(3)
-    while True:
-        tokens = torch.randint(64, (2, 12), generator=generator)
-        yield {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+def random_backward(base: PreTrainedModel) -> Backward:
+    def steps() -> Iterator[list[dict[str, torch.Tensor]]]:
+        generator = torch.Generator().manual_seed(3)
+        while True:
+            tokens = torch.randint(64, (2, 12), generator=generator)
+            yield [{"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}]
+
+    return Backward(base, steps())
 
 
 def batch() -> torch.Tensor:

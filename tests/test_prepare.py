@@ -16,22 +16,25 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 
+from diablo.lora_ga import estimate_gradients
+from diablo.smt import choose_blocks
 from eval.run import evaluate
 from experiments import methods
 from experiments.data import load_rows
 from experiments.first import first_config, first_run
 from experiments.models import load_base
 from experiments.plan import plan, resolve, resolve_with_hydra, sweep
-from experiments.prompts import collate, select_rows
+from experiments.preparation import Backward, row_steps
+from experiments.prompts import IGNORED, collate, select_rows
 from experiments.records import RunPaths, file_hash, read_config, read_json, read_lines
-from experiments.tokens import tokenised
+from experiments.tokens import Examples, tokenised
 from experiments.train import train
-from experiments.trainer import micro_batches
 from tests.conftest import planned
 from tests.test_distributed import torchrun
 from tests.test_lock import held_elsewhere
-from tests.test_methods import random_batches
+from tests.test_methods import random_backward
 from tests.test_run import files_of, train_until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -232,25 +235,77 @@ def test_a_stand_in_has_the_learning_rates_of_its_task(task: str, stand_in: str)
     assert ours == theirs == (5e-4, 5e-5)
 
 
-def test_micro_batches_are_the_examples_in_an_order_of_the_seed(small: list[str]) -> None:
-    (config,) = plan([*small, "recipe.micro_batch_size=24"])
-    _, tokenizer = load_base(config)
+def steps_of(examples: Examples, config: dict[str, Any], number: int) -> list[list[dict[str, torch.Tensor]]]:
+    steps = row_steps(examples, config, partial(collate, pad_token_id=0), torch.device("cpu"))
+    return list(itertools.islice(steps, number))
+
+
+def examples_of(config: dict[str, Any]) -> Examples:
     rows = select_rows(config["protocol"], load_rows(config["task"]["data"], "train", None))
-    examples = tokenised(config["protocol"], tokenizer, rows, Path(config["runtime"]["cache_dir"]))
-    padded = partial(collate, pad_token_id=0)
+    return tokenised(config["protocol"], load_base(config)[1], rows, Path(config["runtime"]["cache_dir"]))
 
-    def drawn(seed: int) -> list[Any]:
-        batches = micro_batches(examples, {**config, "seed": seed}, padded, torch.device("cpu"))
-        return [batch["input_ids"] for batch in itertools.islice(batches, 5)]
 
-    assert [len(batch) for batch in drawn(0)] == [24] * 5  # 64 rows give two batches per epoch, without end
+def test_steps_are_the_examples_in_an_order_of_the_seed(small: list[str]) -> None:
+    (config,) = plan([*small, "recipe.batch_size=24", "recipe.micro_batch_size=8"])
+    examples = examples_of(config)
+
+    def drawn(seed: int) -> list[torch.Tensor]:
+        return [batch["input_ids"] for step in steps_of(examples, {**config, "seed": seed}, 5) for batch in step]
+
+    assert [len(batch) for batch in drawn(0)] == [8] * 15  # 64 rows give two steps per epoch, without end
     assert all(torch.equal(*pair) for pair in zip(drawn(0), drawn(0), strict=True))
-    assert not torch.equal(drawn(0)[0], drawn(0)[2])
+    assert not torch.equal(drawn(0)[0], drawn(0)[6])
     assert not torch.equal(drawn(0)[0], drawn(1)[0])
     texts = {tuple(examples[index].input_ids) for index in range(len(examples))}
-    epoch = [tuple(row[row != 0].tolist()) for batch in drawn(0)[:2] for row in batch]
+    epoch = [tuple(row[row != 0].tolist()) for batch in drawn(0)[:6] for row in batch]
     assert len(set(epoch)) == 48
     assert set(epoch) <= texts
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_a_step_is_of_batch_size_rows_whatever_the_device_holds(grouped: bool, small: list[str]) -> None:
+    """The gradient of the whole batch's mean loss, in float64, from micro-batches of 1, 3 and 12 of 12 rows."""
+    found = []
+    for size in (1, 3, 12):
+        settings = ["recipe.batch_size=12", f"recipe.micro_batch_size={size}", f"recipe.group_by_length={grouped}"]
+        (config,) = plan([*small, *settings])
+        base: Any = load_base(config)[0].double()
+        steps = steps_of(examples_of(config), config, 7)  # into the second epoch
+        assert [sum(len(batch["labels"]) for batch in step) for step in steps] == [12] * 7
+        backward = Backward(base, iter(steps))
+        for _ in steps:
+            backward()
+        found.append({name: parameter.grad for name, parameter in base.named_parameters()})
+    base.zero_grad()
+    for (whole,) in steps:  # the last one's micro-batch is the step
+        logits, labels = base(whole["input_ids"], whole["attention_mask"]).logits, whole["labels"]
+        functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED).backward()
+    for name, parameter in base.named_parameters():
+        for gradients in found:
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["smt", "lora_ga"])
+def test_what_is_prepared_does_not_depend_on_the_micro_batch_size(method: str, small: list[str]) -> None:
+    """The chosen blocks; the gradients, of which LoRA-GA takes singular vectors with either sign."""
+    found = []
+    for size in (2, 4, 16):
+        (config,) = plan([*small, f"method={method}", f"recipe.micro_batch_size={size}"])
+        base = load_base(config)[0]
+        base.requires_grad_(False)
+        backward = Backward(base, row_steps(examples_of(config), config, partial(collate, pad_token_id=0), "cpu"))
+        adapter: Any = methods.peft_config(config["method"]["adapter"])
+        if method == "smt":
+            found.append(choose_blocks(base, adapter, backward, steps=20, learning_rate=1e-3).blocks)
+            continue
+        estimate_gradients(base, adapter, backward, iterations=8)
+        layers = base.named_modules()
+        found.append({name: layer._peft_loraga_grad for name, layer in layers if hasattr(layer, "_peft_loraga_grad")})
+    for other in found[1:]:
+        if method == "smt":
+            assert other == found[0]
+        else:
+            torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-7)
 
 
 def test_what_preparing_lacks_is_a_users_error(
@@ -263,7 +318,7 @@ def test_what_preparing_lacks_is_a_users_error(
     )
     config["method"]["prepare"]["_target_"] = "diablo.nothing.prepare"
     assert "method.prepare._target_=diablo.nothing.prepare: no such function" in fails_with(
-        lambda: methods.attach(config["method"], base, random_batches())
+        lambda: methods.attach(config["method"], base, random_backward(base))
     )
 
 

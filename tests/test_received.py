@@ -20,7 +20,7 @@ from diablo.quantize.storage import read_record as read_quantized
 from eval.run import evaluate
 from experiments import checkpoint as checkpoints
 from experiments import methods
-from experiments.evaluations import task_file
+from experiments.evaluations import kind_of
 from experiments.gguf import converted
 from experiments.models import load_base
 from experiments.plan import plan
@@ -243,7 +243,7 @@ def test_records_name_files_of_their_own_folder(
     record = json.loads(run.train_record.read_text("utf-8"))
     run.train_record.write_text(json.dumps(record | {"adapter_files": {name: "0" * 64}}), "utf-8")
     assert "is not the name of a file beside it" in fails_with(lambda: trained_record(run))
-    assert "no benchmark" in fails_with(lambda: task_file(f"../tasks/{name}"))
+    assert "no benchmark" in fails_with(lambda: kind_of(f"../tasks/{name}"))
 
 
 def test_a_checkpoint_with_a_path_or_a_foreign_file_is_passed_over(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
+import platform
 import shutil
 import socket
 import subprocess
@@ -17,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from eval.sandbox import START_LIMIT, Outcome, check_sandbox, run_programs
+from eval.seccomp import CALLS, call_filter
 from tests.test_sandbox import BWRAP, RIGHT, run
 
 Fails = Callable[[Callable[[], object]], str]
@@ -107,10 +110,69 @@ def test_a_program_has_no_privileges() -> None:
         "import os\nassert os.getuid() > 0 and os.geteuid() > 0 and os.getgid() > 0\n"
         "status = dict(line.rstrip('\\n').split(':\\t', 1) for line in open('/proc/self/status') if ':\\t' in line)\n"
         "assert {int(status[c], 16) for c in ('CapPrm', 'CapEff', 'CapAmb')} == {0} and status['NoNewPrivs'] == '1'\n"
-        "try:\n    os.setuid(0)\nexcept OSError:\n    pass\nelse:\n    raise Exception('root')\n"
+        "import posix\ntry:\n    posix.setuid(0)\nexcept OSError:\n    pass\nelse:\n    raise Exception('root')\n"
         "assert set(os.getgroups()) <= {os.getgid(), 65534}, os.getgroups()\n"
     )
     assert run(program) == Outcome("passed")
+
+
+@BWRAP
+def test_no_key_of_the_user_is_read() -> None:
+    """Namespaces hide no session keyring. The key is in one of its own, made and dropped by this test."""
+    calls = CALLS[platform.machine()]
+    libc = ctypes.CDLL(None, use_errno=True)
+    session = -3
+    key = libc.syscall(calls["add_key"], b"user", b"diablo-test", b"secret", 6, session)
+    if key == -1:
+        pytest.skip("no keyrings here")
+    program = (
+        "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        f"found = libc.syscall({calls['keyctl']}, 10, {session}, b'user', b'diablo-test', 0)\n"
+        "text = ctypes.create_string_buffer(6)\n"
+        f"libc.syscall({calls['keyctl']}, 11, found, text, 6)\nassert text.raw != b'secret'"
+    )
+    try:
+        assert run(program, sandbox="none").status == "failed"
+        assert run(program) == Outcome("passed")
+    finally:
+        libc.syscall(calls["keyctl"], 9, key, session)  # unlink
+
+
+@BWRAP
+def test_no_namespace_is_made() -> None:
+    """A new user namespace has every right in its own: a file system in memory of any size among them."""
+    calls = CALLS[platform.machine()]
+    for call in (
+        f"{calls['unshare']}, 0x10000000",
+        f"{calls['clone']}, 0x10000011, 0, 0, 0, 0",
+        f"{calls['setns']}, 0, 0",
+    ):
+        program = (
+            "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+            f"assert (libc.syscall({call}), ctypes.get_errno()) == (-1, 1)"
+        )
+        assert run(program) == Outcome("passed"), call
+
+
+@BWRAP
+def test_a_python_in_the_home_directory_opens_no_more_of_it(folder: Path) -> None:
+    """`pip install --prefix ~`, or Python built into it: its prefix is the home directory."""
+    home = folder / "home"
+    (home / "bin").mkdir(parents=True)
+    python = home / "bin" / "python"
+    shutil.copy(os.path.realpath(sys.executable), python)
+    (home / "lib").symlink_to(Path(sys.base_prefix) / "lib")
+    (home / ".ssh").mkdir()
+    (home / ".ssh" / "id_ed25519").write_text("secret")
+    for path in (folder, home, home / ".ssh", home / "bin"):
+        path.chmod(0o755)
+    program = (
+        f"import os, sys\nassert sys.prefix == {str(home)!r}\nassert sorted(os.listdir(sys.prefix)) == ['bin', 'lib']"
+    )
+    script = f"from eval.sandbox import run_programs; print(run_programs([{program!r}], sandbox='bwrap'))"
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    finished = subprocess.run([python, "-c", script], env=environment, capture_output=True, text=True, cwd=folder)
+    assert finished.stdout == f"{[Outcome('passed')]}\n", finished
 
 
 # Other users, other machines
@@ -119,7 +181,13 @@ def test_a_program_has_no_privileges() -> None:
 @pytest.fixture
 def copy(folder: Path) -> Path:
     """The sandbox's own files where every user can read them."""
-    for name in ("eval/__init__.py", "eval/sandbox.py", "eval/sandbox_runner.py", "experiments/errors.py"):
+    for name in (
+        "eval/__init__.py",
+        "eval/sandbox.py",
+        "eval/sandbox_runner.py",
+        "eval/seccomp.py",
+        "experiments/errors.py",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     for path in folder.rglob("*"):
@@ -155,11 +223,11 @@ def test_it_works_for_an_ordinary_user(copy: Path) -> None:
         "open('/x', 'w')",
         "open('/dev/x', 'w')",
         "import socket\nsocket.create_connection(('192.0.2.1', 80))",
-        "import os\nassert os.getuid() == 65534\nfor p in (os.getppid(), -1):\n    try: os.kill(p, 9)\n"
+        "import os, posix\nassert os.getuid() == 65534\nfor p in (os.getppid(), -1):\n    try: posix.kill(p, 9)\n"
         "    except OSError: pass\nassert [l for l in open('/proc/self/status') if l.split() == ['CapEff:', '0' * 16]]",
         "open('scratch', 'w').write('x')",
         "for i in range(10):\n    open(f'/tmp/{i}', 'wb').write(bytes(15 * 2**20))",
-        "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+        "import posix\nwhile True:\n    try: posix.fork()\n    except OSError: pass",
     ]
     script = (
         "import json, sys; from eval.sandbox import run_programs; print(json.dumps([[outcome.status, outcome.message] "
@@ -179,8 +247,14 @@ def test_it_works_for_an_ordinary_user(copy: Path) -> None:
         "passed",
         "passed",
         "failed OSError: [Errno 28] No space",
-        "timed_out over 2 s on the clock",
+        "timed_out over 0.5 s of CPU time",
     ]
+
+
+def test_a_machine_whose_system_calls_are_not_known_is_told(fails_with: Fails) -> None:
+    message = fails_with(lambda: call_filter("riscv64"))
+    assert message.startswith("evaluation.sandbox=bwrap: the system calls of riscv64 are not known")
+    assert all(len(call_filter(machine)) % 8 == 0 for machine in CALLS)
 
 
 @pytest.mark.parametrize("sandbox", ["bwarp", "docker"])

@@ -1,30 +1,26 @@
-"""What Slurm's side decides without Slurm: settings, scripts, snapshots, locks, and the states of runs."""
+"""What Slurm's side decides without Slurm: settings, scripts, snapshots and locks."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from experiments.evaluations import evaluation_paths
 from experiments.plan import plan, write_runs
-from experiments.records import RunPaths, read_config
+from experiments.records import read_config
 from slurm import retry
 from slurm.arrays import Options, job_script
 from slurm.cluster import FOLDER, Cluster, minutes, read_cluster, sbatch_lines
-from slurm.manifest import Manifest, describe_run, is_finished, write_manifest
-from slurm.queue import Task
+from slurm.manifest import describe_run, is_finished
 from slurm.rank import torch_variables
 from slurm.snapshot import take_snapshot
-from slurm.status import NEVER_STARTED, run_state, statuses, table
 from slurm.submit import _submitter_lock, _with_frozen_evaluation, parse, submit
-from tests.slurm_runs import overrides, settings
+from tests.slurm_runs import attempt_entry, overrides, planned_manifest, settings
 
 FailsWith = Callable[[Callable[[], object]], str]
 ABOUT = {"config": "", "train": ["train.json"], "eval": ["eval/arith/plain-0/score.json"]}
@@ -116,7 +112,7 @@ def test_a_second_submitter_is_told_who_is_first(tmp_path: Path, fails_with: Fai
 
 
 def test_the_script_stops_where_activation_fails(tmp_path: Path) -> None:
-    manifest = _manifest(tmp_path, {}, [])
+    manifest = planned_manifest(tmp_path, {}, [])
     cluster = settings("activate=[export GREETING=hello, 'false # it''s broken']")
     script = job_script(cluster, cluster.resources("tiny"), manifest.code, ["slurm.job"])
     result = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
@@ -161,66 +157,29 @@ def test_ranks_under_the_names_that_torch_reads() -> None:
     }
 
 
-def _attempt(how: str | None, error: str | None = None) -> dict[str, Any]:
-    return {"job": "7_0", "restart": 0, "host": "n1", "stage": "train", "how": how, "error": error}
-
-
-@pytest.mark.parametrize(
-    ("attempts", "task", "expected"),
-    [
-        ([], None, ("planned", NEVER_STARTED)),
-        ([], Task("7_0", "PENDING", "Priority"), ("queued", "waits: Priority")),
-        ([_attempt("preempted")], Task("7_0", "PENDING", "BeginTime"), ("preempted", "waits: BeginTime")),
-        ([_attempt("preempted")], None, ("preempted", "not in the queue: submit again to go on")),
-        ([{**_attempt("preempted"), "error": "max_requeues"}], None, ("failed", "max_requeues")),
-        ([_attempt(None)], Task("7_0", "RUNNING", "None"), ("running", "starting")),
-        ([_attempt("failed", "out of memory")], None, ("failed", "out of memory")),
-        ([_attempt(None)], None, ("failed", "ended without a word on n1: killed, out of memory, or the node died")),
-    ],
-)
-def test_states(tmp_path: Path, attempts: list[dict[str, Any]], task: Task | None, expected: tuple[str, str]) -> None:
-    if attempts:
-        (tmp_path / "attempts.json").write_text(json.dumps(attempts))
-    state = run_state(RunPaths(tmp_path), ABOUT, task, None)
-    assert (state.state, state.detail) == expected
-    assert state.preempted == sum(attempt["how"] == "preempted" for attempt in attempts)
-
-
-def test_a_running_runs_progress_and_a_finished_run(tmp_path: Path) -> None:
-    about = {"train": ["train.json"], "eval": ["eval/arith/plain-0/score.json", "eval/more/plain-0/score.json"]}
-    beat = {"stage": "train", "step": 120, "steps": 400, "tokens_per_second": 5300.4, "eta_seconds": 240}
-    (tmp_path / "heartbeat.json").write_text(json.dumps({**beat, "time": time.time()}))
-    running = run_state(RunPaths(tmp_path), about, Task("7_0", "RUNNING", "None"), None)
-    assert running.detail.startswith("train step 120/400, 5,300 tokens/s, 4 min left, until ")
-    heartbeat, now = tmp_path / "heartbeat.json", time.time()
-    for jumped in (0, now - 1200, now + 1200):  # the clock of the node: the disk's says that it was written just now
-        heartbeat.write_text(json.dumps({**beat, "time": jumped}))
-        assert "silent" not in run_state(RunPaths(tmp_path), about, Task("7_0", "RUNNING", "None"), None).detail
-    heartbeat.write_text(json.dumps({**beat, "time": now - 1200}))
-    os.utime(heartbeat, (now - 1200, now - 1200))
-    silent = run_state(RunPaths(tmp_path), about, Task("7_0", "RUNNING", "None"), None)
-    assert silent.detail.endswith("silent for 20 min")
-    (tmp_path / "train.json").touch()
-    for score in about["eval"]:
-        assert run_state(RunPaths(tmp_path), about, None, None).state != "finished"
-        (tmp_path / score).parent.mkdir(parents=True)
-        (tmp_path / score).touch()
-    assert run_state(RunPaths(tmp_path), about, None, None).state == "finished"
-
-
-def test_status_of_a_thousand_runs_takes_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nonexistent")  # without Slurm
-    names = [f"run-{number:04}" for number in range(1000)]
-    for name in names:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "attempts.json").write_text(json.dumps([_attempt("failed", "no data")]))
-    path = tmp_path / ".slurm" / "20260101-000000-001" / "manifest.json"
-    write_manifest(path, _manifest(tmp_path, dict.fromkeys(names, ABOUT), [[name] for name in names]))
-    started = time.perf_counter()
-    shown = table(statuses(tmp_path, "sweep"))
-    assert time.perf_counter() - started < 10  # a safety net: well below a second on two idle cores
-    assert shown.splitlines()[0] == "1000 runs: 1000 failed"
-    assert len(shown.splitlines()) == 1001
+def test_an_error_of_git_is_short_and_comes_before_anything_is_written(
+    tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, fails_with: FailsWith
+) -> None:
+    """A full disk has a line for every file; a repository of another user is refused at once."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, script in {
+        "sbatch": "echo slurm 23.02",
+        "squeue": "true",
+        "scontrol": "echo MaxArraySize = 1001",
+        "git": 'for i in $(seq 2000); do echo "error: unable to write file f$i" >&2; done; exit 128',
+    }.items():
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    runs_dir = tmp_path / "runs"
+    arguments = ["method=lora", "seed=0", *overrides(runs_dir, cache_dir)]
+    message = fails_with(lambda: submit(arguments, settings(), Options()))
+    assert message.startswith("git rev-parse in ")
+    assert message.endswith(": error: unable to write file f1; … (2000 lines); error: unable to write file f2000")
+    assert not list(runs_dir.glob("*/config.yaml"))
+    assert "time" in fails_with(lambda: submit(arguments, settings("time=24:00:00"), Options()))
+    assert not list(runs_dir.glob("*/config.yaml"))
 
 
 def test_a_run_is_finished_when_its_own_evaluation_is(tmp_path: Path, small: list[str]) -> None:
@@ -242,12 +201,6 @@ def test_a_run_is_finished_when_its_own_evaluation_is(tmp_path: Path, small: lis
     assert describe_run(run, later) == about
 
 
-def test_status_names_what_it_knows(tmp_path: Path, fails_with: FailsWith) -> None:
-    assert "nothing was submitted from" in fails_with(lambda: statuses(tmp_path))
-    write_manifest(tmp_path / ".slurm" / "a" / "manifest.json", _manifest(tmp_path, {"run": {}}, [["run"]]))
-    assert "did you mean sweep?" in fails_with(lambda: statuses(tmp_path, "swep"))
-
-
 def test_what_is_finished_or_started_is_told_apart_in_a_dry_run(
     tmp_path: Path, cache_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,8 +211,8 @@ def test_what_is_finished_or_started_is_told_apart_in_a_dry_run(
     (evaluation,) = evaluation_paths(done, read_config(done))
     evaluation.root.mkdir(parents=True)
     evaluation.score.touch()
-    (failed.root / "attempts.json").write_text(json.dumps([_attempt("failed", "no data")]))
-    (begun.root / "attempts.json").write_text(json.dumps([_attempt("preempted")]))
+    (failed.root / "attempts.json").write_text(json.dumps([attempt_entry("failed", "no data")]))
+    (begun.root / "attempts.json").write_text(json.dumps([attempt_entry("preempted")]))
     submit(arguments, settings(), Options(dry_run=True))
     shown, noted = capsys.readouterr()
     assert noted.startswith("note: without the queue (no squeue on the path")
@@ -267,17 +220,3 @@ def test_what_is_finished_or_started_is_told_apart_in_a_dry_run(
     assert "would submit train and eval of 3 runs in 3 tasks" in shown
     submit(arguments, settings(), Options(dry_run=True, only_failed=True))
     assert "would submit train and eval of 1 runs in 1 tasks" in capsys.readouterr().out
-
-
-def _manifest(runs_dir: Path, runs: dict[str, Any], tasks: list[list[str]]) -> Manifest:
-    return Manifest(
-        experiment="sweep",
-        runs_dir=str(runs_dir),
-        stages=["train", "eval"],
-        tasks=tasks,
-        runs=runs,
-        processes=1,
-        max_requeues=100,
-        scratch=None,
-        code={"folder": str(runs_dir)},
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tests.test_in_place import bits
 
 SIZE = 8  # q is a grid of 4 × 4 blocks, k and v of 4 × 2
 TARGETS = ["q_proj", "k_proj", "v_proj"]
+MAX_NORM = 0.5  # less than the gradients' of the toy
 
 
 def config(num_blocks: int = 9, **fields: Any) -> SmtConfig:
@@ -34,6 +35,11 @@ def batches(seed: int = 0) -> Iterator[dict[str, Tensor]]:
     while True:
         ids = torch.randint(64, (2, 9), generator=generator)
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def backward(model: LlamaForCausalLM) -> Callable[[], None]:
+    source = batches()
+    return lambda: model(**next(source)).loss.backward()
 
 
 def frozen_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
@@ -55,6 +61,7 @@ def summed_gradients(steps: int, learning_rate: float) -> dict[str, Tensor]:
             if name.rpartition(".")[2] in TARGETS:
                 gradient: Any = module.weight.grad
                 sums[name] = sums.get(name, torch.zeros_like(gradient)) + gradient
+        nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         adam.step()
     return sums
 
@@ -74,7 +81,9 @@ def test_the_blocks_of_the_largest_summed_gradients_are_chosen(score: str) -> No
                 scores[name, row, column] = value.item()
     assert len(scores) == 2 * (16 + 8 + 8)
     best = sorted(scores, key=lambda place: scores[place], reverse=True)[:9]
-    prepared = choose_blocks(frozen_llama(), config(), batches(), steps=4, learning_rate=1e-2, score=score)
+    model = frozen_llama()
+    settings: dict[str, Any] = {"steps": 4, "learning_rate": 1e-2, "max_grad_norm": MAX_NORM, "score": score}
+    prepared = choose_blocks(model, config(), backward(model), **settings)
     assert prepared.blocks is not None
     assert {(name, *place) for name, places in prepared.blocks.items() for place in places} == set(best)
 
@@ -84,6 +93,8 @@ def test_a_score_is_of_the_block_in_that_place() -> None:
     total = torch.tensor([[1.0, -1.0, 2.0, 2.0], [1.0, -1.0, 2.0, -4.0]])
     assert block_scores(total, 2, "mean_abs").tolist() == [[0.0], [0.5]]
     assert block_scores(total, 2, "abs_mean").tolist() == [[1.0], [2.5]]
+    with pytest.raises(ValueError, match="score='max': choose one of"):
+        block_scores(total, 2, "max")
 
 
 def test_ties_go_to_the_first_name_row_and_column() -> None:
@@ -101,7 +112,7 @@ def test_the_base_is_afterwards_what_it_was(dtype: torch.dtype) -> None:
     before = {name: bits(tensor) for name, tensor in model.state_dict().items()}
     memory = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     modes = [module.training for module in model.modules()]
-    prepared = choose_blocks(model, config(), batches(), steps=3, learning_rate=1e-2)
+    prepared = choose_blocks(model, config(), backward(model), steps=3, learning_rate=1e-2)
     assert {name: bits(tensor) for name, tensor in model.state_dict().items()} == before
     assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == memory
     assert [module.training for module in model.modules()] == modes
@@ -115,16 +126,17 @@ def test_the_base_is_afterwards_what_it_was(dtype: torch.dtype) -> None:
 def test_the_base_is_what_it_was_also_after_an_error() -> None:
     model = frozen_llama()
     before = {name: bits(tensor) for name, tensor in model.state_dict().items()}
-    few = iter([next(batches())] * 2)
-    with pytest.raises(ValueError, match="only 2 of 3 batches"):
-        choose_blocks(model, config(), few, steps=3, learning_rate=1e-2)
+    few = iter([backward(model)] * 2)
+    with pytest.raises(StopIteration):
+        choose_blocks(model, config(), lambda: next(few)(), steps=3, learning_rate=1e-2)
     assert {name: bits(tensor) for name, tensor in model.state_dict().items()} == before
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_the_config_that_was_given_is_left_alone() -> None:
     given = config()
-    prepared = choose_blocks(frozen_llama(), given, batches(), steps=1)
+    model = frozen_llama()
+    prepared = choose_blocks(model, given, backward(model), steps=1)
     assert given.blocks is None
     assert prepared.target_modules is None
     assert prepared.blocks is not None
@@ -143,12 +155,13 @@ def test_the_config_that_was_given_is_left_alone() -> None:
     ],
 )
 def test_what_cannot_be_chosen_is_refused(fields: dict[str, Any], settings: dict[str, Any], message: str) -> None:
+    model = frozen_llama()
     with pytest.raises(ValueError, match=message):
-        choose_blocks(frozen_llama(), config(**fields), batches(), **{"steps": 1, **settings})
+        choose_blocks(model, config(**fields), backward(model), **{"steps": 1, **settings})
 
 
 def test_a_model_with_weights_needs_batches() -> None:
-    with pytest.raises(ValueError, match="no batches to choose 9 blocks with: 100 are needed"):
+    with pytest.raises(ValueError, match="nothing to choose 9 blocks by: 100 steps on training rows are needed"):
         choose_blocks(frozen_llama(), config(), None)
 
 
@@ -189,7 +202,8 @@ def test_the_tiny_model_trains_as_much_as_with_diablo() -> None:
 
 
 def attach(**fields: Any) -> Any:
-    prepared = choose_blocks(frozen_llama(), config(**fields), batches(), steps=2)
+    model = frozen_llama()
+    prepared = choose_blocks(model, config(**fields), backward(model), steps=2)
     return get_peft_model(frozen_llama(), prepared)
 
 
@@ -252,7 +266,7 @@ def test_the_method_file_prepares_itself() -> None:
     method = run["method"]
     prepare = dict(method["prepare"])
     assert prepare.pop("_target_") == f"{choose_blocks.__module__}.{choose_blocks.__name__}"
-    base: nn.Module = frozen_llama()
-    prepared = choose_blocks(base, methods.peft_config(method["adapter"]), batches(), None, **{**prepare, "steps": 2})  # pyright: ignore
-    assert get_peft_model(base, prepared).get_nb_trainable_parameters()[0] == 9 * SIZE * SIZE  # pyright: ignore
+    base, settings = frozen_llama(), {**prepare, "steps": 2}
+    prepared = choose_blocks(base, methods.peft_config(method["adapter"]), backward(base), None, **settings)
+    assert get_peft_model(base, prepared).get_nb_trainable_parameters()[0] == 9 * SIZE * SIZE
     assert method["label"] == "smt-n9"

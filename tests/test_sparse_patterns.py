@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import get_peft_model
 from torch import Tensor, nn
 
-from diablo import DiabloLinear, SparseConfig
+from diablo import DiabloLinear, SparseConfig, patterns, sparse
 from diablo.blocks import delta_weight as diagonal_weight
 from diablo.patterns import BLOCK_PATTERNS, PATTERNS, draw, draw_distinct, generator_for, pattern_shape
 from diablo.places import Places, delta_weight
@@ -103,8 +105,10 @@ def test_numbers_are_drawn_alike() -> None:
     assert ((drawn.bincount(minlength=10) - 400).abs() < 5 * 18).all()
 
 
-@pytest.mark.parametrize("pattern", [name for name in PATTERNS if name not in ("diagonal", "banded")])
+@every_pattern
 def test_a_draw_depends_on_the_seed_and_the_name_alone(pattern: str) -> None:
+    """On neither where nothing is drawn."""
+
     def mask(seed: int, name: str) -> Tensor:
         return mask_of(places_of(pattern, 48, 32, 8, seed, name), 48, 32)
 
@@ -114,8 +118,30 @@ def test_a_draw_depends_on_the_seed_and_the_name_alone(pattern: str) -> None:
     with torch.device("meta"):
         again = places_of(pattern, 48, 32, 8, 0, "layers.0.q_proj")
     assert torch.equal(mask_of(again, 48, 32), first)
-    assert not torch.equal(mask(1, "layers.0.q_proj"), first)
-    assert not torch.equal(mask(0, "layers.1.q_proj"), first)
+    generator, untouched = (generator_for(0, "layers.0.q_proj") for _ in range(2))
+    draw(pattern, pattern_shape(pattern, 48, 32, Fraction(1, 8)), 48, 32, generator)
+    is_fixed = torch.equal(generator.get_state(), untouched.get_state())
+    assert torch.equal(mask(1, "layers.0.q_proj"), first) == is_fixed
+    assert torch.equal(mask(0, "layers.1.q_proj"), first) == is_fixed
+
+
+def test_patterns_are_different() -> None:
+    masks = [mask_of(places_of(pattern, 48, 32, 8), 48, 32) for pattern in PATTERNS]
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(masks, 2))
+
+
+@pytest.mark.parametrize("known_as_blocks", [False, True])
+def test_a_pattern_that_is_named_and_not_written_is_an_error(
+    known_as_blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It trained the diagonal under another name."""
+    for module in (patterns, sparse):
+        monkeypatch.setattr(module, "PATTERNS", (*PATTERNS, "spiral"))
+        if known_as_blocks:
+            monkeypatch.setattr(module, "BLOCK_PATTERNS", (*BLOCK_PATTERNS, "spiral"))
+    config = SparseConfig(pattern="spiral", density="1/8", target_modules=["0"])
+    with pytest.raises(ValueError, match=r"pattern='spiral' is unknown to diablo\.patterns"):
+        get_peft_model(nn.Sequential(nn.Linear(48, 32)), config)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_count_of_rows_is_paca() -> None:

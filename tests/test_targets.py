@@ -206,16 +206,15 @@ def test_a_second_adapter_is_checked_and_refused_without_a_trace() -> None:
 
 
 def test_preparing_is_refused_before_it_costs_anything() -> None:
-    def no_batches() -> Any:
-        raise AssertionError("a batch was asked for")
-        yield
+    def never() -> None:
+        raise AssertionError("a gradient was asked for")
 
     base = tiny_llama()
     with pytest.raises(ValueError, match="target_modules: k matches no module"):
-        choose_blocks(base, SmtConfig(target_modules=["q_proj", "k"], block_size=16, num_blocks=1), no_batches())
+        choose_blocks(base, SmtConfig(target_modules=["q_proj", "k"], block_size=16, num_blocks=1), never)
     lora_ga = LoraConfig(target_modules=["q_proj", "k"], init_lora_weights=cast(Any, "lora_ga"))
     with pytest.raises(ValueError, match="target_modules: k matches no module"):
-        estimate_gradients(base, lora_ga, no_batches(), iterations=1)
+        estimate_gradients(base, lora_ga, never, iterations=1)
     with pytest.raises(ValueError, match="target_modules: k matches no module"):
         choose_entries(base, LoriConfig(target_modules=["q_proj", "k"], sparsity=0.5), None, None)
     with pytest.raises(ValueError, match="target_modules: k matches no module"):

@@ -1,4 +1,7 @@
-"""`python -m experiments.reproduce EXPERIMENT --workers N`: several runs at a time, in processes of their own."""
+"""`python -m experiments.reproduce EXPERIMENT --workers N`: several runs at a time, in processes of their own.
+
+How long a run takes and in which order runs are begun: tests/test_jobs.py.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,185 @@
+"""Comparisons by sympy of many pairs of texts, each limited in time and memory.
+
+What sympy makes of a text may take for ever (9^{9^{9^9}}) and hold signals off meanwhile, so pairs are compared in
+processes of their own, one for each CPU. The kernel ends one that exceeds its limit, and another takes its place at
+once: a fork of a process that has imported sympy. Time is CPU time, so a loaded machine changes no verdict.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import selectors
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from eval.equality import math_verify_equal, milora, milora_with_self_comparison
+from experiments.errors import UserError
+
+# A pair has QUICK seconds; the first RETRIES pairs for which that was too little have SECONDS.
+QUICK, SECONDS, RETRIES = 0.5, 5.0, 100
+MEMORY = 4 * 2**30  # bytes of address space
+UNBOUNDED: dict[str, Callable[[str, str], bool]] = {
+    "milora": milora,
+    "milora_with_self_comparison": milora_with_self_comparison,
+    "math_verify": math_verify_equal,
+}
+Pair = tuple[str, str]
+
+
+def compare(name: str, pairs: Sequence[Pair]) -> list[bool | None]:
+    """What the comparison of this name says of every pair; None where its limits did not suffice."""
+    verdicts = _compare(name, dict(enumerate(pairs)), QUICK)
+    undecided = [number for number in range(len(pairs)) if verdicts[number] is None]
+    verdicts |= _compare(name, {number: pairs[number] for number in undecided[:RETRIES]}, SECONDS)
+    return [verdicts[number] for number in range(len(pairs))]
+
+
+class _Comparer:
+    """A process that compares one pair at a time."""
+
+    def __init__(self) -> None:
+        root = str(Path(__file__).resolve().parent.parent)
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "eval.comparisons"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
+            start_new_session=True,  # what interrupts us is not for it: it ends with its standard input
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._pairs, self.verdicts = self._process.stdin, self._process.stdout
+
+    def ask(self, name: str, pair: Pair, seconds: float) -> None:
+        try:
+            self._pairs.write(json.dumps([name, *pair, seconds]).encode() + b"\n")
+            self._pairs.flush()
+        except BrokenPipeError:
+            raise self._ended() from None
+
+    def verdict(self) -> bool | None:
+        line = self.verdicts.readline()
+        if not line:
+            raise self._ended()
+        return json.loads(line)
+
+    def _ended(self) -> UserError:
+        return UserError(
+            f"the process that compares expressions ended with status {self._process.wait()}: free memory and score "
+            "again with `python -m eval.rescore RUN`"
+        )
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+_idle: list[_Comparer] = []  # started before, and ready for the next pairs
+
+
+def _compare(name: str, pairs: dict[int, Pair], seconds: float) -> dict[int, bool | None]:
+    """The verdicts of numbered pairs, each within so many seconds."""
+    verdicts: dict[int, bool | None] = {}
+    waiting = iter(pairs)
+    asked: dict[_Comparer, int] = {}
+    try:
+        with selectors.DefaultSelector() as selector:
+            for number in islice(waiting, len(os.sched_getaffinity(0))):
+                comparer = _idle.pop() if _idle else _Comparer()
+                asked[comparer] = number
+                comparer.ask(name, pairs[number], seconds)
+                selector.register(comparer.verdicts, selectors.EVENT_READ, comparer)
+            while len(verdicts) < len(pairs):
+                for key, _ in selector.select():
+                    comparer = key.data
+                    verdicts[asked[comparer]] = comparer.verdict()
+                    number = next(waiting, None)
+                    if number is not None:
+                        asked[comparer] = number
+                        comparer.ask(name, pairs[number], seconds)
+    except BaseException:  # a verdict to come would be taken for another pair's
+        for comparer in asked:
+            comparer.end()
+        raise
+    _idle.extend(asked)
+    return verdicts
+
+
+# In the process
+
+
+def main() -> None:
+    """Answer lines of [name, left, right, seconds] with true, false, or null for what exceeded its limits."""
+    logging.disable()
+    import math_verify  # noqa: F401  # missing, it would look like a comparison that failed
+
+    _warm_up()
+    verdicts = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print is no verdict
+    worker: _Worker | None = None
+    for line in sys.stdin.buffer:
+        worker = worker or _Worker()
+        verdict = worker.compare(line)
+        if not verdict:
+            worker = None
+        verdicts.write(verdict or b"null\n")
+
+
+class _Worker:
+    """A fork of this process, which compares until a limit ends it."""
+
+    def __init__(self) -> None:
+        pairs, self._pairs = os.pipe()
+        self._verdicts, verdicts = os.pipe()
+        self._process = os.fork()
+        if self._process == 0:
+            os.close(self._pairs)
+            _work(os.fdopen(pairs, "rb"), verdicts)
+            os._exit(0)
+        os.close(pairs)
+        os.close(verdicts)
+        self._lines = os.fdopen(self._verdicts, "rb")
+
+    def compare(self, line: bytes) -> bytes:
+        """Its verdict, empty if it was ended."""
+        os.write(self._pairs, line)
+        verdict = self._lines.readline()
+        if not verdict:
+            os.waitpid(self._process, 0)
+            os.close(self._pairs)
+            self._lines.close()
+        return verdict
+
+
+def _work(lines: Any, verdicts: int) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard), hard))
+    for line in lines:
+        name, left, right, seconds = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process
+        try:
+            verdict = UNBOUNDED[name](left, right)
+        except MemoryError:
+            verdict = None
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        os.write(verdicts, json.dumps(verdict).encode() + b"\n")
+
+
+def _warm_up() -> None:
+    """Import what is used and fill the parsers' caches, once for all forks."""
+    for left, right in ((r"\frac{x^2+1}{2\sqrt{3}}", r"\frac{\pi}{4}"), ("(1,2)", r"\left(\frac{1}{2},-3\right]")):
+        for equal in UNBOUNDED.values():
+            equal(left, right)
+
+
+if __name__ == "__main__":
+    main()

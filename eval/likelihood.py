@@ -1,0 +1,121 @@
+"""How well a run's model predicts the targets of given rows: negative log-likelihood in nats, without generation.
+
+The rows become tokens exactly as training makes them (experiments/tokens.py), by the run's own protocol or by the one
+that the task file names, except that rows of one prompt all count; a plain text is cut into windows (eval/text.py). The
+model is the one that generates, in the same dtype and without autocast; the softmax is in float32 and no more logits
+are held at a time than in training (experiments/loss.py). `samples.jsonl` has a line for every row: `index`, `nll`
+(summed over its targets), `targets` (their number) and `exact` (1 if every target is the argmax). Nothing of it is
+resumed: it takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, cast
+
+from eval.benchmarks import Row
+from eval.text import Windows
+from experiments.attempts import Heartbeat
+from experiments.environment import environment
+from experiments.errors import UserError
+from experiments.models import resolve_device
+from experiments.records import EvalPaths, write_atomically
+
+if TYPE_CHECKING:
+    import torch
+
+    from eval.models import Scored
+    from experiments.tokens import Examples
+
+Config = dict[str, Any]
+
+
+def measure(
+    about: Config,
+    rows: list[Row],
+    config: Config,
+    scored: Scored,
+    paths: EvalPaths,
+    progress: bool,
+    heartbeat: Heartbeat,
+) -> None:
+    """Write `plan.json` and `samples.jsonl` of one likelihood benchmark. `about` is what the plan says of it."""
+    from experiments.tokens import tokenised
+
+    size, name = config["evaluation"]["batch_size"], about["benchmark"]
+    plan = {**about, "batch_size": size, "order": list(range(len(rows)))}
+    write_atomically(paths.plan, json.dumps(plan) + "\n")
+    protocol = about["settings"]["asked"]["protocol"]
+    if protocol["name"] == "text":
+        examples = Windows(scored.tokenizer, rows)
+    else:
+        examples = tokenised(protocol, scored.tokenizer, rows, Path(config["runtime"]["cache_dir"]))
+    longest = int(examples.lengths.max())
+    if longest > scored.context:
+        raise UserError(
+            f"{name}: a row has {longest:,} tokens, and the model takes {scored.context:,}: choose a benchmark whose "
+            f"protocol has a smaller max_length"
+        )
+    if examples.unlabelled == len(examples):
+        raise UserError(f"{name}: no row has a target: protocol {about['protocol']} cuts them all off")
+    started = time.perf_counter()
+    found = score_examples(scored, examples, size, name if progress else "", heartbeat).tolist()
+    header = {
+        "dtype": scored.dtype,
+        "identity": scored.identity,
+        "cut_prompts": examples.truncated,
+        "environment": environment(str(resolve_device(config["runtime"]["device"]))),
+        "seconds": time.perf_counter() - started,
+    }
+    lines = []
+    for index, (nll, targets, exact) in enumerate(found):
+        if not math.isfinite(nll):
+            raise UserError(f"{name}: the NLL of row {index} is {nll} in {scored.dtype}: a larger model.dtype may help")
+        lines.append({"index": index, "nll": float(f"{nll:.7g}"), "targets": int(targets), "exact": int(exact)})
+    write_atomically(paths.samples, "".join(json.dumps(line) + "\n" for line in [header, *lines]))
+
+
+def score_examples(
+    scored: Scored, examples: Examples | Windows, batch_size: int, title: str = "", heartbeat: Heartbeat | None = None
+) -> torch.Tensor:
+    """`Targets.row_scores` of all examples, in their order, on the CPU. Rows of similar length share a batch."""
+    import torch
+    from tqdm import tqdm
+
+    from experiments.loss import TargetForward
+    from experiments.prompts import collate
+
+    model: Any = scored.model
+    order = torch.from_numpy(examples.lengths.argsort(kind="stable")[::-1].copy())  # what needs most memory first
+    batches, found = order.split(batch_size), []
+    with torch.no_grad(), tqdm(total=len(order), desc=title, unit="row", leave=False, disable=not title) as bar:
+        forward = TargetForward(model)
+        for number, part in enumerate(batches):
+            if heartbeat is not None:
+                heartbeat.at(number, len(batches))
+            batch = collate([examples[row] for row in part.tolist()], cast(int, scored.tokenizer.pad_token_id))
+            inputs: Any = {name: tensor.to(model.device) for name, tensor in batch.items()} | {"use_cache": False}
+            found.append(forward(model, inputs).row_scores())
+            bar.update(len(part))
+        return torch.cat(found).cpu()[order.argsort()]  # one transfer from the device
+
+
+def score_likelihood(lines: list[Config]) -> tuple[list[float], dict[str, float], dict[str, int], float]:
+    """Items, figures beside, counts and the standard error of `score.json` from the lines of `samples.jsonl`.
+
+    An item is a row's NLL over the mean number of targets of a row, so that the mean over items is the NLL per target
+    token and runs are compared row by row. The error is of that quotient of two means over rows: by the rows'
+    deviations from it, since a longer row has a larger NLL in any case.
+    """
+    targets = sum(line["targets"] for line in lines)
+    mean, n = targets / len(lines), len(lines)
+    per_token = sum(line["nll"] for line in lines) / targets
+    squares = math.fsum((line["nll"] - per_token * line["targets"]) ** 2 for line in lines)
+    error = math.sqrt(squares / (n - 1) / n) / mean if n > 1 else 0.0
+    beside = {"exact": fmean(line["exact"] and line["targets"] > 0 for line in lines), "targets": float(targets)}
+    without = sum(line["targets"] == 0 for line in lines)
+    return [line["nll"] / mean for line in lines], beside, {"no_match": without, "fallback": 0}, error

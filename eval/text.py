@@ -1,0 +1,54 @@
+"""Plain text as rows of a likelihood benchmark: `evaluation.benchmarks=[…/essays.txt]`.
+
+The text is cut at white space into windows of at most `WINDOW` characters, the same for every tokenizer. In each window
+every token but the first is a target; a window begins with what the tokenizer itself puts before a text, and nothing
+follows it, since the text goes on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from experiments.errors import UserError
+from experiments.evaluations import WINDOW
+from experiments.prompts import IGNORED, Example, leading_tokens, prompt_tokens
+from experiments.sources import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def text_rows(path: Path) -> list[Row]:
+    """The windows of a file, in order. Joined they are its text."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text in UTF-8 ({error}): give the path of a text file") from None
+    if not text.strip():
+        raise UserError(f"{path}: holds no text: give a file that does")
+    # As many characters as fit, up to the last white space among them; a longer word is cut.
+    windows = re.findall(rf".{{1,{WINDOW}}}(?=\s|$)|.{{{WINDOW}}}", text, flags=re.DOTALL)
+    return [{"instruction": "", "input": "", "output": window, "answer": ""} for window in windows]
+
+
+class Windows:
+    """The tokens of windows, as `score_examples` takes them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> None:
+        self.leading = len(leading_tokens(tokenizer))
+        self.tokens = prompt_tokens(tokenizer, [row["output"] for row in rows], bos=True)
+        self.lengths = np.array([len(tokens) for tokens in self.tokens])
+        self.truncated = 0
+        self.unlabelled = int((self.lengths <= max(1, self.leading)).sum())
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> Example:
+        tokens = self.tokens[index]
+        return Example(tokens, [IGNORED] * self.leading + tokens[self.leading :], truncated=False)
