@@ -78,9 +78,6 @@ def planned(config: Config) -> list[tuple[Benchmark, Config]]:
             settings = evaluations.likelihood_settings(config, name)
         else:
             settings = settings_of(evaluation, benchmark)
-        limit = settings["asked"]["limit"]
-        if limit is not None and limit < 1:
-            raise UserError(f"evaluation.limit={limit}: give one row or more, or null for all")
         found.append((benchmark, settings))
     return found
 

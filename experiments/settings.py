@@ -240,6 +240,7 @@ SETTINGS = {
     "quantization.options.rank": COUNT,
     "quantization.options.lora_alpha": Rule("number", 0, above=True),
     "quantization.options.alpha": replace(AMOUNT, null=True),
+    "quantization.options.passes": MAYBE_COUNT,
     "quantization.calibration.text": MAYBE_TEXT,
     "quantization.calibration.samples": COUNT,
     "quantization.calibration.length": COUNT,

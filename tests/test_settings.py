@@ -65,7 +65,7 @@ Fails = Callable[[Callable[[], object]], str]
         (["protocol.ending=5"], "protocol.ending=5: it must be text (in quotes if it looks like a number)"),
         (["protocol.repeated_prompts=first"], "it must be one of all, last"),
         (["evaluation.limit=0"], "evaluation.limit=0: it must be a whole number of at least 1, or null"),
-        (["evaluation.benchmarks=arith"], "evaluation.benchmarks='arith': it must be a list of a name"),
+        (["evaluation.benchmarks=arith"], "evaluation.benchmarks='arith': it must be a list of a benchmark's name"),
         (["evaluation.benchmarks=[arit]"], "no benchmark 'arit': did you mean arith or"),
         (["task.data.source=gsm"], "task.data.source=gsm: no such data set: did you mean gsm8k"),
         (["evaluation.generation.max_new_tokens={number: 0}"], "it must be a whole number of at least 1"),
