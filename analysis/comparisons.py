@@ -38,7 +38,7 @@ def comparison_table(frame: pd.DataFrame, reference: str | None = None) -> pd.Da
 
     `frame` is `Runs.frame`. `mean`, `low`, `high` and `smallest` are differences of accuracy, first minus second, over
     the `seeds` that both have (a list); `p_holm` is corrected over the `family` of tests in its table. With fewer than
-    `SEEDS_FOR_AN_INTERVAL` seeds interval, test and `smallest` are NaN and the comparison is of no family. Every pair is
+    `SEEDS_FOR_AN_INTERVAL` seeds interval, test and `smallest` are NaN, and it is of no family. Every pair is
     there where a table has at most `ALL_PAIRS` settings and no `reference` is named; else every setting is compared
     with the reference, a label, by default the DiaBlo setting nearest in size to one of LoRA: size is known before any
     score. What has several learning rates is left out: it is a sweep. UserError for an unknown label.

@@ -38,7 +38,11 @@ def test_every_pair_of_few_with_holms_correction(tmp_path: Path) -> None:
     assert [row["mean"] for row in rows] == pytest.approx([-0.5, -0.5, 0])
     shown = display(table).iloc[0].to_dict()
     assert shown["Compared"] == "dora-r7 − lora-r7"
-    assert (shown["Difference, points"], shown["p, Holm over 3"], shown["First's seed ahead"]) == ("-50.0", "0.19", "0 %")
+    assert (shown["Difference, points"], shown["p, Holm over 3"], shown["First's seed ahead"]) == (
+        "-50.0",
+        "0.19",
+        "0 %",
+    )
     assert "| dora-r7 − lora-r7" in to_markdown(table)
     assert to_csv(table).splitlines()[0] == ",".join(COLUMNS)
 
