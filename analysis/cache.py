@@ -15,16 +15,19 @@ import numpy as np
 import pandas as pd
 
 JSON_COLUMNS = ["environment", "eval_environment", "beside", "commits", "problems"]
+EVALUATION = ("score.json", "plan.json", "samples.jsonl", "judgements.jsonl")
 LENGTHS = "item_lengths"  # of `items`: one number for one benchmark, several for a mean over benchmarks
 
 
 def signature(directory: str) -> str:
     """Names, times and sizes of the files that a run's rows are read from; another signature, another content."""
-    names = [f"{directory}/{name}" for name in ("config.yaml", "learning_rate.json", "train.json")]
+    records = ("config.yaml", "learning_rate.json", "train.json", "held_out.json", "diverged.json")
+    names = [f"{directory}/{name}" for name in records]
     try:
         for benchmark in sorted(os.listdir(f"{directory}/eval")):
             folder = f"{directory}/eval/{benchmark}"
-            names += [f"{folder}/{evaluation}/score.json" for evaluation in sorted(os.listdir(folder))]
+            for evaluation in sorted(os.listdir(folder)):
+                names += [f"{folder}/{evaluation}/{name}" for name in EVALUATION]
     except OSError:  # not evaluated, or a file where a folder should be: reading says so
         pass
     parts = [directory]

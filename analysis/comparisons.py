@@ -20,7 +20,7 @@ from statsmodels.stats.multitest import multipletests
 from analysis.load import names_of, records
 from analysis.paired import paired_difference
 from analysis.stats import SEEDS_FOR_AN_INTERVAL
-from analysis.tables import SECTION, by_section, item_arrays, marks, mixed, sections, with_legend
+from analysis.tables import SECTION, by_section, csv_text, item_arrays, marks, mixed, sections, with_legend
 from experiments.errors import UserError, nearest
 
 ALL_PAIRS = 6  # up to so many settings every pair is tested, above it each against the reference
@@ -97,7 +97,7 @@ def to_markdown(table: pd.DataFrame) -> str:
 def to_csv(table: pd.DataFrame) -> str:
     """The numbers, unrounded, as CSV; `seeds` as `0 1 2`."""
     seeds = table["seeds"].map(lambda seeds: " ".join(map(str, seeds)))
-    return table.assign(seeds=seeds, mixed=table["mixed"].map("; ".join)).to_csv(index=False)
+    return csv_text(table.assign(seeds=seeds, mixed=table["mixed"].map("; ".join)))
 
 
 _ORDER = ["method", "size_number", "label", "learning_rate", "setting", "seed"]

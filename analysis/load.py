@@ -34,8 +34,10 @@ from experiments.records import (
     read_json,
     read_lines,
     read_record,
+    read_settings,
 )
 
+SCALARS = dict.fromkeys(("loss", "learning_rate", "gradient_norm", "seconds"), "float64")  # of metrics.jsonl
 MANY = 200  # runs from which reading is shared between processors and kept for the next time
 
 
@@ -128,11 +130,9 @@ def _frame(found: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 def _check_same_config(first: Path, second: Path) -> None:
     """UserError with the difference when two directories of one run id were configured differently."""
-    import yaml
-
     try:
-        ours, theirs = (_flat(yaml.safe_load((run / "config.yaml").read_text())) for run in (first, second))
-    except (OSError, yaml.YAMLError, AttributeError):
+        ours, theirs = (_flat(read_settings(run / "config.yaml")) for run in (first, second))
+    except (OSError, UserError):
         return  # not a config: reading the run says so
     keys = [key for key in sorted(ours.keys() | theirs.keys()) if not key.startswith("runtime.")]
     differ = [f"{key} is {ours.get(key)!r} and {theirs.get(key)!r}" for key in keys if ours.get(key) != theirs.get(key)]
@@ -163,9 +163,10 @@ def load_metrics(directory: Path) -> pd.DataFrame:
         if any(len(values) != len(tensors) for values in norms):
             raise UserError(f"{run.metrics}: does not have one gradient norm for each of the {len(tensors)} tensors")
         scalars = pd.DataFrame(lines, columns=pd.Index(["step", "loss", "learning_rate", "gradient_norm", "seconds"]))
+        gradients = pd.DataFrame(norms, columns=pd.Index(tensors), dtype=float)
+        frame = pd.concat([scalars.astype({"step": "int64"}).astype(SCALARS), gradients], axis="columns")
     except UNREADABLE as error:
         raise UserError(line_of(run.metrics, error)) from None
-    frame = pd.concat([scalars, pd.DataFrame(norms, columns=pd.Index(tensors), dtype=float)], axis="columns")
     return frame.drop_duplicates("step", keep="last").set_index("step").sort_index()
 
 
@@ -194,11 +195,13 @@ def load_spectra(directory: Path) -> pd.DataFrame:
                         | {key: fmean(of_blocks) for key, of_blocks in blocks.items()}
                         | {"covered_least": min(covered), "covered_most": max(covered)}
                     )
+        if not rows:
+            raise UserError(f"{path}: nothing was measured")
+        frame = pd.DataFrame(rows)
+        numbers = [name for name in frame if name not in ("step", "tokens", "layer", "module", "side", "blocks")]
+        return frame.astype({"step": "int64", "tokens": "int64"}).astype(dict.fromkeys(numbers, "float64"))
     except UNREADABLE as error:
         raise UserError(line_of(path, error)) from None
-    if not rows:
-        raise UserError(f"{path}: nothing was measured")
-    return pd.DataFrame(rows).astype(dict.fromkeys(("stable_rank", "energy"), float))
 
 
 def _numbers(values: Sequence[float | None]) -> list[float]:

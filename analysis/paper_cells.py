@@ -40,7 +40,7 @@ def matching(frame: pd.DataFrame, row: dict[str, Any]) -> pd.DataFrame:
         same &= frame["model"] == row["model"]
     if row["setting"]:
         same &= frame["size"] == row["setting"]
-    same &= frame["quantizer"].fillna("") == row["quantizer"]
+    same &= frame["quantizer"].astype("string").fillna("") == row["quantizer"]
     return frame.loc[same & (frame["bits"].astype("string").fillna("") == row["bits"])]
 
 

@@ -73,7 +73,9 @@ class PaperTable:
         return style.to_html(cell_ids=False) + "".join(f"<p>{line}</p>\n" for line in self.legend)
 
     def csv(self) -> str:
-        return self.numbers.to_csv(index=False)
+        from analysis.tables import csv_text
+
+        return csv_text(self.numbers)
 
 
 def commonsense(frame: pd.DataFrame) -> PaperTable:

@@ -15,8 +15,10 @@ import numpy as np
 
 from experiments.errors import UserError
 from experiments.evaluations import LIKELIHOOD, evaluation_paths, kind_of, name_of
+from experiments.follows import check_score, check_training
 from experiments.records import (
     NLL,
+    EvalPaths,
     EvalRecord,
     RunPaths,
     TrainRecord,
@@ -67,24 +69,49 @@ NUMBERS = [
     *("held_out_exact_match", "step_seconds", "accuracy", "standard_error"),
 ]
 TYPES = dict.fromkeys(WHOLE_NUMBERS, "Int64") | dict.fromkeys(NUMBERS, "float64")
+TEXTS = [
+    *("run_id", "model", "method", "label", "size", "task", "rate_chosen", "rate_by", "train_protocol", "loss_on"),
+    *("pattern", "quantizer", "setting", "group", "base_hash", "train_data_hash", "benchmark", "metric", "protocol"),
+    *("evaluation", "test_data_hash"),
+]
 
 
 def read_run(directory: Path) -> list[dict[str, Any]]:
-    """The rows of one run, each with what is wrong with it as `problems`; of a run without a config that alone.
+    """The rows of one run, each with what is wrong with it as `problems`; of a run that cannot be read that alone.
 
     Likelihood benchmarks have rows of their own with the metric `NLL`, and are in no mean: a run has at least one row
     that is not of them.
     """
-    problems: list[str] = []
     run = RunPaths(directory)
     try:
-        config = read_config(run)
-        about_run = _about_run(run, config)
-        planned = [name_of(name) for name in (config.get("evaluation") or {}).get("benchmarks") or []]
-    except UNREADABLE as error:
+        rows = _read_run(run)
+        for row in rows:
+            _check_types(row)
+    except Exception as error:  # whatever a file from elsewhere holds, the other runs are reported
         return [{"path": directory, "problems": [line_of(run.config, error)]}]
+    return rows
+
+
+def _check_types(row: dict[str, Any]) -> None:
+    """ValueError unless every value fits its column: one that does not would stop the reading of all runs."""
+    for column, value in row.items():
+        kind = TYPES.get(column)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = isinstance(value, str) if column in TEXTS else number if kind else True
+        if kind == "Int64" and number:
+            fits = math.isfinite(value) and value == int(value) and abs(value) < 2**63
+        if value is not None and not fits:
+            what = "text" if column in TEXTS else "a whole number" if kind == "Int64" else "a number"
+            raise ValueError(f"{column} is {value!r:.40}, not {what}")
+
+
+def _read_run(run: RunPaths) -> list[dict[str, Any]]:
+    problems: list[str] = []
+    config = read_config(run)
+    about_run = _about_run(run, config)
+    planned = [name_of(name) for name in (config.get("evaluation") or {}).get("benchmarks") or []]
     about_run |= _rate_choice(run, problems)
-    trained, training = _training(run, problems)
+    trained, training = _training(run, config, problems)
     scores = list(_evaluations(run, config, trained, problems))
     likelihoods = [score for score in scores if score["metric"] == NLL]
     evaluations = [score for score in scores if score["metric"] != NLL]
@@ -98,7 +125,7 @@ def read_run(directory: Path) -> list[dict[str, Any]]:
     for benchmark in every:
         if benchmark in scored:
             continue
-        problems.append(f"{directory}: no score for {benchmark}")
+        problems.append(f"{run.root}: no score for {benchmark}")
         if benchmark in planned:
             evaluations.append({"benchmark": benchmark, "place": planned.index(benchmark)})
         else:
@@ -157,7 +184,7 @@ def _rate_choice(run: RunPaths, problems: list[str]) -> dict[str, Any]:
     return {"rate_chosen": words, "rate_by": by}
 
 
-def _training(run: RunPaths, problems: list[str]) -> tuple[TrainRecord | None, dict[str, Any]]:
+def _training(run: RunPaths, config: dict[str, Any], problems: list[str]) -> tuple[TrainRecord | None, dict[str, Any]]:
     """The training record, and what the frame takes from it; (None, {}) when there is none to trust."""
     if run.diverged.is_file():
         try:
@@ -171,8 +198,7 @@ def _training(run: RunPaths, problems: list[str]) -> tuple[TrainRecord | None, d
         return None, {}
     try:
         record = read_record(run.train_record, TrainRecord)
-        if record.run_id != run.root.name:
-            raise UserError(f"{run.train_record}: the record of {record.run_id}: train the run again")
+        check_training(run, config, record)
         return record, {
             "trainable_parameters": record.trainable_parameters,
             "base_parameters": record.base_parameters,
@@ -222,8 +248,8 @@ def _evaluations(
     for path in sorted(run.root.glob("eval/*/*/score.json")):
         try:
             record = read_record(path, EvalRecord)
+            _check_score(path, run, record, trained)
             items = np.array(record.items, dtype=float)
-            _check_score(path, run, record, items, trained)
         except UNREADABLE as error:
             problems.append(line_of(path, error))
             continue
@@ -304,12 +330,11 @@ def _commits(*found: TrainRecord | EvalRecord) -> list[str]:
     return sorted({f"{e.get('commit') or 'unknown'}{', changed' if e.get('dirty') else ''}" for e in about})
 
 
-def _check_score(path: Path, run: RunPaths, record: EvalRecord, items: np.ndarray, trained: TrainRecord | None) -> None:
-    """UserError unless the score is this run's, adds up, and was made with the weights that the training recorded."""
+def _check_score(path: Path, run: RunPaths, record: EvalRecord, trained: TrainRecord | None) -> None:
+    """UserError unless the score is this run's, follows from its files, and is of the weights that were trained."""
     if record.run_id != run.root.name:
         raise UserError(f"{path}: the score of {record.run_id}: evaluate the run again")
-    if record.n == 0 or len(items) != record.n or not math.isclose(items.mean(), record.accuracy, abs_tol=1e-9):
-        raise UserError(f"{path}: n and accuracy do not fit its items: evaluate the run again")
+    check_score(EvalPaths(path.parent), record)
     if trained is not None:
         for name in trained.adapter_files.keys() & record.adapter_files.keys():
             if trained.adapter_files[name] != record.adapter_files[name]:

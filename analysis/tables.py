@@ -6,6 +6,7 @@ Rows are sorted by name and size, never by score, and no cell is marked as a win
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -119,7 +120,7 @@ def to_markdown(table: pd.DataFrame) -> str:
 
 def with_legend(parts: Iterable[tuple[str, pd.DataFrame]], table: pd.DataFrame) -> str:
     """Titles and text tables as Markdown, and what the marks in the column `mixed` of `table` mean."""
-    texts = [f"## {title}\n\n{markdown(body)}" for title, body in parts]
+    texts = [f"## {_plain(title)}\n\n{markdown(body)}" for title, body in parts]
     return "\n".join([*texts, *(f"{line}\n" for line in legend(table["mixed"]))])
 
 
@@ -132,13 +133,37 @@ def legend(mixed: Iterable[Sequence[str]]) -> list[str]:
 def markdown(body: pd.DataFrame) -> str:
     """A frame of text as a Markdown table: the first column to the left, the others to the right."""
     columns = ["left"] + ["right"] * (body.shape[1] - 1)
+    body = body.map(_plain).rename(columns=_plain)
     return body.to_markdown(index=False, disable_numparse=True, colalign=columns) + "\n"
+
+
+def _plain(cell: Any) -> Any:
+    """A cell whose text is no HTML, and ends neither its column nor its row."""
+    if not isinstance(cell, str):
+        return cell
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"\s", " ", cell)).replace("|", "\\|")
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """A frame as CSV. Text that a spreadsheet would take for a formula gets an apostrophe before it."""
+    texts = [name for name in table if not pd.api.types.is_numeric_dtype(table[name])]
+    return table.assign(**{str(name): table[name].map(_no_formula) for name in texts}).to_csv(index=False)
+
+
+def _no_formula(cell: Any) -> Any:
+    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
 
 
 def to_csv(table: pd.DataFrame) -> str:
     """The numbers, unrounded, as CSV; `by_seed` as `0=0.85 1=0.84`."""
     pairs = table["by_seed"].map(lambda scores: " ".join(f"{seed}={score}" for seed, score in scores.items()))
-    return table.assign(by_seed=pairs, mixed=table["mixed"].map("; ".join)).to_csv(index=False)
+    return csv_text(table.assign(by_seed=pairs, mixed=table["mixed"].map("; ".join)))
 
 
 def wide_tables(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:

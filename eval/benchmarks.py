@@ -78,9 +78,6 @@ def planned(config: Config) -> list[tuple[Benchmark, Config]]:
             settings = evaluations.likelihood_settings(config, name)
         else:
             settings = settings_of(evaluation, benchmark)
-        limit = settings["asked"]["limit"]
-        if limit is not None and limit < 1:
-            raise UserError(f"evaluation.limit={limit}: give one row or more, or null for all")
         found.append((benchmark, settings))
     return found
 
@@ -112,8 +109,6 @@ def _check_generation(generation: Config, evaluation: Config) -> None:
                 f"evaluation.generation.{key}={generation[key]}: one sample is not sampled but the likeliest: give "
                 f"evaluation.generation.samples of two or more, or {key}=null"
             )
-    if evaluation["backend"] not in ("hf", "vllm"):
-        raise UserError(f"evaluation.backend={evaluation['backend']}: choose hf or vllm")
     if evaluation["backend"] == "vllm" and beams > 1:
         raise UserError(
             f"evaluation.generation.num_beams={beams}: vLLM's beam search is not transformers', so its scores would "

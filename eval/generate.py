@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from eval.benchmarks import Benchmark, Row
 from experiments.attempts import Heartbeat
 from experiments.errors import UserError
+from experiments.follows import read_score
 from experiments.preemption import uninterrupted
 from experiments.prompts import prompt_text, prompt_tokens
 from experiments.records import EvalPaths, TrainRecord, content_hash, read_json, read_lines, write_atomically
@@ -196,7 +197,9 @@ def reuse(paths: EvalPaths, plan: Config) -> bool:
         found, samples = read_json(other), other.with_name("samples.jsonl")
         asked_the_same = found["settings"]["asked"] == plan["settings"]["asked"]
         if samples.is_file() and asked_the_same and all(found[key] == plan[key] for key in same):
-            write_atomically(paths.samples, samples.read_text())
+            if (source := EvalPaths(other.parent)).score.is_file():
+                read_score(source)  # else the changed completions of one evaluation became another's
+            write_atomically(paths.samples, samples.read_text(encoding="utf-8"))
             return True
     return False
 

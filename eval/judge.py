@@ -17,6 +17,7 @@ from experiments import hub
 from experiments.errors import UserError
 from experiments.models import context_length
 from experiments.preemption import uninterrupted
+from experiments.prompts import fill
 from experiments.records import EvalPaths, file_hash, read_lines, write_atomically
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def judged_completions(paths: EvalPaths) -> list[str]:
 
 def question(settings: Config, tokenizer: PreTrainedTokenizerBase, line: Config) -> str:
     """What the judge is asked about a completion, as a turn of its chat."""
-    text = settings["question"].format(instruction=line["instruction"], completion=line["completion"])
+    text = fill(settings["question"], {"instruction": line["instruction"], "completion": line["completion"]})
     if tokenizer.chat_template is None:
         return text + "\n"
     turns = [{"role": "user", "content": text}]
@@ -107,22 +108,21 @@ def _model(settings: Config, device: str) -> tuple[Any, PreTrainedTokenizerBase]
     hub.check()
     name, revision = settings["model"], settings["revision"]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        context = context_length(AutoConfig.from_pretrained(name, revision=revision))
-    except OSError as error:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        context = context_length(AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False))
+    except (OSError, ValueError) as error:
         raise UserError(f"evaluation.judge.model={name}: cannot be loaded ({str(error).splitlines()[0]})") from None
     bos = tokenizer.chat_template is None
     if settings["backend"] == "vllm":
         from eval.models import vllm
 
         return vllm(name, tokenizer, settings["dtype"], context, bos, revision), tokenizer
-    if settings["backend"] != "hf":
-        raise UserError(f"evaluation.judge.backend={settings['backend']}: choose hf or vllm")
     from transformers import AutoModelForCausalLM
 
     from eval.models import hf, plain_generation
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=settings["dtype"])
+    given = {"revision": revision, "dtype": settings["dtype"], "trust_remote_code": False}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, **given)
     model = plain_generation(loaded.to(device).eval(), tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked, so any token serves

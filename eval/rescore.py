@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from eval.benchmarks import read_benchmark
 from eval.likelihood import score_likelihood
 from experiments.errors import UserError, run_command
 from experiments.evaluations import LIKELIHOOD
+from experiments.follows import FROM_HEADER, check_samples, check_score, planned_fields, standard_error
+from experiments.received import check_folder
 from experiments.records import (
     EvalPaths,
     EvalRecord,
@@ -34,15 +36,11 @@ Config = dict[str, Any]
 def score_samples(paths: EvalPaths, sandbox: str = "bwrap") -> EvalRecord:
     """Write and return `score.json` of one evaluation. `sandbox`: where model-written programs run."""
     plan = read_json(paths.plan)
+    planned = planned_fields(paths.plan, plan)
     header, *lines = read_lines(paths.samples)
+    check_samples(paths, plan, lines)
     read, asked, benchmark = plan["settings"]["read"], plan["settings"]["asked"], read_benchmark(plan["benchmark"])
-    samples = 1 if benchmark.kind == LIKELIHOOD else asked["generation"]["samples"]
-    if len(lines) != len(plan["order"]) * samples:
-        raise UserError(f"{paths.samples}: does not have the completions of its plan: delete it and evaluate again")
-    kept = len(plan["order"])
-    if read["full_batches_of"] is not None:
-        kept -= kept % read["full_batches_of"]
-    lines = [line for line in lines if line["index"] < kept]
+    lines = [line for line in lines if line["index"] < planned["n"]]
     if not lines:
         raise UserError(
             f"{benchmark.name}: {len(plan['order'])} rows do not fill a batch of {read['full_batches_of']}, and "
@@ -56,55 +54,42 @@ def score_samples(paths: EvalPaths, sandbox: str = "bwrap") -> EvalRecord:
         items, beside, counts = _score_programs(lines, asked["generation"]["stop"], sandbox)
     else:
         items, beside, counts = _score_answers(paths, lines, read, benchmark.options, benchmark.kind)
-    record = EvalRecord(
-        run_id=plan["run_id"],
-        benchmark=benchmark.name,
-        benchmark_version=plan["benchmark_version"],
-        protocol=plan["protocol"],
-        protocol_version=plan["protocol_version"],
-        searched=read["searched"],
-        parser=read["parser"],
-        equality=read["equality"],
-        judge=read["judge"],
-        metric=benchmark.metric,
-        n=kept,
-        samples=samples,
-        accuracy=fmean(items),
-        standard_error=_standard_error(items) if error is None else error,
-        beside=beside,
+    fields: dict[str, Any] = {
+        **planned,
+        **{name: header.get(name) for name in FROM_HEADER},
         **counts,
-        dropped=plan["rows"] - kept,
-        cut_prompts=header["cut_prompts"],
-        items=items,
-        generation=asked,
-        backend=asked["backend"],
-        dtype=header["dtype"],
-        batch_size=plan["batch_size"],
-        seconds=header["seconds"],
-        identity=header["identity"],
-        base_hash=plan["base_hash"],
-        adapter_files=plan["adapter_files"],
-        data_hash=plan["data_hash"],
-        samples_hash=file_hash(paths.samples),
-        environment=header["environment"],
-    )
+        "metric": benchmark.metric,
+        "accuracy": fmean(items),
+        "standard_error": standard_error(items) if error is None else error,
+        "beside": beside,
+        "items": items,
+        "samples_hash": file_hash(paths.samples),
+        "judgements_hash": None if read["judge"] is None else file_hash(paths.judgements),
+    }
+    record = EvalRecord(**fields)
     write_record(paths.score, record)
     return record
 
 
 def rescore(run: RunPaths, sandbox: str = "bwrap") -> list[tuple[EvalRecord | None, EvalRecord]]:
-    """Every finished evaluation of a run scored again: (the record that was there if it could be read, the new one)."""
+    """Every finished evaluation of a run scored again: (the record that was there if it could be read, the new one).
+
+    A record that can be read and does not follow from its files is refused: one of them was changed.
+    """
+    check_folder(run.root)
     evaluations = [paths for paths in run.evaluations() if paths.samples.is_file()]
     if not evaluations:
         raise UserError(f"{run.root}: no stored completions: run `python -m eval.run {run.root}` first")
     results = []
     for paths in evaluations:
-        if read_json(paths.plan)["settings"]["read"]["judge"] is not None and not paths.score.is_file():
+        if planned_fields(paths.plan, read_json(paths.plan))["judge"] is not None and not paths.score.is_file():
             continue  # its judge has not spoken: `eval.run` goes on there
         try:
             before = read_record(paths.score, EvalRecord) if paths.score.is_file() else None
         except UserError:  # of another schema: it is made again here
             before = None
+        if before is not None:
+            check_score(paths, before)
         results.append((before, score_samples(paths, sandbox)))
     return results
 
@@ -157,14 +142,6 @@ def _score_answers(
     for line, item in zip(lines, scored.items, strict=True):
         right.setdefault(line["index"], []).append(item)
     return [fmean(each) for each in right.values()], beside, {"no_match": scored.no_match, "fallback": scored.fallback}
-
-
-def _standard_error(items: list[float]) -> float:
-    """Of the mean over rows. Of right and wrong alone it is sqrt(p (1 - p) / n)."""
-    mean, n = fmean(items), len(items)
-    if set(items) <= {0.0, 1.0}:
-        return (mean * (1 - mean) / n) ** 0.5
-    return stdev(items) / n**0.5 if n > 1 else 0.0
 
 
 def main(arguments: list[str]) -> None:

@@ -12,6 +12,7 @@ it after the chunk in progress.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -32,9 +33,10 @@ from experiments.data import rows_hash
 from experiments.environment import environment
 from experiments.errors import UserError, run_command
 from experiments.evaluations import LIKELIHOOD, evaluation_path, protocol_of
+from experiments.follows import check_training, read_score
 from experiments.models import leave_out_sklearn, resolve_device
 from experiments.prompts import prompt_text
-from experiments.records import EvalPaths, EvalRecord, RunPaths, TrainRecord, read_config, read_record, trained_record
+from experiments.records import EvalPaths, EvalRecord, RunPaths, TrainRecord, read_config, trained_record
 
 Config = dict[str, Any]
 # What a run keeps of its own when another protocol is named.
@@ -60,8 +62,8 @@ def evaluate(
     if all(paths.score.is_file() for _, _, paths in wanted):
         run.preempted.unlink(missing_ok=True)
         _check_trained(run, wanted)
-        return [read_record(paths.score, EvalRecord) for _, _, paths in wanted]
-    _check_sandbox(config)
+        return [read_score(paths) for _, _, paths in wanted]
+    _check_sandbox(config, said="evaluation.sandbox=none" in (overrides or []))
     with attempt(run, "eval") as heartbeat, ExitStack() as stack:
         trained = _check_trained(run, wanted)
         missing = [entry for entry in wanted if not entry[2].samples.is_file()]
@@ -93,6 +95,7 @@ def evaluate(
 def _check_trained(run: RunPaths, wanted: list[tuple[Benchmark, Config, EvalPaths]]) -> TrainRecord:
     """The run's train record, once nothing that is there was made with other weights."""
     trained = trained_record(run)
+    check_training(run, read_config(run), trained)
     for _, _, paths in wanted:
         check_weights(paths, trained)
     return trained
@@ -105,10 +108,20 @@ def check_data(config: Config) -> None:
     _check_sandbox(config)
 
 
-def _check_sandbox(config: Config) -> None:
-    """Told before the hours of generation, not after; not asked of who only reads what is finished."""
+def _check_sandbox(config: Config, said: bool = False) -> None:
+    """Told before the hours of generation, not after; not asked of who only reads what is finished.
+
+    Args:
+        said: that there is to be none was said on this command line. A run's config alone is not believed: it may come
+            from elsewhere, with the programs.
+    """
     evaluation = config["evaluation"]
     if any(read_benchmark(name).kind == "program" for name in evaluation["benchmarks"]):
+        if evaluation["sandbox"] == "none" and not said and os.environ.get("DIABLO_SANDBOX") != "none":
+            raise UserError(
+                f"{config['run_id']}: evaluation.sandbox=none in its config would run programs without protection: "
+                f"set DIABLO_SANDBOX=none as well, or give eval.run evaluation.sandbox=bwrap"
+            )
         check_sandbox(evaluation["sandbox"])
 
 
@@ -156,7 +169,7 @@ def _generate(
 
 def _score(config: Config, settings: Config, paths: EvalPaths) -> EvalRecord:
     if paths.score.is_file():
-        return read_record(paths.score, EvalRecord)
+        return read_score(paths)
     if settings["read"]["judge"] is not None:
         judge(settings["read"]["judge"], paths, str(resolve_device(config["runtime"]["device"])))
     return score_samples(paths, config["evaluation"]["sandbox"])

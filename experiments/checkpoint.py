@@ -46,12 +46,13 @@ def newest(checkpoints: Path, meta: dict[str, Any]) -> Path | None:
     """The newest whole checkpoint that was made with the same `meta` (hashes of config, base and data)."""
     for candidate in sorted(checkpoints.glob("step-*"), reverse=True):
         try:
-            manifest = json.loads((candidate / MANIFEST).read_text())
-            whole = all(
+            manifest = json.loads((candidate / MANIFEST).read_text(encoding="utf-8"))
+            found = {path.name for path in candidate.iterdir() if path.is_file() and not path.is_symlink()}
+            whole = found == {MANIFEST, *manifest["files"]} and all(
                 (candidate / name).stat().st_size == size and file_hash(candidate / name) == digest
                 for name, (size, digest) in manifest["files"].items()
             )
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
         if whole and all(manifest.get(key) == value for key, value in meta.items()):
             return candidate

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.errors import UserError, nearest
+from experiments.follows import check_training
 from experiments.plan import plan, read_experiment, run_paths, split_experiment
 from experiments.records import TrainRecord, group_hash, read_record, write_atomically
 
@@ -153,7 +154,11 @@ def _held_out(config: Config) -> Config | None:
     run = run_paths(config)
     if run.diverged.is_file():
         return {"rows": 0, "loss": None, "exact_match": None}
-    return read_record(run.train_record, TrainRecord).held_out if run.train_record.is_file() else None
+    if not run.train_record.is_file():
+        return None
+    record = read_record(run.train_record, TrainRecord)
+    check_training(run, config, record)
+    return record.held_out
 
 
 def _best(first: list[Config], scores: Sequence[Config | None], by: str) -> float:

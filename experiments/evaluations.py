@@ -13,6 +13,7 @@ import yaml
 
 from experiments.errors import UserError, nearest
 from experiments.records import EvalPaths, RunPaths
+from experiments.settings import NAME
 
 Config = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,7 +139,7 @@ def task_of(benchmark: str) -> Config:
 
 def _task_file(benchmark: str) -> Path:
     path = TASKS / f"{benchmark}.yaml"
-    if not path.is_file():
+    if not NAME.fullmatch(benchmark) or not path.is_file():
         raise UserError(
             f"no benchmark {benchmark!r}: {nearest(benchmark, (file.stem for file in TASKS.glob('*.yaml')))}"
         )

@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from experiments.errors import UserError, run_command
+from experiments.received import check_file_names
 from experiments.records import file_hash, write_atomically
 
 Config = dict[str, Any]
@@ -101,6 +102,10 @@ def _file(gguf: Config) -> Path | None:
     """The GGUF file: a path, or inside an installed Python package, which is not imported."""
     path = Path(gguf["file"])
     if "package" in gguf:
+        if path.is_absolute() or ".." in path.parts or not path.parts[0].isidentifier():
+            raise UserError(
+                f"model.gguf.file={path}: not a file in a Python package"
+            )  # of a dotted name it imports part
         spec = importlib.util.find_spec(path.parts[0])
         places = spec.submodule_search_locations if spec else None
         path = Path(places[0], *path.parts[1:]) if places else path
@@ -128,6 +133,7 @@ def _hash(path: str, size: int, modified: int) -> str:
 def _check(gguf: Config, folder: Path) -> None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        check_file_names(folder / MANIFEST, manifest["files"])
         files = {name: _hash(str(folder / name), *_state(folder / name)) for name in manifest["files"]}
         whole = manifest["sha256"] == gguf["sha256"] and files == manifest["files"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -150,7 +156,7 @@ def _convert(file: Path, folder: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"{file}: the package gguf, which reads such files, is not installed: run `make real-model`")
     transformers.utils.logging.disable_progress_bar()
-    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "trust_remote_code": False}
     print(f"converting {file.name}: half a minute per 100 MB, once", flush=True)
     try:
         dequantised: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,12 +19,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 from experiments.errors import UserError, nearest
 from experiments.quantize import start_from
+from experiments.received import check_fields, check_file_names, check_target
+from experiments.records import read_json
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftConfig
     from transformers import PreTrainedModel
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+WHOLE_MODEL = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 Config = dict[str, Any]
 Backward = Callable[[], None]
 
@@ -32,6 +37,7 @@ def peft_config(adapter: Config) -> PeftConfig:
     """The PEFT config that `_target_` names, built from the other keys."""
     fields = dict(adapter)
     kind = _find("method.adapter", fields.pop("_target_"), "config class")
+    check_fields("method.adapter", fields)
     known = {field.name for field in dataclasses.fields(kind)}
     for key in fields:
         if key not in known:
@@ -43,12 +49,18 @@ def peft_config(adapter: Config) -> PeftConfig:
 
 
 def _find(where: str, target: str, what: str) -> Any:
-    """What a dotted name stands for."""
+    """The config class or function that a dotted name of `diablo` or `peft` stands for."""
+    check_target(f"{where}._target_", target)
     module, _, name = target.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{where}._target_={target}: no such {what} ({error})") from None
+    # What those modules have imported from elsewhere is found there too.
+    check_target(f"{where}._target_", f"{getattr(found, '__module__', '')}.{name}")
+    if not (dataclasses.is_dataclass(found) if what == "config class" else inspect.isfunction(found)):
+        raise UserError(f"{where}._target_={target}: no {what}")
+    return found
 
 
 def attach(
@@ -106,6 +118,10 @@ def _prepared(
     if not settings:
         return config
     prepare = _find("method.prepare", settings.pop("_target_"), "function")
+    try:
+        inspect.signature(prepare).bind(base, config, backward, first, **settings)
+    except TypeError as error:
+        raise UserError(f"method.prepare: {error}") from None
     with _deterministic():
         return prepare(base, config, backward, first, **settings)
 
@@ -217,9 +233,10 @@ def load(method: Config, base: PreTrainedModel, folder: Path, merge: bool) -> Pr
     quantized = _is_quantized(base)
     if method["trains"] == "nothing":
         return dequantize_model(base) if merge and quantized else base
+    _check_files(folder, method["trains"] == "all")
     _check_finite(folder)
-    if method["trains"] == "all":
-        trained: Any = type(base).from_pretrained(folder, dtype=base.dtype)
+    if method["trains"] == "all":  # the base's own config: one that came with the weights could name other code
+        trained: Any = type(base).from_pretrained(folder, config=base.config, dtype=base.dtype, use_safetensors=True)
         return trained.to(base.device)
     import peft
 
@@ -244,6 +261,20 @@ def load(method: Config, base: PreTrainedModel, folder: Path, merge: bool) -> Pr
         return merge_dequantized(model)
     except (ValueError, TypeError) as error:
         raise UserError(f"evaluation.merge=true: {method['label']} on a quantised base: {error}") from None
+
+
+def _check_files(folder: Path, whole_model: bool) -> None:
+    """UserError if the folder holds what training does not write: PEFT and transformers read whatever they find."""
+    known = WHOLE_MODEL if whole_model else ADAPTER_FILES
+    for path in sorted(folder.iterdir()):
+        if not any(path.match(name) for name in known):
+            raise UserError(f"{path}: training does not write such a file: remove it")
+        if path.name.endswith(".json"):
+            content = read_json(path)
+            check_fields(str(path), content)
+            check_file_names(path, set((content.get("weight_map") or {}).values()))
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder}: no weights: train the run again")
 
 
 def _check_finite(folder: Path) -> None:

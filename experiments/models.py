@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from experiments import hub
-from experiments.errors import UserError, nearest
+from experiments.errors import UserError
 from experiments.records import RunPaths, TrainRecord
+from experiments.settings import stored
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Config = dict[str, Any]
-DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 
 
 def leave_out_sklearn() -> None:
@@ -41,7 +41,7 @@ def load_base(
             its hash.
     """
     if trained is not None and trained.dtype is not None:
-        config = {**config, "model": {**config["model"], "dtype": trained.dtype}}
+        config = {**config, "model": {**config["model"], "dtype": stored("model.dtype", trained.dtype)}}
     if "quantization" in config:
         from experiments.quantize import load_quantized_base
 
@@ -78,9 +78,12 @@ def load_full_precision(config: Config, device: str = "cpu") -> tuple[PreTrained
     transformers.utils.logging.disable_progress_bar()  # a bar for loading weights on top of ours
     dtype = torch.float32 if config["method"]["trains"] == "all" else weights_dtype(model, device)
     tokenizer = load_tokenizer(model, path)
+    settings = load_config(model, path)
     try:
-        base: Any = AutoModelForCausalLM.from_pretrained(path, revision=model["revision"], dtype=dtype)
-    except OSError as error:
+        base: Any = AutoModelForCausalLM.from_pretrained(
+            path, revision=model["revision"], config=settings, dtype=dtype, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
         raise cannot_load(model, error) from None
     _check_architecture(model, base)
     _check_vocabulary(model, base, tokenizer)
@@ -103,18 +106,13 @@ def weights_dtype(model: Config, device: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def check_dtype(model: Config) -> None:
-    if model["dtype"] not in DTYPES:
-        raise UserError(f"model.dtype={model['dtype']}: {nearest(str(model['dtype']), DTYPES)}")
-
-
 def with_dtype(config: Config, device: str) -> Config:
     """The config with `auto` replaced by the name of the dtype that it is on a device."""
     name = str(weights_dtype(config["model"], device)).removeprefix("torch.")
     return {**config, "model": {**config["model"], "dtype": name}}
 
 
-def cannot_load(model: Config, error: OSError) -> UserError:
+def cannot_load(model: Config, error: OSError | ValueError) -> UserError:
     """What to say where weights or a tokenizer are not to be had."""
     from experiments.gguf import is_packaged
 
@@ -156,12 +154,26 @@ def base_name(config: Config, base: PreTrainedModel) -> str:
     return f"{model['path']}@{commit}" if commit else str(model["path"])
 
 
+def load_config(model: Config, path: str | Path) -> PretrainedConfig:
+    """The config of a base model. One that asks for code of its own is refused: transformers would ask, and wait."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, revision=model["revision"], trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise cannot_load(model, error) from None
+    attention = str(getattr(config, "_attn_implementation", None))
+    if "/" in attention:
+        raise UserError(f"model {model['name']}: its config takes attention from the hub ({attention}), which is code")
+    return config
+
+
 def load_tokenizer(model: Config, path: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=model["revision"])
-    except OSError as error:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=model["revision"], trust_remote_code=False)
+    except (OSError, ValueError) as error:
         raise cannot_load(model, error) from None
     if tokenizer.eos_token_id is None:
         raise UserError(

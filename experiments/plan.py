@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import re
 import shlex
 import sys
@@ -31,14 +30,18 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.errors import UserError, nearest, run_command
+from experiments.evaluations import kind_of
 from experiments.first import freeze_first
 from experiments.gguf import settle_weights
-from experiments.models import check_dtype
+from experiments.overrides import by_name, checked, set_value, sweep
 from experiments.quantize import name_quantized
 from experiments.records import RunPaths, read_config, run_id, write_config
+from experiments.settings import leaves, stored
+from experiments.sources import SOURCES
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 GROUPS = ("model", "method", "quantization", "task", "protocol")
+TOP = (*GROUPS, "experiment")  # what may be said beside settings
 PAPER = "cells=paper"  # beside experiment=…: only the paper's own cells
 CHOSEN_LEARNING_RATE = "${method.learning_rate.${task.name}}"  # what run.yaml says where nobody gives one
 ONLY_TO_CHOOSE = {"method": ("learning_rate", "contract"), "model": ("adapter_size",), "task": ("benchmarks",)}
@@ -71,8 +74,15 @@ def expand_experiment(arguments: Sequence[str]) -> list[list[str]]:
             raise UserError(f"{PAPER}: experiment {name or '…'} has no cells of the paper, no `paper`")
     if not name:
         return [others]
-    common = shlex.split(experiment.get("common", ""))
-    return [[*common, *shlex.split(grid), *others] for grid in grids]
+    common = _split(name, experiment.get("common", ""))
+    return [[*common, *_split(name, grid), *others] for grid in grids]
+
+
+def _split(experiment: str, line: Any) -> list[str]:
+    try:
+        return shlex.split(line)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"experiment {experiment}: {line!r} is no line of key=value ({error})") from None
 
 
 def split_experiment(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -92,7 +102,12 @@ def read_experiment(name: str) -> Config:
     path = Path(name) if name.endswith(".yaml") else CONFIGS / "experiment" / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"no experiment {name!r}: {nearest(name, options('experiment'))}")
-    content = yaml.safe_load(path.read_text())
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: an experiment is a map with title and grids")
     unknown = set(content) - {"title", "common", "grids", "paper", "notes", "learning_rate_by", "reference"}
     if unknown or not (content.get("grids") or content.get("paper")):
         raise UserError(
@@ -102,34 +117,13 @@ def read_experiment(name: str) -> Config:
     return content
 
 
-def sweep(arguments: Iterable[str]) -> list[tuple[Override, ...]]:
-    """All combinations of the comma-separated values. Of two overrides of one key the later counts."""
-    parser = OverridesParser.create()
-    choices: dict[str, list[Override]] = {}
-    for argument in arguments:
-        try:
-            override = parser.parse_override(argument)
-        except HydraException as error:
-            raise UserError(f"cannot read {argument!r}: write key=value, quoted for the shell ({error})") from None
-        if override.is_delete():
-            raise UserError(f"{argument!r}: settings cannot be deleted, set them to null")
-        key = override.key_or_group
-        if override.is_sweep_override():
-            prefix = "+" if override.is_add() else ""
-            values = parser.parse_overrides([f"{prefix}{key}={value}" for value in override.sweep_string_iterator()])
-        else:
-            values = [override]
-        choices.pop(key, None)
-        choices[key] = values
-    return list(itertools.product(*choices.values()))
-
-
 def resolve(overrides: Iterable[Override]) -> Config:
     """One run's config, resolved. Files are composed once per choice of groups; single values are merged in."""
     groups, values, overrides = [], [], list(overrides)
     for override in overrides:
         (groups if override.key_or_group in GROUPS else values).append(override)
     lines = _lines(groups)
+    values = checked(values, _files(lines))
     last = len(values)  # what follows is set after the references are resolved, which is done once for many runs
     while last and _nothing_refers_to(values[last - 1], lines):
         last -= 1
@@ -137,14 +131,17 @@ def resolve(overrides: Iterable[Override]) -> Config:
     keys = tuple(line.partition("=")[0] for line in free)
     resolved = copy.deepcopy(_resolved(lines, settled, keys))
     for override in values[last:]:
-        _set(resolved, override)
+        set_value(resolved, override, TOP)
     return _named(freeze_first(resolved, overrides, resolve))
 
 
 def resolve_with_hydra(overrides: Iterable[Override]) -> Config:
     """As `resolve`, with everything composed by Hydra: ten times slower, and what `resolve` must agree with."""
-    overrides = list(overrides)
+    groups = [override for override in overrides if override.key_or_group in GROUPS]
+    values = [override for override in overrides if override.key_or_group not in GROUPS]
+    overrides = [*groups, *checked(values, _files(_lines(groups)))]
     resolved = _resolve_references(_compose.__wrapped__(_lines(overrides)))
+    _check(resolved, _files(_lines(groups)))
     return _named(freeze_first(resolved, overrides, resolve_with_hydra))
 
 
@@ -163,8 +160,8 @@ def set_values(config: Config, overrides: Iterable[str]) -> Config:
     choices, *more = sweep(overrides)
     if more:
         raise UserError(f"{' '.join(overrides)}: a run has one value of each setting, a comma makes several")
-    for override in choices:
-        _set(changed, override)
+    for override in checked(choices, by_name(config)):
+        set_value(changed, override, TOP)
     return changed
 
 
@@ -223,7 +220,7 @@ def _compose(overrides: tuple[str, ...]) -> Config:
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
             composed = OmegaConf.to_container(compose("run", overrides=list(overrides)), resolve=False)
-    except HydraException as error:
+    except (HydraException, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"configs do not fit together: {error}") from None
     return cast(Config, composed)
 
@@ -233,8 +230,39 @@ def _resolved(groups: tuple[str, ...], values: tuple[str, ...], free: tuple[str,
     """The config of these choices, its references resolved, with null for each free value."""
     composed = copy.deepcopy(_compose(groups))
     for override in OverridesParser.create().parse_overrides([*values, *(f"{key}=null" for key in free)]):
-        _set(composed, override)
-    return _resolve_references(composed)
+        set_value(composed, override, TOP)
+    resolved = _resolve_references(composed)
+    _check(resolved, _files(groups), free)
+    return resolved
+
+
+@lru_cache(maxsize=256)
+def _files(groups: tuple[str, ...]) -> Config:
+    """Every setting and section of the files of these choices by its dotted name; None for references to nothing."""
+    composed = OmegaConf.create(_compose(groups))
+    found = {}
+    for key, value in by_name(_compose(groups)).items():
+        if isinstance(value, str) and "${" in value:
+            try:
+                value = OmegaConf.select(composed, key)
+            except OmegaConfBaseException:
+                value = None
+            value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        found[key] = value
+    return found
+
+
+def _check(resolved: Config, files: Config, free: Iterable[str] = ()) -> None:
+    """Every value is one that its setting can have, and is stored as such, but for the keys that are `free`."""
+    free = {key.removeprefix("+") for key in free}
+    for key, value in list(leaves(resolved)):
+        kept = stored(key, value, files.get(key)) if key not in free else value
+        if type(kept) is not type(value) or isinstance(kept, list):
+            *parents, last = key.split(".")
+            node = resolved
+            for part in parents:
+                node = node[part]
+            node[last] = kept
 
 
 def _nothing_refers_to(override: Override, groups: tuple[str, ...]) -> bool:
@@ -261,25 +289,6 @@ def _references(groups: tuple[str, ...]) -> frozenset[str]:
     return frozenset(names(_compose(groups)))
 
 
-def _set(composed: Config, override: Override) -> None:
-    """Set one value in place. A key that no file has is refused with the nearest ones there are."""
-    key, adds = override.key_or_group, override.is_add()
-    if adds and not key.startswith("method.adapter."):
-        raise UserError(f"+{key}: only method.adapter takes new keys, the fields of the method's own config class")
-    *parents, last = key.split(".")
-    node: Any = composed
-    for depth, part in enumerate([*parents, last]):
-        where = ".".join(parents[:depth])
-        if not isinstance(node, dict):
-            raise UserError(f"no setting {key!r}: {where} is {node!r} for these choices")
-        if part not in node and not (adds and depth == len(parents)):
-            known = {*node, *(() if where else (*GROUPS, "experiment"))}
-            raise UserError(f"no setting {key!r}: {nearest(part, known)}")
-        if depth < len(parents):
-            node = node[part]
-    node[last] = override.value()
-
-
 def _resolve_references(composed: Config) -> Config:
     """The values of all references."""
     method, task = composed["method"], composed["task"]
@@ -295,7 +304,7 @@ def _resolve_references(composed: Config) -> Config:
 
 def _named(settings: Config) -> Config:
     """Drop the tables that only served to choose a value, and name the run."""
-    check_dtype(settings["model"])
+    _check_data(settings)
     settle_weights(settings["model"], Path(settings["runtime"]["cache_dir"]))
     name_quantized(settings)
     if settings["spectra"]["every"] is None:
@@ -304,6 +313,15 @@ def _named(settings: Config) -> Config:
         for table in tables:
             del settings[section][table]
     return {"run_id": run_id(settings), **settings}
+
+
+def _check_data(settings: Config) -> None:
+    for benchmark in settings["evaluation"]["benchmarks"]:
+        kind_of(benchmark)  # a text's file may be on another machine
+    given = settings["task"]["data"]["source"]
+    for source in [given] if isinstance(given, str) else given:
+        if source not in SOURCES and source != "arith":
+            raise UserError(f"task.data.source={source}: no such data set: {nearest(source, [*SOURCES, 'arith'])}")
 
 
 def run_paths(config: Config) -> RunPaths:

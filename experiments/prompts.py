@@ -7,8 +7,10 @@ read and judged.
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 from experiments.errors import UserError
@@ -51,10 +53,9 @@ def target_text(protocol: dict[str, Any], row: dict[str, str]) -> str:
 
 def select_rows(protocol: dict[str, Any], rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     """The rows that the protocol trains on: all, or of those with one prompt the last, in the first one's place."""
-    kept = protocol["repeated_prompts"]
-    if kept not in ("all", "last"):
-        raise UserError(f"protocol.repeated_prompts={kept}: choose all or last")
-    return list({prompt_text(protocol, row): row for row in rows}.values()) if kept == "last" else list(rows)
+    if protocol["repeated_prompts"] == "all":
+        return list(rows)
+    return list({prompt_text(protocol, row): row for row in rows}.values())
 
 
 def encode(
@@ -164,9 +165,31 @@ def _name(rules: dict[str, Any]) -> str:
 
 def _fill(rules: dict[str, Any], part: str, row: dict[str, str]) -> str:
     try:
-        return rules[part].format_map(row)
+        return fill(rules[part], row)
     except KeyError as error:
         raise UserError(
             f"protocol {_name(rules)}: its {part} needs the field {error}, the row has {', '.join(row)}: "
             f"choose a protocol that fits the data"
         ) from None
+    except ValueError as error:
+        raise UserError(f"protocol {_name(rules)}: its {part} cannot be filled: {error}") from None
+
+
+def fill(template: str, fields: dict[str, str]) -> str:
+    """A template with its fields filled in. KeyError for a field that is not there, ValueError for more than `{name}`.
+
+    Python's formats can reach into objects and ask for a width of gigabytes.
+    """
+    return "".join(text + (fields[name] if name is not None else "") for text, name in _parts(template))
+
+
+@lru_cache
+def _parts(template: str) -> tuple[tuple[str, str | None], ...]:
+    parts = []
+    for text, name, form, conversion in string.Formatter().parse(template):
+        if name is not None and (form or conversion or not name.isidentifier()):
+            raise ValueError(
+                f"{{{name}}} with a format or an index: a field is {{name}}, a brace of the text {{{{ or }}}}"
+            )
+        parts.append((text, name))
+    return tuple(parts)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.errors import UserError, run_command
+from experiments.received import check_folder
 from experiments.records import RunPaths, content_hash, file_hash, read_config
 
 if TYPE_CHECKING:
@@ -56,18 +57,13 @@ def name_quantized(config: Config) -> None:
 
 def _check_grid(model: Config, quantization: Config) -> None:
     """What would only be found when a run starts; without torch, so that planning stays quick."""
-    bits, group = quantization["bits"], quantization["group_size"]
-    if bits not in range(2, 9):
-        raise UserError(f"quantization.bits={bits}: from 2 to 8 can be stored")
+    group = quantization["group_size"]
     widths = {key: model["architecture"].get(key) for key in ("hidden_size", "intermediate_size")}
     for key, width in widths.items():
         if group != -1 and width and (group not in range(1, width + 1) or width % group):
             raise UserError(
                 f"quantization.group_size={group} does not divide {key}={width}: give a divisor, or -1 for rows"
             )
-    calibration = quantization["calibration"]
-    if calibration and min(calibration["samples"], calibration["length"]) < 1:
-        raise UserError(f"quantization.calibration={calibration}: samples and length are one or more")
 
 
 def _check_lora(method: Config, quantization: Config) -> None:
@@ -102,6 +98,7 @@ def load_quantized_base(
 
     folder = (trained_on and _with_hash(config, trained_on)) or make_quantized(config, device)
     try:
+        check_folder(folder)
         base: Any = load_quantized(folder, device)
     except ValueError as error:
         raise UserError(f"{error}: delete {folder}") from None
@@ -115,7 +112,14 @@ def _with_hash(config: Config, digest: str) -> Path | None:
     from diablo.quantize.storage import RECORD, read_record
 
     folders = sorted(path.parent for path in _home(config).glob(f"*/{RECORD}"))
-    return next((folder for folder in folders if (read_record(folder) or {}).get("hash") == digest), None)
+    for folder in folders:
+        try:
+            found = (read_record(folder) or {}).get("hash")
+        except ValueError:  # of another run's base: those who want it are told
+            continue
+        if found == digest:
+            return folder
+    return None
 
 
 def _home(config: Config) -> Path:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from experiments.errors import UserError
+from experiments.received import check_config, check_depth, check_file_names, check_folder
+from experiments.settings import check
 
 SCHEMA = 4  # raised when a record changes its meaning
 NLL = "nll"  # the metric of likelihood benchmarks
@@ -199,6 +201,7 @@ class EvalRecord:
     data_hash: str
     samples_hash: str  # sha256 of samples.jsonl
     environment: dict[str, Any]  # where the completions were made
+    judgements_hash: str | None = None  # sha256 of judgements.jsonl, of protocols that have a judge
     schema: int = SCHEMA
 
     def shown(self, value: float, digits: int = 1) -> str:
@@ -221,7 +224,29 @@ def read_record(path: Path, kind: type[Record]) -> Record:
         raise UserError(
             f"{path}: fields {sorted((needed - set(data)) | (set(data) - names))} do not fit {kind.__name__}"
         )
+    for field in fields:
+        if field.name in data and not _fits(data[field.name], str(field.type)):
+            raise UserError(f"{path}: {field.name} is no {field.type}: delete it and run the stage again")
+    check_file_names(path, data["adapter_files"])
     return kind(**data)
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Whether a JSON value is of a record's field's type, which is written as in the classes above."""
+    if kind.endswith(" | None"):
+        return value is None or _fits(value, kind.removesuffix(" | None"))
+    if kind.startswith("list["):
+        types = _types(kind[5:-1])
+        return isinstance(value, list) and all(type(part) in types for part in value)
+    if kind.startswith("dict["):
+        types = _types(kind[5:-1].partition(", ")[2])
+        return isinstance(value, dict) and all(type(part) in types for part in value.values())
+    return type(value) in _types(kind)
+
+
+def _types(kind: str) -> tuple[type, ...]:
+    known: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "str": (str,), "bool": (bool,)}
+    return known.get(kind, (dict, list, str, int, float, bool, type(None)))
 
 
 def write_record(path: Path, record: TrainRecord | EvalRecord) -> None:
@@ -245,8 +270,8 @@ def trained_record(run: RunPaths) -> TrainRecord:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text())
-    except ValueError as error:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}): delete it and run the stage again") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: a record is a JSON object, this is a {type(data).__name__}")
@@ -255,14 +280,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSON-lines file. A last line without its end (a write that was cut off) is left out."""
-    with path.open() as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 return
             try:
-                yield json.loads(line)
-            except ValueError as error:
+                content = json.loads(line)
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: not valid JSON ({error})") from None
+            if not isinstance(content, dict):
+                raise UserError(f"{path}, line {number}: a JSON object is needed, it holds {content!r:.40}")
+            yield content
 
 
 def cut_lines(path: Path, step: int) -> None:
@@ -276,7 +304,7 @@ def write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w") as file:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -320,23 +348,47 @@ def run_id(config: dict[str, Any]) -> str:
 
 
 def read_config(run: RunPaths) -> dict[str, Any]:
-    """The run's frozen config. One that was edited by hand no longer is what its run id says, and is refused."""
-    import yaml
+    """The run's frozen config. One that was edited by hand no longer is what its run id says, and is refused.
 
+    So is a directory that holds what no run does: experiments/received.py.
+    """
     if not run.config.is_file():
         raise UserError(
             f"{run.root}: no config.yaml, so not a run directory: plan one with `python -m experiments.plan`"
         )
+    check_folder(run.root)
+    config = read_settings(run.config)
     try:
-        config = yaml.load(run.config.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        check(config)
         expected = run_id(config)
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except UserError as error:
+        raise UserError(f"{run.config}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{run.config}: not a run's config ({error}): plan the run again") from None
     if expected != run.root.name:
         raise UserError(
             f"{run.config}: these settings belong to {expected}, not to {run.root.name}: a config is frozen, "
             f"undo the edit or plan a new run"
         )
+    return config
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The content of a config.yaml, whether or not it is what its run id says."""
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        text = path.read_text(encoding="utf-8")
+        check_depth(text, lambda: yaml.parse(text, loader))
+        config = yaml.load(text, loader)
+        check_config(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: not a run's config ({error}): plan the run again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not a run's config: plan the run again")
     return config
 
 

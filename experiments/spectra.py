@@ -89,8 +89,6 @@ class MeasureSpectra(TrainerCallback):
     def __init__(self, model: nn.Module, path: Path, settings: dict[str, Any]) -> None:
         self.model, self.path = model, path
         self.every, self.blocks, self.tokens = (settings[key] for key in ("every", "blocks", "tokens"))
-        if min(self.every, self.blocks, self.tokens) < 1:
-            raise UserError(f"spectra={settings}: every, blocks and tokens are one or more")
         self.layers = trained_layers(model)
         if not self.layers:
             raise UserError("spectra.every: no linear layer is trained, so there is nothing to measure: set it to null")

@@ -9,7 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from experiments.records import EvalRecord, RunPaths, TrainRecord, content_hash, run_id, write_config, write_record
+from experiments.records import (
+    EvalRecord,
+    RunPaths,
+    TrainRecord,
+    config_hash,
+    content_hash,
+    run_id,
+    write_config,
+    write_record,
+)
 
 BASE_PARAMETERS = 1_000_000
 MODULES = ("self_attn.q_proj", "mlp.down_proj")
@@ -80,7 +89,7 @@ def write_run(
         run.train_record,
         TrainRecord(
             run_id=identity,
-            config_hash=content_hash(config),
+            config_hash=config_hash(config),
             base_hash=content_hash(model),
             data_hash=content_hash(task),
             adapter_files=adapter_files,

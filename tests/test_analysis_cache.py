@@ -36,7 +36,7 @@ def runs(tmp_path: Path) -> list[Path]:
     other = several.evaluation("other", "plain", {}).score
     other.parent.mkdir(parents=True)
     other.write_text(score_file(several.root).read_text())
-    change(other, benchmark="other", items=[0.5, 1.0], n=2, accuracy=0.75, beside={"pass@5": 0.5})
+    change(other, benchmark="other", items=[0.5, 1.0], n=2, accuracy=0.75, standard_error=0.25, beside={"pass@5": 0.5})
     write_run(folder, "sparse", pattern="banded", items=[1, 0])
     write_run(folder, "pissa")
     RunPaths(write_run(folder, "milora", items=[0, 1])).train_record.unlink()
@@ -83,7 +83,7 @@ def test_only_what_changed_is_read_again(runs: list[Path], monkeypatch: pytest.M
     read_run, read = load.read_run, []
     monkeypatch.setattr(load, "read_run", lambda directory: read.append(directory) or read_run(directory))
     lora = next(run for run in runs if "lora" in run.name)
-    change(score_file(lora), items=[1.0, 1.0, 1.0], accuracy=1.0)
+    change(score_file(lora), items=[1.0, 1.0, 1.0], accuracy=1.0, standard_error=0.0)
     new = write_run(lora.parent, "lora", seed=5, items=[1, 0])
     wanted = [new, *runs[::-1]][:-1]
     again = load_runs(wanted)

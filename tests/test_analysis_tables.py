@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
 from analysis.load import find_runs, load_runs, records
 from analysis.tables import MARKS, display, method_table, to_csv, to_markdown, wide_tables
+from experiments.follows import standard_error
 from experiments.records import RunPaths, read_json
 from tests.analysis_runs import change, score_file, write_run
 
@@ -18,7 +20,15 @@ def score_other(run: Path, items: list[int], **values: object) -> Path:
     second = RunPaths(run).evaluation("other", "plain", {}).score
     second.parent.mkdir(parents=True)
     second.write_text(first.read_text())
-    change(second, benchmark="other", items=items, n=len(items), accuracy=sum(items) / len(items), **values)
+    change(
+        second,
+        benchmark="other",
+        items=items,
+        n=len(items),
+        accuracy=fmean(items),
+        standard_error=standard_error(items),
+        **values,
+    )
     return second
 
 

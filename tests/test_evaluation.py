@@ -17,7 +17,16 @@ from eval.models import load
 from eval.rescore import main as rescore_main
 from eval.rescore import rescore
 from eval.run import evaluate
-from experiments.records import EvalPaths, RunPaths, read_config, read_json, trained_record, write_config
+from experiments.records import (
+    EvalPaths,
+    RunPaths,
+    config_hash,
+    read_config,
+    read_json,
+    run_id,
+    trained_record,
+    write_config,
+)
 from experiments.train import train
 from tests.conftest import planned
 
@@ -122,13 +131,13 @@ def test_an_adapter_of_another_base_is_refused(finished: RunPaths, tmp_path: Pat
     """The same adapter files under a config whose base was pretrained otherwise."""
     config = read_config(finished)
     config["model"]["pretraining"]["seed"] = 9
-    from experiments.records import run_id
-
     config["run_id"] = run_id(config)
     other = RunPaths(tmp_path / config["run_id"])
     shutil.copytree(finished.root, other.root)
     shutil.rmtree(other.root / "eval")
     write_config(other, config)
+    record = read_json(other.train_record)
+    other.train_record.write_text(json.dumps(record | {"run_id": config["run_id"], "config_hash": config_hash(config)}))
     assert "was trained on a base model with hash" in fails_with(lambda: evaluate(other))
 
 
@@ -252,6 +261,7 @@ def test_half_the_completions_are_not_scored(finished: RunPaths, tmp_path: Path,
     run = copied(finished, tmp_path)
     paths = evaluation_of(run)
     paths.samples.write_text("".join(paths.samples.read_text().splitlines(keepends=True)[:-3]))
+    paths.score.unlink()
     assert "does not have the completions of its plan" in fails_with(lambda: rescore(run))
 
 
@@ -266,11 +276,11 @@ def test_only_evaluation_settings_may_change(finished: RunPaths, fails_with: Fai
     [
         ("evaluation.parser.number=last_numbr", "did you mean last_number or"),
         ("evaluation.searched=prompt", "evaluation.searched=prompt: did you mean completion?"),
-        ("evaluation.limit=0", "give one row or more"),
+        ("evaluation.limit=0", "evaluation.limit=0: it must be a whole number of at least 1, or null"),
         ("evaluation.batch_size=1,2", "a comma makes several"),
         ("protocol=plain,lori", "protocol=plain,lori: name one"),
         ("evaluation.generation.temperature=0.7", "one sample is not sampled but the likeliest"),
-        ("evaluation.backend=vlm", "choose hf or vllm"),
+        ("evaluation.backend=vlm", "evaluation.backend='vlm': it must be one of hf, vllm"),
         ("evaluation.benchmarks=[arit]", "did you mean arith"),
     ],
 )

@@ -200,6 +200,7 @@ def test_rescoring_needs_no_model_and_a_finished_score_is_left(
     rescore_main([str(copied.root)])
     assert f"nll {record.accuracy:.4f}, was 1.0000" in capsys.readouterr().out
     paths.samples.write_text("".join(paths.samples.read_text().splitlines(keepends=True)[:-1]))
+    paths.score.unlink()
     with pytest.raises(Exception, match="does not have the completions of its plan"):
         rescore(copied)
 
@@ -317,7 +318,7 @@ def test_any_text_is_a_benchmark(copied: RunPaths, tmp_path: Path, fails_with: F
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("evaluation.limit=0", "give one row or more"),
+        ("evaluation.limit=0", "evaluation.limit=0: it must be a whole number of at least 1"),
         ("evaluation.limit={number: 3}", "of which evaluation.limit says nothing"),
         ("evaluation.benchmarks=[arith_nl]", "did you mean arith_nll"),
     ],

@@ -211,7 +211,7 @@ def test_a_lora_that_was_made_with_the_weights_is_where_training_starts(
             "method.adapter.r=6: give both the same",
         ),
         (["method=lora", "quantization=loftq", "method.adapter.target_modules=all-linear"], "loftq needs a list"),
-        (["quantization=nf", "quantization.bits=2.5"], "quantization.bits=2.5: from 2 to 8 can be stored"),
+        (["quantization=nf", "quantization.bits=2.5"], "quantization.bits=2.5: it must be a whole number"),
         (["quantization=nf", "quantization.group_size=7"], "group_size=7 does not divide hidden_size=96"),
         (["method=lora", "quantization=nf8"], "no quantization 'nf8': did you mean nf?"),
         (["method=lora", "quantization=nf", "quantization.bit=2"], "no setting 'quantization.bit': did you mean bits"),
@@ -226,11 +226,17 @@ def test_what_does_not_go_together_is_refused_by_the_plan(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["quantization=nf", "quantization.bits=9"], "quantization.bits=9: from 2 to 8 can be stored"),
+        (
+            ["quantization=nf", "quantization.bits=9"],
+            "quantization.bits=9: it must be a whole number of at least 2 and at most 8",
+        ),
         (["quantization=nf", "quantization.group_size=64"], "group_size=64"),
         (["quantization=nf", "quantization.sym=true"], "sym=True: nf has no symmetric grid"),
         (["quantization=gptq", "quantization.calibration.length=100000"], "give a longer text"),
-        (["quantization=gptq", "quantization.calibration.samples=0"], "samples and length are one or more"),
+        (
+            ["quantization=gptq", "quantization.calibration.samples=0"],
+            "calibration.samples=0: it must be a whole number of at least 1",
+        ),
         (["quantization=gptq", "quantization.calibration.text=gone.txt"], "calibration.text=gone.txt: no such file"),
         (["quantization=nf", "model=llama2_7b", "model.path=gone/model"], "llama2_7b: cannot load gone/model"),
         (["quantization=magr", "model=llama2_7b", "model.path=gone/model"], "llama2_7b: cannot load gone/model"),

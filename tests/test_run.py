@@ -207,8 +207,6 @@ def test_a_full_disk_keeps_the_last_checkpoint(small: list[str], monkeypatch: py
     [
         ("recipe.micro_batch_size=3", "recipe.batch_size=8 is not a multiple of micro_batch_size 3"),
         ("recipe.batch_size=80", "64 training rows do not fill one batch of 80"),
-        ("recipe.schedule=step", "choose one of linear, cosine, constant"),
-        ("runtime.wandb=maybe", "choose off, offline or online"),
         ("runtime.device=cuda", "no CUDA device is visible"),
         ("task.data.train=100000", "problems are too many"),
         ("method.adapter.num_blocks=7", "num_blocks=7"),

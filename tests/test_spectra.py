@@ -176,7 +176,7 @@ def test_bad_settings_are_one_line(small: list[str], fails_with: Callable[[Calla
     assert "spectra.blocks=7: X of model.layers.0.self_attn.q_proj in step 1: 7 blocks do not divide" in trained(
         "spectra.blocks=7"
     )
-    assert "every, blocks and tokens are one or more" in trained("spectra.tokens=0")
+    assert "spectra.tokens=0: it must be a whole number of at least 1" in trained("spectra.tokens=0")
     assert "no linear layer is trained" in trained("method=prompt")
 
 

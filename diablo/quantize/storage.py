@@ -16,11 +16,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -28,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from diablo.quantize.linear import QuantizedLinear, replace_linears
 
 RECORD, SETTINGS, REST = "quantization.json", "settings.json", "rest.safetensors"
+LAYER = re.compile(r"layers/\d{5}\.safetensors")
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -108,9 +111,32 @@ def finish(model: PreTrainedModel, folder: Path, extra: Mapping[str, Any]) -> di
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of a complete folder; None where there is none."""
+    """The record of a complete folder; None where there is none.
+
+    Raises:
+        ValueError: the file is not such a record.
+    """
     path = folder / RECORD
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        _check_record(record)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: no record of a quantised model ({error})") from None
+    return record
+
+
+def _check_record(record: Any) -> None:
+    """Only files of the folder are named, and grids hold what they are made of: a folder may come from elsewhere."""
+    if not isinstance(record["hash"], str):
+        raise ValueError("hash is no text")
+    for file in record["files"]:
+        if file != REST and not LAYER.fullmatch(file):
+            raise ValueError(f"{file!r:.60} is no file of such a folder")
+    for name, grid in record["linears"].items():
+        if set(grid) != {"bits", "group_size", "normal_float"} or not all(isinstance(grid[key], int) for key in grid):
+            raise ValueError(f"{name} has no grid of bits, group_size and normal_float")
 
 
 def load_quantized(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -131,10 +157,16 @@ def load_quantized(folder: Path, device: torch.device | str = "cpu") -> PreTrain
         if not (folder / file).is_file() or _file_hash(folder / file) != expected:
             raise ValueError(f"{folder / file}: missing or changed since it was written: quantise the base again")
     model = empty_model(folder)
-    for name, grid in record["linears"].items():
-        replace_linears(model, [name], **grid)
-    for index, layer in enumerate(decoder_layers(model)[1]):
-        layer.load_state_dict(load_file(layer_file(folder, index), device=str(device)), assign=True)
+    layers = [str(layer_file(folder, index).relative_to(folder)) for index in range(len(decoder_layers(model)[1]))]
+    if set(record["files"]) != {REST, *layers}:
+        raise ValueError(f"{folder / RECORD}: has {len(record['files']) - 1} layers, config.json {len(layers)}")
+    try:
+        for name, grid in record["linears"].items():
+            replace_linears(model, [name], **grid)
+        for index, layer in enumerate(decoder_layers(model)[1]):
+            layer.load_state_dict(load_file(layer_file(folder, index), device=str(device)), assign=True)
+    except (RuntimeError, AttributeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: its layers do not fit its config ({error})") from None
     rest = load_file(folder / REST, device=str(device))
     _, unknown = model.load_state_dict(rest, strict=False, assign=True)
     model.tie_weights()
@@ -150,9 +182,11 @@ def empty_model(folder: Path) -> Any:
     """The model of a folder's config: parameters on the meta device, buffers that are computed (rotary) real."""
     from accelerate import init_empty_weights
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if "/" in str(getattr(config, "_attn_implementation", None)):
+        raise ValueError(f"{folder}: its config takes attention from the hub, which is code: quantise the base again")
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+        return AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32, trust_remote_code=False)
 
 
 def layer_file(folder: Path, index: int) -> Path:

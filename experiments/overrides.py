@@ -1,0 +1,176 @@
+"""The command line's `key=value`: Hydra's grammar, with sweeps, read into single values.
+
+Text in double quotes is read as in the YAML files: backslash and n are a line break, two backslashes are one. In single
+quotes a backslash is itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
+
+from experiments.errors import UserError, nearest
+from experiments.settings import SETTINGS, stored
+
+Config = dict[str, Any]
+MOST_RUNS = 100_000  # of one grid
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+
+
+def sweep(arguments: Iterable[str]) -> list[tuple[Override, ...]]:
+    """All combinations of the comma-separated values. Of two overrides of one key the later counts."""
+    choices: dict[str, list[Override]] = {}
+    for argument in arguments:
+        override = parse(argument)
+        key = override.key_or_group
+        choices.pop(key, None)
+        choices[key] = _values(argument, override)
+    if math.prod(map(len, choices.values())) > MOST_RUNS:
+        sizes = " × ".join(f"{len(values):,} of {key}" for key, values in choices.items() if len(values) > 1)
+        raise UserError(f"{sizes}: more than {MOST_RUNS:,} runs in one grid: give fewer values")
+    return list(itertools.product(*choices.values()))
+
+
+def parse(argument: str) -> Override:
+    """One argument, which may be a sweep."""
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except HydraException as error:
+        raise UserError(f"cannot read {argument!r}: {_advice(argument)} ({_line(error)})") from None
+    if override.is_delete():
+        raise UserError(f"{argument!r}: settings cannot be deleted, set them to null")
+    if override.package is not None:
+        raise UserError(f"{argument!r}: a key has no @")
+    return override
+
+
+def _advice(argument: str) -> str:
+    key, equals, value = argument.partition("=")
+    if not equals:
+        return "write key=value; a value with blanks in quotes, as in 'key=two words'"
+    if value[:1] not in ("[", "{", "'", '"'):
+        quoted = f'{key}="{value}"'.replace("\\", "\\\\")
+        try:
+            OverridesParser.create().parse_override(quoted)
+        except HydraException:
+            pass
+        else:
+            return f"write {shlex.quote(quoted)}"
+    return "write key=value, with every quote and bracket closed, and quoted for the shell"
+
+
+def _values(argument: str, override: Override) -> list[Override]:
+    """What a sweep goes through, as overrides of one value each."""
+    if not override.is_sweep_override():
+        return [override]
+    if not override.is_discrete_sweep() or "glob(" in argument.partition("=")[2][:6]:
+        raise UserError(f"{argument!r}: no list of values: give them with commas, choice(…) or range(from,to,step)")
+    prefix = "+" if override.is_add() else ""
+    try:
+        texts = list(itertools.islice(override.sweep_string_iterator(), MOST_RUNS + 1))
+    except (HydraException, ValueError, ArithmeticError) as error:
+        raise UserError(f"{argument!r}: no list of values ({_line(error)})") from None
+    if not texts:
+        raise UserError(f"{argument!r}: no value lies in this range")
+    if len(texts) > MOST_RUNS:
+        raise UserError(f"{argument!r}: more than {MOST_RUNS:,} values: give fewer")
+    return OverridesParser.create().parse_overrides([f"{prefix}{override.key_or_group}={text}" for text in texts])
+
+
+def value_of(override: Override) -> Any:
+    """An override's value, escapes in double quotes read."""
+
+    def read(value: Any) -> Any:
+        if isinstance(value, list):
+            return [read(part) for part in value]
+        if isinstance(value, dict):
+            return {read(key): read(part) for key, part in value.items()}
+        if isinstance(value, QuotedString):
+            return _unescaped(value.text) if value.quote is Quote.double else value.text
+        if isinstance(value, str) and re.search(r"\\[ntr]", value):
+            raise UserError(
+                f"{override.input_line!r}: for a line break put the text into double quotes, for a backslash and a "
+                f"letter into single ones, inside those of the shell and not in choice(…)"
+            )
+        return value
+
+    return read(override._value)
+
+
+def _unescaped(text: str) -> str:
+    def character(found: re.Match[str]) -> str:
+        return chr(int(found[2], 16)) if found[2] else ESCAPES[found[1]]
+
+    return re.sub(r"\\(?:([ntr\\])|u([0-9a-fA-F]{4}))", character, text)
+
+
+def checked(overrides: Iterable[Override], files: Mapping[str, Any]) -> list[Override]:
+    """The overrides with their values as they are stored. UserError if a setting cannot have the value.
+
+    Values with references are left for later, when they are resolved, and so are keys that no file has.
+
+    Args:
+        files: every setting and section of the config files by its dotted name.
+    """
+    return [_checked(override, files) for override in overrides]
+
+
+def _checked(override: Override, files: Mapping[str, Any]) -> Override:
+    key, given = override.key_or_group, value_of(override)
+    if isinstance(files.get(key), dict) and key not in SETTINGS:
+        names = ", ".join(files[key])
+        raise UserError(f"{override.input_line}: {key} is a section, set one of its settings: {key}.… of {names}")
+    if "${" in str(given):
+        return override
+    value = stored(key, given, files.get(key))
+    if repr(value) == repr(given):
+        return override
+    text = Override._get_value_element_as_str(cast(Any, value))
+    line = f"{'+' if override.is_add() else ''}{key}={text}"
+    return dataclasses.replace(override, _value=value, input_line=line)
+
+
+def by_name(config: Config, prefix: str = "") -> Config:
+    """Every setting and section of a config by its dotted name."""
+    found: Config = {}
+    for name, value in config.items():
+        found[f"{prefix}{name}"] = value
+        if isinstance(value, dict):
+            found |= by_name(value, f"{prefix}{name}.")
+    return found
+
+
+def set_value(config: Config, override: Override, others: Iterable[str]) -> None:
+    """Set one value in place. A key that the config does not have is refused with the nearest ones there are.
+
+    Args:
+        others: what else could have been meant at the top.
+    """
+    key, adds = override.key_or_group, override.is_add()
+    if adds and not key.startswith("method.adapter."):
+        raise UserError(f"+{key}: only method.adapter takes new keys, the fields of the method's own config class")
+    *parents, last = key.split(".")
+    node: Any = config
+    for depth, part in enumerate([*parents, last]):
+        where = ".".join(parents[:depth])
+        if not isinstance(node, dict):
+            raise UserError(f"no setting {key!r}: {where} is {node!r} for these choices")
+        if part not in node and not (adds and depth == len(parents)):
+            known = {*node, *(() if where else others)}
+            raise UserError(f"no setting {key!r}: {nearest(part, known)}")
+        if depth < len(parents):
+            node = node[part]
+    node[last] = value_of(override)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,104 @@
+"""What a run directory may hold that comes from elsewhere. Standard library only.
+
+Nothing in it runs code, leads out of its folder or keeps its reader waiting: links, pipes and names with a path in them
+are refused, and so is a config that names code outside `diablo` and `peft`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from experiments.errors import UserError
+
+CODE = re.compile(r"(diablo|peft)(\.[^\W\d]\w*)+")
+FILE_NAME = re.compile(r"[\w-][\w.-]*")
+MOST_LEVELS = 100
+MOST_ENTRIES = 50_000  # in a config: YAML's references make billions of a few lines
+# Fields of PEFT's config classes that name modules to import, or files and models to load beside the adapter.
+FOREIGN = (
+    *("megatron_config", "megatron_core", "tokenizer_kwargs", "prompt_tuning_init_state_dict_path"),
+    *("cache_file", "covariance_file", "adapters", "shadow_model"),
+)
+
+
+def check_folder(root: Path) -> None:
+    """UserError if something in a folder is neither a plain file nor a folder, or a link that leads out of it."""
+    home, folders = root.resolve(), [str(root)]
+    while folders:
+        try:
+            entries = list(os.scandir(folders.pop()))
+        except FileNotFoundError:  # another process may be at work there
+            continue
+        for entry in entries:
+            if entry.is_symlink():
+                if not Path(os.path.realpath(entry.path)).is_relative_to(home):
+                    raise UserError(f"{entry.path}: a link that leads out of {root}: put the file itself there")
+            elif entry.is_dir(follow_symlinks=False):
+                if entry.name != "wandb":  # which makes links of its own, and nothing here reads it
+                    folders.append(entry.path)
+            elif not entry.is_file(follow_symlinks=False) and os.path.lexists(entry.path):
+                raise UserError(f"{entry.path}: neither a file nor a folder: remove it")
+
+
+def check_depth(text: str, parse: Callable[[], Iterable[Any]]) -> None:
+    """UserError if YAML is nested so deeply that reading it would crash the process.
+
+    Args:
+        parse: its events, which are only looked at where a text can be nested so deeply.
+    """
+    if len(re.findall(r"[\[{]|[-?]\s", text)) < MOST_LEVELS:
+        return
+    depth = 0
+    for event in parse():
+        name = type(event).__name__
+        depth += name.endswith("StartEvent") - name.endswith("EndEvent")
+        if depth > MOST_LEVELS:
+            raise UserError(f"nested more than {MOST_LEVELS} times: not a run's config")
+
+
+def check_config(config: Any) -> None:
+    """UserError if a config is too large to be one, or names code that does not belong to a method."""
+    left = [("", config)]
+    for count in range(MOST_ENTRIES):
+        if not left:
+            return
+        key, value = left.pop()
+        if key == "_target_":
+            check_target("_target_", value)
+        if count + len(left) > MOST_ENTRIES:
+            break
+        if isinstance(value, dict):
+            left += value.items()
+        elif isinstance(value, list):
+            left += [("", part) for part in value]
+    raise UserError(f"more than {MOST_ENTRIES:,} entries: not a run's config")
+
+
+def check_target(where: str, target: Any) -> None:
+    """UserError unless a name is one of `diablo` or `peft`. Nothing is imported."""
+    if not isinstance(target, str) or not CODE.fullmatch(target):
+        raise UserError(
+            f"{where}={target}: only names of diablo and peft, such as diablo.DiabloConfig, may be imported"
+        )
+
+
+def check_fields(where: str, fields: dict[str, Any]) -> None:
+    """UserError if an adapter's settings name modules or files of their own."""
+    left = [fields]
+    while left:
+        for key, value in left.pop().items():
+            if key in FOREIGN and value and not (key == "megatron_core" and value == "megatron.core"):
+                raise UserError(f"{where}.{key}={value!r:.60}: names code or files beside the adapter: leave it out")
+            if isinstance(value, dict):
+                left.append(value)
+
+
+def check_file_names(where: Path, names: Any) -> None:
+    """UserError unless all are names of files in one folder."""
+    for name in names:
+        if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
+            raise UserError(f"{where}: {name!r:.60} is not the name of a file beside it")

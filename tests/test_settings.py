@@ -1,0 +1,242 @@
+"""What a setting may be, and how it is written on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diablo.patterns import PATTERNS
+from experiments import settings
+from experiments.overrides import by_name, sweep, value_of
+from experiments.plan import CONFIGS, options, plan, resolve, set_values
+from experiments.records import RunPaths, read_config, write_config
+
+Fails = Callable[[Callable[[], object]], str]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["seed='0'"], "seed='0': it must be a whole number of at least 0 and at most 4.29497e+09"),
+        (["seed=1e400"], "seed=inf: it must be a whole number"),
+        (["seed=-1"], "seed=-1: it must be a whole number of at least 0"),
+        (["seed=true"], "seed=true: it must be a whole number"),
+        (["recipe.batch_size=8.5"], "recipe.batch_size=8.5: it must be a whole number of at least 1"),
+        (["recipe.learning_rate=None"], "recipe.learning_rate='None': it must be a number of at least 0"),
+        (["recipe.learning_rate=null"], "recipe.learning_rate=null: it must be a number of at least 0"),
+        (["recipe.learning_rate=nan"], "recipe.learning_rate=nan: it must be a number"),
+        (["recipe.learning_rate=-1e-3"], "recipe.learning_rate=-0.001: it must be a number of at least 0"),
+        (["recipe.epochs=0"], "recipe.epochs=0: it must be a number above 0"),
+        (["recipe.max_steps=0"], "recipe.max_steps=0: it must be a whole number of at least 1, or null"),
+        (["recipe.betas=[0.9]"], "recipe.betas=[0.9]: it must be a list of 2 values, each a number of at least 0"),
+        (["recipe.adapter_dropout=1"], "recipe.adapter_dropout=1: it must be a number of at least 0 and below 1"),
+        (["recipe.schedule=step"], "recipe.schedule='step': it must be one of linear, cosine, constant"),
+        (["recipe.optimizer=adam"], "recipe.optimizer='adam': it must be one of adamw_torch, "),
+        (["recipe.group_by_length=1"], "recipe.group_by_length=1: it must be true or false"),
+        (["recipe=foo"], "recipe=foo: recipe is a section, set one of its settings: recipe.… of learning_rate, epochs"),
+        (["evaluation=null"], "evaluation=null: evaluation is a section"),
+        (["recipe={epochs: 1}"], "recipe is a section"),
+        (["evaluation.generation=1"], "evaluation.generation is a section"),
+        (["method.adapter=null"], "method.adapter is a section"),
+        (["task.data=arith"], "task.data is a section"),
+        (
+            ["method.adapter.num_blocks=0"],
+            "method.adapter.num_blocks=0: it must be a whole number of at least 1, or auto",
+        ),
+        (["model.adapter_size.num_blocks=x"], "model.adapter_size.num_blocks='x': it must be a whole number"),
+        (["method=lora", "method.adapter.r=many"], "method.adapter.r='many': it must be a whole number of at least 1"),
+        (
+            ["method=lora", "method.adapter.lora_alpha=${recipe.schedule}"],
+            "method.adapter.lora_alpha='linear': it must",
+        ),
+        (["method=sparse", "method.adapter.pattern=stripes"], "'stripes': it must be one of diagonal, random_block"),
+        (["method=sparse", "method.adapter.density=2"], "density=2: it must be a share as 1/64 or 0.015625 above 0"),
+        (["method.budget=5"], "method.budget=5: it must be a number above 0 and at most 1, or null"),
+        (["quantization=nf", "quantization.bits=9"], "quantization.bits=9: it must be a whole number of at least 2"),
+        (["model.dtype=half"], "model.dtype='half': it must be one of auto, bfloat16"),
+        (["runtime.wandb=maybe"], "runtime.wandb='maybe': it must be one of off, offline, online"),
+        (["runtime.runs_dir=null"], "runtime.runs_dir=null: it must be text"),
+        (["protocol.max_length=null"], "protocol.max_length=null: it must be a whole number"),
+        (["protocol.ending=5"], "protocol.ending=5: it must be text (in quotes if it looks like a number)"),
+        (["protocol.repeated_prompts=first"], "it must be one of all, last"),
+        (["evaluation.limit=0"], "evaluation.limit=0: it must be a whole number of at least 1, or null"),
+        (["evaluation.benchmarks=arith"], "evaluation.benchmarks='arith': it must be a list of a benchmark's name"),
+        (["evaluation.benchmarks=[arit]"], "no benchmark 'arit': did you mean arith or"),
+        (["task.data.source=gsm"], "task.data.source=gsm: no such data set: did you mean gsm8k"),
+        (["evaluation.generation.max_new_tokens={number: 0}"], "it must be a whole number of at least 1"),
+        (["evaluation.protocol=../../elsewhere"], "evaluation.protocol='../../elsewhere': it must be a name"),
+        (["method.label=../../elsewhere"], "method.label='../../elsewhere': it must be a name"),
+        (["model.name=a/b"], "model.name='a/b': it must be a name"),
+        (["task.name=.hidden"], "task.name='.hidden': it must be a name"),
+        (["evaluation.benchmarks=['../tasks/arith']"], "evaluation.benchmarks=['../tasks/arith']: it must be a list"),
+    ],
+)
+def test_values_that_cannot_be_are_refused_when_planning(arguments: list[str], message: str, fails_with: Fails) -> None:
+    assert message in fails_with(lambda: plan(arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "same"),
+    [
+        (["recipe.epochs=3"], ["recipe.epochs=3.0"]),
+        (
+            ["recipe.batch_size=8", "recipe.micro_batch_size=4"],
+            ["recipe.batch_size=8.0", "recipe.micro_batch_size=4e0"],
+        ),
+        (["method=lora", "method.adapter.r=8"], ["method=lora", "method.adapter.r=8.0"]),
+        (["method=lora", "method.adapter.lora_alpha=8"], ["method=lora", "method.adapter.lora_alpha=8.0"]),
+        (["recipe.learning_rate=1"], ["recipe.learning_rate=1.0"]),
+        (["recipe.weight_decay=0"], ["recipe.weight_decay=0.0"]),
+        (["recipe.betas=[0,0.5]"], ["recipe.betas=[0.0,5e-1]"]),
+        (["recipe.warmup_steps=5"], ["recipe.warmup_steps=5.0"]),
+        (["recipe.adapter_dropout=0"], ["recipe.adapter_dropout=0.0"]),
+        (["model.pretraining.learning_rate=1"], ["model.pretraining.learning_rate=1.0"]),
+        (["+method.adapter.layers_to_transform=[1]"], ["+method.adapter.layers_to_transform=[1.0]"]),
+        (["method=lori_s", "recipe.epochs=2"], ["method=lori_s", "recipe.epochs=2.0"]),
+    ],
+)
+def test_equal_values_are_one_run(arguments: list[str], same: list[str]) -> None:
+    (ours,), (theirs,) = plan(arguments), plan(same)
+    assert ours == theirs
+    assert repr(ours) == repr(theirs)  # 1 and 1.0 are equal in Python too
+
+
+def test_equal_evaluations_have_one_folder() -> None:
+    config = plan([])[0]
+    sampled = ["evaluation.generation.samples=2"]
+    one, other = (
+        set_values(config, [*sampled, f"evaluation.generation.temperature={value}"])["evaluation"]
+        for value in ("1", "1.0")
+    )
+    assert repr(one) == repr(other)
+
+
+def test_every_setting_has_a_type() -> None:
+    """Settings that the files leave null, whose type cannot be seen there, are in the table; so is every range."""
+    untold = set()
+    for group in ("model", "method", "quantization", "task"):
+        for name in options(group):
+            arguments = [f"{group}={name}", "recipe.learning_rate=1"]
+            arguments += ["method=lora"] * (name in ("loftq", "apiq"))
+            config = plan(arguments)[0]
+            untold |= {key for key, value in settings.leaves(config) if value is None} - {"method.adapter"}
+    assert untold <= {*settings.SETTINGS, "quantization.calibration"}
+    assert set(PATTERNS) == set(settings.PATTERNS)
+
+
+def test_the_optimizers_are_those_of_transformers() -> None:
+    from transformers.training_args import OptimizerNames
+
+    assert set(settings.OPTIMIZERS) == {name.value for name in OptimizerNames}
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("recipe", "batch_size", "8"), ("evaluation", "protocol", "../.."), ("method", "label", 1)],
+)
+def test_a_config_that_was_edited_to_the_impossible_is_refused_by_name(
+    section: str, key: str, value: object, tmp_path: Path, fails_with: Fails
+) -> None:
+    """As a run directory from elsewhere may hold it."""
+    config = plan([])[0]
+    run = RunPaths(tmp_path / config["run_id"])
+    write_config(run, {**config, section: config[section] | {key: value}})
+    assert fails_with(lambda: read_config(run)).startswith(f"{run.config}: {section}.{key}={value!r}: it must be")
+
+
+# Text
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        (r'evaluation.generation.stop=["\n"]', ["\n"]),
+        (r'evaluation.generation.stop=["\n\n",Q:]', ["\n\n", "Q:"]),
+        (r'evaluation.generation.stop=["a\\n"]', [r"a\n"]),
+        (r'evaluation.generation.stop=["\u00e9\t"]', ["é\t"]),
+        (r"evaluation.generation.stop=['\n']", [r"\n"]),
+        (r'protocol.ending="\n"', "\n"),
+        (r'protocol.ending="say \"so\"\n"', 'say "so"\n'),
+        (r'protocol.prompt="{instruction}\n"', "{instruction}\n"),
+        (r'protocol.replace={a: "\t"}', {"a": "\t"}),
+        (r"method.adapter.target_modules=.*\.q_proj", r".*\.q_proj"),
+        (r'method.adapter.target_modules=".*\d\.q_proj"', r".*\d\.q_proj"),
+    ],
+)
+def test_text_in_double_quotes_is_read_as_in_yaml(argument: str, value: object) -> None:
+    key = argument.partition("=")[0]
+    assert by_name(plan([argument])[0])[key] == value
+    assert by_name(set_values(plan([])[0], [argument]))[key] == value
+    (swept,) = plan([f"{argument},{argument.partition('=')[2]}"])
+    assert by_name(swept)[key] == value
+
+
+def test_a_line_break_without_quotes_is_refused(fails_with: Fails) -> None:
+    said = fails_with(lambda: plan([r"evaluation.generation.stop=[\n]"]))
+    assert "for a line break put the text into double quotes" in said
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=20))
+def test_every_text_can_be_written(text: str) -> None:
+    quoted = (
+        text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r").replace('"', '\\"')
+    )
+    if "\\\\\\" in quoted or quoted.endswith("\\"):  # a backslash before a quote: the parser reads these by itself
+        return
+    ((override,),) = sweep([f'protocol.ending="{quoted}"'])
+    assert value_of(override) == text
+
+
+# Sweeps and paths
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("method=glob(*)", "'method=glob(*)': no list of values: give them with commas"),
+        ("seed=interval(0,1)", "'seed=interval(0,1)': no list of values"),
+        ("seed=range(0,100000000)", "'seed=range(0,100000000)': more than 100,000 values: give fewer"),
+        ("seed=range(0,1,1e-9)", "more than 100,000 values"),
+        ("seed=range(0,10,0)", "'seed=range(0,10,0)': no list of values (range() arg 3 must not be zero)"),
+        ("seed=range(3,3)", "'seed=range(3,3)': no value lies in this range"),
+        ("runtime.runs_dir=/tmp/a=b", """write 'runtime.runs_dir="/tmp/a=b"'"""),
+        ("runtime.runs_dir=/tmp/a(1)", """write 'runtime.runs_dir="/tmp/a(1)"'"""),
+        ("my", "cannot read 'my': write key=value; a value with blanks in quotes"),
+        ("seed=[1", "with every quote and bracket closed"),
+        ("model@other=tiny", "a key has no @"),
+    ],
+)
+def test_what_cannot_be_swept_or_read(argument: str, message: str, fails_with: Fails) -> None:
+    assert message in fails_with(lambda: plan([argument]))
+
+
+def test_the_product_of_sweeps_is_bounded(fails_with: Fails) -> None:
+    said = fails_with(lambda: plan(["seed=range(0,1000)", "recipe.epochs=range(1,1000)"]))
+    assert "1,000 of seed × 999 of recipe.epochs: more than 100,000 runs in one grid" in said
+
+
+@pytest.mark.parametrize("path", ["/tmp/my runs", "/tmp/a=b", "/tmp/a(1)", "/tmp/é", "/tmp/[x]"])
+def test_the_advised_quotes_take_every_path(path: str) -> None:
+    assert plan([f'runtime.runs_dir="{path}"'])[0]["runtime"]["runs_dir"] == path
+
+
+@pytest.mark.parametrize(
+    "content", ["common: 'a", "[1]", "title: x", "grids: [1]", "grids: ['seed=\"1']", "grids: 'seed=1'\ncommon: [1]"]
+)
+def test_a_broken_experiment_file_is_one_line(content: str, tmp_path: Path, fails_with: Fails) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(content, encoding="utf-8")
+    assert "broken.yaml" in fails_with(lambda: plan([f"experiment={path}"]))
+
+
+def test_a_frozen_config_is_checked_like_a_planned_one() -> None:
+    """All configs that the files give pass, also read back from YAML."""
+    for method in options("method"):
+        (overrides,) = sweep([f"method={method}"])
+        settings.check(yaml.safe_load(yaml.safe_dump(resolve(overrides))))
+    assert (CONFIGS / "run.yaml").is_file()
