@@ -1,12 +1,14 @@
 """The methods of one table, pair by pair: differences with intervals, tests, and what could have been found.
 
 Only runs that answered the same test items are compared, seed by seed (analysis/paired.py has the statistics). All
-tests of one table are one family, corrected by Holm's method.
+tests of one table are one family, corrected by Holm's method. With fewer than five common seeds nothing is tested: what
+the trained models would do on other items says nothing of what the methods would do trained again.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -17,6 +19,7 @@ from statsmodels.stats.multitest import multipletests
 
 from analysis.load import names_of, records
 from analysis.paired import paired_difference
+from analysis.stats import SEEDS_FOR_AN_INTERVAL
 from analysis.tables import SECTION, by_section, csv_text, item_arrays, marks, mixed, sections, with_legend
 from experiments.errors import UserError, nearest
 
@@ -34,7 +37,8 @@ def comparison_table(frame: pd.DataFrame, reference: str | None = None) -> pd.Da
     """One row per pair of settings that share test items and seeds, with the columns `COLUMNS`.
 
     `frame` is `Runs.frame`. `mean`, `low`, `high` and `smallest` are differences of accuracy, first minus second, over
-    the `seeds` that both have (a list); `p_holm` is corrected over the `family` of tests in its table. Every pair is
+    the `seeds` that both have (a list); `p_holm` is corrected over the `family` of tests in its table. With fewer than
+    `SEEDS_FOR_AN_INTERVAL` seeds interval, test and `smallest` are NaN, and it is of no family. Every pair is
     there where a table has at most `ALL_PAIRS` settings and no `reference` is named; else every setting is compared
     with the reference, a label, by default the DiaBlo setting nearest in size to one of LoRA: size is known before any
     score. What has several learning rates is left out: it is a sweep. UserError for an unknown label.
@@ -48,14 +52,16 @@ def comparison_table(frame: pd.DataFrame, reference: str | None = None) -> pd.Da
         names = names_of(records(scored))
         scored = scored.assign(label=[names[group] for group in scored["group"]])
         settings = [runs for _, runs in _without_sweeps(scored).sort_values(_ORDER).groupby("setting", sort=False)]
-        family = []
+        found = []
         for first, second in _pairs(settings, reference):
             seeds = sorted(set(first["seed"]) & set(second["seed"]))
             if seeds:
-                family.append(section | _compared(first, second, seeds))
-        if family:
-            corrected = np.asarray(multipletests([row["p_value"] for row in family], method="holm")[1])
-            rows += [row | {"p_holm": p, "family": len(family)} for row, p in zip(family, corrected, strict=True)]
+                found.append(section | _compared(first, second, seeds))
+        family = [row for row in found if not math.isnan(row["p_value"])]
+        corrected = multipletests([row["p_value"] for row in family], method="holm")[1] if family else []
+        for row, p in zip(family, np.asarray(corrected), strict=True):
+            row["p_holm"] = p
+        rows += [{"p_holm": math.nan} | row | {"family": len(family)} for row in found]
     return pd.DataFrame(rows, columns=pd.Index(COLUMNS)).sort_values(
         ["model", "task", "benchmark", "evaluation"], kind="stable", ignore_index=True
     )
@@ -65,18 +71,19 @@ def display(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of `comparison_table` as text for a reader; differences are in percentage points."""
     rows = []
     for row in records(table):
+        untested = math.isnan(row["p_value"])
         rows.append(
             {
                 "Compared": _title(row),
                 "Common seeds": ", ".join(map(str, row["seeds"])),
                 "Difference, points": f"{100 * row['mean']:+.1f}{marks(row['mixed'])}",
-                "95 % interval": f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}",
+                "95 % interval": "" if untested else f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}",
                 "Interval and test over": row["over"],
                 "Test": row["test"],
-                "p": _probability(row["p_value"]),
-                f"p, Holm over {row['family']}": _probability(row["p_holm"]),
+                "p": "" if untested else _probability(row["p_value"]),
+                f"p, Holm over {row['family']}": "" if untested else _probability(row["p_holm"]),
                 "First's seed ahead": "" if pd.isna(row["improvement"]) else f"{100 * row['improvement']:.0f} %",
-                "Smallest found, points": f"{100 * row['smallest']:.1f}",
+                "Smallest found, points": "" if untested else f"{100 * row['smallest']:.1f}",
             }
         )
     return pd.DataFrame(rows)
@@ -131,7 +138,11 @@ def _compared(first: pd.DataFrame, second: pd.DataFrame, seeds: Sequence[int]) -
     arrays = [item_arrays(runs.set_index("seed").loc[list(seeds)]) for runs in sides.values()]
     about = {f"{side}_{name}": runs[name].iloc[0] for side, runs in sides.items() for name in OF_A_SETTING}
     both = pd.concat([runs.loc[runs["seed"].isin(seeds)] for runs in sides.values()])
-    return about | {"seeds": list(seeds), "mixed": mixed(both)} | asdict(paired_difference(*arrays))
+    difference = asdict(paired_difference(*arrays))
+    if len(seeds) < SEEDS_FOR_AN_INTERVAL:
+        difference |= dict.fromkeys(("low", "high", "p_value", "smallest"), math.nan)
+        difference |= {"over": "", "test": f"none: fewer than {SEEDS_FOR_AN_INTERVAL} seeds"}
+    return about | {"seeds": list(seeds), "mixed": mixed(both)} | difference
 
 
 def _title(row: dict[str, Any]) -> str:

@@ -81,9 +81,9 @@ def _rounded(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compact(record: dict[str, Any]) -> str:
-    """A record as one line; whole numbers, as most items are, without their `.0`, and others in 7 digits."""
+    """A record as one line; items in 11 digits, so that their mean is the recorded one, and whole ones without `.0`."""
     if "items" in record:
-        items = [int(item) if float(item).is_integer() else float(f"{item:.7g}") for item in record["items"]]
+        items = [int(item) if float(item).is_integer() else float(f"{item:.11g}") for item in record["items"]]
         record = record | {"items": items}
     return json.dumps(record, separators=(",", ":")) + "\n"
 

@@ -32,12 +32,13 @@ COLUMNS = [
 ]
 
 
-MARKS = {"code versions": "†", "protocols": "‡", "base weights": "§", "training data": "¶"}
+MARKS = {"code versions": "†", "protocols": "‡", "base weights": "§", "training data": "¶", "devices": "‖"}
 MEANINGS = {
     "code versions": "The runs behind it were trained or scored by different versions of the code.",
     "protocols": "The runs behind it were trained and scored under different protocols, or several versions of one.",
     "base weights": "The runs behind it started from different base weights, of one model and one quantisation.",
     "training data": "The runs behind it were trained on different rows.",
+    "devices": "The runs behind it were trained on different devices, whose rounding differs.",
 }
 
 
@@ -261,6 +262,7 @@ def mixed(scored: pd.DataFrame) -> list[str]:
         "protocols": len(protocols),
         "base weights": max(scored.groupby(["quantizer", "bits"], dropna=False)["base_hash"].nunique(), default=0),
         "training data": len({row["train_data_hash"] for row in trained}),
+        "devices": len({str(row["environment"].get("device")).partition(",")[0] for row in trained}),
     }
     return [name for name in MARKS if counts[name] > 1]
 

@@ -38,8 +38,15 @@ def evaluation_paths(run: RunPaths, config: Config) -> list[EvalPaths]:
 
 
 def evaluation_path(run: RunPaths, config: Config, benchmark: str, settings: Config) -> EvalPaths:
-    """The folder of one benchmark, named by the protocol that decides its prompts and by the settings."""
-    return run.evaluation(name_of(benchmark), protocol_of(config, settings)[0], settings)
+    """The folder of one benchmark, named by the protocol that decides its prompts and by the settings.
+
+    Of a likelihood benchmark not by the protocol's version: that is raised when answers are read otherwise, which does
+    not touch a likelihood; what decides the tokens is in the settings word for word.
+    """
+    name, asked = protocol_of(config, settings)[0], settings["asked"]
+    if "protocol" in asked:
+        asked = {**asked, "protocol": {key: value for key, value in asked["protocol"].items() if key != "version"}}
+    return run.evaluation(name_of(benchmark), name, {**settings, "asked": asked})
 
 
 def name_of(benchmark: str) -> str:

@@ -91,6 +91,9 @@ def test_a_mixed_cell_is_marked(tmp_path: Path, name: str) -> None:
         commit(run / "train.json", "a")
     elif name == "protocols":
         change(score_file(run), protocol_version=2)
+    elif name == "devices":
+        record = read_json(run / "train.json")
+        change(run / "train.json", environment=record["environment"] | {"device": "NVIDIA H200"})
     else:
         change(run / "train.json", **{{"base weights": "base_hash", "training data": "data_hash"}[name]: "0" * 64})
     table = method_table(load_runs(find_runs([tmp_path])).frame)

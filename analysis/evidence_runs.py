@@ -1,0 +1,230 @@
+"""The questions of docs/evidence.md, the settings that were run to answer them, and their comparisons."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import yaml
+from statsmodels.stats.multitest import multipletests
+
+from analysis.load import load_runs, records
+from analysis.nll import Difference, Items, nll_difference, verdict
+from experiments.errors import UserError
+
+PRIMARY = "gsm8k_nll"
+RETENTION = ("alpaca_nll", "arc_easy_nll", "code_alpaca_nll")
+ACCURACY = "mawps"
+OURS, BASE = "diablo-N24", "base"
+MODULES = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Question:
+    """Pairs of settings that are compared on `benchmarks` (several: their plain mean), and what the paper says."""
+
+    letter: str
+    title: str
+    pairs: tuple[tuple[str, str], ...]
+    paper: str
+    benchmarks: tuple[str, ...] = (PRIMARY,)
+
+
+def _against(ours: str, *others: str) -> tuple[tuple[str, str], ...]:
+    return tuple((ours, other) for other in others)
+
+
+PATTERNS = ("permuted_block", "random_block", "random_row", "random_column", "random_entry")
+LOW_RANK = ("lora", "dora", "pissa", "milora")
+MASKED = ", loss on prompt and answer"
+QUESTIONS = (
+    Question(
+        "a",
+        "DiaBlo against low-rank methods at equal parameters, and against full fine-tuning",
+        _against(OURS, *(f"{name}-r14" for name in LOW_RANK), "full")
+        + _against("diablo-N96", *(f"{name}-r4" for name in LOW_RANK), "full"),
+        "DiaBlo is above LoRA, DoRA, PiSSA and MiLoRA, and at or above full fine-tuning.",
+    ),
+    Question(
+        "b",
+        "The diagonal against other patterns of the same density",
+        _against(OURS, *(f"sparse-{pattern}" for pattern in PATTERNS), "smt-n709"),
+        "GSM8K with LLaMA3-8B at 1/64: the diagonal is best; random blocks, rows, columns and entries are below it.",
+    ),
+    Question(
+        "c",
+        "N against rank",
+        (("diablo-N96", "lora-r4"), ("diablo-N48", "lora-r7"), (OURS, "lora-r14"), ("diablo-N12", "lora-r28")),
+        "N=64 and N=128 score alike; scores rise slowly with more parameters.",
+    ),
+    Question(
+        "d",
+        "On one base quantised by MagR to 2 bits",
+        (("diablo-N24-magr2", "lora-r14-magr2"),),
+        "MagR + DiaBlo is above the rivals' rows, which have other quantisers.",
+    ),
+    Question(
+        "e",
+        "Loss on the prompt too, against loss on the answer alone",
+        ((f"{OURS}{MASKED}", OURS), (f"lora-r14{MASKED}", "lora-r14"), (f"{OURS}{MASKED}", f"lora-r14{MASKED}")),
+        "Not compared: the paper's rows mix both.",
+    ),
+    Question(
+        "f",
+        "Which modules, at 2.1 to 2.2 million parameters",
+        _against("diablo-N32", "diablo-N8, q k v", "diablo-N24, up down", "diablo-N48, q k v o gate up down"),
+        "Not compared.",
+    ),
+    Question(
+        "g",
+        "What is forgotten: the NLL of three other kinds of text",
+        _against(OURS, *(f"{name}-r14" for name in LOW_RANK), "full"),
+        "Not measured.",
+        RETENTION,
+    ),
+    Question(
+        "batch",
+        "Batches of 64 rows",
+        ((f"{OURS}, batch 64", "lora-r14, batch 64"), (f"{OURS}, batch 64", OURS), ("lora-r14, batch 64", "lora-r14")),
+        "Not compared.",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting at its chosen learning rate: its seeds, and every row's NLL as `(seeds, rows)` per benchmark."""
+
+    name: str
+    percent: float
+    rate: float | None
+    tried: list[tuple[float, float]]  # learning rate, loss on the held-out rows; NaN where it diverged
+    seeds: list[int]
+    items: dict[str, Items]
+    accuracy: list[float] = field(default_factory=list)
+
+    def nll(self, *benchmarks: str) -> float:
+        return float(np.mean([self.items[name].mean() for name in benchmarks]))
+
+    def by_seed(self, *benchmarks: str) -> Items:
+        return np.mean([self.items[name].mean(axis=1) for name in benchmarks], axis=0)
+
+    @property
+    def at_edge(self) -> bool:
+        rates = [rate for rate, _ in self.tried]
+        return len(rates) > 1 and self.rate in (min(rates), max(rates))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """First minus second of one question; `verdict` is of the first."""
+
+    question: str
+    first: str
+    second: str
+    difference: Difference
+    p_holm: float
+    verdict: str
+
+
+def settings_of(directories: Sequence[Path]) -> dict[str, Setting]:
+    """Every setting with a finished seed, by name."""
+    runs = load_runs(directories, quiet=True)
+    scored, answered = runs.likelihood.dropna(subset=["nll"]), runs.frame.loc[runs.frame["benchmark"] == ACCURACY]
+    every = pd.concat([runs.frame, runs.likelihood]).drop_duplicates("run_id")
+    found: dict[str, Setting] = {}
+    for _, of_group in every.groupby("group", sort=False):
+        part = scored.loc[scored["run_id"].isin(of_group["run_id"])]
+        if part.empty:
+            continue
+        rates = part["learning_rate"].unique()
+        if len(rates) > 1:  # a chosen rate changed with a larger grid: the registered choice counts
+            rates = of_group.loc[of_group["held_out_loss"].idxmin(), ["learning_rate"]].to_numpy()
+            part = part.loc[part["learning_rate"] == rates[0]]
+        whole = part.groupby("seed").filter(lambda rows: set(rows["benchmark"]) >= {PRIMARY, *RETENTION})
+        if whole.empty:
+            continue
+        first = records(of_group)[0]
+        seeds = sorted(int(seed) for seed in whole["seed"].unique())
+        tried = of_group.sort_values("seed").drop_duplicates("learning_rate").sort_values("learning_rate")
+        hits = answered.loc[answered["run_id"].isin(whole["run_id"])].sort_values("seed")["accuracy"].dropna()
+        name = _name(first)
+        if name in found:
+            raise UserError(f"{first['path']}: a second setting named {name}: name what tells them apart")
+        found[name] = Setting(
+            name=name,
+            percent=float(first["percent_of_base"]),
+            rate=None if name == BASE else float(rates[0]),
+            tried=[(row["learning_rate"], row["held_out_loss"]) for row in records(tried)] if name != BASE else [],
+            seeds=seeds,
+            items={
+                str(benchmark): np.stack(list(rows.sort_values("seed")["items"]))
+                for benchmark, rows in whole.groupby("benchmark")
+            },
+            accuracy=[float(value) for value in hits],
+        )
+    if BASE not in found:
+        raise UserError("no finished run of method=base: what is forgotten is measured against it")
+    return found
+
+
+def _name(row: dict[str, Any]) -> str:
+    """A setting's label with what it does not share with the other settings."""
+    config = yaml.safe_load((row["path"] / "config.yaml").read_text(encoding="utf-8"))
+    name, modules = row["label"], config["task"]["target_modules"]
+    if row["method"] not in (BASE, "full", "smt") and modules != MODULES:
+        name += ", " + " ".join(module.removesuffix("_proj") for module in modules)
+    if config["recipe"]["batch_size"] != BATCH:
+        name += f", batch {config['recipe']['batch_size']}"
+    if row["loss_on"] != "answer":
+        name += MASKED
+    return name
+
+
+def comparisons_of(settings: dict[str, Setting]) -> list[Comparison]:
+    """Every registered comparison of two settings that have two common seeds, corrected within its question."""
+    found = []
+    for question in QUESTIONS:
+        family = []
+        for first, second in question.pairs:
+            if first in settings and second in settings:
+                pair = _common(settings[first], settings[second], question.benchmarks)
+                if pair is not None:
+                    family.append((first, second, nll_difference(*pair)))
+        if not family:
+            continue
+        corrected = cast(Sequence[float], multipletests([row[2].p for row in family], method="holm")[1])
+        for (first, second, difference), p in zip(family, corrected, strict=True):
+            found.append(Comparison(question.letter, first, second, difference, float(p), verdict(difference, p)))
+    return found
+
+
+def _common(first: Setting, second: Setting, names: Sequence[str]) -> tuple[list[Items], list[Items]] | None:
+    seeds = [seed for seed in first.seeds if seed in second.seeds]
+    if len(seeds) < 2:
+        return None
+    return (
+        [first.items[name][[first.seeds.index(seed) for seed in seeds]] for name in names],
+        [second.items[name][[second.seeds.index(seed) for seed in seeds]] for name in names],
+    )
+
+
+def about(directories: Sequence[Path]) -> dict[str, Any]:
+    """Devices, dtypes, commits and the number of runs that the page rests on."""
+    runs = load_runs(directories, quiet=True)
+    frame = runs.frame.drop_duplicates("run_id").dropna(subset=["steps"])
+    environments = [row for row in frame["environment"] if isinstance(row, dict)]
+    return {
+        "runs": len(frame),
+        "scored": len(set(runs.likelihood.dropna(subset=["nll"])["run_id"])),
+        "devices": sorted({row["device"] for row in environments}),
+        "torch": sorted({row["torch"] for row in environments}),
+        "commits": sorted({row["commit"] or "unknown" for row in environments}),
+        "seconds": math.fsum(frame["train_seconds"].dropna()),
+    }

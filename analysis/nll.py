@@ -1,0 +1,76 @@
+"""Differences in negative log-likelihood (NLL) between two settings, over seeds and test rows.
+
+Both settings were trained with the same seeds, where one seed means the same rows in the same order, and scored on the
+same test rows. Lower is better, so a difference below zero says that the first setting is better.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import t as student
+
+LEVEL = 0.95
+POWER = 0.8
+MARGIN = 0.01  # nats per token; within it two settings count as equal, 1 % of perplexity
+SEEDS_FOR_A_VERDICT = 5
+
+Items = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`mean` of first minus second with its 95 % interval; `p` of no difference; `smallest`: found with 80 % power."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    smallest: float
+    seeds: int
+
+
+def nll_difference(first: Sequence[Items], second: Sequence[Items]) -> Difference:
+    """The difference of two settings, averaged over benchmarks.
+
+    SE² = var(d_s) / S + mean of the benchmarks' var_rows / R: d_s is the difference of seed s, var_rows the variance
+    over the R rows of the difference averaged over seeds. The two share the interaction of rows and seeds, so that the
+    interval is slightly too wide. Student's t has S - 1 degrees of freedom.
+
+    Args:
+        first, second: one (seeds, rows) array per benchmark, each row's NLL scaled so that the mean over rows is the
+            NLL per token.
+
+    Raises:
+        ValueError: other shapes on the two sides, or fewer than two seeds.
+    """
+    if [part.shape for part in first] != [part.shape for part in second]:
+        raise ValueError(
+            f"{[part.shape for part in first]} and {[part.shape for part in second]} are not the same rows"
+        )
+    differences = [one - other for one, other in zip(first, second, strict=True)]
+    seeds, parts = len(differences[0]), len(differences)
+    if seeds < 2:
+        raise ValueError("one seed says nothing about the spread over seeds")
+    by_seed = np.mean([part.mean(axis=1) for part in differences], axis=0)
+    of_rows = sum(float(part.mean(axis=0).var(ddof=1)) / part.shape[1] for part in differences) / parts**2
+    error = math.sqrt(float(by_seed.var(ddof=1)) / seeds + of_rows)
+    mean, df = float(by_seed.mean()), seeds - 1
+    quantile = float(student.ppf((1 + LEVEL) / 2, df))
+    p = 2 * float(student.sf(abs(mean) / error, df)) if error else float(mean == 0)
+    smallest = (quantile + float(student.ppf(POWER, df))) * error
+    return Difference(mean, mean - quantile * error, mean + quantile * error, p, smallest, seeds)
+
+
+def verdict(difference: Difference, p_holm: float) -> str:
+    """What the registered rule says of the first setting."""
+    if difference.seeds < SEEDS_FOR_A_VERDICT:
+        return f"cannot say ({difference.seeds} seeds)"
+    within = difference.low > -MARGIN and difference.high < MARGIN
+    if p_holm < 1 - LEVEL:
+        return ("better" if difference.mean < 0 else "worse") + (f", by less than {MARGIN}" if within else "")
+    return f"equal within {MARGIN}" if within else "cannot say"
