@@ -129,7 +129,7 @@ def _within(path: str, folders: Sequence[str]) -> bool:
 
 def _is_root() -> bool:
     """The machine's own root, not one that a container maps to an ordinary user."""
-    return os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split()[:2] == ["0", "0"]
+    return os.geteuid() == 0 and Path("/proc/self/uid_map").read_text(encoding="utf-8").split()[:2] == ["0", "0"]
 
 
 def _remedy(install: str) -> str:

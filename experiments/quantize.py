@@ -236,7 +236,7 @@ def calibration_tokens(config: Config) -> Tensor | None:
     if wanted["text"] is not None:
         if not Path(wanted["text"]).is_file():
             raise UserError(f"quantization.calibration.text={wanted['text']}: no such file")
-        tokens = torch.tensor(tokenizer(Path(wanted["text"]).read_text(), verbose=False)["input_ids"])
+        tokens = torch.tensor(tokenizer(Path(wanted["text"]).read_text(encoding="utf-8"), verbose=False)["input_ids"])
     else:
         rows = load_rows(config["task"]["data"], "train", config["runtime"]["data_root"])
         cache = Path(config["runtime"]["cache_dir"])

@@ -188,7 +188,7 @@ def step_times_file(folder: Path) -> Path:
 
 
 def change(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
 
 
 def write_spectra(run: Path, steps: int = 2, blocks: int = 2) -> None:

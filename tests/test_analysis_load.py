@@ -111,7 +111,7 @@ def test_the_base_model_has_no_learning_rate_and_no_training_time(tmp_path: Path
 
 
 def half_write(path: Path) -> None:
-    path.write_text(path.read_text()[:100])
+    path.write_text(path.read_text(encoding="utf-8")[:100], encoding="utf-8")
 
 
 DAMAGES = {

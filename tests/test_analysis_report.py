@@ -164,7 +164,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_report_is_one_page_with_its_files(report: Path) -> None:
-    text = report.read_text()
+    text = report.read_text(encoding="utf-8")
     for words in (
         "A &lt;title&gt;",
         "Rates were chosen &amp; fixed.",
@@ -203,7 +203,7 @@ def test_the_page_in_a_browser(report: Path, tmp_path: Path, width: int) -> None
         inner: innerWidth, scroll: document.documentElement.scrollWidth,
         images: [...document.images].map(image => [image.alt.length, image.naturalWidth]),
         tables: document.querySelectorAll("table").length, errors: window.seen}), "*"), 100))</script>"""
-    text = report.read_text().replace("<head>", "<head>" + errors).replace("</body>", probe + "</body>")
+    text = report.read_text(encoding="utf-8").replace("<head>", "<head>" + errors).replace("</body>", probe + "</body>")
     (tmp_path / "page.html").write_text(text)
     (tmp_path / "frame.html").write_text(
         f"""<iframe src="page.html" style="border:0;width:{width}px;height:900px"></iframe><pre id="seen"></pre>

@@ -85,7 +85,7 @@ def in_mode(mode: str) -> Any:
 
 def run_script(script: Path, code: str) -> subprocess.CompletedProcess[str]:
     """The code in two gloo processes."""
-    script.write_text(code)
+    script.write_text(code, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     return subprocess.run(
         [*command, "--nproc_per_node=2", str(script), str(script.parent)],

@@ -147,7 +147,7 @@ def start_two(run: RunPaths, port: int) -> list[subprocess.Popen[str]]:
 def listens(process: subprocess.Popen[str]) -> bool:
     """Whether a process catches SIGTERM yet: in its first tenths of a second it dies of it, and the other waits."""
     with contextlib.suppress(OSError):
-        status = Path(f"/proc/{process.pid}/status").read_text()
+        status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
         caught = int(re.findall(r"SigCgt:\s*(\w+)", status)[0], 16)
         return bool(caught >> (signal.SIGTERM - 1) & 1)
     return False

@@ -50,7 +50,7 @@ def test_two_stages_from_one_submission(
 ) -> None:
     """Nobody is logged in between: a job chooses the learning rates and submits the rest, another writes the report."""
     monkeypatch.chdir(tmp_path)
-    Path("two_stages.yaml").write_text(FILE.format(by="loss", rates="1e-3,1e-2"))
+    Path("two_stages.yaml").write_text(FILE.format(by="loss", rates="1e-3,1e-2"), encoding="utf-8")
     small = [*SMALL, "recipe.max_steps=4", f"runtime.cache_dir={cache_dir}"]
     arguments = ["experiment=two_stages.yaml", *small, f"runtime.runs_dir={tmp_path / 'runs'}"]
     submit.submit_from(submit.parse([*arguments, CLUSTER, "--pack", "5"]))

@@ -148,5 +148,5 @@ def test_two_processes_on_two_nodes(cluster: SlurmCluster, tmp_path: Path, cache
 
 def _is_told(pid: int, number: signal.Signals) -> bool:
     """Whether a signal waits for a process that stands still."""
-    lines = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    lines = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines())
     return any(int(lines[which], 16) >> (number - 1) & 1 for which in ("SigPnd", "ShdPnd"))

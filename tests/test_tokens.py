@@ -113,7 +113,7 @@ def test_whatever_decides_the_tokens_gets_its_own_folder(
     tokenised(protocol, tokenizer, last_changed, tmp_path)
     tokenised(protocol, tokenizer, few[::-1], tmp_path)
     edited = tmp_path / "prompts.py"
-    edited.write_text(f"{Path(prompts.__file__).read_text()}\n")
+    edited.write_text(f"{Path(prompts.__file__).read_text(encoding='utf-8')}\n")
     monkeypatch.setattr(prompts, "__file__", str(edited))
     tokenised(protocol, tokenizer, few, tmp_path)
     assert len(folders(tmp_path)) == 6
