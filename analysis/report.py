@@ -107,7 +107,7 @@ def write_report(
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    page = environment.from_string(TEMPLATE.read_text()).render(
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title,
         notes=notes,
         facts=_facts(runs.frame),
@@ -122,7 +122,7 @@ def write_report(
         times=times,
         gradients=[_embed(picture, out) for picture in gradients],
         spectra=[_embed(picture, out) for picture in spectra],
-        differences=list(csv.DictReader(DIFFERENCES.read_text().splitlines())),
+        differences=list(csv.DictReader(DIFFERENCES.read_text(encoding="utf-8").splitlines())),
         problems=runs.problems + not_drawn + unread,
         hashes=_hashes(runs.frame),
         environment=_environment(runs.frame),

@@ -82,7 +82,7 @@ class Heartbeat:
         content = {**self.who, "step": self.step, "steps": self._steps, **speed, "beat": self._beat}
         aside = self.run.heartbeat.with_name(".heartbeat.json")
         with suppress(OSError):  # a full disk shall not stop a run that has nothing else to write
-            aside.write_text(json.dumps({**content, "time": time.time()}) + "\n")
+            aside.write_text(json.dumps({**content, "time": time.time()}) + "\n", encoding="utf-8")
             os.replace(aside, self.run.heartbeat)
 
 
@@ -166,7 +166,7 @@ def _is_preemption(error: BaseException) -> bool:
 
 def _read_attempts(run: RunPaths) -> list[dict[str, Any]]:
     try:
-        return json.loads(run.attempts.read_text())
+        return json.loads(run.attempts.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
     except ValueError as error:

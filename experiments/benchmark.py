@@ -172,7 +172,7 @@ def architecture(name: str) -> dict[str, Any]:
     path = CONFIGS / "model" / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"--models {name}: no file {path.name} in configs/model, and not llama_100m")
-    return yaml.safe_load(path.read_text())["architecture"]
+    return yaml.safe_load(path.read_text(encoding="utf-8"))["architecture"]
 
 
 def machine_rates(options: Any) -> dict[str, float]:

@@ -119,7 +119,7 @@ def write_choices(found: Stages) -> None:
         }
         path = run_paths(config).learning_rate
         text = json.dumps(choice, indent=1) + "\n"
-        if not path.is_file() or path.read_text() != text:
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
             write_atomically(path, text)
 
 

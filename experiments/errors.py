@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import io
 import os
 import re
 import signal
@@ -75,12 +76,20 @@ def one_line(error: BaseException) -> str:
     return out_of_memory(error) or ("" if plain else f"{type(error).__name__}: ") + " ".join(str(error).split())
 
 
+def _text_is_utf8() -> list[str]:
+    """The command's arguments. They and the standard streams are UTF-8 whatever the locale, as files are."""
+    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors=errors)
+    return [os.fsencode(argument).decode("utf-8", "surrogateescape") for argument in sys.argv[1:]]
+
+
 def run_command(main: Callable[[list[str]], int | None]) -> None:
     """Run a command line: exit status 0 or what `main` returns, 1 with one line for a mistake, 130 when interrupted.
 
     75, sysexits.h's EX_TEMPFAIL, when it was asked to stop by a signal: the same command goes on from there.
     """
-    arguments = sys.argv[1:]
+    arguments = _text_is_utf8()
     debug = "--debug" in arguments
     try:
         status = main([argument for argument in arguments if argument != "--debug"])
@@ -95,6 +104,14 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
+    except UnicodeEncodeError as error:
+        if debug or sys.getfilesystemencoding() == "utf-8":
+            raise
+        print(
+            f"error: {error.object!r:.200} cannot be a path, the locale has {error.encoding}: set LC_ALL=C.UTF-8",
+            file=sys.stderr,
+        )
+        status = 1
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         memory = out_of_memory(error)
         if debug or not (memory or isinstance(error, UserError | OSError)):

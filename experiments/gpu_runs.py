@@ -162,7 +162,7 @@ def _train_and_kill(run: RunPaths) -> None:
     """SIGKILL for a training in a process of its own, some steps after a checkpoint."""
     command = [sys.executable, "-m", "experiments.train", str(run.root)]
     process = subprocess.Popen(
-        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8"
     )
     try:
         while process.poll() is None:

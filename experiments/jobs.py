@@ -17,6 +17,7 @@ from typing import Any
 
 from experiments.choose import Stages, rule, stages_of
 from experiments.evaluations import evaluation_paths
+from experiments.follows import check_score, check_training
 from experiments.plan import plan, run_paths, write_runs
 from experiments.records import (
     EvalRecord,
@@ -158,10 +159,12 @@ def finished_outcome(job: Job) -> str | None:
     """The outcome of a finished job whose adapter is not here, as of one that was trained elsewhere; else None."""
     if job.run.adapter.is_dir() or not job.is_finished():
         return None
-    paths = evaluation_paths(job.run, job.config) if job.score else []
-    return outcome(
-        read_record(job.run.train_record, TrainRecord), [read_record(path.score, EvalRecord) for path in paths]
-    )
+    trained, scores = read_record(job.run.train_record, TrainRecord), []
+    check_training(job.run, job.config, trained)
+    for paths in evaluation_paths(job.run, job.config) if job.score else []:
+        scores.append(read_record(paths.score, EvalRecord))
+        check_score(paths, scores[-1])
+    return outcome(trained, scores)
 
 
 def take_in(configs: Sequence[Config], folder: Path) -> int:

@@ -189,7 +189,7 @@ def _own_protocol(task: str) -> str:
 @lru_cache
 def _default(file: str, key: str) -> str:
     """What a config file's defaults list says for a group."""
-    defaults = yaml.safe_load((CONFIGS / f"{file}.yaml").read_text())["defaults"]
+    defaults = yaml.safe_load((CONFIGS / f"{file}.yaml").read_text(encoding="utf-8"))["defaults"]
     return next(entry[key] for entry in defaults if key in entry)
 
 

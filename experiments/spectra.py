@@ -152,7 +152,7 @@ class MeasureSpectra(TrainerCallback):
                 lines.setdefault(name, {})[side] = known[id(matrix)]
         self.seen = {}
         record = {"step": step, "tokens": len(self.places), "seconds": round(time.perf_counter() - started, 4)}
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**record, "layers": lines}) + "\n")
 
 

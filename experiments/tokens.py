@@ -140,6 +140,6 @@ def _write(protocol: dict[str, Any], tokenizer: PreTrainedTokenizerBase, rows: S
 def _whole(folder: Path) -> bool:
     """Whether the folder holds what was written. A hash of a file in memory's cache takes a second per gigabyte."""
     try:
-        return json.loads((folder / MANIFEST).read_text())["sha256"] == file_hash(folder / TOKENS)
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"] == file_hash(folder / TOKENS)
     except (OSError, ValueError, KeyError, TypeError):
         return False

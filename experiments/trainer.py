@@ -188,7 +188,7 @@ class RunTrainer(Trainer):
             "seconds": round(now - self.last_step_end, 6),
         }
         self.last_step_end = now
-        with self.metrics.open("a") as file:
+        with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -226,7 +226,7 @@ class RunTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         tensors, rest = checkpoints.random_state()
         save_file(tensors, aside / f"random-{self.args.process_index}.safetensors")
-        (aside / f"random-{self.args.process_index}.json").write_text(json.dumps(rest))
+        (aside / f"random-{self.args.process_index}.json").write_text(json.dumps(rest), encoding="utf-8")
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             weights = {name: parameter.detach().cpu().contiguous() for name, parameter in self.trained.items()}
@@ -240,7 +240,7 @@ class RunTrainer(Trainer):
                 "seconds": self.train_seconds(),
                 "resumed_at": self.resumed_at,
             }
-            (aside / "progress.json").write_text(json.dumps(progress))
+            (aside / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
             self.state.save_to_json(str(aside / "trainer_state.json"))
             checkpoints.publish(aside, final, self.meta)
         self.accelerator.wait_for_everyone()
@@ -256,7 +256,7 @@ class RunTrainer(Trainer):
         if checkpoint is None:
             return
         folder = Path(checkpoint)
-        progress = json.loads((folder / "progress.json").read_text())
+        progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
         optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
         tensors = load_file(folder / "optimizer.safetensors")
         optimizer.load_state_dict(checkpoints.unflatten_optimizer(tensors, progress["optimizer"]))
@@ -270,7 +270,7 @@ class RunTrainer(Trainer):
         name = Path(checkpoint) / f"random-{self.args.process_index}"
         if not name.with_suffix(".json").is_file():
             raise RuntimeError(f"{checkpoint} was written by fewer processes than now run: resume with as many")
-        rest = json.loads(name.with_suffix(".json").read_text())
+        rest = json.loads(name.with_suffix(".json").read_text(encoding="utf-8"))
         checkpoints.restore_random_state(load_file(name.with_suffix(".safetensors")), rest)
 
 

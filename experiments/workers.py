@@ -89,7 +89,6 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
-            text=True,
             encoding="utf-8",
         )
         assert self.process.stdout is not None

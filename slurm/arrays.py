@@ -85,7 +85,7 @@ def submit_array(manifest: Manifest, array: Array, cluster: Cluster, dependency:
     path = folder / "manifest.json"
     digest = write_manifest(path, manifest)
     command = ["slurm.job", str(path), digest]
-    (folder / "job.sh").write_text(job_script(cluster, array.resources, manifest.code, command))
+    (folder / "job.sh").write_text(job_script(cluster, array.resources, manifest.code, command), encoding="utf-8")
     limit = f"%{array.parallel}" if array.parallel else ""
     options = [f"--array=0-{len(manifest.tasks) - 1}{limit}", f"--comment={path}", f"--output={folder}/logs/%A_%a.log"]
     return sbatch(folder, manifest.experiment, cluster, options, dependency)

@@ -59,7 +59,7 @@ def measure_sweep(runs: int, runs_dir: Path) -> Iterator[tuple[str, float]]:
         time.sleep(0.1)
     for run in runs_dir.glob("*/config.yaml"):
         attempts = [{"how": "preempted", "stage": "train", "host": "n1"}, {"how": "failed", "error": "no data"}]
-        (run.parent / "attempts.json").write_text(json.dumps(attempts))
+        (run.parent / "attempts.json").write_text(json.dumps(attempts), encoding="utf-8")
     yield "status, all failed", timed(lambda: table(statuses(runs_dir)))[0]
 
 
@@ -84,7 +84,7 @@ def measure_start(folder: Path) -> Iterator[tuple[str, float]]:
         started = time.time()
         run = _train(folder, "method=diablo", "recipe.max_steps=1", seed=seed)
         first.append(run.metrics.stat().st_mtime - started)
-        whole.append(json.loads(run.attempts.read_text())[-1]["ended"] - started)
+        whole.append(json.loads(run.attempts.read_text(encoding="utf-8"))[-1]["ended"] - started)
     yield "start of Python, torch, transformers and peft, best of 3", min(imports)
     yield "start of a run to the end of its first step, all of that included, best of 3", min(first)
     yield "a run of one step, best of 3", min(whole)

@@ -129,7 +129,7 @@ def read_cluster(name: str, overrides: Iterable[str] = ()) -> Cluster:
         )
     overrides = list(overrides)
     try:
-        content = yaml.safe_load(path.read_text()) or {}
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         for override in overrides:
             key, _, value = override.partition("=")
             content[key] = yaml.safe_load(value)

@@ -46,7 +46,7 @@ def submit_follow_up(
     # A job that submits jobs must not hand them its own size.
     forget = 'for name in "${!SLURM_@}"; do [ "$name" = SLURM_CONF ] || unset "$name"; done'
     script = job_script(cluster, cluster.resources("", "follow_up"), code, command, before=[forget])
-    (folder / "job.sh").write_text(script)
+    (folder / "job.sh").write_text(script, encoding="utf-8")
     dependency = f"afterany:{':'.join(after)}" if after else ""
     return sbatch(folder, name, cluster, [f"--comment={comment}", f"--output={folder}/follow_up.log"], dependency)
 

@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
     log = log_of(options.run)
     if options.follow:
         os.execvp("tail", ["tail", "-n", "+1", "-F", str(log)])
-    sys.stdout.write(log.read_text(errors="replace"))
+    sys.stdout.write(log.read_text(errors="replace", encoding="utf-8"))
 
 
 if __name__ == "__main__":

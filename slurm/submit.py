@@ -165,7 +165,7 @@ def _submitter_lock(runs_dir: Path) -> Iterator[None]:
     """One submitter per folder of runs. The system lets go of it when its holder ends, however it ends."""
     path = submissions(runs_dir) / "lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -119,7 +119,7 @@ def write_run(
         scalars = {"step": step, "loss": 4 / step, "learning_rate": learning_rate, "seconds": 0.03}
         total = float(np.sqrt(np.sum(np.square(norms))))
         lines.append(json.dumps({**scalars, "gradient_norm": total, "gradient_norms": norms}) + "\n")
-    run.metrics.write_text("".join(lines))
+    run.metrics.write_text("".join(lines), encoding="utf-8")
     for name, found in ((benchmark, items), ("gsm8k_nll", nll)):
         if found is not None:
             score = _score(identity, name, protocol, found, model, adapter_files)
@@ -182,7 +182,8 @@ def step_times_file(folder: Path) -> Path:
     seconds = {"floor": [0.1, 0.2, 0.1, 0.1, 0.2], "lora-r7": [0.11, 0.24, 0.13, 0.14, 0.3]}
     path = folder / "step_times.json"
     path.write_text(
-        json.dumps({"schema": 1, "model": "tiny", "device": "a CPU", "batch": [16, 64], "seconds": seconds})
+        json.dumps({"schema": 1, "model": "tiny", "device": "a CPU", "batch": [16, 64], "seconds": seconds}),
+        encoding="utf-8",
     )
     return path
 
@@ -207,4 +208,4 @@ def write_spectra(run: Path, steps: int = 2, blocks: int = 2) -> None:
         }
         layers = {f"model.layers.{layer}.{module}": sides for layer in range(LAYERS) for module in MODULES}
         lines.append(json.dumps({"step": step, "tokens": 64, "seconds": 0.01, "layers": layers}) + "\n")
-    RunPaths(run).spectra.write_text("".join(lines))
+    RunPaths(run).spectra.write_text("".join(lines), encoding="utf-8")

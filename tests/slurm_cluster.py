@@ -103,10 +103,10 @@ class SlurmCluster:
             nodes=self.nodes,
             loopback=",NoInAddrAny" if on_loopback else "",
         )
-        (self.root / "slurm.conf").write_text(text)
-        (self.root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        (self.root / "slurm.conf").write_text(text, encoding="utf-8")
+        (self.root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n", encoding="utf-8")
         gpus = f"AutoDetect=off\nNodeName=n[1-{self.nodes}] Name=gpu File={self.root}/dev/nvidia[0-1]\n"
-        (self.root / "gres.conf").write_text(gpus)
+        (self.root / "gres.conf").write_text(gpus, encoding="utf-8")
         munge = self.root / "munge"
         self._daemon(
             "munged",
@@ -144,7 +144,7 @@ class SlurmCluster:
 
     def output(self, *command: str) -> str:
         """Standard output of a command of Slurm; "" if it fails."""
-        result = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        result = subprocess.run(command, env=self.environment, capture_output=True, encoding="utf-8", timeout=60)
         return result.stdout if result.returncode == 0 else ""
 
     def job(self, job: str) -> dict[str, str]:

@@ -41,7 +41,7 @@ def result(run: RunPaths) -> dict[str, Any]:
         "weights": weights,  # PEFT writes a set into adapter_config.json, in no fixed order
         "train": {name: getattr(trained, name) for name in TRAINED},
         "eval": [{name: getattr(score, name) for name in SCORED} for score in scores],
-        "completions": [paths.samples.read_text().splitlines()[1:] for paths in run.evaluations()],
+        "completions": [paths.samples.read_text(encoding="utf-8").splitlines()[1:] for paths in run.evaluations()],
     }
 
 
@@ -71,7 +71,7 @@ class Running:
         return state
 
     def pid(self) -> int:
-        return json.loads(self.run.heartbeat.read_text())["pid"]
+        return json.loads(self.run.heartbeat.read_text(encoding="utf-8"))["pid"]
 
     def steps(self) -> int:
         return steps(self.run)
@@ -99,7 +99,7 @@ class Running:
 
     def log(self) -> str:
         logs = [*self.runs_dir.glob(".slurm/*/logs/*.log"), self.run.root / "slurm.log"]
-        return "\n".join(log.read_text(errors="replace") for log in logs)
+        return "\n".join(log.read_text(errors="replace", encoding="utf-8") for log in logs)
 
 
 def steps(run: RunPaths) -> int:

@@ -35,14 +35,14 @@ def runs(tmp_path: Path) -> list[Path]:
     several = RunPaths(write_run(folder, "dora", items=[1, 1, 0], mean_with="other"))
     other = several.evaluation("other", "plain", {}).score
     other.parent.mkdir(parents=True)
-    other.write_text(score_file(several.root).read_text())
+    other.write_text(score_file(several.root).read_text(encoding="utf-8"), encoding="utf-8")
     change(other, benchmark="other", items=[0.5, 1.0], n=2, accuracy=0.75, standard_error=0.25, beside={"pass@5": 0.5})
     write_run(folder, "sparse", pattern="banded", items=[1, 0])
     write_run(folder, "pissa")
     RunPaths(write_run(folder, "milora", items=[0, 1])).train_record.unlink()
-    score_file(write_run(folder, "full", items=[0, 1])).write_text('{"half')
+    score_file(write_run(folder, "full", items=[0, 1])).write_text('{"half', encoding="utf-8")
     (folder / "broken").mkdir()
-    (folder / "broken" / "config.yaml").write_text("[")
+    (folder / "broken" / "config.yaml").write_text("[", encoding="utf-8")
     return find_runs([folder])
 
 
@@ -110,10 +110,15 @@ def test_one_id_with_two_configs_shows_the_difference(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", items=[1, 0])
     copy = shutil.copytree(run, tmp_path / "b" / run.name)
     config = copy / "config.yaml"
-    config.write_text(config.read_text().replace("epochs: 1", "epochs: 2").replace("device: cpu", "device: cuda"))
+    config.write_text(
+        config.read_text(encoding="utf-8").replace("epochs: 1", "epochs: 2").replace("device: cpu", "device: cuda"),
+        encoding="utf-8",
+    )
     with pytest.raises(UserError, match=r"different configs: recipe\.epochs is 1 and 2$"):
         load_runs([run, copy])
-    config.write_text((run / "config.yaml").read_text().replace("device: cpu", "device: cuda"))
+    config.write_text(
+        (run / "config.yaml").read_text(encoding="utf-8").replace("device: cpu", "device: cuda"), encoding="utf-8"
+    )
     assert load_runs([run, copy]).problems == [f"{copy}: the same run as {run}, left out"]
 
 
@@ -134,17 +139,24 @@ def test_ten_thousand_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     machine: there it is the share of the first load that must hold."""
     monkeypatch.setenv("DIABLO_CACHE", str(tmp_path / "cache"))
     model = write_run(tmp_path / "model", items=[1, 0] * 200, steps=0)
-    config = yaml.safe_load((model / "config.yaml").read_text())
-    texts = {path.relative_to(model): path.read_text() for path in (model / "train.json", score_file(model))}
+    config = yaml.safe_load((model / "config.yaml").read_text(encoding="utf-8"))
+    texts = {
+        path.relative_to(model): path.read_text(encoding="utf-8") for path in (model / "train.json", score_file(model))
+    }
     for seed in range(10_000):
         name = run_id(config | {"seed": seed})
         run = tmp_path / "runs" / name
         run.mkdir(parents=True)
-        text = (model / "config.yaml").read_text().replace("seed: 0", f"seed: {seed}").replace(model.name, name)
-        (run / "config.yaml").write_text(text)
+        text = (
+            (model / "config.yaml")
+            .read_text(encoding="utf-8")
+            .replace("seed: 0", f"seed: {seed}")
+            .replace(model.name, name)
+        )
+        (run / "config.yaml").write_text(text, encoding="utf-8")
         for relative, record in texts.items():
             (run / relative).parent.mkdir(parents=True, exist_ok=True)
-            (run / relative).write_text(record.replace(model.name, name))
+            (run / relative).write_text(record.replace(model.name, name), encoding="utf-8")
     first, reading = timed_load(tmp_path / "runs")
     again = [timed_load(tmp_path / "runs") for _ in range(3)]
     assert (len(first.frame), first.problems) == (10_000, [])

@@ -82,7 +82,7 @@ def test_likelihoods_stand_in_a_frame_of_their_own(tmp_path: Path) -> None:
     with_mean = write_run(tmp_path, "full", items=[1, 0], mean_with="svamp", nll=[2.0, 3.0], task="gsm8k")
     svamp = RunPaths(with_mean).evaluation("svamp", "plain", {}).score
     svamp.parent.mkdir(parents=True)
-    svamp.write_text(next(with_mean.glob("eval/gsm8k/*/score.json")).read_text())
+    svamp.write_text(next(with_mean.glob("eval/gsm8k/*/score.json")).read_text(encoding="utf-8"), encoding="utf-8")
     change(svamp, benchmark="svamp")
     runs = load_runs([both, plain, missing, only, with_mean], quiet=True)
     assert runs.problems == [
@@ -118,8 +118,8 @@ DAMAGES = {
     "half-written score": lambda run: half_write(score_file(run)),
     "half-written training record": lambda run: half_write(run / "train.json"),
     "binary rubbish": lambda run: score_file(run).write_bytes(b"\xff\xfe\x00"),
-    "empty": lambda run: score_file(run).write_text(""),
-    "a list": lambda run: score_file(run).write_text("[]"),
+    "empty": lambda run: score_file(run).write_text("", encoding="utf-8"),
+    "a list": lambda run: score_file(run).write_text("[]", encoding="utf-8"),
     "another schema": lambda run: change(score_file(run), schema=99),
     "a field too many": lambda run: change(score_file(run), unheard_of=1),
     "items that are no numbers": lambda run: change(score_file(run), items=["a", None]),
@@ -148,7 +148,7 @@ def test_a_damaged_record_is_named_and_left_out(tmp_path: Path, damage: Any) -> 
 @pytest.mark.parametrize("text", ["", "model: [", "seed: 0\n", "just words"])
 def test_a_directory_without_a_good_config_is_a_problem(tmp_path: Path, text: str) -> None:
     run = write_run(tmp_path, items=[1, 0])
-    (run / "config.yaml").write_text(text)
+    (run / "config.yaml").write_text(text, encoding="utf-8")
     runs = load_runs([run, tmp_path / "nothing-here"])
     assert runs.frame.empty
     assert [str(run) in runs.problems[0], "nothing-here" in runs.problems[1]] == [True, True]
@@ -156,7 +156,9 @@ def test_a_directory_without_a_good_config_is_a_problem(tmp_path: Path, text: st
 
 def test_an_edited_config_is_left_out(tmp_path: Path) -> None:
     run = write_run(tmp_path, items=[1, 0])
-    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("epochs: 1", "epochs: 2"))
+    (run / "config.yaml").write_text(
+        (run / "config.yaml").read_text(encoding="utf-8").replace("epochs: 1", "epochs: 2"), encoding="utf-8"
+    )
     assert "frozen" in load_runs([run]).problems[0]
 
 
@@ -178,8 +180,10 @@ def test_runs_are_found_in_folders(tmp_path: Path) -> None:
 
 def test_metrics_have_a_column_per_tensor(tmp_path: Path) -> None:
     run = RunPaths(write_run(tmp_path, "diablo", steps=5))
-    done_again = run.metrics.read_text().splitlines(keepends=True)[3].replace('"loss": 1.0', '"loss": 0.5')
-    run.metrics.write_text(run.metrics.read_text() + done_again + '{"step": 6, "lo')
+    done_again = (
+        run.metrics.read_text(encoding="utf-8").splitlines(keepends=True)[3].replace('"loss": 1.0', '"loss": 0.5')
+    )
+    run.metrics.write_text(run.metrics.read_text(encoding="utf-8") + done_again + '{"step": 6, "lo', encoding="utf-8")
     metrics = load_metrics(run.root)
     assert metrics.index.tolist() == [1, 2, 3, 4, 5]
     assert metrics["loss"].tolist() == [4, 2, 4 / 3, 0.5, 0.8]
@@ -191,7 +195,7 @@ def test_metrics_have_a_column_per_tensor(tmp_path: Path) -> None:
 
 def test_metrics_that_do_not_fit_the_record_are_refused(tmp_path: Path) -> None:
     run = RunPaths(write_run(tmp_path))
-    run.metrics.write_text('{"step": 1, "loss": 1, "gradient_norms": [1, 2]}\n')
+    run.metrics.write_text('{"step": 1, "loss": 1, "gradient_norms": [1, 2]}\n', encoding="utf-8")
     with pytest.raises(UserError, match="one gradient norm for each of the 16 tensors"):
         load_metrics(run.root)
     run.metrics.unlink()
@@ -210,7 +214,7 @@ def test_step_times_are_ratios_within_a_round(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["{}", '{"schema": 2}', '{"schema": 1, "seconds": {"lora-r7": [1]}}', "[]", "words"])
 def test_a_file_that_is_no_measurement_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "times.json"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"times\.json"):
         load_step_times(path)
 
@@ -223,7 +227,7 @@ def test_the_mean_over_benchmarks_needs_them_all(tmp_path: Path) -> None:
     first = score_file(run.root)
     second = run.evaluation("other", "plain", {}).score
     second.parent.mkdir(parents=True)
-    second.write_text(first.read_text())
+    second.write_text(first.read_text(encoding="utf-8"), encoding="utf-8")
     change(second, benchmark="other", items=[0.0, 1.0], n=2, accuracy=0.5, no_match=2, standard_error=0.125**0.5)
     (row,) = records(load_runs([run.root]).frame.query("benchmark == 'mean of 2'"))
     assert (row["accuracy"], row["n"], row["no_match"], row["protocol"]) == (0.625, 6, 3, "plain")
@@ -238,7 +242,7 @@ def test_a_quick_look_is_no_part_of_a_mean(tmp_path: Path) -> None:
     for benchmark, limit, name in (("other", None, "whole"), ("arith", 2, "quick")):
         copy = run.evaluation(benchmark, "plain", {"name": name}).score
         copy.parent.mkdir(parents=True)
-        copy.write_text(whole.read_text())
+        copy.write_text(whole.read_text(encoding="utf-8"), encoding="utf-8")
         generation = {"limit": limit, "generation": {"max_new_tokens": 32, "num_beams": 1}}
         change(copy, benchmark=benchmark, generation=generation)
     runs = load_runs([run.root])

@@ -81,11 +81,15 @@ def test_likelihoods_change_no_page(tmp_path: Path) -> None:
                 write_run(tmp_path / folder, method, seed=seed, items=items, nll=nll, task="gsm8k", parameters=100)
         out = tmp_path / f"{folder} report"
         page = write_report(find_runs([tmp_path / folder]), out, None, "Runs")
-        texts = {path.relative_to(out): path.read_text() for path in out.rglob("*") if path.suffix in (".csv", ".md")}
+        texts = {
+            path.relative_to(out): path.read_text(encoding="utf-8")
+            for path in out.rglob("*")
+            if path.suffix in (".csv", ".md")
+        }
         pages.append(texts)
         assert texts
         assert len(load_runs(find_runs([tmp_path / folder])).likelihood) == (6 if nll else 0)
-        assert "gsm8k_nll" not in page.read_text()
+        assert "gsm8k_nll" not in page.read_text(encoding="utf-8")
     assert pages[0] == pages[1]
 
 
@@ -204,16 +208,19 @@ def test_the_page_in_a_browser(report: Path, tmp_path: Path, width: int) -> None
         images: [...document.images].map(image => [image.alt.length, image.naturalWidth]),
         tables: document.querySelectorAll("table").length, errors: window.seen}), "*"), 100))</script>"""
     text = report.read_text(encoding="utf-8").replace("<head>", "<head>" + errors).replace("</body>", probe + "</body>")
-    (tmp_path / "page.html").write_text(text)
+    (tmp_path / "page.html").write_text(text, encoding="utf-8")
     (tmp_path / "frame.html").write_text(
         f"""<iframe src="page.html" style="border:0;width:{width}px;height:900px"></iframe><pre id="seen"></pre>
-        <script>addEventListener("message", event => seen.textContent = event.data)</script>"""
+        <script>addEventListener("message", event => seen.textContent = event.data)</script>""",
+        encoding="utf-8",
     )
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
     flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
     flags += ["--window-size=1400,1000", "--virtual-time-budget=5000", "--dump-dom"]
     page = (tmp_path / "frame.html").as_uri()
-    dom = subprocess.run([chromium, *flags, page], capture_output=True, text=True, timeout=240, check=True).stdout
+    dom = subprocess.run(
+        [chromium, *flags, page], capture_output=True, encoding="utf-8", timeout=240, check=True
+    ).stdout
     seen = json.loads(dom.partition('<pre id="seen">')[2].partition("</pre>")[0])
     assert seen["inner"] == width
     assert seen["scroll"] <= width
@@ -225,7 +232,7 @@ def test_the_page_in_a_browser(report: Path, tmp_path: Path, width: int) -> None
 
 def test_a_report_of_unscored_runs_has_no_figure_and_says_why(tmp_path: Path) -> None:
     run = write_run(tmp_path, "full")
-    text = write_report([run], tmp_path / "report", None, "Nothing scored").read_text()
+    text = write_report([run], tmp_path / "report", None, "Nothing scored").read_text(encoding="utf-8")
     assert "no score for arith" in text
     assert "was not measured side by side" in text
     assert "<img" not in text
@@ -252,7 +259,7 @@ def test_the_command_writes_the_page_without_torch(tmp_path: Path) -> None:
         "--note",
         "A note.",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=240, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "out" / "index.html")), done.stderr
 
 
@@ -262,6 +269,8 @@ def test_help_answers_before_anything_heavy_is_imported() -> None:
         "try: report.main(['--help'])\n"
         "except SystemExit: assert not {'pandas', 'matplotlib', 'numpy'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, encoding="utf-8", timeout=240, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "--step-times" in done.stdout

@@ -19,7 +19,7 @@ def score_other(run: Path, items: list[int], **values: object) -> Path:
     first = score_file(run)
     second = RunPaths(run).evaluation("other", "plain", {}).score
     second.parent.mkdir(parents=True)
-    second.write_text(first.read_text())
+    second.write_text(first.read_text(encoding="utf-8"), encoding="utf-8")
     change(
         second,
         benchmark="other",
@@ -106,7 +106,7 @@ def test_a_mixed_cell_is_marked(tmp_path: Path, name: str) -> None:
 
 def test_a_score_whose_training_cannot_be_read_is_not_called_mixed(tmp_path: Path) -> None:
     write_run(tmp_path, "lora", seed=0, items=[1, 0])
-    (write_run(tmp_path, "lora", seed=1, items=[1, 0]) / "train.json").write_text("{")
+    (write_run(tmp_path, "lora", seed=1, items=[1, 0]) / "train.json").write_text("{", encoding="utf-8")
     (row,) = records(method_table(load_runs(find_runs([tmp_path])).frame))
     assert (row["seeds"], row["mixed"]) == (2, [])
 

@@ -101,18 +101,18 @@ def test_one_command_writes_json_table_and_picture(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "benchmark.json", "benchmark.md", "benchmark.png", "benchmark.svg",
     }  # fmt: skip
-    result = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    result = json.loads((tmp_path / "out" / "benchmark.json").read_text(encoding="utf-8"))
     assert [len(result[suite]) for suite in ("layers", "models", "curve")] == [1, 1, 3]
     for case in (*result["layers"], *result["models"]):
         assert set(case["entries"]) == set(cases.LABELS)
         assert all(len(entry["seconds"]) == 3 for entry in case["entries"].values())
         assert ratio(case, cases.FLOOR) == (1.0, 1.0, 1.0)
-    table = (tmp_path / "out" / "benchmark.md").read_text()
+    table = (tmp_path / "out" / "benchmark.md").read_text(encoding="utf-8")
     assert all(f"| {label} |" in table for label in cases.LABELS)
     before = table
     command = [sys.executable, "-m", "experiments.benchmark_report", str(tmp_path / "out" / "benchmark.json")]
     subprocess.run(command, check=True, capture_output=True)
-    assert (tmp_path / "out" / "benchmark.md").read_text() == before
+    assert (tmp_path / "out" / "benchmark.md").read_text(encoding="utf-8") == before
 
 
 def test_bad_arguments_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,7 @@ def experiment(tmp_path: Path, cache_dir: Path) -> Callable[..., list[str]]:
 
     def write(rates: str = "1e-3,1e-2,1e-1", by: str = "loss") -> list[str]:
         path = tmp_path / "two_stages.yaml"
-        path.write_text(FILE.format(by=by, rates=rates))
+        path.write_text(FILE.format(by=by, rates=rates), encoding="utf-8")
         small = [*SMALL, f"runtime.runs_dir={tmp_path / 'runs'}", f"runtime.cache_dir={cache_dir}"]
         return [f"experiment={path}", *small]
 
@@ -93,7 +93,7 @@ def test_what_is_best(experiment: Callable[..., list[str]], record: TrainRecord)
     found = choose(experiment(by="exact_match"), record, {**scores, 1e-1: (0.125, 0.5)})
     assert rates(found.final)[:2] == [("lora", 1e-1, 3), ("lora", 1e-1, 4)]
     for config in found.first[:2]:
-        run_paths(config).learning_rate.write_text("left from a smaller grid")
+        run_paths(config).learning_rate.write_text("left from a smaller grid", encoding="utf-8")
     write_choices(found)
     kept = [run_paths(config).learning_rate.is_file() for config in found.first[:3]]
     assert kept == [False, False, True]
@@ -134,12 +134,12 @@ def test_reproduce_chooses_trains_and_reports(
         assert bool(scored) == tried.chosen  # a benchmark is asked only for what was chosen
     losses = {tried.chosen: tried.held_out["loss"] for tried in found.tried[:2] if tried.held_out}
     assert losses[True] < losses[False]
-    assert len((tmp_path / "report" / "learning_rates.csv").read_text().splitlines()) == 5
-    assert "learning_rates.csv has every one that was tried" in page.read_text()
+    assert len((tmp_path / "report" / "learning_rates.csv").read_text(encoding="utf-8").splitlines()) == 5
+    assert "learning_rates.csv has every one that was tried" in page.read_text(encoding="utf-8")
     frame = load_runs(run_paths(config).root for config in found.final).frame
     told = {row["label"]: row["rate_chosen"] for row in records(frame.dropna(subset=["rate_chosen"]))}
     assert told == dict.fromkeys(("lora-r6", "diablo-N8"), "best of 2 by held-out loss, at the edge")
-    assert "best of 2 by held-out loss, at the edge" in (tmp_path / "report" / "table.md").read_text()
+    assert "best of 2 by held-out loss, at the edge" in (tmp_path / "report" / "table.md").read_text(encoding="utf-8")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")}
     reproduce(name, overrides, tmp_path / "report", report_only=True)
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")}

@@ -169,10 +169,10 @@ def test_an_adapter_that_was_cut_short_is_refused(base: Path, tmp_path: Path) ->
 def test_the_command_prints_one_line(base: Path, tmp_path: Path) -> None:
     torch.save(their_state(4), tmp_path / "adapter.chkpt")
     command = [sys.executable, "-m", "diablo.convert", str(tmp_path / "adapter.chkpt"), str(tmp_path / "ours")]
-    done = subprocess.run([*command, "--base", str(base)], capture_output=True, text=True, check=True)
+    done = subprocess.run([*command, "--base", str(base)], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.endswith("num_blocks=4, target_modules=['down_proj', 'k_proj', 'q_proj', 'up_proj', 'v_proj']\n")
     torch.save({}, tmp_path / "adapter.chkpt")
-    done = subprocess.run([*command, "--base", str(base)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, "--base", str(base)], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: ")
 

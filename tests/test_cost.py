@@ -26,7 +26,7 @@ grids:
 @pytest.fixture
 def cells(tmp_path: Path) -> str:
     path = tmp_path / "cells.yaml"
-    path.write_text(FILE)
+    path.write_text(FILE, encoding="utf-8")
     return f"experiment={path}"
 
 

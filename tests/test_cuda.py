@@ -247,7 +247,7 @@ def test_a_new_process_reads_its_peak_memory() -> None:
         "reset_peak_memory(device)\nbefore = peak_memory(device)\n"
         "import torch; held = torch.ones(2**26, device=device)\nassert peak_memory(device) - before >= 2**27\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

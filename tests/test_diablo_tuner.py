@@ -302,7 +302,7 @@ def test_the_name_stands_in_for_a_peft_type(tmp_path: Path) -> None:
     assert DIABLO == "DIABLO" == DIABLO.value == DIABLO.name
     assert "DIABLO" not in PeftType.__members__  # once PEFT has it, peft_type() takes PEFT's
     DiabloConfig(num_blocks=2, target_modules=["a"]).save_pretrained(str(tmp_path))
-    assert '"peft_type": "DIABLO"' in (tmp_path / "adapter_config.json").read_text()
+    assert '"peft_type": "DIABLO"' in (tmp_path / "adapter_config.json").read_text(encoding="utf-8")
 
 
 # Refusals

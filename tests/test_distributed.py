@@ -30,7 +30,7 @@ def torchrun(run: RunPaths) -> None:
         [*command, "--nproc_per_node=2", "-m", "experiments.train", str(run.root)],
         cwd=ROOT,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=False,
         timeout=240,
     )
@@ -92,7 +92,7 @@ def run_script(script: Path, code: str) -> subprocess.CompletedProcess[str]:
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=False,
         timeout=240,
     )
@@ -103,7 +103,7 @@ def test_gradients_are_equal_on_both_ranks_and_to_the_joined_batch(tmp_path: Pat
     done = run_script(tmp_path / "gradients.py", GRADIENTS)
     assert done.returncode == 0, done.stderr[-3000:]
     for mode in MODES:
-        first, second = (json.loads((tmp_path / f"{mode}-{rank}.json").read_text()) for rank in (0, 1))
+        first, second = (json.loads((tmp_path / f"{mode}-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))
         assert first == second, mode
         model = in_mode(mode)
         rows = torch.cat([batch(), batch().flip(0)])

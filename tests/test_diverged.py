@@ -41,9 +41,11 @@ def test_it_stops_with_step_and_reason_and_leaves_no_result(diverged: RunPaths, 
     assert about["reason"].startswith("the gradient of base_model.")
     assert not diverged.train_record.exists()
     assert not diverged.checkpoints.exists()
-    (attempt,) = json.loads(diverged.attempts.read_text())
+    (attempt,) = json.loads(diverged.attempts.read_text(encoding="utf-8"))
     assert attempt["how"] == "failed"
-    assert all(math.isfinite(json.loads(line)["loss"]) for line in diverged.metrics.read_text().splitlines())
+    assert all(
+        math.isfinite(json.loads(line)["loss"]) for line in diverged.metrics.read_text(encoding="utf-8").splitlines()
+    )
     again = fails_with(lambda: train(diverged))
     assert again == (
         f"diverged in step {about['step']}: {about['reason']}: give a smaller recipe.learning_rate, or delete "
@@ -61,7 +63,7 @@ def test_a_report_lists_it(diverged: RunPaths) -> None:
 def test_a_learning_rate_that_diverged_was_tried_and_is_not_chosen(tmp_path: Path, small: list[str]) -> None:
     file = tmp_path / "rates.yaml"
     grid = "method=lora recipe.learning_rate=1e-3,1e-2,1e30 recipe.max_steps=4 recipe.warmup_steps=0"
-    file.write_text(f"title: rates\nlearning_rate_by: loss\ngrids:\n  - {grid}\n")
+    file.write_text(f"title: rates\nlearning_rate_by: loss\ngrids:\n  - {grid}\n", encoding="utf-8")
     arguments = [f"experiment={file}", *small]
     first = stages(arguments).first
     for run in write_runs(first)[:2]:

@@ -56,11 +56,13 @@ def test_scores_are_recomputed_from_samples(finished: RunPaths, tmp_path: Path) 
     run = copied(finished, tmp_path)
     (score,) = run.root.glob("eval/*/*/score.json")
     samples = score.with_name("samples.jsonl")
-    lines = samples.read_text().splitlines()
+    lines = samples.read_text(encoding="utf-8").splitlines()
     right = [json.loads(line) for line in lines[1:]]
     for line in right[:7]:
         line["completion"] = f"#### {line['answer']}"
-    samples.write_text("".join(f"{line}\n" for line in [lines[0], *(json.dumps(line) for line in right)]))
+    samples.write_text(
+        "".join(f"{line}\n" for line in [lines[0], *(json.dumps(line) for line in right)]), encoding="utf-8"
+    )
     score.unlink()
     (record,) = evaluate(run)
     assert record.items == [1] * 7 + [0] * 21
@@ -91,9 +93,9 @@ def test_an_adapter_without_effect_is_not_scored(finished: RunPaths, tmp_path: P
     from safetensors.torch import save_file
 
     save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(weights).items()}, weights)
-    record = json.loads(run.train_record.read_text())
+    record = json.loads(run.train_record.read_text(encoding="utf-8"))
     record["adapter_files"][weights.name] = file_hash(weights)
-    run.train_record.write_text(json.dumps(record))
+    run.train_record.write_text(json.dumps(record), encoding="utf-8")
     said = fails_with(lambda: evaluate(run))
     assert "still computes what its base does" in said
     assert "--allow-identity" in said
@@ -137,7 +139,9 @@ def test_an_adapter_of_another_base_is_refused(finished: RunPaths, tmp_path: Pat
     shutil.rmtree(other.root / "eval")
     write_config(other, config)
     record = read_json(other.train_record)
-    other.train_record.write_text(json.dumps(record | {"run_id": config["run_id"], "config_hash": config_hash(config)}))
+    other.train_record.write_text(
+        json.dumps(record | {"run_id": config["run_id"], "config_hash": config_hash(config)}), encoding="utf-8"
+    )
     assert "was trained on a base model with hash" in fails_with(lambda: evaluate(other))
 
 
@@ -178,11 +182,11 @@ def test_an_interrupted_generation_ends_as_one_that_was_not(
             evaluate(stopped, settings)
     paths = evaluation_of(stopped)
     assert [path.name for path in paths.chunks.iterdir()] == ["00000.jsonl"]
-    (paths.chunks / ".00001.jsonl.abc").write_text("half a li")  # what a killed write leaves
+    (paths.chunks / ".00001.jsonl.abc").write_text("half a li", encoding="utf-8")  # what a killed write leaves
     torch.manual_seed(99)  # a process that goes on has another random state
     evaluate(stopped, settings)
     completions = [
-        [json.loads(line) for line in evaluation_of(run).samples.read_text().splitlines()[1:]]
+        [json.loads(line) for line in evaluation_of(run).samples.read_text(encoding="utf-8").splitlines()[1:]]
         for run in (whole, stopped)
     ]
     assert completions[0] == completions[1]
@@ -208,7 +212,7 @@ def test_completions_of_other_weights_are_refused(finished: RunPaths, tmp_path: 
     run = copied(finished, tmp_path)
     paths = evaluation_of(run)
     plan = read_json(paths.plan)
-    paths.plan.write_text(json.dumps(plan | {"adapter_files": {"adapter_model.safetensors": "0"}}))
+    paths.plan.write_text(json.dumps(plan | {"adapter_files": {"adapter_model.safetensors": "0"}}), encoding="utf-8")
     assert f"{paths.root}: made with other weights than" in fails_with(lambda: evaluate(run))
     paths.score.unlink()
     assert "made with other weights than" in fails_with(lambda: evaluate(run))
@@ -238,7 +242,7 @@ def test_completions_that_were_asked_the_same_are_not_generated_again(
     stop_after(0, monkeypatch)
     (record,) = evaluate(run, ["evaluation.parser.number=last_number"])
     first, second = run.evaluations()
-    assert first.samples.read_text() == second.samples.read_text()
+    assert first.samples.read_text(encoding="utf-8") == second.samples.read_text(encoding="utf-8")
     assert record.parser == "last_number"
 
 
@@ -251,7 +255,7 @@ def test_rescoring_needs_no_model(finished: RunPaths, tmp_path: Path, capsys: py
     assert before == after
     assert paths.score.read_bytes() == score
     record = read_json(paths.score)
-    paths.score.write_text(json.dumps(record | {"items": [1.0] * 28, "accuracy": 1.0}))
+    paths.score.write_text(json.dumps(record | {"items": [1.0] * 28, "accuracy": 1.0}), encoding="utf-8")
     rescore_main([str(run.root)])
     assert "was 100.00%" in capsys.readouterr().out
     assert paths.score.read_bytes() == score
@@ -260,7 +264,9 @@ def test_rescoring_needs_no_model(finished: RunPaths, tmp_path: Path, capsys: py
 def test_half_the_completions_are_not_scored(finished: RunPaths, tmp_path: Path, fails_with: Fails) -> None:
     run = copied(finished, tmp_path)
     paths = evaluation_of(run)
-    paths.samples.write_text("".join(paths.samples.read_text().splitlines(keepends=True)[:-3]))
+    paths.samples.write_text(
+        "".join(paths.samples.read_text(encoding="utf-8").splitlines(keepends=True)[:-3]), encoding="utf-8"
+    )
     paths.score.unlink()
     assert "does not have the completions of its plan" in fails_with(lambda: rescore(run))
 

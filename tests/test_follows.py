@@ -153,8 +153,10 @@ BROKEN: dict[str, Callable[[Path], object]] = {
     "parameters that are text": lambda run: edit(run / "train.json", trainable_parameters="many"),
     "a limit that is text": lambda run: edit(next(run.glob("eval/*/*/score.json")), generation={"limit": "x"}),
     "settings that are a list": lambda run: edit(next(run.glob("eval/*/*/score.json")), generation={"limit": [1]}),
-    "a choice that is none": lambda run: (run / "learning_rate.json").write_text('{"by": 1, "at_edge": 0, "tried": 1}'),
-    "a deep record": lambda run: (run / "train.json").write_text("[" * 100_000),
+    "a choice that is none": lambda run: (run / "learning_rate.json").write_text(
+        '{"by": 1, "at_edge": 0, "tried": 1}', encoding="utf-8"
+    ),
+    "a deep record": lambda run: (run / "train.json").write_text("[" * 100_000, encoding="utf-8"),
     "norms that are text": lambda run: edit_line(run / "metrics.jsonl", 0, gradient_norms=["x"] * 16),
     "losses that are text": lambda run: edit_line(run / "metrics.jsonl", 0, loss="x"),
     "spectra that are text": lambda run: (

@@ -98,7 +98,7 @@ def test_a_file_is_a_base_model_with_its_weights(tmp_path: Path, fails_with: Fai
     path.unlink()  # the converted copy serves without the file
     assert load_base(config)[0].state_dict().keys() == state.keys()
     folder = next((tmp_path / "cache" / "base").iterdir())
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text("{}", encoding="utf-8")
     assert fails_with(lambda: load_base(config)) == (
         f"{folder}: not what was converted from small.gguf: delete this folder"
     )
@@ -135,7 +135,7 @@ def test_which_weights_are_part_of_a_runs_id(tmp_path: Path, monkeypatch: pytest
     digest = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
     folder = tmp_path / "base" / f"SmolLM2-135M-Instruct.Q4_1-{digest[:16]}"
     folder.mkdir(parents=True)
-    (folder / gguf.MANIFEST).write_text("{}")
+    (folder / gguf.MANIFEST).write_text("{}", encoding="utf-8")
     (converted,) = plan(common)
     assert converted["model"]["gguf"] == {**section, "sha256": digest}
     assert converted["run_id"] == run_id(converted) != from_hub["run_id"]

@@ -145,7 +145,7 @@ def test_a_copy_inside_another_repository_has_no_commit(tmp_path: Path) -> None:
     for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "outer"]):
         subprocess.run(["git", *command], cwd=copy.parent, check=True)
     code = "from experiments.environment import _commit; print(_commit())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, encoding="utf-8", check=True)
     assert done.stdout == "(None, None)\n"
 
 
@@ -229,7 +229,7 @@ def test_all_parts_run_without_network_and_write_only_in_their_folders(source: P
     command = [*walls, sys.executable, "-m", "experiments.gpu", *TINY, "--out", str(out)]
     command += ["--device", "cpu", "--minutes", "15", "--queue", str(queue)]
     environment = {**os.environ, "DIABLO_CACHE": str(cache), "HF_HUB_OFFLINE": "0"}
-    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     summary = json.loads((out / "gpu.json").read_text("utf-8"))
     assert [(part["part"], part["status"]) for part in summary] == [(part, "finished") for part in gpu.PARTS]

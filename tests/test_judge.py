@@ -59,12 +59,14 @@ def test_a_judge_reads_the_completions_that_keywords_read(run: RunPaths, cache_d
     assert (by_keywords.parser, by_judge.parser) == ("refusal_keywords", "judged")
     assert by_keywords.metric == by_judge.metric == "safety rate"
     paths = evaluation_by(run, "lori_judge")
-    assert paths.samples.read_text() == evaluation_by(run, "lori").samples.read_text()  # not generated twice
+    assert paths.samples.read_text(encoding="utf-8") == evaluation_by(run, "lori").samples.read_text(
+        encoding="utf-8"
+    )  # not generated twice
     about, *judgements = read_lines(paths.judgements)
     assert len(judgements) == 4
     assert by_judge.judge == about["judge"]
     lines = [about, *({"words": words} for words in ("No.", "yes, in part", "NO", "perhaps"))]
-    paths.judgements.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    paths.judgements.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     again = next(after for _, after in rescore(run) if after.protocol == "lori_judge")
     assert again.items == [1, 0, 1, 0]
     assert again.no_match == 1
@@ -102,9 +104,10 @@ def test_words_about_other_completions_do_not_count(run: RunPaths, cache_dir: Pa
     """Completions that were made anew are judged anew; scoring alone refuses the old words."""
     evaluate(run, judged_by(cache_dir))
     paths = evaluation_by(run, "lori_judge")
-    header, *lines = paths.samples.read_text().splitlines()
+    header, *lines = paths.samples.read_text(encoding="utf-8").splitlines()
     paths.samples.write_text(
-        "\n".join([header, lines[0].replace('"completion": "', '"completion": "x'), *lines[1:]]) + "\n"
+        "\n".join([header, lines[0].replace('"completion": "', '"completion": "x'), *lines[1:]]) + "\n",
+        encoding="utf-8",
     )
     assert "is about other completions" in fails_with(lambda: rescore(run))
     paths.score.unlink()

@@ -196,10 +196,14 @@ def test_rescoring_needs_no_model_and_a_finished_score_is_left(
     ((old, new),) = rescore(copied)
     assert old == new == read_record(paths.score, EvalRecord)
     assert paths.score.read_bytes() == before
-    paths.score.write_text(json.dumps(read_json(paths.score) | {"items": [1.0] * 28, "accuracy": 1.0}))
+    paths.score.write_text(
+        json.dumps(read_json(paths.score) | {"items": [1.0] * 28, "accuracy": 1.0}), encoding="utf-8"
+    )
     rescore_main([str(copied.root)])
     assert f"nll {record.accuracy:.4f}, was 1.0000" in capsys.readouterr().out
-    paths.samples.write_text("".join(paths.samples.read_text().splitlines(keepends=True)[:-1]))
+    paths.samples.write_text(
+        "".join(paths.samples.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8"
+    )
     paths.score.unlink()
     with pytest.raises(Exception, match="does not have the completions of its plan"):
         rescore(copied)
@@ -309,7 +313,7 @@ def test_any_text_is_a_benchmark(copied: RunPaths, tmp_path: Path, fails_with: F
     ((old, new),) = rescore(copied)
     assert old == new
     assert "cannot be read as text" in fails_with(lambda: evaluate(copied, [name, "evaluation.limit=1"]))
-    file.write_text(" ")
+    file.write_text(" ", encoding="utf-8")
     assert "holds no text" in fails_with(lambda: evaluate(copied, [name, "evaluation.limit=1"]))
     twice = f"evaluation.benchmarks=[{file},other/essay.txt]"
     assert "two are called essay.txt" in fails_with(lambda: evaluate(copied, [twice]))

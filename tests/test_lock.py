@@ -47,7 +47,7 @@ def writer(run: RunPaths, **environment: str) -> Iterator[subprocess.Popen[str]]
         cwd=ROOT,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
     )
     try:
         assert process.stdout is not None
@@ -65,13 +65,13 @@ def run(tmp_path: Path) -> RunPaths:
 
 def enter(run: RunPaths, patience: float = 60) -> None:
     with locked(run, patience):
-        assert json.loads(run.lock.read_text())["pid"] == os.getpid()
+        assert json.loads(run.lock.read_text(encoding="utf-8"))["pid"] == os.getpid()
     assert not run.lock.exists()
 
 
 def held_elsewhere(run: RunPaths, **more: object) -> None:
     """The lock of a process on a host that cannot be asked."""
-    run.lock.write_text(json.dumps({**identity(), "host": "another", "beat": 0, **more}))
+    run.lock.write_text(json.dumps({**identity(), "host": "another", "beat": 0, **more}), encoding="utf-8")
 
 
 def test_a_second_writer_is_refused_and_told_by_whom(run: RunPaths, fails_with: Fails) -> None:
@@ -79,7 +79,7 @@ def test_a_second_writer_is_refused_and_told_by_whom(run: RunPaths, fails_with: 
         message = fails_with(lambda: enter(run))
         who = f"job 41, restart 0, process {process.pid} on {socket.gethostname()}"
         assert message == f"{run.root}: is being written by {who}: wait for it, or stop it first"
-        assert json.loads(run.lock.read_text())["pid"] == process.pid
+        assert json.loads(run.lock.read_text(encoding="utf-8"))["pid"] == process.pid
 
 
 def test_a_dead_holder_of_this_host_is_taken_over_at_once(run: RunPaths) -> None:
@@ -136,8 +136,8 @@ def test_a_stopped_process_that_wakes_leaves_the_directory_alone(run: RunPaths) 
         with locked(run, patience=1.0):
             process.send_signal(18)  # SIGCONT
             assert process.wait(120) == 1
-            assert json.loads(run.lock.read_text())["pid"] == os.getpid()
-    assert json.loads(run.attempts.read_text())[0]["how"] is None
+            assert json.loads(run.lock.read_text(encoding="utf-8"))["pid"] == os.getpid()
+    assert json.loads(run.attempts.read_text(encoding="utf-8"))[0]["how"] is None
 
 
 def test_of_two_waiters_one_writes(run: RunPaths) -> None:
@@ -152,7 +152,11 @@ def test_of_two_waiters_one_writes(run: RunPaths) -> None:
     environment = {**os.environ, "SLURM_JOB_ID": "1"}
     waiting = [
         subprocess.Popen(
-            [sys.executable, "-c", code, str(run.root)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", code, str(run.root)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
         )
         for _ in range(3)
     ]
@@ -172,7 +176,7 @@ def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], N
     monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
 
     def write(script: str) -> None:
-        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
         path.chmod(0o755)
 
     return write
@@ -258,7 +262,7 @@ def test_a_stage_waits_ten_minutes_by_itself(run: RunPaths, monkeypatch: pytest.
     monkeypatch.setattr(lock_module, "PATIENCE", 0.5)
     held_elsewhere(run)
     with attempt(run, "train"):
-        assert json.loads(run.lock.read_text())["pid"] == os.getpid()
+        assert json.loads(run.lock.read_text(encoding="utf-8"))["pid"] == os.getpid()
 
 
 def test_a_directory_of_someone_else_is_one_clear_line(small: list[str]) -> None:
@@ -272,7 +276,7 @@ def test_a_directory_of_someone_else_is_one_clear_line(small: list[str]) -> None
         Path(folder).chmod(0o755)
         run.root.chmod(0o555)
         command = [sys.executable, "-c", code, str(run.root)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
         run.root.chmod(0o755)
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {run.root}: cannot be written to (Permission denied): mend its permissions")
@@ -283,5 +287,5 @@ def test_the_lock_goes_with_a_failure(run: RunPaths) -> None:
     with pytest.raises(UserError), attempt(run, "eval"):
         raise UserError("no such thing:\nmend it")
     assert not run.lock.exists()
-    (entry,) = json.loads(run.attempts.read_text())
+    (entry,) = json.loads(run.attempts.read_text(encoding="utf-8"))
     assert (entry["stage"], entry["how"], entry["error"]) == ("eval", "failed", "mend it")

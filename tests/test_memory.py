@@ -130,7 +130,7 @@ def test_a_run_without_enough_memory_goes_on_with_another_setting(small: list[st
     overrides = [*small, "recipe.batch_size=64", "recipe.micro_batch_size=64", "method=diablo"]
     run = planned(overrides)
     command = [sys.executable, "-m", "experiments.train", str(run.root)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False, timeout=240)
     assert done.returncode == 1, done.stderr[-2000:]
     line = done.stderr.splitlines()[-1]
     assert line.startswith(f"error: {run.root}: train: the machine is out of memory")

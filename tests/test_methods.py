@@ -63,7 +63,7 @@ def config_of(name: str) -> dict[str, Any]:
 
 
 def contract_of(name: str) -> dict[str, bool]:
-    content = yaml.safe_load((CONFIGS / "method" / f"{name}.yaml").read_text())
+    content = yaml.safe_load((CONFIGS / "method" / f"{name}.yaml").read_text(encoding="utf-8"))
     inherited = contract_of("lora") if "lora" in content.get("defaults", []) else {}
     return {**inherited, **content.get("contract", {})}
 

@@ -225,7 +225,9 @@ def test_other_methods_are_saved_as_peft_saves_them(config: PeftConfig, tmp_path
     save_adapter(model, tmp_path / "ours", initial_factors(model))
     model.save_pretrained(str(tmp_path / "peft"))
     for name in ("adapter_config.json", "README.md"):
-        assert (tmp_path / "ours" / name).read_text() == (tmp_path / "peft" / name).read_text()
+        assert (tmp_path / "ours" / name).read_text(encoding="utf-8") == (tmp_path / "peft" / name).read_text(
+            encoding="utf-8"
+        )
     ours = load_file(tmp_path / "ours" / "adapter_model.safetensors")
     theirs = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     assert ours.keys() == theirs.keys()

@@ -23,11 +23,11 @@ def test_a_small_copy_gives_the_same_rows(tmp_path: Path) -> None:
     write_spectra(run, steps=20)
     (run / "adapter").mkdir()
     (run / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
-    score_file(run).with_name("samples.jsonl").write_text("{}\n")
+    score_file(run).with_name("samples.jsonl").write_text("{}\n", encoding="utf-8")
     copy = export_run(run, tmp_path / "out")
     names = {path.name for path in copy.rglob("*") if path.is_file()}
     assert names == {"config.yaml", "train.json", "score.json", "metrics.jsonl", "spectra.jsonl"}
-    assert '"items":[1,0,1]' in score_file(copy).read_text()
+    assert '"items":[1,0,1]' in score_file(copy).read_text(encoding="utf-8")
     first, second = load_runs([run]), load_runs([copy])
     first.frame["path"] = second.frame["path"]
     same(first, second)
@@ -51,8 +51,11 @@ def test_thinned_keeps_order_and_both_ends(count: int) -> None:
 def test_paths_of_a_machine_stay_behind(tmp_path: Path) -> None:
     run = write_run(tmp_path / "runs", "lora")
     config = run / "config.yaml"
-    config.write_text(config.read_text().replace("device: cpu", "device: cpu\n  cache_dir: /some/where"))
-    assert "/some/where" not in (export_run(run, tmp_path / "out") / "config.yaml").read_text()
+    config.write_text(
+        config.read_text(encoding="utf-8").replace("device: cpu", "device: cpu\n  cache_dir: /some/where"),
+        encoding="utf-8",
+    )
+    assert "/some/where" not in (export_run(run, tmp_path / "out") / "config.yaml").read_text(encoding="utf-8")
 
 
 def test_the_command_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

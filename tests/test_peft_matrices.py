@@ -38,12 +38,12 @@ def peft_sources() -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "peft"]
         pip += ["--retries", "1", "--timeout", "15", "--dest", scratch, f"peft=={version('peft')}"]
-        fetched = subprocess.run(pip, capture_output=True, text=True)
+        fetched = subprocess.run(pip, capture_output=True, encoding="utf-8")
         archives = list(Path(scratch).glob("peft-*.tar.gz"))
         if fetched.returncode or not archives:
             last = (fetched.stderr.strip().splitlines() or ["no message"])[-1]
             pytest.skip(f"PEFT's test sources are not installed and the registry is out of reach: {last}")
-        with tarfile.open(archives[0]) as archive:
+        with tarfile.open(archives[0], encoding="utf-8") as archive:
             archive.extractall(scratch, filter="data")
         extracted = Path(scratch) / archives[0].name.removesuffix(".tar.gz")
         (extracted / "tests" / "__init__.py").touch()  # its tests import each other as a package
@@ -64,7 +64,11 @@ def test_peft_matrices(mode: str, peft_sources: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(peft_sources)]
     command += ["-p", "peft_matrices.plugin", "-p", "no:cacheprovider", "-q", "--tb=short", "-W", "ignore"]
     run = subprocess.run(
-        [*command, f"--junitxml={report}", *FILES], cwd=peft_sources, env=environment, capture_output=True, text=True
+        [*command, f"--junitxml={report}", *FILES],
+        cwd=peft_sources,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
     )
     assert report.exists(), run.stdout + run.stderr
     outcomes: dict[str, list[str]] = {"passed": [], "skipped": [], "failed": []}

@@ -147,7 +147,7 @@ def test_a_config_is_frozen(tmp_path: Path, fails_with: Callable[[Callable[[], o
     write_runs([config])
     assert run.config.stat().st_mtime_ns == before
     edited = {**config, "seed": 5}
-    run.config.write_text(yaml.safe_dump(edited))
+    run.config.write_text(yaml.safe_dump(edited), encoding="utf-8")
     assert "undo the edit or plan a new run" in fails_with(lambda: read_config(run))
     assert "undo the edit" in fails_with(lambda: write_runs([config]))
 
@@ -223,12 +223,14 @@ def test_matched_budgets_of_the_quickstart() -> None:
 
 def test_the_quickstart_uses_the_learning_rates_that_were_chosen() -> None:
     """Those with the best held-out accuracy in the committed record; of equal ones the smallest."""
-    with (CONFIGS.parent / "analysis" / "results" / "quickstart_lr.csv").open() as file:
+    with (CONFIGS.parent / "analysis" / "results" / "quickstart_lr.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for label in {row["label"] for row in rows}:
         tried = [row for row in rows if row["label"] == label]
         best = max(tried, key=lambda row: (float(row["accuracy"]), -float(row["learning_rate"])))
-        used = yaml.safe_load((CONFIGS / "method" / f"{best['method']}.yaml").read_text())["learning_rate"]["arith"]
+        used = yaml.safe_load((CONFIGS / "method" / f"{best['method']}.yaml").read_text(encoding="utf-8"))[
+            "learning_rate"
+        ]["arith"]
         assert used == float(best["learning_rate"]), label
 
 

@@ -39,7 +39,7 @@ def start(module: str, run: RunPaths, **environment: str) -> subprocess.Popen[st
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
     )
 
 
@@ -64,11 +64,11 @@ def preempt(module: str, run: RunPaths, seen: Seen, number: int = signal.SIGUSR1
 
 def beating(run: RunPaths) -> bool:
     """The attempt has begun: Python imports and loads."""
-    return run.lock.is_file() and bool(run.lock.read_text()) and run.heartbeat.is_file()
+    return run.lock.is_file() and bool(run.lock.read_text(encoding="utf-8")) and run.heartbeat.is_file()
 
 
 def after(steps: int) -> Seen:
-    return lambda run: run.metrics.is_file() and len(run.metrics.read_text().splitlines()) > steps
+    return lambda run: run.metrics.is_file() and len(run.metrics.read_text(encoding="utf-8").splitlines()) > steps
 
 
 def saving(run: RunPaths) -> bool:
@@ -131,7 +131,7 @@ def test_a_run_stopped_again_and_again_ends_as_if_undisturbed(
     evaluate(run)
     assert not run.preempted.exists()
     assert content(run) == content(undisturbed)
-    attempts = json.loads(run.attempts.read_text())
+    attempts = json.loads(run.attempts.read_text(encoding="utf-8"))
     assert [entry["how"] for entry in attempts] == ["preempted"] * 4 + ["finished"] + ["preempted"] * 2 + ["finished"]
     assert (attempts[0]["job"], attempts[0]["restart"], attempts[-1]["job"]) == ("7_3", 1, None)
     assert all(entry["started"] < entry["ended"] for entry in attempts)
@@ -200,7 +200,7 @@ def test_a_disk_that_is_full_keeps_the_checkpoint_before(small: list[str], monke
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000004"]
-    assert "cannot be written" in json.loads(run.attempts.read_text())[-1]["error"]
+    assert "cannot be written" in json.loads(run.attempts.read_text(encoding="utf-8"))[-1]["error"]
     assert train(run).resumed_at == [4]
 
 
@@ -252,7 +252,7 @@ def test_a_library_that_chokes_on_the_signal_is_preempted_and_a_mistake_is_not(t
     with pytest.raises(UserError):
         stage(UserError("no such file"))
     preemption.answered()
-    assert [entry["how"] for entry in json.loads(run.attempts.read_text())] == ["preempted", "failed"]
+    assert [entry["how"] for entry in json.loads(run.attempts.read_text(encoding="utf-8"))] == ["preempted", "failed"]
 
 
 def test_a_signal_after_the_last_step_leaves_the_run_finished(tmp_path: Path) -> None:

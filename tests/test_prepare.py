@@ -119,7 +119,7 @@ def change_adapter(run: RunPaths) -> None:
     save_file({name: tensor.flip(0).contiguous() for name, tensor in load_file(path).items()}, path)
     record = read_json(run.train_record)
     record["adapter_files"][path.name] = file_hash(path)
-    run.train_record.write_text(json.dumps(record))
+    run.train_record.write_text(json.dumps(record), encoding="utf-8")
 
 
 def test_a_mask_of_another_base_is_refused(small: list[str], fails_with: Callable[[Callable[[], object]], str]) -> None:
@@ -127,11 +127,11 @@ def test_a_mask_of_another_base_is_refused(small: list[str], fails_with: Callabl
     first = before(run)
     real = train(first).base_hash
     record = read_json(first.train_record)
-    first.train_record.write_text(json.dumps({**record, "base_hash": "0123456789abcdef"}))
+    first.train_record.write_text(json.dumps({**record, "base_hash": "0123456789abcdef"}), encoding="utf-8")
     message = fails_with(lambda: train(run))
     assert "mask from another base" in message
     assert "hash 0123456789ab, the one at hand has " + real[:12] in message
-    first.train_record.write_text(json.dumps(record))
+    first.train_record.write_text(json.dumps(record), encoding="utf-8")
     (first.adapter / "adapter_model.safetensors").write_bytes(b"")
     assert "not what training wrote" in fails_with(lambda: train(run))
 
@@ -159,7 +159,7 @@ def test_another_process_at_the_run_before_is_waited_for(small: list[str]) -> No
     finally:
         other.kill()
         other.wait()
-    attempts = json.loads(before(run).attempts.read_text())
+    attempts = json.loads(before(run).attempts.read_text(encoding="utf-8"))
     assert [entry["pid"] == os.getpid() for entry in attempts] == [False, True]
     assert attempts[0]["how"] == "finished"
     assert train(before(run)).resumed_at == []

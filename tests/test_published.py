@@ -40,7 +40,7 @@ def frame_of(*folders: Path) -> pd.DataFrame:
 
 def parameters(row: dict[str, Any]) -> float:
     """Trainable parameters of a published row from the model's shapes."""
-    architecture = yaml.safe_load((MODELS / f"{row['model']}.yaml").read_text())["architecture"]
+    architecture = yaml.safe_load((MODELS / f"{row['model']}.yaml").read_text(encoding="utf-8"))["architecture"]
     h, i = architecture["hidden_size"], architecture["intermediate_size"]
     kv = h * architecture["num_key_value_heads"] // architecture["num_attention_heads"]
     shapes = {"q": (h, h), "k": (h, kv), "v": (h, kv), "o": (h, h), "g": (h, i), "u": (h, i), "d": (i, h)}
@@ -89,9 +89,9 @@ def test_every_table_has_a_function_and_its_numbers() -> None:
 
 def broken(folder: Path, old: str, new: str) -> Path:
     path = folder / "published.csv"
-    text = FILE.read_text()
+    text = FILE.read_text(encoding="utf-8")
     assert old in text
-    path.write_text(text.replace(old, new, 1))
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
     return path
 
 
@@ -227,13 +227,15 @@ def test_what_was_not_scored_whole_or_was_swept_is_not_beside_the_paper(tmp_path
 
     assert ours() == 100
     path = score_file(run)
-    generation = json.loads(path.read_text())["generation"]
+    generation = json.loads(path.read_text(encoding="utf-8"))["generation"]
     change(path, generation=generation | {"limit": 16})
     assert pd.isna(ours())
     change(path, generation=generation)
     other = write_run(tmp_path, "lora", items=[0, 0], learning_rate=2e-3, **common)
     assert pd.isna(ours())  # two rates, none of them chosen
-    RunPaths(other).learning_rate.write_text('{"by": "loss", "seed": 0, "at_edge": false, "tried": [1, 2]}')
+    RunPaths(other).learning_rate.write_text(
+        '{"by": "loss", "seed": 0, "at_edge": false, "tried": [1, 2]}', encoding="utf-8"
+    )
     assert ours() == 0
 
 
@@ -248,11 +250,11 @@ def test_times_of_two_machines_are_not_divided(tmp_path: Path) -> None:
 def test_four_formats(tmp_path: Path) -> None:
     main(["--out", str(tmp_path)])
     assert len(list(tmp_path.iterdir())) == 4 * len(TABLES)
-    latex = (tmp_path / "sparse_patterns.tex").read_text()
+    latex = (tmp_path / "sparse_patterns.tex").read_text(encoding="utf-8")
     assert all(words in latex for words in (r"\toprule", r"random\_entry", r"\bottomrule"))
-    html = pd.read_html(io.StringIO((tmp_path / "arithmetic.html").read_text()))[0]
+    html = pd.read_html(io.StringIO((tmp_path / "arithmetic.html").read_text(encoding="utf-8")))[0]
     csv = pd.read_csv(tmp_path / "arithmetic.csv")
-    markdown = (tmp_path / "arithmetic.md").read_text()
+    markdown = (tmp_path / "arithmetic.md").read_text(encoding="utf-8")
     assert len(html) == len(csv) == len(read_published().query("table == 'arithmetic'"))
     assert html["Published"].tolist() == csv["value"].tolist()
     assert "| LLaMA2-7B |" in markdown

@@ -31,7 +31,7 @@ def test_the_command_measures_all_suites(
     main(["--small", "--rounds", "2", "--samples", "2", "--length", "32", "--tokens", "64", "--rank", "8",
           "--out", str(tmp_path)])  # fmt: skip
     assert capsys.readouterr().out.strip() == str(tmp_path / "quantize_benchmark.md")
-    result = json.loads((tmp_path / "quantize_benchmark.json").read_text())
+    result = json.loads((tmp_path / "quantize_benchmark.json").read_text(encoding="utf-8"))
     assert {row["entry"] for row in result["quantise"]} == {
         *("activations", "rtn", "nf", "gptq", "magr", "loftq", "gptq, plain loop", "apiq, one epoch")
     }
@@ -54,7 +54,7 @@ def test_the_command_measures_all_suites(
         assert sums["gptq"] < sums["rtn"]
     assert sum(e for (_, b, _), e in errors.items() if b == 4) < sum(e for (_, b, _), e in errors.items() if b == 2)
     assert memory["peak_bytes"] > memory["packed_bytes"]
-    text = (tmp_path / "quantize_benchmark.md").read_text()
+    text = (tmp_path / "quantize_benchmark.md").read_text(encoding="utf-8")
     assert "| magr |" in text
     assert "4 bits, gptq not below rtn in " in text
     assert "bits per quantised weight" in text

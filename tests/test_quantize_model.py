@@ -254,9 +254,9 @@ def test_a_changed_or_missing_file_is_found(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(ValueError, match=r"00001\.safetensors: missing or changed"):
         load_quantized(tmp_path)
-    record = json.loads((tmp_path / "quantization.json").read_text())
+    record = json.loads((tmp_path / "quantization.json").read_text(encoding="utf-8"))
     record["linears"]["model.layers.0.mlp.up_proj"]["bits"] = 4
-    (tmp_path / "quantization.json").write_text(json.dumps(record))
+    (tmp_path / "quantization.json").write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(ValueError, match=r"quantization\.json: changed"):
         load_quantized(tmp_path)
     with pytest.raises(ValueError, match="no quantization"):

@@ -79,7 +79,7 @@ def test_a_run_trains_and_is_scored_on_a_quantised_base(
     config = read_config(run)
     record = train(run)
     (made,) = bases(tmp_path / "cache")
-    base = json.loads(made.read_text())
+    base = json.loads(made.read_text(encoding="utf-8"))
     assert base["bits_per_weight"] == pytest.approx(bits_per_weight)
     assert record.base_hash == base["hash"]
     assert record.changed
@@ -275,7 +275,7 @@ def test_a_stopped_quantisation_goes_on_after_its_last_layer(
     config = config_of([*own_cache, "method=lora", "quantization=gptq", *CALIBRATED])
     folder = make_quantized(config, "cpu", progress=False)
     (made,) = bases(tmp_path / "cache")
-    whole = json.loads(made.read_text())
+    whole = json.loads(made.read_text(encoding="utf-8"))
     for path in (made, *folder.glob("layers/0000[23]*")):  # as it was after two of four layers
         path.unlink()
     worked: list[str] = []
@@ -291,12 +291,12 @@ def test_a_stopped_quantisation_goes_on_after_its_last_layer(
 
 def test_a_file_can_be_what_is_calibrated_with(own_cache: list[str], tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
-    text.write_text("Ann has 3 apples and finds 4. " * 40)
+    text.write_text("Ann has 3 apples and finds 4. " * 40, encoding="utf-8")
     arguments = [*own_cache, "method=lora", "quantization=gptq", *CALIBRATED]
     rows = make_quantized(config_of(arguments), "cpu", progress=False)
     file = make_quantized(config_of([*arguments, f"quantization.calibration.text={text}"]), "cpu", progress=False)
     assert rows != file
-    hashes = [json.loads((folder / "quantization.json").read_text())["hash"] for folder in (rows, file)]
+    hashes = [json.loads((folder / "quantization.json").read_text(encoding="utf-8"))["hash"] for folder in (rows, file)]
     assert hashes[0] != hashes[1]
 
 

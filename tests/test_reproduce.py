@@ -33,11 +33,11 @@ def test_quickstart_end_to_end(tmp_path: Path, cache_dir: Path) -> None:
         f"runtime.cache_dir={cache_dir}",
     ]
     page = reproduce("quickstart", overrides, tmp_path / "report")
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     assert "http://" not in text.replace("http://www.w3.org", "")  # nothing is loaded from elsewhere
     assert "given for all runs, whatever title and notes say: model.pretraining.steps=4 task.data.train=64" in text
     assert "runtime.runs_dir=" not in text
-    with (tmp_path / "report" / "table.csv").open() as file:
+    with (tmp_path / "report" / "table.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert {row["label"] for row in rows} == {
         *("base", "full", "lora-r6", "dora-r6", "pissa-r6", "milora-r6", "diablo-N4", "diablo-N8", "diablo-N16")
@@ -88,7 +88,7 @@ def test_every_task_trains_and_scores_on_real_rows(data_root: Path, tmp_path: Pa
         ],
         tmp_path / "report",
     )
-    with (tmp_path / "report" / "table.csv").open() as file:
+    with (tmp_path / "report" / "table.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert {row["benchmark"] for row in rows} == {
         *("boolq", "piqa", "social_i_qa", "hellaswag_sample", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
@@ -96,14 +96,14 @@ def test_every_task_trains_and_scores_on_real_rows(data_root: Path, tmp_path: Pa
     }  # a few rows of each make no mean
     assert all(row["accuracy"] for row in rows)
     for protocol in ("diablo", "pyreft", "lori"):
-        assert f"protocol {protocol}" in page.read_text()
+        assert f"protocol {protocol}" in page.read_text(encoding="utf-8")
     records = [read_json(path) for path in (tmp_path / "runs").glob("*/train.json")]
     assert sorted(record["rows"] for record in records) == sorted(2 * [74265, 7473, 9371, 6552, 7483])
     assert all(0 < record["examples"] <= record["rows"] for record in records)
 
 
 def commands_of_readme() -> list[str]:
-    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line.startswith("python -m experiments.plan") and "--dry-run" in line]
 
@@ -119,7 +119,7 @@ def test_readme_plans_are_real(
 
 def test_readme_maps_every_file() -> None:
     """One line per file: what the tree of README names is what is there."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     tree = text[text.index("## Where things are") :]
     for folder in ("diablo", "experiments", "eval", "analysis", "slurm"):
         for path in (ROOT / folder).glob("*.py"):
@@ -144,7 +144,7 @@ def test_a_fresh_install_of_the_package_needs_no_hydra(tmp_path: Path) -> None:
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(target)},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=True,
     )
     assert str(target) in done.stdout
@@ -178,7 +178,7 @@ def test_who_imports_whom(package: str) -> None:
     for path in (ROOT / package).rglob("*.py"):
         if path.relative_to(ROOT).as_posix() == "experiments/reproduce.py":
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             found = {name.split(".")[0] for name in names} & MAY_IMPORT.keys()

@@ -158,8 +158,8 @@ def test_a_checkpoint_of_other_data_is_not_resumed(small: list[str], monkeypatch
     run = planned([*small, "runtime.checkpoint_every=4"])
     train_until(run, 5, monkeypatch)
     manifest = checkpoints.folder(run.checkpoints, 4) / checkpoints.MANIFEST
-    content = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**content, "data_hash": "of other rows"}))
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    manifest.write_text(json.dumps({**content, "data_hash": "of other rows"}), encoding="utf-8")
     assert train(run).resumed_at == []
 
 
@@ -232,12 +232,14 @@ def test_command_lines_print_one_line_and_status_one(small: list[str], tmp_path:
         ["experiments.reproduce", "nothing"],
     ]
     for command in commands:
-        done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, encoding="utf-8", check=False
+        )
         assert done.returncode == 1
         assert done.stderr.startswith("error: ")
         assert len(done.stderr.splitlines()) == 1
         debugged = subprocess.run(
-            [sys.executable, "-m", *command, "--debug"], cwd=ROOT, capture_output=True, text=True, check=False
+            [sys.executable, "-m", *command, "--debug"], cwd=ROOT, capture_output=True, encoding="utf-8", check=False
         )
         assert "Traceback" in debugged.stderr
 
@@ -255,6 +257,6 @@ def test_help_answers_without_loading_torch(module: str) -> None:
         "except SystemExit: pass\n"
         "assert 'torch' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: python -m")

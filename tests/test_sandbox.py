@@ -43,7 +43,7 @@ def alive(name: str) -> list[int]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            state = (folder / "stat").read_text()
+            state = (folder / "stat").read_text(encoding="utf-8")
             if f"({name})" in state and state.rsplit(")", 1)[1].split()[0] not in "ZX":
                 found.append(int(folder.name))
     return found
@@ -111,7 +111,9 @@ def test_a_program_is_on_its_own(sandbox: str) -> None:
 
 def _hash_of_a() -> str:
     command = [sys.executable, "-c", "print(hash('a'))"]
-    return subprocess.run(command, env={"PYTHONHASHSEED": "0"}, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        command, env={"PYTHONHASHSEED": "0"}, capture_output=True, encoding="utf-8", check=True
+    ).stdout
 
 
 @BOTH
@@ -327,7 +329,7 @@ def test_functions_that_the_source_takes_away(sandbox: str, program: str, passes
 
 @BWRAP
 def test_canonical_solutions_pass_and_empty_ones_fail(data_root: Path) -> None:
-    with gzip.open(data_root / "human_eval" / "HumanEval.jsonl.gz", "rt") as lines:
+    with gzip.open(data_root / "human_eval" / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as lines:
         problems = [json.loads(line) for line in lines]
     assert len(problems) == 164
 

@@ -45,7 +45,7 @@ def test_nothing_is_written_outside_the_scratch_folder(folder: Path) -> None:
     assert run(program).message == f"FileNotFoundError: [Errno 2] No such file or directory: '{target}'"
     assert not target.exists()
     assert run(program, sandbox="none") == Outcome("passed")
-    assert target.read_text() == "x"
+    assert target.read_text(encoding="utf-8") == "x"
     # The same name in the scratch folder is another file.
     target = Path(f"/tmp/written{os.getpid()}")
     assert run(f"open({str(target)!r}, 'w').write('x')") == Outcome("passed")
@@ -70,7 +70,7 @@ def test_the_scratch_folder_is_small() -> None:
 @BWRAP
 def test_nothing_of_the_machine_is_read(folder: Path) -> None:
     secret = folder / "secret"
-    secret.write_text("secret")
+    secret.write_text("secret", encoding="utf-8")
     secret.chmod(0o644)
     program = f"assert open({str(secret)!r}).read() == 'secret'"
     assert run(program).message.startswith("FileNotFoundError")
@@ -163,7 +163,7 @@ def test_a_python_in_the_home_directory_opens_no_more_of_it(folder: Path) -> Non
     shutil.copy(os.path.realpath(sys.executable), python)
     (home / "lib").symlink_to(Path(sys.base_prefix) / "lib")
     (home / ".ssh").mkdir()
-    (home / ".ssh" / "id_ed25519").write_text("secret")
+    (home / ".ssh" / "id_ed25519").write_text("secret", encoding="utf-8")
     for path in (folder, home, home / ".ssh", home / "bin"):
         path.chmod(0o755)
     program = (
@@ -171,7 +171,9 @@ def test_a_python_in_the_home_directory_opens_no_more_of_it(folder: Path) -> Non
     )
     script = f"from eval.sandbox import run_programs; print(run_programs([{program!r}], sandbox='bwrap'))"
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
-    finished = subprocess.run([python, "-c", script], env=environment, capture_output=True, text=True, cwd=folder)
+    finished = subprocess.run(
+        [python, "-c", script], env=environment, capture_output=True, encoding="utf-8", cwd=folder
+    )
     assert finished.stdout == f"{[Outcome('passed')]}\n", finished
 
 
@@ -203,7 +205,13 @@ def test_it_works_for_an_ordinary_user(copy: Path) -> None:
 
     def as_nobody(python: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [python, *arguments], user=NOBODY, group=NOBODY, extra_groups=[], cwd=copy, capture_output=True, text=True
+            [python, *arguments],
+            user=NOBODY,
+            group=NOBODY,
+            extra_groups=[],
+            cwd=copy,
+            capture_output=True,
+            encoding="utf-8",
         )
 
     suitable = "import sys; sys.exit(sys.version_info < (3, 11))"
@@ -288,7 +296,7 @@ def test_a_machine_without_namespaces_is_told_and_nothing_runs(folder: Path) -> 
     )
     without = ["bwrap", "--unshare-user", "--disable-userns", "--cap-drop", "ALL", "--dev-bind", "/", "/"]
     started = time.monotonic()
-    finished = subprocess.run([*without, sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    finished = subprocess.run([*without, sys.executable, "-c", script], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert finished.stdout.startswith("evaluation.sandbox: a program could not be started here: bwrap: "), finished
     assert "evaluation.sandbox=none, which runs the programs without protection" in finished.stdout
     assert finished.stdout.count("\n") == 1

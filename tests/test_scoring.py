@@ -329,7 +329,7 @@ def test_an_unknown_rule_is_named(rules: Rules, message: str, fails_with: Fails)
 
 
 def read_list(path: Path) -> list[dict[str, Any]]:
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
         return json.load(file)
 
 

@@ -35,7 +35,7 @@ def idle(cluster: SlurmCluster) -> bool:
 
 def table(report: Path) -> list[dict[str, str]]:
     """The report's table without its clocks and what a process happened to hold."""
-    with (report / "table.csv").open() as file:
+    with (report / "table.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     measured = ("time", "seconds", "memory", "mixed")  # a commit meanwhile makes code versions mixed
     return [{key: value for key, value in row.items() if not any(word in key for word in measured)} for row in rows]
@@ -70,7 +70,7 @@ def test_two_stages_from_one_submission(
     here = [*small, f"runtime.runs_dir={tmp_path / 'here'}"]
     reproduce("two_stages.yaml", here, tmp_path / "report_here")
     assert table(tmp_path / "report/two_stages") == table(tmp_path / "report_here")
-    chosen = [name.read_text().split(",") for name in tmp_path.glob("report*/**/learning_rates.csv")]
+    chosen = [name.read_text(encoding="utf-8").split(",") for name in tmp_path.glob("report*/**/learning_rates.csv")]
     assert chosen[0] == chosen[1]
 
 
@@ -91,7 +91,7 @@ def test_the_quickstart_preempted_twice_ends_in_the_same_report(
 
     def training() -> bool:
         """Whether all tasks run, and one of them is in the middle of a training."""
-        beats = [json.loads(path.read_text()) for path in runs.glob("*/heartbeat.json")]
+        beats = [json.loads(path.read_text(encoding="utf-8")) for path in runs.glob("*/heartbeat.json")]
         alive = [beat for beat in beats if beat["stage"] == "train" and time.time() - beat["time"] < 2]
         running = all(cluster.job(job).get("JobState") == "RUNNING" for job in jobs)
         return running and any((beat["step"] or 0) > 20 for beat in alive)
@@ -104,7 +104,9 @@ def test_the_quickstart_preempted_twice_ends_in_the_same_report(
     wait_for(lambda: (tmp_path / "report/quickstart/index.html").is_file(), "the report", 900)
     assert all(int(cluster.job(job)["Restarts"]) >= 2 for job in jobs)
     here = ["quickstart", *settings, f"runtime.runs_dir={tmp_path / 'here'}", "--out", "report_here"]
-    alone = subprocess.run([sys.executable, "-m", "experiments.reproduce", *here], capture_output=True, text=True)
+    alone = subprocess.run(
+        [sys.executable, "-m", "experiments.reproduce", *here], capture_output=True, encoding="utf-8"
+    )
     assert alone.returncode == 0, alone.stderr
     records = [read_record(path, TrainRecord) for path in runs.glob("*/train.json")]
     resumed = [step for record in records for step in record.resumed_at]

@@ -121,7 +121,7 @@ def test_a_packed_task_goes_on_with_the_run_it_was_in_until_it_is_given_up(
     why = "stopped, and not requeued again after 1 times (max_requeues): submit again to go on"
     assert [(state.state, state.detail) for state in statuses(runs_dir)] == [("finished", ""), ("failed", why)]
     (log,) = runs_dir.glob(".slurm/*/logs/*.log")
-    assert log.read_text().splitlines()[-1] == f"error: {why}"
+    assert log.read_text(encoding="utf-8").splitlines()[-1] == f"error: {why}"
 
     (job,) = submit(arguments, settings(), Options(only_failed=True))
     assert cluster.wait(f"{job}_0", END, 120)["JobState"] == "COMPLETED"

@@ -115,7 +115,7 @@ def test_the_script_stops_where_activation_fails(tmp_path: Path) -> None:
     manifest = planned_manifest(tmp_path, {}, [])
     cluster = settings("activate=[export GREETING=hello, 'false # it''s broken']")
     script = job_script(cluster, cluster.resources("tiny"), manifest.code, ["slurm.job"])
-    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    result = subprocess.run(["bash", "-c", script], capture_output=True, encoding="utf-8")
     assert (result.returncode, result.stdout) == (1, "error: activation failed on this node: false # it's broken\n")
 
 
@@ -126,27 +126,27 @@ def test_snapshots_hold_commit_changes_and_untracked_files(tmp_path: Path) -> No
     def git(*arguments: str, folder: Path = project) -> str:
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
         command = ["git", "-C", str(folder), *identity, *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout
 
     git("init", "--quiet")
-    (project / "slurm" / "kept.py").write_text("first = 1\n")
-    (project / ".gitignore").write_text("ignored.py\n")
+    (project / "slurm" / "kept.py").write_text("first = 1\n", encoding="utf-8")
+    (project / ".gitignore").write_text("ignored.py\n", encoding="utf-8")
     git("add", ".")
     git("commit", "--quiet", "-m", "first")
-    (project / "slurm" / "kept.py").write_text("second = 2\n")
-    (project / "slurm" / "new.py").write_text("new = 3\n")
-    (project / "slurm" / "ignored.py").write_text("secret\n")
+    (project / "slurm" / "kept.py").write_text("second = 2\n", encoding="utf-8")
+    (project / "slurm" / "new.py").write_text("new = 3\n", encoding="utf-8")
+    (project / "slurm" / "ignored.py").write_text("secret\n", encoding="utf-8")
     about = take_snapshot(tmp_path / "code", project)
     code = Path(about["folder"])
-    assert (code / "slurm" / "kept.py").read_text() == "second = 2\n"
-    assert (code / "slurm" / "new.py").read_text() == "new = 3\n"
+    assert (code / "slurm" / "kept.py").read_text(encoding="utf-8") == "second = 2\n"
+    assert (code / "slurm" / "new.py").read_text(encoding="utf-8") == "new = 3\n"
     assert not (code / "slurm" / "ignored.py").exists()
     assert about["commit"] == git("rev-parse", "HEAD", folder=code).strip()
     assert (about["changed"], about["untracked"]) == (True, ["slurm/new.py"])
     assert take_snapshot(tmp_path / "code", project) == about
-    (project / "slurm" / "new.py").write_text("new = 4\n")
+    (project / "slurm" / "new.py").write_text("new = 4\n", encoding="utf-8")
     assert take_snapshot(tmp_path / "code", project)["folder"] != about["folder"]
-    assert (code / "slurm" / "new.py").read_text() == "new = 3\n"
+    assert (code / "slurm" / "new.py").read_text(encoding="utf-8") == "new = 3\n"
 
 
 def test_ranks_under_the_names_that_torch_reads() -> None:
@@ -169,7 +169,7 @@ def test_an_error_of_git_is_short_and_comes_before_anything_is_written(
         "scontrol": "echo MaxArraySize = 1001",
         "git": 'for i in $(seq 2000); do echo "error: unable to write file f$i" >&2; done; exit 128',
     }.items():
-        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
         (tools / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     runs_dir = tmp_path / "runs"
@@ -211,8 +211,8 @@ def test_what_is_finished_or_started_is_told_apart_in_a_dry_run(
     (evaluation,) = evaluation_paths(done, read_config(done))
     evaluation.root.mkdir(parents=True)
     evaluation.score.touch()
-    (failed.root / "attempts.json").write_text(json.dumps([attempt_entry("failed", "no data")]))
-    (begun.root / "attempts.json").write_text(json.dumps([attempt_entry("preempted")]))
+    (failed.root / "attempts.json").write_text(json.dumps([attempt_entry("failed", "no data")]), encoding="utf-8")
+    (begun.root / "attempts.json").write_text(json.dumps([attempt_entry("preempted")]), encoding="utf-8")
     submit(arguments, settings(), Options(dry_run=True))
     shown, noted = capsys.readouterr()
     assert noted.startswith("note: without the queue (no squeue on the path")

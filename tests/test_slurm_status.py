@@ -41,7 +41,7 @@ ABOUT = {"config": "", "train": ["train.json"], "eval": ["eval/arith/plain-0/sco
 )
 def test_states(tmp_path: Path, attempts: list[dict[str, Any]], task: Task | None, expected: tuple[str, str]) -> None:
     if attempts:
-        (tmp_path / "attempts.json").write_text(json.dumps(attempts))
+        (tmp_path / "attempts.json").write_text(json.dumps(attempts), encoding="utf-8")
     state = run_state(RunPaths(tmp_path), ABOUT, task, None)
     assert (state.state, state.detail) == expected
     assert state.preempted == sum(attempt["how"] == "preempted" for attempt in attempts)
@@ -61,20 +61,20 @@ def test_states_where_the_queue_is_not_known(
     tmp_path: Path, attempts: list[dict[str, Any]], expected: tuple[str, str]
 ) -> None:
     if attempts:
-        (tmp_path / "attempts.json").write_text(json.dumps(attempts))
+        (tmp_path / "attempts.json").write_text(json.dumps(attempts), encoding="utf-8")
     log = tmp_path / "task.log"
-    log.write_text("said by an earlier task")
+    log.write_text("said by an earlier task", encoding="utf-8")
     state = run_state(RunPaths(tmp_path), ABOUT, None, log, queue_known=False)
     assert (state.state, state.detail[: len(expected[1])]) == expected
 
 
 @pytest.mark.parametrize("queue_known", [True, False])
 def test_a_fresh_heartbeat_is_a_running_run(tmp_path: Path, queue_known: bool) -> None:
-    (tmp_path / "attempts.json").write_text(json.dumps([attempt_entry(None)]))
+    (tmp_path / "attempts.json").write_text(json.dumps([attempt_entry(None)]), encoding="utf-8")
     heartbeat, now = tmp_path / "heartbeat.json", time.time()
 
     def state(beat: float, written: float) -> str:
-        heartbeat.write_text(json.dumps({"stage": "train", "step": 12, "steps": 40, "time": beat}))
+        heartbeat.write_text(json.dumps({"stage": "train", "step": 12, "steps": 40, "time": beat}), encoding="utf-8")
         os.utime(heartbeat, (written, written))
         return run_state(RunPaths(tmp_path), ABOUT, None, None, queue_known).state
 
@@ -94,7 +94,7 @@ def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], N
     monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
 
     def write(script: str) -> None:
-        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
         path.chmod(0o755)
 
     return write
@@ -125,8 +125,10 @@ def test_a_queue_that_cannot_be_read_makes_runs_unknown(
     for name in ("waiting", "running"):
         (tmp_path / name).mkdir()
     write_manifest(path, planned_manifest(tmp_path, {"waiting": ABOUT, "running": ABOUT}, [["waiting"], ["running"]]))
-    (tmp_path / "running" / "attempts.json").write_text(json.dumps([attempt_entry(None)]))
-    (tmp_path / "running" / "heartbeat.json").write_text(json.dumps({"stage": "train", "time": time.time()}))
+    (tmp_path / "running" / "attempts.json").write_text(json.dumps([attempt_entry(None)]), encoding="utf-8")
+    (tmp_path / "running" / "heartbeat.json").write_text(
+        json.dumps({"stage": "train", "time": time.time()}), encoding="utf-8"
+    )
     squeue(script.replace("{manifest}", str(path)))
     started = time.monotonic()
     assert [state.state for state in statuses(tmp_path)] == ["unknown", "running"]
@@ -153,7 +155,7 @@ def test_a_give_up_is_a_failure_of_every_run_of_the_task(tmp_path: Path, fails_w
     }
     for name, attempts in lasts.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "attempts.json").write_text(json.dumps(attempts))
+        (tmp_path / name / "attempts.json").write_text(json.dumps(attempts), encoding="utf-8")
     (tmp_path / "between" / "train.json").touch()
     for record in ("train.json", *ABOUT["eval"]):
         (tmp_path / "done" / record).parent.mkdir(parents=True, exist_ok=True)
@@ -172,14 +174,14 @@ def test_a_give_up_is_a_failure_of_every_run_of_the_task(tmp_path: Path, fails_w
 def test_a_running_runs_progress_and_a_finished_run(tmp_path: Path) -> None:
     about = {"train": ["train.json"], "eval": ["eval/arith/plain-0/score.json", "eval/more/plain-0/score.json"]}
     beat = {"stage": "train", "step": 120, "steps": 400, "tokens_per_second": 5300.4, "eta_seconds": 240}
-    (tmp_path / "heartbeat.json").write_text(json.dumps({**beat, "time": time.time()}))
+    (tmp_path / "heartbeat.json").write_text(json.dumps({**beat, "time": time.time()}), encoding="utf-8")
     running = run_state(RunPaths(tmp_path), about, Task("7_0", "RUNNING", "None"), None)
     assert running.detail.startswith("train step 120/400, 5,300 tokens/s, 4 min left, until ")
     heartbeat, now = tmp_path / "heartbeat.json", time.time()
     for jumped in (0, now - 1200, now + 1200):  # the clock of the node: the disk's says that it was written just now
-        heartbeat.write_text(json.dumps({**beat, "time": jumped}))
+        heartbeat.write_text(json.dumps({**beat, "time": jumped}), encoding="utf-8")
         assert "silent" not in run_state(RunPaths(tmp_path), about, Task("7_0", "RUNNING", "None"), None).detail
-    heartbeat.write_text(json.dumps({**beat, "time": now - 1200}))
+    heartbeat.write_text(json.dumps({**beat, "time": now - 1200}), encoding="utf-8")
     os.utime(heartbeat, (now - 1200, now - 1200))
     silent = run_state(RunPaths(tmp_path), about, Task("7_0", "RUNNING", "None"), None)
     assert silent.detail.endswith("silent for 20 min")
@@ -196,7 +198,9 @@ def test_status_of_a_thousand_runs_takes_a_moment(tmp_path: Path, monkeypatch: p
     names = [f"run-{number:04}" for number in range(1000)]
     for name in names:
         (tmp_path / name).mkdir()
-        (tmp_path / name / "attempts.json").write_text(json.dumps([attempt_entry("failed", "no data")]))
+        (tmp_path / name / "attempts.json").write_text(
+            json.dumps([attempt_entry("failed", "no data")]), encoding="utf-8"
+        )
     path = tmp_path / ".slurm" / "20260101-000000-001" / "manifest.json"
     write_manifest(path, planned_manifest(tmp_path, dict.fromkeys(names, ABOUT), [[name] for name in names]))
     started = time.perf_counter()

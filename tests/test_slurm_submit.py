@@ -63,7 +63,7 @@ def test_an_array_of_eight_from_dry_run_to_finished(
     for seed, state in enumerate(status.statuses(runs_dir)):
         run = RunPaths(runs_dir / state.name)
         assert result(run) == reference(["method=lora", f"seed={seed}", *overrides(tmp_path / "alone", cache_dir)])
-        assert "16 steps" in logs.log_of(run.root).read_text()
+        assert "16 steps" in logs.log_of(run.root).read_text(encoding="utf-8")
 
 
 def test_a_failing_run_harms_no_other(
@@ -97,8 +97,10 @@ def test_what_starts_after_a_failed_job_and_is_refused_if_it_was_edited_or_moved
         (manifest, _), *_ = all_manifests(runs_dir)
         submitted[name] = (jobs, manifest, RunPaths(next(runs_dir.glob("*/config.yaml")).parent))
     manifest, config = submitted["manifest"][1], submitted["config"][2].config
-    manifest.write_text(manifest.read_text().replace('"max_requeues": 100', '"max_requeues": 999'))
-    config.write_text(config.read_text() + "# a note\n")
+    manifest.write_text(
+        manifest.read_text(encoding="utf-8").replace('"max_requeues": 100', '"max_requeues": 999'), encoding="utf-8"
+    )
+    config.write_text(config.read_text(encoding="utf-8") + "# a note\n", encoding="utf-8")
     submitted["moved"][2].root.rename(tmp_path / "elsewhere")
     cluster.output("scontrol", "release", failing)
     assert cluster.wait(failing, END)["JobState"] == "FAILED"
@@ -110,7 +112,7 @@ def test_what_starts_after_a_failed_job_and_is_refused_if_it_was_edited_or_moved
     for name, said in expected.items():
         (job, *_), manifest, _ = submitted[name]
         assert cluster.wait(f"{job}_0", END)["JobState"] == "FAILED"
-        assert said in (manifest.parent / "logs" / f"{job}_0.log").read_text()
+        assert said in (manifest.parent / "logs" / f"{job}_0.log").read_text(encoding="utf-8")
     # What waits for the good end of a job that failed is cancelled, and told.
     for job in (submitted["config"][0][1], submitted["afterok"][0][0]):
         assert cluster.wait(f"{job}_0", END)["JobState"] == "CANCELLED"
@@ -175,7 +177,7 @@ def test_the_job_sees_the_code_of_its_submission(cluster: SlurmCluster, tmp_path
     code = Path(manifest.code["folder"])
     assert (code / "slurm" / "job.py").is_file()
     assert (code / "configs" / "run.yaml").is_file()
-    assert str(code) in (path.parent / "job.sh").read_text()
+    assert str(code) in (path.parent / "job.sh").read_text(encoding="utf-8")
     assert read_manifest(path) == manifest
-    assert json.loads(path.read_text())["runs_dir"] == str(runs_dir)
+    assert json.loads(path.read_text(encoding="utf-8"))["runs_dir"] == str(runs_dir)
     assert len(write_runs(plan(["method=lora", "seed=0", *overrides(runs_dir, cache_dir)]))) == 1

@@ -288,7 +288,7 @@ def test_hex_phi_says_where_to_ask(tmp_path: Path, fails_with: Fails) -> None:
 def test_hex_phi_is_read_from_the_users_file(count: int, whole: bool, tmp_path: Path, fails_with: Fails) -> None:
     (tmp_path / "hex_phi").mkdir()
     lines = ['{"instruction": "q", "category": "malware", "more": 1}\n'] * count
-    (tmp_path / "hex_phi/hex_phi.jsonl").write_text("".join(lines))
+    (tmp_path / "hex_phi/hex_phi.jsonl").write_text("".join(lines), encoding="utf-8")
     if whole:
         rows = load_rows({"source": "hex_phi"}, "test", str(tmp_path))
         row = {"instruction": "q", "input": "", "output": "", "answer": "safe", "category": "malware"}

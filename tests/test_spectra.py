@@ -203,11 +203,13 @@ def test_the_figure_and_the_report_show_the_first_and_the_last_measurement(tmp_p
     for axes in picture.figure.axes:
         drawn = [line for line in axes.lines if len(line.get_xdata()) == LAYERS]  # pyright: ignore
         assert len(drawn) == 2 * len(MODULES)
-    page = write_report([run], tmp_path / "report", None, "One run").read_text()
+    page = write_report([run], tmp_path / "report", None, "One run").read_text(encoding="utf-8")
     assert "Spectra of inputs and gradients" in page
     assert list((tmp_path / "report" / "figures").glob("spectra_*.png"))
     write_spectra(run, steps=0)
-    assert "nothing was measured" in write_report([run], tmp_path / "report", None, "One run").read_text()
+    assert "nothing was measured" in write_report([run], tmp_path / "report", None, "One run").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.slow

@@ -87,7 +87,7 @@ def test_a_rate_that_was_chosen_is_marked_by_what_it_was_chosen_by(runs: Path) -
 
 def test_a_choice_that_cannot_be_read_is_named(runs: Path) -> None:
     run = next(runs.iterdir())
-    RunPaths(run).learning_rate.write_text("{}")
+    RunPaths(run).learning_rate.write_text("{}", encoding="utf-8")
     found = load_runs([run])
     assert found.frame.dropna(subset=["rate_chosen"]).empty
     assert any("learning_rate.json" in problem for problem in found.problems)
@@ -140,7 +140,7 @@ def test_time_and_memory_of_every_run(tmp_path: Path) -> None:
 def test_the_page_lists_sweep_and_failures_and_no_figure_of_sizes(runs: Path) -> None:
     for rate in (1e-3, 2e-3):
         write_run(runs, "dora", learning_rate=rate, items=[1, 0])
-    text = write_report(find_runs([runs]), runs / "report", None, "Sweep").read_text()
+    text = write_report(find_runs([runs]), runs / "report", None, "Sweep").read_text(encoding="utf-8")
     assert "<h2>Learning rates</h2>" in text
     assert "lora-r7 at learning rate 0.008, seed 0: no training record" in text
     figures = {path.stem for path in (runs / "report" / "figures").glob("*.svg")}

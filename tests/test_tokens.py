@@ -113,7 +113,7 @@ def test_whatever_decides_the_tokens_gets_its_own_folder(
     tokenised(protocol, tokenizer, last_changed, tmp_path)
     tokenised(protocol, tokenizer, few[::-1], tmp_path)
     edited = tmp_path / "prompts.py"
-    edited.write_text(f"{Path(prompts.__file__).read_text(encoding='utf-8')}\n")
+    edited.write_text(f"{Path(prompts.__file__).read_text(encoding='utf-8')}\n", encoding="utf-8")
     monkeypatch.setattr(prompts, "__file__", str(edited))
     tokenised(protocol, tokenizer, few, tmp_path)
     assert len(folders(tmp_path)) == 6
@@ -175,7 +175,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [cut, flip_a_bit, Path.unlink, lambda path: path.write_text("[]")])
+@pytest.mark.parametrize("damage", [cut, flip_a_bit, Path.unlink, lambda path: path.write_text("[]", encoding="utf-8")])
 @pytest.mark.parametrize("name", ["tokens.arrow", "manifest.json"])
 def test_a_damaged_folder_is_made_again(
     name: str,

@@ -31,7 +31,7 @@ def score_on_vllm(python: str, run: RunPaths, *overrides: str) -> None:
         [python, "-m", "eval.run", str(run.root), "evaluation.backend=vllm", *overrides],
         cwd=ROOT,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=False,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )

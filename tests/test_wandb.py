@@ -84,7 +84,7 @@ def test_a_report_logs_its_tables_and_again_into_the_same_run(runs: list[Path], 
     assert id_of(first).startswith("report-")
     (row,) = [row for row in history_of(first) if "methods/_type" in row]
     assert row["methods/_type"] == "table-file"
-    table = json.loads((first / "files" / row["methods/path"]).read_text())
+    table = json.loads((first / "files" / row["methods/path"]).read_text(encoding="utf-8"))
     columns = table["columns"]
     assert [line[columns.index("label")] for line in table["data"]] == ["diablo-N7", "lora-r7"]
     assert [line[columns.index("accuracy")] for line in table["data"]] == [0.75, 0.75]

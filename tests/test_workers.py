@@ -31,7 +31,7 @@ def test_runs_beside_each_other_end_as_those_in_one_process(tmp_path: Path, cach
     command = [sys.executable, "-m", "experiments.reproduce", "quickstart", *overrides, here, "--workers", "2"]
     command += ["--out", str(tmp_path / "report")]
 
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
     try:
         while process.poll() is None and not all(after(3)(run) for run in runs[:2]):
             time.sleep(0.01)
@@ -44,14 +44,14 @@ def test_runs_beside_each_other_end_as_those_in_one_process(tmp_path: Path, cach
     assert not any(run.lock.exists() for run in runs)
 
     runs[2].metrics.mkdir()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False, timeout=240)
     assert done.returncode == 1
     assert "1 of 3 runs failed and are missing from the report" in done.stderr.splitlines()[-1]
     assert f"[3/3] {runs[2].root.name}  failed: [Errno 21] Is a directory" in done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
     assert sorted(line.split()[1] for line in lines) == sorted(run.root.name for run in runs[:2])
     assert all("arith " in line for line in lines)
-    with (tmp_path / "report" / "table.csv").open() as file:
+    with (tmp_path / "report" / "table.csv").open(encoding="utf-8") as file:
         assert sum(bool(row["accuracy"]) for row in csv.DictReader(file)) == 2
 
     alone = write_runs(plan(["experiment=quickstart", *overrides, f"runtime.runs_dir={tmp_path / 'alone'}"]))[1]

@@ -80,7 +80,10 @@ def quantize_model(
         layer.to(home)
     if settings.method in WITH_FACTORS:
         _write_adapter(folder, prefix, len(layers), settings)
-    costs = [json.loads(storage.layer_file(folder, i).with_suffix(".json").read_text()) for i in range(len(layers))]
+    costs = [
+        json.loads(storage.layer_file(folder, i).with_suffix(".json").read_text(encoding="utf-8"))
+        for i in range(len(layers))
+    ]
     record = storage.finish(model, folder, {"settings": asdict(settings), "layers": costs})
     model.quantization = record  # pyright: ignore[reportArgumentType]
     return record
@@ -181,7 +184,7 @@ def _begin(folder: Path, settings: QuantizationSettings, model: PreTrainedModel,
     path = folder / storage.SETTINGS
     if not path.is_file():
         storage.write_json(path, wanted)
-    begun = json.loads(path.read_text())
+    begun = json.loads(path.read_text(encoding="utf-8"))
     for key, value in wanted.items():
         if begun.get(key) != value:
             raise ValueError(

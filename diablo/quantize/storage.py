@@ -204,7 +204,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    aside.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(aside, path)
 
 
