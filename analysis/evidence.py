@@ -2,8 +2,8 @@
 
     python -m analysis.evidence analysis/results/evidence/runs --out analysis/results/evidence
 
-Writes evidence.md with its figures, settings.csv and comparisons.csv. It can be made at any time: what is not finished is
-named as not run.
+Writes evidence.md with its figures, settings.csv and comparisons.csv. What is not finished is named as not run, so that
+the page can be made at any time.
 """
 
 from __future__ import annotations
