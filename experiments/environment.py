@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import resource
 import subprocess
 import sys
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,25 @@ PACKAGES = (
 )
 
 
+# What decides the result of a training, beside its config, data, base weights and the versions of libraries.
+TRAINING_CODE = (
+    *("diablo/**/*.py", "experiments/train.py", "experiments/trainer.py", "experiments/loss.py"),
+    *("experiments/methods.py", "experiments/models.py", "experiments/preparation.py", "experiments/prompts.py"),
+    *("experiments/tokens.py", "experiments/data.py", "experiments/sources.py", "experiments/arith.py"),
+)
+
+
+@cache
+def training_code() -> str:
+    """sha256 over the files that training runs through: two records with one hash were made by the same code."""
+    root, digest = Path(__file__).resolve().parent.parent, hashlib.sha256()
+    for path in sorted({path for pattern in TRAINING_CODE for path in root.glob(pattern)}):
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
 def environment(device: str) -> dict[str, Any]:
+    """Versions, device, commit, whether files differ from it, and the hash of the training code."""
     import torch
 
     versions = {}
@@ -32,6 +52,7 @@ def environment(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "commit": commit,
         "dirty": dirty,
+        "training_code": training_code(),
     }
 
 

@@ -99,7 +99,8 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
     except Preempted as stop:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)  # repeated while the process ends, they would change its status
-        print(f"preempted: {stop}, the same command goes on from there", file=sys.stderr)
+        what = f"{stop}, " if str(stop) else ""
+        print(f"preempted: {what}the same command goes on from there", file=sys.stderr)
         status = 75
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -68,7 +68,8 @@ def reproduce(
     if jobs.left_out:
         print(f"{len(jobs.left_out)} runs did not fit into the time: the same command goes on with them")
     elif found.undecided:
-        missing.append(f"{len(found.to_come)} runs without a learning rate ({'; '.join(found.undecided)})")
+        others = f"; and {len(found.undecided) - 1} other settings" if len(found.undecided) > 1 else ""
+        missing.append(f"{len(found.to_come)} runs without a learning rate ({found.undecided[0]}{others})")
     if missing:
         raise UserError(f"{' and '.join(missing)} and are missing from the report")
     return page

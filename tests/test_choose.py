@@ -16,7 +16,7 @@ from experiments.choose import Stages, stages, to_csv, write_choices
 from experiments.data import load_rows
 from experiments.loss import Targets
 from experiments.plan import run_paths, write_runs
-from experiments.records import TrainRecord, config_hash, read_record
+from experiments.records import TrainRecord, config_hash, read_record, write_atomically
 from experiments.reproduce import reproduce
 from experiments.train import train
 from tests.conftest import SMALL
@@ -49,7 +49,7 @@ def pretend(config: dict[str, Any], record: TrainRecord, loss: float | None, exa
     (run,) = write_runs([config])
     held_out = {"rows": 14, "loss": loss, "exact_match": exact_match}
     about = {"run_id": config["run_id"], "config_hash": config_hash(config)}
-    run.train_record.write_text(json.dumps({**vars(record), **about, "held_out": held_out}), encoding="utf-8")
+    write_atomically(run.train_record, json.dumps({**vars(record), **about, "held_out": held_out}))
 
 
 @pytest.fixture

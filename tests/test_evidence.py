@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.evidence import write_evidence
+from analysis.evidence_page import write_evidence
 from analysis.evidence_runs import BASE, OURS, PRIMARY, QUESTIONS, RETENTION, comparisons_of, settings_of
 from analysis.load import find_runs
 from experiments.jobs import Job, Jobs, take_in

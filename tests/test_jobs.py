@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import threading
@@ -139,7 +140,7 @@ def test_runs_finished_elsewhere_count(
     name, *overrides = arguments
     name = name.removeprefix("experiment=")
     reproduce(name, overrides, tmp_path / "report")
-    table = (tmp_path / "report" / "table.csv").read_text(encoding="utf-8")
+    before = accuracies(tmp_path / "report" / "table.csv")
     exported = tmp_path / "exported"
     for run in (tmp_path / "runs").iterdir():
         if (run / "config.yaml").is_file():
@@ -150,17 +151,19 @@ def test_runs_finished_elsewhere_count(
     assert "7 runs were taken from" in capsys.readouterr().out
     assert not list((tmp_path / "runs").glob("*/adapter"))
 
-    def accuracies(text: str) -> list[str]:
-        return [line.split(",eval")[0] for line in text.splitlines()]
-
-    assert accuracies((tmp_path / "report" / "table.csv").read_text(encoding="utf-8")) == accuracies(table)
+    assert accuracies(tmp_path / "report" / "table.csv") == before
     scored = next((tmp_path / "runs").glob("*diablo*-s4-*/eval"))
-    before = (scored.parent / "held_out.json").read_bytes()
+    held_out = read_json(scored.parent / "held_out.json")
     shutil.rmtree(scored)
     reproduce(name, overrides, tmp_path / "report")
     assert list(scored.glob("*/*/score.json"))
-    assert (scored.parent / "held_out.json").read_bytes() == before  # trained again, to the same bits
+    assert read_json(scored.parent / "held_out.json") == held_out  # trained again, to the same bits
     assert (scored.parent / "adapter").is_dir()
+
+
+def accuracies(table: Path) -> list[tuple[str, ...]]:
+    with table.open(encoding="utf-8") as file:
+        return [tuple(row[name] for name in ("label", "seeds", "accuracy", "by_seed")) for row in csv.DictReader(file)]
 
 
 def test_an_export_that_was_edited_is_refused(arguments: list[str], tmp_path: Path, finished: object) -> None:

@@ -1,0 +1,36 @@
+"""What a record says of where and by which code it was made."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from experiments.environment import TRAINING_CODE, training_code
+
+ROOT = Path(__file__).resolve().parent.parent
+PRINT = "from experiments.environment import training_code; print(training_code())"
+
+
+def test_the_training_code_is_there_and_hashed(tmp_path: Path) -> None:
+    """A copy has the same hash wherever it lies, and another once a file that training runs through is edited."""
+    assert all(list(ROOT.glob(pattern)) for pattern in TRAINING_CODE)
+    for folder in ("diablo", "experiments"):
+        for path in (ROOT / folder).rglob("*.py"):
+            copy = tmp_path / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+
+    def hashed() -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", PRINT], cwd=tmp_path, capture_output=True, check=True, encoding="utf-8"
+        )
+        return done.stdout.strip()
+
+    assert hashed() == training_code()
+    with (tmp_path / "experiments" / "reproduce.py").open("a", encoding="utf-8") as file:
+        file.write("# nothing that decides a result\n")
+    assert hashed() == training_code()
+    with (tmp_path / "diablo" / "layer.py").open("a", encoding="utf-8") as file:
+        file.write("# something\n")
+    assert hashed() != training_code()
