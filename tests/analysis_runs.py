@@ -55,7 +55,11 @@ def write_run(
     benchmark = benchmark or task
     generator = np.random.default_rng(seed)
     key, letter = ("num_blocks", "N") if method == "diablo" else ("r", "r")
-    names = [benchmark, *([mean_with] if mean_with else []), *(["gsm8k_nll"] if nll else [])]
+    names = [
+        *([] if benchmark.startswith("mean of ") else [benchmark]),
+        *([mean_with] if mean_with else []),
+        *(["gsm8k_nll"] if nll else []),
+    ]
     adapter = None if method in ("full", "base") else {key: size, "target_modules": ["q_proj", "down_proj"]}
     if pattern is not None:
         adapter = {"pattern": pattern, "density": 1 / size}

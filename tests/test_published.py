@@ -26,6 +26,7 @@ from analysis.paper_tables import (
 from analysis.published import FILE, KNOWN, read_published
 from eval.code import pass_at_k
 from experiments.errors import UserError
+from experiments.follows import standard_error
 from experiments.plan import plan, write_runs
 from experiments.records import RunPaths
 from tests.analysis_runs import change, score_file, write_run
@@ -167,14 +168,23 @@ def test_pass_at_10_comes_from_the_share_of_right_completions_of_each_problem(tm
         items=[1, 0],
     )
     shares = [0.0, 0.05, 0.5, 1.0]  # of 20 completions
-    change(score_file(run), items=shares, n=4, samples=20, accuracy=fmean(shares), beside={})
+    change(
+        score_file(run),
+        items=shares,
+        n=4,
+        samples=20,
+        accuracy=fmean(shares),
+        standard_error=standard_error(shares),
+        beside={},
+    )
     numbers = code_safety(frame_of(tmp_path)).numbers
     found = {name: row_of(numbers, method="lora", benchmark=f"human_eval {name}") for name in ("pass@1", "pass@10")}
     at_10 = fmean(pass_at_k(20, right, 10) for right in (0, 1, 10, 20))
     assert [row["ours, protocol lori"] for row in found.values()] == pytest.approx([38.75, 100 * at_10])
     for row in found.values():
         assert row["low, protocol lori"] < row["ours, protocol lori"] < row["high, protocol lori"]
-    change(score_file(run), samples=5, items=[0.0, 0.2, 0.6, 1.0], accuracy=0.45)
+    items = [0.0, 0.2, 0.6, 1.0]
+    change(score_file(run), samples=5, items=items, accuracy=0.45, standard_error=standard_error(items))
     numbers = code_safety(frame_of(tmp_path)).numbers
     assert pd.isna(row_of(numbers, method="lora", benchmark="human_eval pass@10")["ours, protocol lori"])
 
@@ -184,7 +194,7 @@ def test_patterns_and_their_time_over_the_diagonal(tmp_path: Path) -> None:
     write_run(tmp_path, "sparse", pattern="diagonal", size=64, **common)
     write_run(tmp_path, "sparse", pattern="random_entry", size=2, **common)  # another density
     entries = write_run(tmp_path, "sparse", pattern="random_entry", size=64, **common)
-    change(score_file(entries), items=[1, 1, 0, 0], accuracy=0.5)
+    change(score_file(entries), items=[1, 1, 0, 0], accuracy=0.5, standard_error=0.25)
     change(entries / "train.json", step_seconds=0.06)
     table = sparse_patterns(frame_of(tmp_path))
     score = row_of(table.numbers, setting="random_entry 1/64", benchmark="gsm8k")
