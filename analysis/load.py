@@ -26,6 +26,7 @@ from analysis.rows import COLUMNS, TYPES, UNREADABLE, line_of, read_run
 from experiments import evaluations
 from experiments import records as run_records
 from experiments.errors import UserError
+from experiments.received import read_settings
 from experiments.records import (
     RunPaths,
     TrainRecord,
@@ -34,7 +35,6 @@ from experiments.records import (
     read_json,
     read_lines,
     read_record,
-    read_settings,
 )
 
 SCALARS = dict.fromkeys(("loss", "learning_rate", "gradient_norm", "seconds"), "float64")  # of metrics.jsonl

@@ -17,9 +17,11 @@ from typing import Any, cast
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from experiments.errors import UserError, nearest
-from experiments.settings import SETTINGS, stored
+from experiments.settings import SETTINGS, leaves, stored
 
 Config = dict[str, Any]
 MOST_RUNS = 100_000  # of one grid
@@ -147,6 +149,33 @@ def by_name(config: Config, prefix: str = "") -> Config:
         if isinstance(value, dict):
             found |= by_name(value, f"{prefix}{name}.")
     return found
+
+
+def by_name_resolved(config: Config) -> Config:
+    """`by_name` with references resolved; None for those that lead nowhere."""
+    composed = OmegaConf.create(config)
+    found = by_name(config)
+    for key, value in found.items():
+        if isinstance(value, str) and "${" in value:
+            try:
+                value = OmegaConf.select(composed, key)
+            except OmegaConfBaseException:
+                value = None
+            found[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    return found
+
+
+def settle(resolved: Config, files: Config, free: Iterable[str] = ()) -> None:
+    """Every value is one that its setting can have, and is stored as such, but for the keys that are `free`."""
+    free = {key.removeprefix("+") for key in free}
+    for key, value in list(leaves(resolved)):
+        kept = stored(key, value, files.get(key)) if key not in free else value
+        if type(kept) is not type(value) or isinstance(kept, list):
+            *parents, last = key.split(".")
+            node = resolved
+            for part in parents:
+                node = node[part]
+            node[last] = kept
 
 
 def set_value(config: Config, override: Override, others: Iterable[str]) -> None:

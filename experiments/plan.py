@@ -33,10 +33,9 @@ from experiments.errors import UserError, nearest, run_command
 from experiments.evaluations import kind_of
 from experiments.first import freeze_first
 from experiments.gguf import settle_weights
-from experiments.overrides import by_name, checked, set_value, sweep
+from experiments.overrides import by_name, by_name_resolved, checked, set_value, settle, sweep
 from experiments.quantize import name_quantized
 from experiments.records import RunPaths, read_config, run_id, write_config
-from experiments.settings import leaves, stored
 from experiments.sources import SOURCES
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -141,7 +140,7 @@ def resolve_with_hydra(overrides: Iterable[Override]) -> Config:
     values = [override for override in overrides if override.key_or_group not in GROUPS]
     overrides = [*groups, *checked(values, _files(_lines(groups)))]
     resolved = _resolve_references(_compose.__wrapped__(_lines(overrides)))
-    _check(resolved, _files(_lines(groups)))
+    settle(resolved, _files(_lines(groups)))
     return _named(freeze_first(resolved, overrides, resolve_with_hydra))
 
 
@@ -232,37 +231,14 @@ def _resolved(groups: tuple[str, ...], values: tuple[str, ...], free: tuple[str,
     for override in OverridesParser.create().parse_overrides([*values, *(f"{key}=null" for key in free)]):
         set_value(composed, override, TOP)
     resolved = _resolve_references(composed)
-    _check(resolved, _files(groups), free)
+    settle(resolved, _files(groups), free)
     return resolved
 
 
 @lru_cache(maxsize=256)
 def _files(groups: tuple[str, ...]) -> Config:
-    """Every setting and section of the files of these choices by its dotted name; None for references to nothing."""
-    composed = OmegaConf.create(_compose(groups))
-    found = {}
-    for key, value in by_name(_compose(groups)).items():
-        if isinstance(value, str) and "${" in value:
-            try:
-                value = OmegaConf.select(composed, key)
-            except OmegaConfBaseException:
-                value = None
-            value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-        found[key] = value
-    return found
-
-
-def _check(resolved: Config, files: Config, free: Iterable[str] = ()) -> None:
-    """Every value is one that its setting can have, and is stored as such, but for the keys that are `free`."""
-    free = {key.removeprefix("+") for key in free}
-    for key, value in list(leaves(resolved)):
-        kept = stored(key, value, files.get(key)) if key not in free else value
-        if type(kept) is not type(value) or isinstance(kept, list):
-            *parents, last = key.split(".")
-            node = resolved
-            for part in parents:
-                node = node[part]
-            node[last] = kept
+    """Every setting and section of the files of these choices by its dotted name."""
+    return by_name_resolved(_compose(groups))
 
 
 def _nothing_refers_to(override: Override, groups: tuple[str, ...]) -> bool:

@@ -102,3 +102,40 @@ def check_file_names(where: Path, names: Any) -> None:
     for name in names:
         if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
             raise UserError(f"{where}: {name!r:.60} is not the name of a file beside it")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The content of a config.yaml, whether or not it is what its run id says."""
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        text = path.read_text(encoding="utf-8")
+        check_depth(text, lambda: yaml.parse(text, loader))
+        config = yaml.load(text, loader)
+        check_config(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: not a run's config ({error}): plan the run again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not a run's config: plan the run again")
+    return config
+
+
+def has_type(value: Any, kind: str) -> bool:
+    """Whether a JSON value is of a record's field's type, which is written as in experiments/records.py."""
+    if kind.endswith(" | None"):
+        return value is None or has_type(value, kind.removesuffix(" | None"))
+    if kind.startswith("list["):
+        types = _types(kind[5:-1])
+        return isinstance(value, list) and all(type(part) in types for part in value)
+    if kind.startswith("dict["):
+        types = _types(kind[5:-1].partition(", ")[2])
+        return isinstance(value, dict) and all(type(part) in types for part in value.values())
+    return type(value) in _types(kind)
+
+
+def _types(kind: str) -> tuple[type, ...]:
+    known: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "str": (str,), "bool": (bool,)}
+    return known.get(kind, (dict, list, str, int, float, bool, type(None)))

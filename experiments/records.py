@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from experiments.errors import UserError
-from experiments.received import check_config, check_depth, check_file_names, check_folder
+from experiments.received import check_file_names, check_folder, has_type, read_settings
 from experiments.settings import check
 
 SCHEMA = 4  # raised when a record changes its meaning
@@ -225,28 +225,10 @@ def read_record(path: Path, kind: type[Record]) -> Record:
             f"{path}: fields {sorted((needed - set(data)) | (set(data) - names))} do not fit {kind.__name__}"
         )
     for field in fields:
-        if field.name in data and not _fits(data[field.name], str(field.type)):
+        if field.name in data and not has_type(data[field.name], str(field.type)):
             raise UserError(f"{path}: {field.name} is no {field.type}: delete it and run the stage again")
     check_file_names(path, data["adapter_files"])
     return kind(**data)
-
-
-def _fits(value: Any, kind: str) -> bool:
-    """Whether a JSON value is of a record's field's type, which is written as in the classes above."""
-    if kind.endswith(" | None"):
-        return value is None or _fits(value, kind.removesuffix(" | None"))
-    if kind.startswith("list["):
-        types = _types(kind[5:-1])
-        return isinstance(value, list) and all(type(part) in types for part in value)
-    if kind.startswith("dict["):
-        types = _types(kind[5:-1].partition(", ")[2])
-        return isinstance(value, dict) and all(type(part) in types for part in value.values())
-    return type(value) in _types(kind)
-
-
-def _types(kind: str) -> tuple[type, ...]:
-    known: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "str": (str,), "bool": (bool,)}
-    return known.get(kind, (dict, list, str, int, float, bool, type(None)))
 
 
 def write_record(path: Path, record: TrainRecord | EvalRecord) -> None:
@@ -370,25 +352,6 @@ def read_config(run: RunPaths) -> dict[str, Any]:
             f"{run.config}: these settings belong to {expected}, not to {run.root.name}: a config is frozen, "
             f"undo the edit or plan a new run"
         )
-    return config
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The content of a config.yaml, whether or not it is what its run id says."""
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try:
-        text = path.read_text(encoding="utf-8")
-        check_depth(text, lambda: yaml.parse(text, loader))
-        config = yaml.load(text, loader)
-        check_config(config)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: not a run's config ({error}): plan the run again") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a run's config: plan the run again")
     return config
 
 
