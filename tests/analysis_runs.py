@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.follows import standard_error
 from experiments.records import (
     EvalRecord,
     RunPaths,
@@ -75,7 +76,7 @@ def write_run(
         "protocol": {"name": protocol, "train_on_prompt": protocol == "llm_adapters"},
         "recipe": {"learning_rate": learning_rate, "epochs": 1, "batch_size": 16},
         "seed": seed,
-        "evaluation": {"benchmarks": names, "mean": mean_with is not None},
+        "evaluation": {"benchmarks": [name for name in names if " " not in name], "mean": mean_with is not None},
         "runtime": {"device": "cpu"},
     }
     identity = run_id(config)
@@ -193,6 +194,9 @@ def step_times_file(folder: Path) -> Path:
 
 
 def change(path: Path, **values: Any) -> None:
+    """Other values in a record; with other items also the standard error that follows from them."""
+    if all(isinstance(item, int | float) for item in values.get("items", [None])):
+        values = {"standard_error": standard_error(values["items"]), **values}
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
 
 

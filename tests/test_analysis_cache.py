@@ -15,7 +15,7 @@ import yaml
 from analysis import load
 from analysis.load import Runs, find_runs, load_runs, records
 from experiments.errors import UserError
-from experiments.records import RunPaths, run_id
+from experiments.records import RunPaths, config_hash, run_id
 from tests.analysis_runs import change, score_file, write_run
 
 
@@ -143,8 +143,10 @@ def test_ten_thousand_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     texts = {
         path.relative_to(model): path.read_text(encoding="utf-8") for path in (model / "train.json", score_file(model))
     }
+    own = config_hash(config)
     for seed in range(10_000):
-        name = run_id(config | {"seed": seed})
+        seeded = config | {"seed": seed}
+        name, digest = run_id(seeded), config_hash(seeded)
         run = tmp_path / "runs" / name
         run.mkdir(parents=True)
         text = (
@@ -156,7 +158,7 @@ def test_ten_thousand_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (run / "config.yaml").write_text(text, encoding="utf-8")
         for relative, record in texts.items():
             (run / relative).parent.mkdir(parents=True, exist_ok=True)
-            (run / relative).write_text(record.replace(model.name, name), encoding="utf-8")
+            (run / relative).write_text(record.replace(model.name, name).replace(own, digest), encoding="utf-8")
     first, reading = timed_load(tmp_path / "runs")
     again = [timed_load(tmp_path / "runs") for _ in range(3)]
     assert (len(first.frame), first.problems) == (10_000, [])

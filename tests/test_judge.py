@@ -17,9 +17,10 @@ from eval.rescore import rescore
 from eval.run import evaluate
 from experiments.errors import Preempted
 from experiments.plan import plan
-from experiments.records import EvalPaths, RunPaths, read_lines
+from experiments.records import EvalPaths, RunPaths, file_hash, read_lines
 from experiments.tiny import make_base, make_tokenizer
 from experiments.train import train
+from tests.analysis_runs import change
 from tests.conftest import planned
 
 Fails = Callable[[Callable[[], object]], str]
@@ -67,6 +68,7 @@ def test_a_judge_reads_the_completions_that_keywords_read(run: RunPaths, cache_d
     assert by_judge.judge == about["judge"]
     lines = [about, *({"words": words} for words in ("No.", "yes, in part", "NO", "perhaps"))]
     paths.judgements.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    change(paths.score, judgements_hash=file_hash(paths.judgements))
     again = next(after for _, after in rescore(run) if after.protocol == "lori_judge")
     assert again.items == [1, 0, 1, 0]
     assert again.no_match == 1
@@ -109,6 +111,8 @@ def test_words_about_other_completions_do_not_count(run: RunPaths, cache_dir: Pa
         "\n".join([header, lines[0].replace('"completion": "', '"completion": "x'), *lines[1:]]) + "\n",
         encoding="utf-8",
     )
+    assert "not the completions that score.json was made from" in fails_with(lambda: rescore(run))
+    change(paths.score, samples_hash=file_hash(paths.samples))
     assert "is about other completions" in fails_with(lambda: rescore(run))
     paths.score.unlink()
     (record,) = evaluate(run, judged_by(cache_dir))

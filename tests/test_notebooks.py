@@ -12,7 +12,9 @@ from nbclient import NotebookClient
 from analysis.export import FIRST, STEPS, committed_runs, export_run, main, thinned
 from analysis.load import find_runs, load_metrics, load_runs, load_spectra
 from experiments.errors import UserError
-from tests.analysis_runs import score_file, write_run, write_spectra
+from experiments.follows import FROM_HEADER
+from experiments.records import file_hash, read_json
+from tests.analysis_runs import change, score_file, write_run, write_spectra
 from tests.test_analysis_cache import same
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "analysis" / "notebooks").glob("*.ipynb"))
@@ -23,7 +25,9 @@ def test_a_small_copy_gives_the_same_rows(tmp_path: Path) -> None:
     write_spectra(run, steps=20)
     (run / "adapter").mkdir()
     (run / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
-    score_file(run).with_name("samples.jsonl").write_text("{}\n", encoding="utf-8")
+    samples, score = score_file(run).with_name("samples.jsonl"), read_json(score_file(run))
+    samples.write_text(json.dumps({name: score[name] for name in FROM_HEADER}) + "\n", encoding="utf-8")
+    change(score_file(run), samples_hash=file_hash(samples))
     copy = export_run(run, tmp_path / "out")
     names = {path.name for path in copy.rglob("*") if path.is_file()}
     assert names == {"config.yaml", "train.json", "score.json", "metrics.jsonl", "spectra.jsonl"}

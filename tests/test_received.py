@@ -207,7 +207,7 @@ def test_a_config_alone_switches_no_sandbox_off(
         lambda: evaluate(run)
     )
     for allowed in ("command line", "environment"):  # goes on, to the rows of the benchmark that are not here
-        overrides = ["evaluation.sandbox=none"] if allowed == "command line" else []
+        overrides = ["runtime.data_root=null", *(["evaluation.sandbox=none"] if allowed == "command line" else [])]
         monkeypatch.setenv("DIABLO_SANDBOX", "none" if allowed == "environment" else "")
         monkeypatch.delenv("DIABLO_DATA_ROOT", raising=False)
         assert "without protection" not in fails_with(lambda overrides=overrides: evaluate(run, overrides))
