@@ -70,12 +70,12 @@ def test_a_failing_run_harms_no_other(
     cluster: SlurmCluster, tmp_path: Path, cache_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs_dir = tmp_path / "runs"
-    arguments = ["method=lora", "recipe.optimizer=nonsense,adamw_torch", *overrides(runs_dir, cache_dir)]
+    arguments = ["method=lora", *overrides(runs_dir, cache_dir), "recipe.batch_size=4096,8"]
     (job,) = submit(arguments, settings(), Options(pack=2))
     assert cluster.wait(f"{job}_0", END, 120)["JobState"] == "FAILED"
     failed, finished = status.statuses(runs_dir)
     assert (failed.state, finished.state) == ("failed", "finished")
-    assert "nonsense" in failed.detail
+    assert "do not fill one batch of 4096" in failed.detail
     capsys.readouterr()
     submit(arguments, settings(), Options(only_failed=True))
     assert "1 to resume after a failure, 0 already queued, 1 finished" in capsys.readouterr().out
