@@ -151,6 +151,9 @@ def execute(title: str, jobs: Jobs, workers: int) -> None:
             except UserError as failure:
                 error = f"{job.config['run_id']}: {failure}"
                 print(f"{line}  failed: {failure}", file=sys.stderr, flush=True)
+            except BaseException:
+                jobs.stopped(job)  # or the workers that wait for it would wait for ever
+                raise
             else:
                 print(f"{line}  {result}  ({time.perf_counter() - before:.1f} s)", flush=True)
             jobs.done(job, time.perf_counter() - before, error)

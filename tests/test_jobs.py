@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from experiments.reproduce import execute, reproduce
 from tests.conftest import SMALL
 from tests.test_choose import pretend
 
+ROOT = Path(__file__).resolve().parent.parent
 FILE = """
 title: Two methods
 common: model=tiny task=arith seed=3,4
@@ -176,6 +179,20 @@ def test_an_export_that_was_edited_is_refused(arguments: list[str], tmp_path: Pa
     with pytest.raises(UserError, match="undo the edit"):
         take_in(configs, tmp_path / "exported")
     assert not run_paths(configs[0]).root.exists()
+
+
+@pytest.mark.slow
+def test_an_error_that_is_nobodys_ends_the_workers_that_wait(arguments: list[str], tmp_path: Path) -> None:
+    """A run's config that cannot be written, while one worker trains and another waits for the choice of both."""
+    name, *overrides = [*arguments, "method=diablo"]
+    broken = Jobs([name, *overrides]).known()[0].run.config
+    (broken / "in the way").mkdir(parents=True)
+    command = [sys.executable, "-m", "experiments.reproduce", name.removeprefix("experiment="), *overrides]
+    done = subprocess.run(
+        [*command, "--workers", "3"], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=400, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: [Errno 21] Is a directory")
 
 
 @pytest.mark.slow
