@@ -22,6 +22,7 @@ from analysis.evidence_runs import (
     comparisons_of,
     settings_of,
 )
+from analysis.load import load_runs
 from analysis.nll import MARGIN, SEEDS_FOR_A_VERDICT
 from analysis.plots import Picture, save
 from analysis.plots_evidence import differences, rates, trade_off
@@ -31,14 +32,15 @@ from experiments.records import write_atomically
 
 def write_evidence(directories: Sequence[Path], out: Path) -> Path:
     """The page, its figures and tables as files; returns the page's path."""
-    settings = settings_of(directories)
+    runs = load_runs(directories, quiet=True)
+    settings = settings_of(runs)
     comparisons = comparisons_of(settings)
     pictures = [differences(comparisons), trade_off(settings), rates(settings)]
     for picture in pictures:
         save(picture, out)
     write_atomically(out / "comparisons.csv", pd.DataFrame(map(_flat, comparisons)).to_csv(index=False))
     write_atomically(out / "settings.csv", _table(settings).to_csv(index=False))
-    write_atomically(out / "evidence.md", page(settings, comparisons, pictures, about(directories)))
+    write_atomically(out / "evidence.md", page(settings, comparisons, pictures, about(runs)))
     return out / "evidence.md"
 
 

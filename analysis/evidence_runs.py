@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -13,7 +12,7 @@ import pandas as pd
 import yaml
 from statsmodels.stats.multitest import multipletests
 
-from analysis.load import load_runs, records
+from analysis.load import Runs, records
 from analysis.nll import Difference, Items, nll_difference, verdict
 from experiments.errors import UserError
 
@@ -133,9 +132,8 @@ class Comparison:
     verdict: str
 
 
-def settings_of(directories: Sequence[Path]) -> dict[str, Setting]:
+def settings_of(runs: Runs) -> dict[str, Setting]:
     """Every setting with a finished seed, by name."""
-    runs = load_runs(directories, quiet=True)
     scored, answered = runs.likelihood.dropna(subset=["nll"]), runs.frame.loc[runs.frame["benchmark"] == ACCURACY]
     every = pd.concat([runs.frame, runs.likelihood]).drop_duplicates("run_id")
     found: dict[str, Setting] = {}
@@ -215,9 +213,8 @@ def _common(first: Setting, second: Setting, names: Sequence[str]) -> tuple[list
     )
 
 
-def about(directories: Sequence[Path]) -> dict[str, Any]:
+def about(runs: Runs) -> dict[str, Any]:
     """Devices, dtypes, commits and the number of runs that the page rests on."""
-    runs = load_runs(directories, quiet=True)
     frame = runs.frame.drop_duplicates("run_id").dropna(subset=["steps"])
     environments = [row for row in frame["environment"] if isinstance(row, dict)]
     return {

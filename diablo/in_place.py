@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -100,7 +100,7 @@ def mark_of(trained: Tensor) -> list[int]:
     return [trained.data_ptr(), trained._version]
 
 
-@torch.library.custom_op("diablo::check_written", mutates_args=("mark",))
+@library.custom_op("diablo::check_written", mutates_args=("mark",))
 def check_written(mark: Tensor, trained: Tensor) -> None:
     """For graphs of torch.compile: RuntimeError if the trained tensor is not the one that `mark` was taken of.
 

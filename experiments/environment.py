@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import platform
 import resource
@@ -66,6 +67,16 @@ def reset_peak_memory(device: str) -> None:
         return
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def free_memory() -> None:
+    """Give back what a run before in this process still holds: Trainer and its model refer to each other."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        with suppress(RuntimeError):  # of a device that is gone: told by whoever uses it next
+            torch.cuda.empty_cache()
 
 
 def peak_memory(device: str) -> int:

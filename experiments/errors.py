@@ -114,9 +114,8 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
         )
         status = 1
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        memory = out_of_memory(error)
-        if debug or not (memory or isinstance(error, UserError | OSError)):
+        if debug or not (out_of_memory(error) or isinstance(error, UserError | OSError)):
             raise
-        print(f"error: {memory or ' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         status = 1
     sys.exit(status)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
 import os
 import statistics
@@ -20,7 +19,7 @@ import torch
 
 from experiments.benchmark import SHAPES, machine_rates, measure_layer, measure_model
 from experiments.benchmark_cases import ADAPTER, AUTHORS, DORA, DROPOUT, FLOOR, FULL, IN_PLACE, LORA
-from experiments.environment import environment, reset_peak_memory
+from experiments.environment import environment, free_memory, reset_peak_memory
 from experiments.errors import UserError, out_of_memory
 from experiments.gpu import ROOT
 from experiments.gpu_runs import Item, ItemFailed, methods_items, queue_items, resume_items
@@ -92,10 +91,7 @@ def _do(item: Item, device: str) -> Config:
     except Exception as error:
         done["error"] = _one_line(error)
         done |= getattr(error, "result", {})
-    gc.collect()  # Trainer and its model refer to each other
-    if device.startswith("cuda"):
-        with contextlib.suppress(RuntimeError):  # told by the caller
-            torch.cuda.empty_cache()
+    free_memory()
     return {**done, "seconds": round(time.time() - started, 2)}
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from experiments.choose import Stages, rule, stages_of
 from experiments.evaluations import evaluation_paths
 from experiments.follows import check_score, check_training
-from experiments.plan import plan, run_paths, write_runs
+from experiments.plan import plan, run_paths
 from experiments.records import (
     EvalRecord,
     RunPaths,
@@ -83,7 +83,8 @@ class Jobs:
 
     def total(self) -> int:
         """Jobs in all, those that wait for a choice included."""
-        return len(self.known()) + len(self.stages().to_come)
+        found = self.stages()
+        return len(found.first) + len(found.final) + len(found.to_come)
 
     def take(self) -> Job | None:
         """The next job, waited for where it depends on jobs in progress; None when there is none left to begin."""
@@ -187,14 +188,11 @@ def take_in(configs: Sequence[Config], folder: Path) -> int:
     return taken
 
 
-def forget_unscorable(job: Job) -> bool:
-    """Delete a run that was trained elsewhere and has yet to be scored, which needs its adapter. True if it was."""
+def forget_unscorable(job: Job) -> None:
+    """Delete a run that was trained elsewhere and has yet to be scored, which needs its adapter."""
     run = job.run
     if job.score and run.train_record.is_file() and not run.adapter.is_dir() and not job.is_finished():
         shutil.rmtree(run.root)
-        write_runs([job.config])
-        return True
-    return False
 
 
 def _short(score: EvalRecord) -> str:

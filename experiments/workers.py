@@ -110,10 +110,7 @@ class Worker:
 
 def answer(job: dict[str, Any]) -> Answer:
     """Do one job, whatever becomes of it."""
-    import gc
-
-    import torch
-
+    from experiments.environment import free_memory
     from experiments.jobs import outcome, train_and_score
 
     try:
@@ -125,10 +122,7 @@ def answer(job: dict[str, Any]) -> Answer:
             traceback.print_exc()
         return {"error": one_line(error)}
     finally:
-        gc.collect()  # Trainer and its model refer to each other
-        if torch.cuda.is_initialized():
-            with suppress(RuntimeError):
-                torch.cuda.empty_cache()
+        free_memory()
 
 
 def main(arguments: list[str]) -> None:

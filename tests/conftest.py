@@ -153,3 +153,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     seconds = sum(usage.ru_utime + usage.ru_stime for usage in used)
     line = f"{seconds:.0f} s of processor time in {time.monotonic() - STARTED:.0f} s"
     terminalreporter.write_line(f"{line}, {device_name('cpu')}, {os.cpu_count()} processors")
+
+
+@pytest.fixture
+def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts a script in the place of squeue."""
+    path = tmp_path / "bin" / "squeue"
+    path.parent.mkdir()
+    monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
+
+    def write(script: str) -> None:
+        path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        path.chmod(0o755)
+
+    return write

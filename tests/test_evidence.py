@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import pytest
 
 from analysis.evidence_page import write_evidence
 from analysis.evidence_runs import BASE, OURS, PRIMARY, QUESTIONS, RETENTION, comparisons_of, settings_of
-from analysis.load import find_runs
+from analysis.load import Runs, find_runs, load_runs
 from experiments.jobs import Job, Jobs, take_in
 from experiments.records import EvalRecord, read_record
 
@@ -25,6 +25,10 @@ def runs() -> list[Path]:
     return find_runs([RESULTS / "runs"])
 
 
+def loaded(directories: Sequence[Path]) -> Runs:
+    return load_runs(directories, quiet=True)
+
+
 def test_the_committed_page_is_what_its_runs_say(runs: list[Path], tmp_path: Path) -> None:
     write_evidence(runs, tmp_path)
     for name in ("evidence.md", "settings.csv", "comparisons.csv"):
@@ -34,7 +38,7 @@ def test_the_committed_page_is_what_its_runs_say(runs: list[Path], tmp_path: Pat
 
 def test_a_setting_is_its_records(runs: list[Path]) -> None:
     """One number followed by hand: DiaBlo's NLL, its rate among all that were tried, and what it forgot."""
-    found = settings_of(runs)
+    found = settings_of(loaded(runs))
     ours = found[OURS]
     chosen = [run for run in runs if "-diablo-N24-" in run.name and list(run.glob(f"eval/{PRIMARY}/*/score.json"))]
     scores = [read_record(next(run.glob(f"eval/{PRIMARY}/*/score.json")), EvalRecord) for run in chosen]
@@ -49,7 +53,7 @@ def test_a_setting_is_its_records(runs: list[Path]) -> None:
 
 
 def test_comparisons_are_the_registered_ones_corrected_within_a_question(runs: list[Path]) -> None:
-    comparisons = comparisons_of(settings_of(runs))
+    comparisons = comparisons_of(settings_of(loaded(runs)))
     registered = {(question.letter, pair) for question in QUESTIONS for pair in question.pairs}
     assert {(row.question, (row.first, row.second)) for row in comparisons} <= registered
     for letter in {row.question for row in comparisons}:
@@ -61,17 +65,17 @@ def test_a_seed_that_lacks_a_benchmark_does_not_count(runs: list[Path], tmp_path
     """Copies of a few runs, one without the score of a retention set."""
     kept = [run for run in runs if f"-{BASE}-" in run.name or "-lora-r14-" in run.name]
     copies = [Path(shutil.copytree(run, tmp_path / run.name)) for run in kept]
-    before = settings_of(copies)["lora-r14"].seeds
+    before = settings_of(loaded(copies))["lora-r14"].seeds
     scored = next(run for run in copies if list(run.glob("eval/alpaca_nll/*")) and "-s3-" in run.name)
     shutil.rmtree(scored / "eval" / "alpaca_nll")
-    assert settings_of(copies)["lora-r14"].seeds == [seed for seed in before if seed != 3]
+    assert settings_of(loaded(copies))["lora-r14"].seeds == [seed for seed in before if seed != 3]
 
 
 def test_without_the_base_nothing_can_be_forgotten(
     runs: list[Path], fails_with: Callable[[Callable[[], object]], str]
 ) -> None:
     assert "no finished run of method=base" in fails_with(
-        lambda: settings_of([run for run in runs if "-lora-r14-" in run.name])
+        lambda: settings_of(loaded([run for run in runs if "-lora-r14-" in run.name]))
     )
 
 

@@ -168,20 +168,6 @@ def test_of_two_waiters_one_writes(run: RunPaths) -> None:
 UNKNOWN_JOB = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
 
 
-@pytest.fixture
-def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Puts a script in the place of squeue."""
-    path = tmp_path / "bin" / "squeue"
-    path.parent.mkdir()
-    monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
-
-    def write(script: str) -> None:
-        path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
-        path.chmod(0o755)
-
-    return write
-
-
 def test_squeue_is_believed_when_it_does_not_know_the_job(
     run: RunPaths, squeue: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,20 +86,6 @@ def test_a_fresh_heartbeat_is_a_running_run(tmp_path: Path, queue_known: bool) -
     assert state(now + 3600, now + 3600) == ended  # both
 
 
-@pytest.fixture
-def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Puts a script in the place of squeue."""
-    path = tmp_path / "bin" / "squeue"
-    path.parent.mkdir()
-    monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
-
-    def write(script: str) -> None:
-        path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
-        path.chmod(0o755)
-
-    return write
-
-
 @pytest.mark.parametrize(
     "script",
     [
