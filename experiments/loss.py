@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 
 from experiments.prompts import IGNORED
@@ -92,7 +93,9 @@ class _ChunkedLoss(torch.autograd.Function):
 
 def _logits(head: Head, hidden: Tensor) -> Tensor:
     """`(n, vocabulary)`, in float32 at least, as transformers' own loss has them."""
-    logits = head(hidden.unsqueeze(0)).squeeze(0)
+    # FSDP2's hooks would take this for a forward pass of its own. The layer is whole since the model's.
+    call = head.forward if isinstance(head, FSDPModule) else head
+    logits = call(hidden.unsqueeze(0)).squeeze(0)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -52,7 +52,11 @@ def _find(where: str, target: str, what: str) -> Any:
 
 
 def attach(
-    method: Config, base: PreTrainedModel, backward: Backward | None = None, first: Path | None = None
+    method: Config,
+    base: PreTrainedModel,
+    backward: Backward | None = None,
+    first: Path | None = None,
+    shards: int = 1,
 ) -> torch.nn.Module:
     """The model to train: the base itself with all or none of its weights trainable, or the base with an adapter.
 
@@ -62,12 +66,14 @@ def attach(
         backward: for methods that are prepared with data. Each call adds to the base's gradients that of the mean loss
             over the next `recipe.batch_size` training rows.
         first: the adapter of the run that `method.first` names.
+        shards: of each parameter, over so many processes, once the model is trained.
     """
     base.requires_grad_(method["trains"] == "all")
     if method["trains"] != "adapter":
         return base
     import peft
 
+    from diablo.layer import fit_shards
     from diablo.residual import check_start
     from diablo.targets import check_targets
 
@@ -78,6 +84,7 @@ def attach(
         check_start(base, config)
         config = _prepared(method, base, config, backward, first)
         model = peft.get_peft_model(base, config, low_cpu_mem_usage=on_meta)
+        fit_shards(model, shards)
     except (ValueError, TypeError) as error:
         if isinstance(error, TypeError) and not _is_quantized(base):  # whose weights cannot be changed
             raise
@@ -176,19 +183,29 @@ def prepared_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in buffers.items() if not tensor.is_floating_point()}
 
 
-def save(method: Config, model: torch.nn.Module, folder: Path, initial: dict[str, torch.Tensor]) -> None:
-    """Write what was trained. PEFT's two files for an adapter, the whole model for full fine-tuning."""
+def save(
+    method: Config,
+    model: torch.nn.Module,
+    folder: Path,
+    initial: dict[str, torch.Tensor],
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write what was trained. PEFT's two files for an adapter, the whole model for full fine-tuning.
+
+    Args:
+        state: the state dict of a sharded model, whose own tensors are parts.
+    """
     from peft import PeftModel
     from transformers import PreTrainedModel
 
     from diablo.residual import save_adapter
 
     if isinstance(model, PeftModel):
-        save_adapter(model, folder, initial)
+        save_adapter(model, folder, initial, state)
         _sort_sets(model.peft_config["default"], folder / "adapter_config.json")
     elif method["trains"] == "all":
         assert isinstance(model, PreTrainedModel)
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
         for path in folder.iterdir():
             path.chmod(0o644)  # safetensors writes 0600 whatever the umask
     else:

@@ -43,7 +43,7 @@ PAPER = "cells=paper"  # beside experiment=…: only the paper's own cells
 CHOSEN_LEARNING_RATE = "${method.learning_rate.${task.name}}"  # what run.yaml says where nobody gives one
 ONLY_TO_CHOOSE = {"method": ("learning_rate", "contract"), "model": ("adapter_size",), "task": ("benchmarks",)}
 # They change no result, and a run that ran out of memory goes on with others.
-MEMORY_SETTINGS = (("runtime", "gradient_checkpointing"), ("evaluation", "batch_size"))
+MEMORY_SETTINGS = (("runtime", "gradient_checkpointing"), ("runtime", "sharding"), ("evaluation", "batch_size"))
 Config = dict[str, Any]
 
 OmegaConf.register_new_resolver("times", lambda factor, value: factor * value, replace=True)

@@ -102,19 +102,22 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
     )
     from experiments.preparation import Backward, row_steps
     from experiments.prompts import collate, select_rows
+    from experiments.sharding import sharding_of, whole_state
     from experiments.spectra import MeasureSpectra
     from experiments.tokens import tokenised
     from experiments.trainer import RunTrainer
 
     device = resolve_device(config["runtime"]["device"])
     run_hash, config = config_hash(config), with_dtype(config, str(device))
+    sharded = sharding_of(config) == "full"
     reset_peak_memory(str(device))
     arguments = training_arguments(config, run, device.type)
     trains = config["method"]["trains"] != "nothing"
     with arguments.main_process_first(local=False):  # one process makes or downloads what the others then find
         source = (config["task"]["data"], config["runtime"]["data_root"])
         rows, others = training_rows(*source) if trains else ([], [])
-        base, tokenizer = load_base(config, str(arguments.device))
+        # What is sharded goes to the devices part by part, from each process's host memory.
+        base, tokenizer = load_base(config, "cpu" if sharded else str(arguments.device))
     base_parameters, about_base = count_parameters(base), base_name(config, base)
     hashes: Any = {
         "config_hash": run_hash,
@@ -139,7 +142,8 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
         if config["method"].get("prepare"):
             backward = Backward(base, row_steps(examples, config, padded, arguments.device))
     set_seed(config["seed"])
-    model: Any = methods.attach(config["method"], base, backward, first and first.adapter)
+    shards = arguments.world_size if sharded else 1
+    model: Any = methods.attach(config["method"], base, backward, first and first.adapter, shards)
     del backward
     if arguments.gradient_checkpointing:
         methods.check_checkpointing(config["method"], model)
@@ -175,23 +179,25 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
         if held_out is not None and held_out["loss"] is None:
             raise Diverged(steps, "the loss on the held-out rows is not finite")
         trainer.accelerator.free_memory()
+    state = whole_state(model) if sharded else None
     if not arguments.should_save:  # the other processes of a distributed run wait for the record
         _wait_for_everyone()
         return read_record(run.train_record, TrainRecord)
-    _save(config, model, run, initial)
+    _save(config, model, run, initial, state)
+    trained = methods.trained_tensors(model)
     lines = list(read_lines(run.metrics)) if steps else []
     record = TrainRecord(
         run_id=config["run_id"],
         **hashes,
         adapter_files={path.name: file_hash(path) for path in sorted(run.adapter.iterdir())},
-        trainable_parameters=sum(tensor.numel() for tensor in methods.trained_tensors(model).values()),
+        trainable_parameters=sum(tensor.numel() for tensor in trained.values()),
         base_parameters=base_parameters,
         steps=steps,
         rows=len(rows),
         examples=kept,
         tokens=tokens,
         truncated=truncated,
-        changed=weights_hash(methods.trained_tensors(model)) != start,
+        changed=weights_hash({name: state[name] for name in trained} if state else trained) != start,
         final_loss=statistics.fmean(line["loss"] for line in lines[-max(1, steps // 10) :]) if lines else None,
         held_out=held_out,
         train_seconds=seconds,
@@ -201,6 +207,7 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
         tensors=tensors,
         forward_modes=methods.forward_modes(model),
         world_size=arguments.world_size,
+        sharding=sharding_of(config),
         environment=environment(str(arguments.device)),
         base=about_base,
         dtype=config["model"]["dtype"],
@@ -215,6 +222,8 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
 def training_arguments(config: Config, run: RunPaths, device: str) -> TrainingArguments:
     """Trainer's settings for a run. The batch is the config's, however many processes share it."""
     from transformers import TrainingArguments
+
+    from experiments.sharding import sharding_of, trainer_settings
 
     recipe, runtime = config["recipe"], config["runtime"]
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -260,6 +269,7 @@ def training_arguments(config: Config, run: RunPaths, device: str) -> TrainingAr
         disable_tqdm=True,
         report_to=[] if runtime["wandb"] == "off" else ["wandb"],
         run_name=config["run_id"],
+        **(trainer_settings() if sharding_of(config) == "full" else {}),
     )
 
 
@@ -310,13 +320,13 @@ def _check_labels(config: Config, unlabelled: int, rows: int) -> None:
         print(f"{config['run_id']}: {told}", file=sys.stderr, flush=True)
 
 
-def _save(config: Config, model: Any, run: RunPaths, initial: Any) -> None:
+def _save(config: Config, model: Any, run: RunPaths, initial: Any, state: Any) -> None:
     """Write what was trained aside and rename it, so that a folder named `adapter` is whole."""
     from experiments import methods
 
     aside = run.root / ".adapter"
     shutil.rmtree(aside, ignore_errors=True)
-    methods.save(config["method"], model, aside, initial)
+    methods.save(config["method"], model, aside, initial, state)
     shutil.rmtree(run.adapter, ignore_errors=True)
     os.rename(aside, run.adapter)
 

@@ -14,8 +14,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.distributed
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import Sampler
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -28,6 +32,7 @@ from experiments.errors import Diverged
 from experiments.loss import TargetForward
 from experiments.methods import trained_tensors
 from experiments.records import cut_lines
+from experiments.sharding import local, release_gathered
 from experiments.tokens import Examples
 
 WINDOW = 100  # micro-batches sorted together: padding under 2 %, and still other neighbours for a row each epoch
@@ -89,7 +94,6 @@ class RunTrainer(Trainer):
         super().__init__(**kwargs)
         assert isinstance(self.model, torch.nn.Module)
         self.remove_callback(PrinterCallback)
-        self.trained = trained_tensors(self.model)
         self.metrics, self.checkpoint_folder, self.meta = metrics, checkpoint_folder, meta
         self.batch_size = batch_size
         self.seconds_before = 0.0  # of earlier attempts
@@ -98,9 +102,30 @@ class RunTrainer(Trainer):
         self.forward = TargetForward(self.model)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the number of targets in the whole batch
         self._norms: list[float] = []
+        if self.is_fsdp_enabled:
+            # An adapter is float32 in the forward pass too, as without sharding; the base has its 16 bits already.
+            casts = self.args.bf16 and not isinstance(self.model, PeftModel)
+            in_bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.mixed_precision_policy = in_bf16 if casts else MixedPrecisionPolicy()
         self.add_callback(_BetweenSteps(heartbeat))
         if progress and self.args.process_index == 0:
             self.add_callback(_Progress(progress))
+
+    @property
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """What is trained, by name. Sharding puts other parameters into the model."""
+        return trained_tensors(cast(torch.nn.Module, self.model))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if not self.args.fsdp:
+            return
+        state = self.accelerator.state
+        if not self.is_fsdp_enabled:  # accelerate shards on GPUs only, FSDP2 does so on a CPU too
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**cast(Any, self.args.fsdp_plugin_args))
+            state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
 
     # Data order
 
@@ -136,6 +161,11 @@ class RunTrainer(Trainer):
             loss *= self.accelerator.num_processes  # gradients are averaged over them
         return loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._tr_loss = self._tr_loss.to(torch.promote_types(self._tr_loss.dtype, loss.dtype))  # Trainer's is float32
+        return loss
+
     @torch.no_grad()
     def score_rows(self, examples: Examples) -> torch.Tensor:
         """`Targets.row_scores` of examples that are not trained on, in their order, on the CPU."""
@@ -145,6 +175,7 @@ class RunTrainer(Trainer):
             with self.accelerator.autocast():
                 scores = self.forward(model, cast(Any, self._prepare_inputs(batch))).row_scores()
             found.append(cast(torch.Tensor, self.accelerator.gather_for_metrics(scores)).cpu())
+        release_gathered(model)
         scores = torch.cat(found)
         return scores[torch.tensor(self._get_eval_sampler(examples)).argsort()]
 
@@ -161,12 +192,21 @@ class RunTrainer(Trainer):
 
     def _gradient_norms(self) -> list[float]:
         """Frobenius norms before clipping, in the order of `trained`, with one transfer from the device."""
-        gradients = [parameter.grad for parameter in self.trained.values() if parameter.grad is not None]
-        if len(gradients) != len(self.trained):
-            without = [name for name, parameter in self.trained.items() if parameter.grad is None]
+        trained = self.trained
+        gradients = [local(parameter.grad) for parameter in trained.values() if parameter.grad is not None]
+        if len(gradients) != len(trained):
+            without = [name for name, parameter in trained.items() if parameter.grad is None]
             raise RuntimeError(f"no gradient reached {len(without)} trained tensors, the first is {without[0]}")
-        norms = torch.stack([torch.linalg.vector_norm(gradient.float()) for gradient in gradients]).tolist()
-        for name, norm in zip(self.trained, norms, strict=True):
+        dtypes = [torch.promote_types(gradient.dtype, torch.float32) for gradient in gradients]
+        norms = torch.stack(
+            [torch.linalg.vector_norm(each, dtype=dtype) for each, dtype in zip(gradients, dtypes, strict=True)]
+        )
+        if self.is_fsdp_enabled:  # each process has the norms of its parts
+            squares = norms.double().square()
+            torch.distributed.all_reduce(squares)
+            norms = squares.sqrt()
+        norms = norms.tolist()
+        for name, norm in zip(trained, norms, strict=True):
             if not math.isfinite(norm):  # before the optimizer spoils what is trained and its state
                 raise Diverged(self.state.global_step + 1, f"the gradient of {name} is not finite")
         return norms
@@ -198,14 +238,38 @@ class RunTrainer(Trainer):
     # Checkpoints
 
     def resume(self) -> None:
-        """Train from the newest whole checkpoint, or from the start if there is none."""
-        checkpoint = checkpoints.newest(self.checkpoint_folder, self.meta)
+        """Train from the newest whole checkpoint, or from the start if there is none.
+
+        Raises:
+            UserError: it was written by another number of processes, or with another sharding.
+        """
+        checkpoint = self._newest_checkpoint()
+        if checkpoint is not None:
+            checkpoints.check_layout(checkpoint, self._layout())
         if self.args.should_save:
             for unfinished in self.checkpoint_folder.glob(".step-*"):
                 shutil.rmtree(unfinished)
             cut_lines(self.metrics, checkpoints.step_of(checkpoint) if checkpoint else 0)
         self.started = self.last_step_end = time.perf_counter()
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    def _newest_checkpoint(self) -> Path | None:
+        """The first process looks for it: checking it reads all of its files."""
+        found = checkpoints.newest(self.checkpoint_folder, self.meta) if self.args.process_index == 0 else None
+        if not torch.distributed.is_initialized():
+            return found
+        step = torch.tensor(checkpoints.step_of(found) if found else -1, device=self.args.device)
+        torch.distributed.broadcast(step, 0)
+        return checkpoints.folder(self.checkpoint_folder, int(step)) if step >= 0 else None
+
+    def _layout(self) -> dict[str, Any]:
+        return {"processes": self.args.world_size, "sharding": "full" if self.is_fsdp_enabled else "none"}
+
+    def _tensor_file(self, folder: Path, name: str) -> Path:
+        """Where this process has its part of the weights or of the optimizer's state, or all of them."""
+        return folder / (
+            f"{name}-{self.args.process_index}.safetensors" if self.is_fsdp_enabled else f"{name}.safetensors"
+        )
 
     def train_seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
@@ -227,13 +291,15 @@ class RunTrainer(Trainer):
         tensors, rest = checkpoints.random_state()
         save_file(tensors, aside / f"random-{self.args.process_index}.safetensors")
         (aside / f"random-{self.args.process_index}.json").write_text(json.dumps(rest))
+        rest: dict[str, Any] = {}
+        if self.args.should_save or self.is_fsdp_enabled:
+            weights = {name: local(tensor.detach()).cpu().contiguous() for name, tensor in self.trained.items()}
+            save_file(weights, self._tensor_file(aside, "weights"))
+            tensors, rest = checkpoints.flatten_optimizer(cast(Any, self.optimizer).state_dict())
+            save_file(tensors, self._tensor_file(aside, "optimizer"))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            weights = {name: parameter.detach().cpu().contiguous() for name, parameter in self.trained.items()}
-            save_file(weights, aside / "weights.safetensors")
-            optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
-            tensors, rest = checkpoints.flatten_optimizer(optimizer.state_dict())
-            save_file(tensors, aside / "optimizer.safetensors")
+            scheduler = cast(Any, self.lr_scheduler)
             progress = {
                 "optimizer": rest,
                 "scheduler": scheduler.state_dict(),
@@ -242,14 +308,14 @@ class RunTrainer(Trainer):
             }
             (aside / "progress.json").write_text(json.dumps(progress))
             self.state.save_to_json(str(aside / "trainer_state.json"))
-            checkpoints.publish(aside, final, self.meta)
+            checkpoints.publish(aside, final, {**self.meta, **self._layout()})
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        weights = load_file(Path(resume_from_checkpoint) / "weights.safetensors")
+        weights = load_file(self._tensor_file(Path(resume_from_checkpoint), "weights"))
         with torch.no_grad():
             for name, parameter in self.trained.items():
-                parameter.copy_(weights[name])
+                local(parameter).copy_(weights[name])
         refresh(cast(torch.nn.Module, self.model))  # what is trained inside a weight is written there
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -258,8 +324,9 @@ class RunTrainer(Trainer):
         folder = Path(checkpoint)
         progress = json.loads((folder / "progress.json").read_text())
         optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
-        tensors = load_file(folder / "optimizer.safetensors")
-        optimizer.load_state_dict(checkpoints.unflatten_optimizer(tensors, progress["optimizer"]))
+        tensors = load_file(self._tensor_file(folder, "optimizer"))
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        optimizer.load_state_dict(checkpoints.unflatten_optimizer(tensors, progress["optimizer"], parameters))
         scheduler.load_state_dict(progress["scheduler"])
         self.seconds_before = progress["seconds"]
         self.resumed_at = [*progress["resumed_at"], checkpoints.step_of(folder)]
@@ -268,8 +335,6 @@ class RunTrainer(Trainer):
         if checkpoint is None:
             return
         name = Path(checkpoint) / f"random-{self.args.process_index}"
-        if not name.with_suffix(".json").is_file():
-            raise RuntimeError(f"{checkpoint} was written by fewer processes than now run: resume with as many")
         rest = json.loads(name.with_suffix(".json").read_text())
         checkpoints.restore_random_state(load_file(name.with_suffix(".safetensors")), rest)
 

@@ -1,0 +1,99 @@
+"""Training with `runtime.sharding=full`: each process holds a part of every parameter, gradient and optimizer state.
+
+accelerate shards the model with FSDP2, layer by layer, when Trainer prepares it. A parameter is a DTensor from then on,
+cut along its first dimension, and whole only while its layer computes. The weights, float32 in full fine-tuning, are
+the master copy; with `model.dtype=bfloat16` they are gathered, and computed with, in bf16.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from experiments.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+Config = dict[str, Any]
+SHARDINGS = ("none", "full")
+
+
+def sharding_of(config: Config) -> str:
+    """`runtime.sharding`, checked against what the run is and how many processes it was started with."""
+    sharding = config["runtime"].get("sharding", "none")  # configs of earlier versions have none
+    if sharding not in SHARDINGS:
+        raise UserError(f"runtime.sharding={sharding}: {nearest(str(sharding), SHARDINGS)}")
+    if sharding == "none" or config["method"]["trains"] == "nothing":
+        return "none"
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        raise UserError(
+            "runtime.sharding=full shares a model among processes, and this is the only one: start the training with "
+            "torchrun --nproc_per_node N, or plan it again with runtime.sharding=none"
+        )
+    if "quantization" in config:
+        raise UserError(
+            "runtime.sharding=full: every process would hold all of a quantised base, whose weights are not "
+            "parameters: plan it with runtime.sharding=none"
+        )
+    if "spectra" in config:
+        raise UserError(
+            "runtime.sharding=full: spectra are measured where a process has whole weights: plan it with "
+            "runtime.sharding=none or spectra.every=null"
+        )
+    return sharding
+
+
+def trainer_settings() -> dict[str, Any]:
+    """What TrainingArguments take for it."""
+    return {
+        "fsdp": True,
+        "fsdp_config": {"version": 2, "reshard_after_forward": True},
+        # Else the gradients of all micro-batches but the last are summed whole on every process.
+        "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}},
+    }
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor, which is all of it where it is not sharded."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(part: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The tensor of which each process has the part that it has of `other`."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(other, DTensor):
+        return part
+    return DTensor.from_local(
+        part.to(other.device),
+        other.device_mesh,
+        other.placements,
+        run_check=False,
+        shape=other.shape,
+        stride=other.stride(),
+    )
+
+
+def release_gathered(model: torch.nn.Module) -> None:
+    """After forward passes without a backward pass, the output layer and what is outside the layers are still whole."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def whole_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's state dict on the CPU of the first process, empty on the others. All of them have to call this."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: dict[str, Any] = dict(get_model_state_dict(model, options=options))
+    first: dict[Any, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in state and first.setdefault(parameter, name) != name:
+            state[name] = state[first[parameter]]  # tied: saving leaves out what shares memory
+    return state
