@@ -77,14 +77,10 @@ class SparseB(nn.Module):
         Raises:
             RuntimeError: the config says how many entries there are, and no adapter was loaded that says which.
         """
+        out, r = self.shape
         if not self.is_loaded:
             raise RuntimeError("which entries of B are trained is not known: load the adapter, or call choose_entries")
-        return self.dense(self.values)
-
-    def dense(self, values: Tensor) -> Tensor:
-        """B with these values in its entries."""
-        out, r = self.shape
-        return values.new_zeros(out * r).index_put((self.entries.to(values.device),), values).view(out, r)
+        return self.values.new_zeros(out * r).index_put((self.entries,), self.values).view(out, r)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
@@ -238,7 +234,7 @@ def dense_factors(model: nn.Module, tensors: dict[str, Tensor], adapter_name: st
             assert isinstance(layer, LoraLayer)
             sparse = layer.lora_B[adapter_name]
             assert isinstance(sparse, SparseB)
-            dense[name.removesuffix("values") + "weight"] = sparse.dense(tensor.detach())
+            dense[name.removesuffix("values") + "weight"] = sparse.weight.detach()
         elif not name.endswith(".lora_B.entries"):
             dense[name] = tensor
     return dense

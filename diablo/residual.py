@@ -66,16 +66,13 @@ def initial_factors(model: PeftModel) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in factors.items() if _factor(name)}
 
 
-def save_adapter(
-    model: PeftModel, directory: Path, initial: dict[str, Tensor] | None, state: dict[str, Tensor] | None = None
-) -> None:
+def save_adapter(model: PeftModel, directory: Path, initial: dict[str, Tensor] | None) -> None:
     """Writes the adapter named "default" in PEFT's two files, `adapter_config.json` and `adapter_model.safetensors`.
 
     The model is not changed. The files fit the base model as it was before the adapter was attached, for every method.
 
     Args:
         initial: what `initial_factors` gave; empty or None for a method that leaves the base as it is.
-        state: the state dict to save from; None takes the model's, which is in parts where the model is sharded.
 
     Raises:
         ValueError: the method changes the base and `initial` does not hold its starting factors, or DoRA is on.
@@ -86,19 +83,19 @@ def save_adapter(
         assert isinstance(config, LoraConfig)
         if config.use_dora:
             raise ValueError("use_dora=True with a start that changes the base cannot be saved as plain LoRA: set one")
-        tensors = _relative_to_base(_adapter_tensors(model, state), initial or {})
+        tensors = _relative_to_base(_adapter_tensors(model), initial or {})
         _save_plain_lora(model, config, tensors, directory, widening=2)
     elif isinstance(config, LoriConfig):
-        tensors = dense_factors(model, _adapter_tensors(model, state), ADAPTER)
+        tensors = dense_factors(model, _adapter_tensors(model), ADAPTER)
         _save_plain_lora(model, config, tensors, directory, widening=1)
     else:
-        model.save_pretrained(str(directory), selected_adapters=[ADAPTER], state_dict=state)
+        model.save_pretrained(str(directory), selected_adapters=[ADAPTER])
     _give_usual_mode(directory / "adapter_model.safetensors")
 
 
-def _adapter_tensors(model: PeftModel, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def _adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
     """Without the base weights of adapted embeddings and output layers, which attaching may have changed."""
-    return get_peft_model_state_dict(model, state, adapter_name=ADAPTER, save_embedding_layers=False)
+    return get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
 
 
 def _factor(name: str) -> str | None:

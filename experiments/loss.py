@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ class _ChunkedLoss(torch.autograd.Function):
 def _logits(head: Head, hidden: Tensor) -> Tensor:
     """`(n, vocabulary)`, in float32 at least, as transformers' own loss has them."""
     # FSDP2's hooks would take this for a forward pass of its own. The layer is whole since the model's.
-    call = head.forward if isinstance(head, FSDPModule) else head
+    call = cast(nn.Module, head).forward if isinstance(head, FSDPModule) else head
     logits = call(hidden.unsqueeze(0)).squeeze(0)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

@@ -183,29 +183,19 @@ def prepared_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in buffers.items() if not tensor.is_floating_point()}
 
 
-def save(
-    method: Config,
-    model: torch.nn.Module,
-    folder: Path,
-    initial: dict[str, torch.Tensor],
-    state: dict[str, torch.Tensor] | None = None,
-) -> None:
-    """Write what was trained. PEFT's two files for an adapter, the whole model for full fine-tuning.
-
-    Args:
-        state: the state dict of a sharded model, whose own tensors are parts.
-    """
+def save(method: Config, model: torch.nn.Module, folder: Path, initial: dict[str, torch.Tensor]) -> None:
+    """Write what was trained. PEFT's two files for an adapter, the whole model for full fine-tuning."""
     from peft import PeftModel
     from transformers import PreTrainedModel
 
     from diablo.residual import save_adapter
 
     if isinstance(model, PeftModel):
-        save_adapter(model, folder, initial, state)
+        save_adapter(model, folder, initial)
         _sort_sets(model.peft_config["default"], folder / "adapter_config.json")
     elif method["trains"] == "all":
         assert isinstance(model, PreTrainedModel)
-        model.save_pretrained(folder, state_dict=state)
+        model.save_pretrained(folder)
         for path in folder.iterdir():
             path.chmod(0o644)  # safetensors writes 0600 whatever the umask
     else:

@@ -86,14 +86,27 @@ def release_gathered(model: torch.nn.Module) -> None:
             module.reshard()
 
 
-def whole_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The model's state dict on the CPU of the first process, empty on the others. All of them have to call this."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+def gather(model: torch.nn.Module) -> None:
+    """Make all of an adapter, or of a model trained in full, ordinary tensors again, on the CPU of the first process.
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: dict[str, Any] = dict(get_model_state_dict(model, options=options))
-    first: dict[Any, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in state and first.setdefault(parameter, name) != name:
-            state[name] = state[first[parameter]]  # tied: saving leaves out what shares memory
-    return state
+    For saving: the model is not trained or used any more. All processes have to call this.
+    """
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch.distributed.tensor import DTensor
+
+    wanted = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):  # LoRI saves a factor that it does not train
+            wanted |= {parameter for name, parameter in layer.named_parameters() if not name.startswith("base_layer.")}
+    first = torch.distributed.get_rank() == 0
+    whole: dict[torch.nn.Parameter, torch.nn.Parameter] = {}  # tied ones stay one
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in wanted or not isinstance(parameter, DTensor):
+                continue
+            if parameter not in whole:
+                values = parameter.full_tensor().detach()
+                kept = torch.nn.Parameter(values.cpu(), requires_grad=parameter.requires_grad) if first else parameter
+                whole[parameter] = kept
+            setattr(module, name, whole[parameter])

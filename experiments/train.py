@@ -102,7 +102,7 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
     )
     from experiments.preparation import Backward, row_steps
     from experiments.prompts import collate, select_rows
-    from experiments.sharding import sharding_of, whole_state
+    from experiments.sharding import gather, sharding_of
     from experiments.spectra import MeasureSpectra
     from experiments.tokens import tokenised
     from experiments.trainer import RunTrainer
@@ -179,25 +179,25 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
         if held_out is not None and held_out["loss"] is None:
             raise Diverged(steps, "the loss on the held-out rows is not finite")
         trainer.accelerator.free_memory()
-    state = whole_state(model) if sharded else None
+    if sharded:
+        gather(model)
     if not arguments.should_save:  # the other processes of a distributed run wait for the record
         _wait_for_everyone()
         return read_record(run.train_record, TrainRecord)
-    _save(config, model, run, initial, state)
-    trained = methods.trained_tensors(model)
+    _save(config, model, run, initial)
     lines = list(read_lines(run.metrics)) if steps else []
     record = TrainRecord(
         run_id=config["run_id"],
         **hashes,
         adapter_files={path.name: file_hash(path) for path in sorted(run.adapter.iterdir())},
-        trainable_parameters=sum(tensor.numel() for tensor in trained.values()),
+        trainable_parameters=sum(tensor.numel() for tensor in methods.trained_tensors(model).values()),
         base_parameters=base_parameters,
         steps=steps,
         rows=len(rows),
         examples=kept,
         tokens=tokens,
         truncated=truncated,
-        changed=weights_hash({name: state[name] for name in trained} if state else trained) != start,
+        changed=weights_hash(methods.trained_tensors(model)) != start,
         final_loss=statistics.fmean(line["loss"] for line in lines[-max(1, steps // 10) :]) if lines else None,
         held_out=held_out,
         train_seconds=seconds,
@@ -320,13 +320,13 @@ def _check_labels(config: Config, unlabelled: int, rows: int) -> None:
         print(f"{config['run_id']}: {told}", file=sys.stderr, flush=True)
 
 
-def _save(config: Config, model: Any, run: RunPaths, initial: Any, state: Any) -> None:
+def _save(config: Config, model: Any, run: RunPaths, initial: Any) -> None:
     """Write what was trained aside and rename it, so that a folder named `adapter` is whole."""
     from experiments import methods
 
     aside = run.root / ".adapter"
     shutil.rmtree(aside, ignore_errors=True)
-    methods.save(config["method"], model, aside, initial, state)
+    methods.save(config["method"], model, aside, initial)
     shutil.rmtree(run.adapter, ignore_errors=True)
     os.rename(aside, run.adapter)
 

@@ -106,7 +106,7 @@ class RunTrainer(Trainer):
             # An adapter is float32 in the forward pass too, as without sharding; the base has its 16 bits already.
             casts = self.args.bf16 and not isinstance(self.model, PeftModel)
             in_bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-            plugin = self.accelerator.state.fsdp_plugin
+            plugin = cast(FullyShardedDataParallelPlugin, self.accelerator.state.fsdp_plugin)
             plugin.mixed_precision_policy = in_bf16 if casts else MixedPrecisionPolicy()
         self.add_callback(_BetweenSteps(heartbeat))
         if progress and self.args.process_index == 0:
