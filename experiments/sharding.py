@@ -77,6 +77,23 @@ def sharded_like(part: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     )
 
 
+def shard_layers(model: Any, device: str, processes: int, dtype: torch.dtype | None) -> None:
+    """For a model that trains before the one that accelerate shards, in the same way.
+
+    Args:
+        dtype: of the forward pass, where it is not that of the weights.
+    """
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype else MixedPrecisionPolicy()
+    mesh = init_device_mesh(device, (processes,))
+    layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    for module in [*layers, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
 def release_gathered(model: torch.nn.Module) -> None:
     """After forward passes without a backward pass, the output layer and what is outside the layers are still whole."""
     from torch.distributed.fsdp import FSDPModule

@@ -116,7 +116,6 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
     with arguments.main_process_first(local=False):  # one process makes or downloads what the others then find
         source = (config["task"]["data"], config["runtime"]["data_root"])
         rows, others = training_rows(*source) if trains else ([], [])
-        # What is sharded goes to the devices part by part, from each process's host memory.
         base, tokenizer = load_base(config, "cpu" if sharded else str(arguments.device))
     base_parameters, about_base = count_parameters(base), base_name(config, base)
     hashes: Any = {
@@ -140,11 +139,15 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
         _check_labels(config, unlabelled, len(examples))
         truncated, kept = examples.truncated, len(examples)
         if config["method"].get("prepare"):
-            backward = Backward(base, row_steps(examples, config, padded, arguments.device))
+            cast(Any, base).to(arguments.device)
+            steps_of_rows = row_steps(examples, config, padded, arguments.device)
+            backward = Backward(base, steps_of_rows, arguments.world_size if sharded else 1)
     set_seed(config["seed"])
     shards = arguments.world_size if sharded else 1
     model: Any = methods.attach(config["method"], base, backward, first and first.adapter, shards)
     del backward
+    if sharded:
+        model.to("cpu")  # whence it goes to the devices part by part
     if arguments.gradient_checkpointing:
         methods.check_checkpointing(config["method"], model)
     initial = methods.initial_state(model)
