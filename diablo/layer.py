@@ -332,32 +332,3 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
 
 def _not_finite(adapter_name: str) -> str:
     return f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
-
-
-def fit_shards(model: nn.Module, shards: int) -> None:
-    """Choose the forward modes of a model that FSDP2 is going to shard by rows over so many processes.
-
-    Blocks of mode "auto" that were to be trained in place, and of which no process would hold whole ones, train beside
-    the weight.
-
-    Raises:
-        ValueError: `mode="in_place"` was asked for.
-    """
-    if shards == 1:
-        return
-    for name, layer in model.named_modules():
-        if not isinstance(layer, DiabloLayer):
-            continue
-        for adapter, mode in layer.forward_mode.items():
-            count, d_in, d_out = layer.diablo_blocks[adapter].shape
-            even = (count * d_in, count * d_out) == (layer.in_features, layer.out_features)
-            if mode == "adapter" or (layer.places(adapter) is None and even and count % shards == 0):
-                continue
-            config: Any = getattr(model, "peft_config", {}).get(adapter)
-            if config is not None and config.mode == "in_place":
-                raise ValueError(
-                    f"{name}: mode='in_place' cannot be used where {shards} processes share a weight of {count} blocks "
-                    f"by rows: use mode='auto', or a diagonal with a num_blocks that {shards} divides"
-                )
-            layer.forward_mode[adapter] = "adapter"
-            layer.refresh()

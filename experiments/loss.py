@@ -69,7 +69,10 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         needed = ctx.needs_input_grad[0] or bool(parameters)
-        gradients = [torch.zeros_like(hidden), *map(torch.zeros_like, parameters)] if needed else []
+        gradients = [torch.zeros_like(hidden)] if needed else []
+        for parameter in parameters:  # sharded, it may be there in bf16; its gradient is a sum over chunks
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            gradients.append(torch.zeros_like(parameter, dtype=wide))
         for start in range(0, len(tokens), chunk):
             part = hidden[start : start + chunk].detach().requires_grad_(needed)
             with torch.set_grad_enabled(needed):

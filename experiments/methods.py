@@ -73,7 +73,7 @@ def attach(
         return base
     import peft
 
-    from diablo.layer import fit_shards
+    from diablo.model import fit_shards
     from diablo.residual import check_start
     from diablo.targets import check_targets
 

@@ -8,6 +8,7 @@ the master copy; with `model.dtype=bfloat16` they are gathered, and computed wit
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from experiments.errors import UserError, nearest
@@ -52,6 +53,40 @@ def trainer_settings() -> dict[str, Any]:
         # Else the gradients of all micro-batches but the last are summed whole on every process.
         "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}},
     }
+
+
+def shard_on_cpu(state: Any, arguments: Any) -> None:
+    """accelerate shards on GPUs alone, FSDP2 does so on a CPU too: tell accelerate's state that it is to."""
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    if getattr(state, "fsdp_plugin", None) is None:
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**arguments.fsdp_plugin_args)
+        state.distributed_type = DistributedType.FSDP
+
+
+def choose_precision(state: Any, in_bf16: bool) -> None:
+    """For a model trained in full bf16 copies are gathered of its float32 weights, and gradients are added in float32.
+
+    Nothing is cast where an adapter is trained: the base has its 16 bits, and the adapter float32, as without sharding.
+    """
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    state.fsdp_plugin.mixed_precision_policy = mixed if in_bf16 else MixedPrecisionPolicy()
+
+
+def norms(gradients: Sequence[torch.Tensor], across: bool) -> torch.Tensor:
+    """Frobenius norms, in float32 at least. `across`: of tensors of which each process has given its part."""
+    import torch
+
+    wide = [torch.promote_types(gradient.dtype, torch.float32) for gradient in gradients]
+    each = [torch.linalg.vector_norm(part, dtype=dtype) for part, dtype in zip(gradients, wide, strict=True)]
+    if not across:
+        return torch.stack(each)
+    squares = torch.stack(each).double().square()
+    torch.distributed.all_reduce(squares)
+    return squares.sqrt()
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,24 +15,21 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.distributed
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import Sampler
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from diablo import refresh
 from experiments import checkpoint as checkpoints
-from experiments import preemption
+from experiments import preemption, sharding
 from experiments.attempts import Heartbeat
 from experiments.errors import Diverged
 from experiments.loss import TargetForward
 from experiments.methods import trained_tensors
 from experiments.records import cut_lines
-from experiments.sharding import local, release_gathered
 from experiments.tokens import Examples
 
 WINDOW = 100  # micro-batches sorted together: padding under 2 %, and still other neighbours for a row each epoch
@@ -103,11 +100,9 @@ class RunTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is divided by the number of targets in the whole batch
         self._norms: list[float] = []
         if self.is_fsdp_enabled:
-            # An adapter is float32 in the forward pass too, as without sharding; the base has its 16 bits already.
-            casts = self.args.bf16 and not isinstance(self.model, PeftModel)
-            in_bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-            plugin = cast(FullyShardedDataParallelPlugin, self.accelerator.state.fsdp_plugin)
-            plugin.mixed_precision_policy = in_bf16 if casts else MixedPrecisionPolicy()
+            sharding.choose_precision(
+                self.accelerator.state, in_bf16=self.args.bf16 and not isinstance(self.model, PeftModel)
+            )
         self.add_callback(_BetweenSteps(heartbeat))
         if progress and self.args.process_index == 0:
             self.add_callback(_Progress(progress))
@@ -119,12 +114,8 @@ class RunTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        if not self.args.fsdp:
-            return
-        state = self.accelerator.state
-        if not self.is_fsdp_enabled:  # accelerate shards on GPUs only, FSDP2 does so on a CPU too
-            state.fsdp_plugin = FullyShardedDataParallelPlugin(**cast(Any, self.args.fsdp_plugin_args))
-            state.distributed_type = DistributedType.FSDP
+        if self.args.fsdp:
+            sharding.shard_on_cpu(self.accelerator.state, self.args)
             self.is_fsdp_enabled = True
 
     # Data order
@@ -175,7 +166,7 @@ class RunTrainer(Trainer):
             with self.accelerator.autocast():
                 scores = self.forward(model, cast(Any, self._prepare_inputs(batch))).row_scores()
             found.append(cast(torch.Tensor, self.accelerator.gather_for_metrics(scores)).cpu())
-        release_gathered(model)
+        sharding.release_gathered(model)
         scores = torch.cat(found)
         return scores[torch.tensor(self._get_eval_sampler(examples)).argsort()]
 
@@ -193,19 +184,11 @@ class RunTrainer(Trainer):
     def _gradient_norms(self) -> list[float]:
         """Frobenius norms before clipping, in the order of `trained`, with one transfer from the device."""
         trained = self.trained
-        gradients = [local(parameter.grad) for parameter in trained.values() if parameter.grad is not None]
+        gradients = [sharding.local(parameter.grad) for parameter in trained.values() if parameter.grad is not None]
         if len(gradients) != len(trained):
             without = [name for name, parameter in trained.items() if parameter.grad is None]
             raise RuntimeError(f"no gradient reached {len(without)} trained tensors, the first is {without[0]}")
-        dtypes = [torch.promote_types(gradient.dtype, torch.float32) for gradient in gradients]
-        norms = torch.stack(
-            [torch.linalg.vector_norm(each, dtype=dtype) for each, dtype in zip(gradients, dtypes, strict=True)]
-        )
-        if self.is_fsdp_enabled:  # each process has the norms of its parts
-            squares = norms.double().square()
-            torch.distributed.all_reduce(squares)
-            norms = squares.sqrt()
-        norms = norms.tolist()
+        norms = sharding.norms(gradients, across=self.is_fsdp_enabled).tolist()
         for name, norm in zip(trained, norms, strict=True):
             if not math.isfinite(norm):  # before the optimizer spoils what is trained and its state
                 raise Diverged(self.state.global_step + 1, f"the gradient of {name} is not finite")
@@ -293,7 +276,9 @@ class RunTrainer(Trainer):
         (aside / f"random-{self.args.process_index}.json").write_text(json.dumps(rest))
         rest: dict[str, Any] = {}
         if self.args.should_save or self.is_fsdp_enabled:
-            weights = {name: local(tensor.detach()).cpu().contiguous() for name, tensor in self.trained.items()}
+            weights = {
+                name: sharding.local(tensor.detach()).cpu().contiguous() for name, tensor in self.trained.items()
+            }
             save_file(weights, self._tensor_file(aside, "weights"))
             tensors, rest = checkpoints.flatten_optimizer(cast(Any, self.optimizer).state_dict())
             save_file(tensors, self._tensor_file(aside, "optimizer"))
@@ -315,7 +300,7 @@ class RunTrainer(Trainer):
         weights = load_file(self._tensor_file(Path(resume_from_checkpoint), "weights"))
         with torch.no_grad():
             for name, parameter in self.trained.items():
-                local(parameter).copy_(weights[name])
+                sharding.local(parameter).copy_(weights[name])
         refresh(cast(torch.nn.Module, self.model))  # what is trained inside a weight is written there
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
