@@ -132,7 +132,7 @@ def choose_blocks(
         raise ValueError(f"nothing to choose {config.num_blocks} blocks by: {steps} steps on training rows are needed")
     else:
         sums = _summed_gradients(model, list(layers), backward, steps, learning_rate, max_grad_norm)
-        scores = {name: block_scores(total, config.block_size, score).cpu() for name, total in sums}
+        scores = {name: block_scores(_whole(total), config.block_size, score).cpu() for name, total in sums.items()}
     prepared = copy.deepcopy(config)
     prepared.blocks = top_blocks(scores, config.num_blocks)
     return prepared
@@ -203,8 +203,7 @@ def _summed_gradients(
     steps: int,
     learning_rate: float,
     max_grad_norm: float,
-) -> Iterator[tuple[str, Tensor]]:
-    """Of each layer's weight, one whole tensor at a time."""
+) -> dict[str, Tensor]:
     sharded_copy = getattr(backward, "sharded_copy", None)
     with _borrowed(model) if sharded_copy is None else sharded_copy() as trained:
         weights: dict[str, Any] = {name: trained.get_submodule(name).weight for name in names}
@@ -218,9 +217,11 @@ def _summed_gradients(
             nn.utils.clip_grad_norm_(trained.parameters(), max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-    for name in names:
-        total = sums.pop(name).detach()
-        yield name, total.full_tensor() if isinstance(total, DTensor) else total
+        return {name: total.detach() for name, total in sums.items()}
+
+
+def _whole(total: Tensor) -> Tensor:
+    return total.full_tensor() if isinstance(total, DTensor) else total
 
 
 @contextmanager
