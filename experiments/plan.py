@@ -317,9 +317,11 @@ def write_runs(configs: Iterable[Config]) -> list[RunPaths]:
         run = run_paths(config)
         if run.config.is_file():
             frozen = read_config(run)
-            renewed = {part: frozen[part] | {key: config[part][key]} for part, key in MEMORY_SETTINGS}
-            if frozen | renewed != frozen:
-                write_config(run, frozen | renewed)
+            renewed = copy.deepcopy(frozen)
+            for part, key in MEMORY_SETTINGS:
+                renewed[part][key] = config[part][key]
+            if renewed != frozen:
+                write_config(run, renewed)
         else:
             write_config(run, config)
         runs.append(run)

@@ -45,6 +45,7 @@ def main(paths):
 
 run_command(main)
 """
+SIX_EPOCHS = ["recipe.epochs=6", "recipe.micro_batch_size=4"]
 FLOAT64 = ["model.dtype=float64", "recipe.epochs=1", "recipe.micro_batch_size=2", "recipe.learning_rate=1e-3"]
 
 
@@ -207,14 +208,14 @@ def stopped_equals_undisturbed(arguments: list[str], tmp_path: Path) -> RunPaths
 
 @pytest.mark.slow
 def test_a_sharded_run_that_is_stopped_ends_as_if_undisturbed(small: list[str], tmp_path: Path) -> None:
-    stopped_equals_undisturbed([*small, "method=diablo", "recipe.epochs=6", "recipe.adapter_dropout=0.1"], tmp_path)
+    stopped_equals_undisturbed([*small, "method=diablo", *SIX_EPOCHS, "recipe.adapter_dropout=0.1"], tmp_path)
 
 
 @pytest.mark.slow
 def test_a_checkpoint_of_another_sharding_is_refused(
     small: list[str], tmp_path: Path, fails_with: Callable[[Callable[[], object]], str]
 ) -> None:
-    arguments = [*small, "method=full", "recipe.epochs=6"]
+    arguments = [*small, "method=full", *SIX_EPOCHS]
     run = sharded(arguments, tmp_path)
     step = preempt(tmp_path, run, 2, steps=1)
     again = planned([*arguments, f"runtime.runs_dir={tmp_path}"])
