@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -131,6 +132,35 @@ def _weighted_sum(name: str, layer: DiabloLayer, adapters: list[str], weights: l
         raise ValueError(f"{name}: adapters {', '.join(adapters)} train other entries, so their blocks have no sum")
     blocks = [weight * layer.diablo_blocks[one].detach() for one, weight in zip(adapters, weights, strict=True)]
     return torch.stack(blocks).sum(0)
+
+
+def fit_shards(model: nn.Module, shards: int) -> None:
+    """Choose the forward modes of a model that FSDP2 is going to shard by rows over so many processes.
+
+    Blocks of mode "auto" that were to be trained in place, and of which no process would hold whole ones, train beside
+    the weight.
+
+    Raises:
+        ValueError: `mode="in_place"` was asked for.
+    """
+    if shards == 1:
+        return
+    for name, layer in model.named_modules():
+        if not isinstance(layer, DiabloLayer):
+            continue
+        for adapter, mode in layer.forward_mode.items():
+            count, d_in, d_out = layer.diablo_blocks[adapter].shape
+            even = (count * d_in, count * d_out) == (layer.in_features, layer.out_features)
+            if mode == "adapter" or (layer.places(adapter) is None and even and count % shards == 0):
+                continue
+            config: Any = getattr(model, "peft_config", {}).get(adapter)
+            if config is not None and config.mode == "in_place":
+                raise ValueError(
+                    f"{name}: mode='in_place' cannot be used where {shards} processes share a weight of {count} blocks "
+                    f"by rows: use mode='auto', or a diagonal with a num_blocks that {shards} divides"
+                )
+            layer.forward_mode[adapter] = "adapter"
+            layer.refresh()
 
 
 register(DIABLO, DiabloConfig, DiabloModel)

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from diablo.config import BlockConfig
@@ -103,7 +105,8 @@ def choose_blocks(
         model: the base model.
         config: an `SmtConfig`.
         backward: called once a step, it adds the gradient of a batch's mean loss to the parameters' `grad`. None on the
-            meta device, where the choice says no more than its size.
+            meta device, where the choice says no more than its size. Where it has a `sharded_copy`, a context manager
+            whose model FSDP2 has sharded, that model is trained in place of `model`, by all processes together.
         first: not used.
         score: of a block of the summed gradient, "mean_abs" (the size of its mean) or "abs_mean" (the mean of sizes).
 
@@ -128,8 +131,8 @@ def choose_blocks(
     elif backward is None:
         raise ValueError(f"nothing to choose {config.num_blocks} blocks by: {steps} steps on training rows are needed")
     else:
-        sums = _summed_gradients(model, layers, backward, steps, learning_rate, max_grad_norm)
-        scores = {name: block_scores(total, config.block_size, score).cpu() for name, total in sums.items()}
+        sums = _summed_gradients(model, list(layers), backward, steps, learning_rate, max_grad_norm)
+        scores = {name: block_scores(_whole(total), config.block_size, score).cpu() for name, total in sums.items()}
     prepared = copy.deepcopy(config)
     prepared.blocks = top_blocks(scores, config.num_blocks)
     return prepared
@@ -195,28 +198,34 @@ def _targets(model: PreTrainedModel, config: SmtConfig) -> dict[str, nn.Linear]:
 
 def _summed_gradients(
     model: PreTrainedModel,
-    layers: dict[str, nn.Linear],
+    names: list[str],
     backward: Callable[[], None],
     steps: int,
     learning_rate: float,
     max_grad_norm: float,
 ) -> dict[str, Tensor]:
-    with _borrowed(model):
-        sums = {name: torch.zeros_like(layer.weight) for name, layer in layers.items()}
-        optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    sharded_copy = getattr(backward, "sharded_copy", None)
+    with _borrowed(model) if sharded_copy is None else sharded_copy() as trained:
+        weights: dict[str, Any] = {name: trained.get_submodule(name).weight for name in names}
+        sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        optimizer = torch.optim.AdamW(trained.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
         for _ in range(steps):
             backward()
-            for name, layer in layers.items():
-                if layer.weight.grad is not None:
-                    sums[name] += layer.weight.grad
-            nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+            for name, weight in weights.items():
+                if weight.grad is not None:
+                    sums[name] += weight.grad
+            nn.utils.clip_grad_norm_(trained.parameters(), max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         return {name: total.detach() for name, total in sums.items()}
 
 
+def _whole(total: Tensor) -> Tensor:
+    return total.full_tensor() if isinstance(total, DTensor) else total
+
+
 @contextmanager
-def _borrowed(model: nn.Module) -> Iterator[None]:
+def _borrowed(model: nn.Module) -> Iterator[nn.Module]:
     """The model as one to be trained in full, in float32. Afterwards all of it is as before."""
     parameters = {p: (p.data, p.requires_grad) for p in model.parameters()}
     buffers = {b: b.clone() for b in model.buffers()}
@@ -226,7 +235,7 @@ def _borrowed(model: nn.Module) -> Iterator[None]:
             parameter.data = parameter.data.to(torch.float32, copy=True)
             parameter.requires_grad_(True)
         model.train()
-        yield
+        yield model
     finally:
         for parameter, (data, trained) in parameters.items():
             parameter.data, parameter.grad = data, None

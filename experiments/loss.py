@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 
 from experiments.prompts import IGNORED
@@ -68,7 +69,10 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         needed = ctx.needs_input_grad[0] or bool(parameters)
-        gradients = [torch.zeros_like(hidden), *map(torch.zeros_like, parameters)] if needed else []
+        gradients = [torch.zeros_like(hidden)] if needed else []
+        for parameter in parameters:  # sharded, it may be there in bf16; its gradient is a sum over chunks
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            gradients.append(torch.zeros_like(parameter, dtype=wide))
         for start in range(0, len(tokens), chunk):
             part = hidden[start : start + chunk].detach().requires_grad_(needed)
             with torch.set_grad_enabled(needed):
@@ -92,7 +96,9 @@ class _ChunkedLoss(torch.autograd.Function):
 
 def _logits(head: Head, hidden: Tensor) -> Tensor:
     """`(n, vocabulary)`, in float32 at least, as transformers' own loss has them."""
-    logits = head(hidden.unsqueeze(0)).squeeze(0)
+    # FSDP2's hooks would take this for a forward pass of its own. The layer is whole since the model's.
+    call = cast(nn.Module, head).forward if isinstance(head, FSDPModule) else head
+    logits = call(hidden.unsqueeze(0)).squeeze(0)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -64,7 +64,11 @@ def _find(where: str, target: str, what: str) -> Any:
 
 
 def attach(
-    method: Config, base: PreTrainedModel, backward: Backward | None = None, first: Path | None = None
+    method: Config,
+    base: PreTrainedModel,
+    backward: Backward | None = None,
+    first: Path | None = None,
+    shards: int = 1,
 ) -> torch.nn.Module:
     """The model to train: the base itself with all or none of its weights trainable, or the base with an adapter.
 
@@ -74,12 +78,14 @@ def attach(
         backward: for methods that are prepared with data. Each call adds to the base's gradients that of the mean loss
             over the next `recipe.batch_size` training rows.
         first: the adapter of the run that `method.first` names.
+        shards: of each parameter, over so many processes, once the model is trained.
     """
     base.requires_grad_(method["trains"] == "all")
     if method["trains"] != "adapter":
         return base
     import peft
 
+    from diablo.model import fit_shards
     from diablo.residual import check_start
     from diablo.targets import check_targets
 
@@ -90,6 +96,7 @@ def attach(
         check_start(base, config)
         config = _prepared(method, base, config, backward, first)
         model = peft.get_peft_model(base, config, low_cpu_mem_usage=on_meta)
+        fit_shards(model, shards)
     except (ValueError, TypeError) as error:
         if isinstance(error, TypeError) and not _is_quantized(base):  # whose weights cannot be changed
             raise

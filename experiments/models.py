@@ -34,7 +34,7 @@ def load_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model of a run, in evaluation mode, and its tokenizer.
 
-    Full fine-tuning gets float32 weights whatever the config's dtype: they are their own master copy.
+    Full fine-tuning gets float32 weights at least, whatever the config's dtype: they are their own master copy.
 
     Args:
         trained: the record of a finished run, whose base is loaded as it was: in the same dtype, and a quantised one by
@@ -76,7 +76,9 @@ def load_full_precision(config: Config, device: str = "cpu") -> tuple[PreTrained
 
     model, path = config["model"], base_path(config)
     transformers.utils.logging.disable_progress_bar()  # a bar for loading weights on top of ours
-    dtype = torch.float32 if config["method"]["trains"] == "all" else weights_dtype(model, device)
+    dtype = weights_dtype(model, device)
+    if config["method"]["trains"] == "all":
+        dtype = torch.promote_types(dtype, torch.float32)
     tokenizer = load_tokenizer(model, path)
     settings = load_config(model, path)
     try:

@@ -45,7 +45,7 @@ PAPER = "cells=paper"  # beside experiment=…: only the paper's own cells
 CHOSEN_LEARNING_RATE = "${method.learning_rate.${task.name}}"  # what run.yaml says where nobody gives one
 ONLY_TO_CHOOSE = {"method": ("learning_rate", "contract"), "model": ("adapter_size",), "task": ("benchmarks",)}
 # They change no result, and a run that ran out of memory goes on with others.
-MEMORY_SETTINGS = (("runtime", "gradient_checkpointing"), ("evaluation", "batch_size"))
+MEMORY_SETTINGS = (("runtime", "gradient_checkpointing"), ("runtime", "sharding"), ("evaluation", "batch_size"))
 Config = dict[str, Any]
 
 OmegaConf.register_new_resolver("times", lambda factor, value: factor * value, replace=True)
@@ -311,9 +311,11 @@ def write_runs(configs: Iterable[Config]) -> list[RunPaths]:
         run = run_paths(config)
         if run.config.is_file():
             frozen = read_config(run)
-            renewed = {part: frozen[part] | {key: config[part][key]} for part, key in MEMORY_SETTINGS}
-            if frozen | renewed != frozen:
-                write_config(run, frozen | renewed)
+            renewed = copy.deepcopy(frozen)
+            for part, key in MEMORY_SETTINGS:
+                renewed[part][key] = config[part][key]
+            if renewed != frozen:
+                write_config(run, renewed)
         else:
             write_config(run, config)
         runs.append(run)

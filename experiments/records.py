@@ -161,6 +161,7 @@ class TrainRecord:
     base: str | None = None  # which weights: a hub id and commit, a GGUF file and its hash, or a folder
     dtype: str | None = None  # of the base's weights; with float32 weights also what autocast computes in
     unlabelled: int = 0  # examples without any token that the loss sees, cut off by max_length
+    sharding: str = "none"  # full: every process held a part of each parameter, gradient and optimizer state
     schema: int = SCHEMA
 
 

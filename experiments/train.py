@@ -103,19 +103,21 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
     )
     from experiments.preparation import Backward, row_steps
     from experiments.prompts import collate, select_rows
+    from experiments.sharding import gather, sharding_of
     from experiments.spectra import MeasureSpectra
     from experiments.tokens import tokenised
     from experiments.trainer import RunTrainer
 
     device = resolve_device(config["runtime"]["device"])
     run_hash, config = config_hash(config), with_dtype(config, str(device))
+    sharded = sharding_of(config) == "full"
     reset_peak_memory(str(device))
     arguments = training_arguments(config, run, device.type)
     trains = config["method"]["trains"] != "nothing"
     with arguments.main_process_first(local=False):  # one process makes or downloads what the others then find
         source = (config["task"]["data"], config["runtime"]["data_root"])
         rows, others = training_rows(*source) if trains else ([], [])
-        base, tokenizer = load_base(config, str(arguments.device))
+        base, tokenizer = load_base(config, "cpu" if sharded else str(arguments.device))
     base_parameters, about_base = count_parameters(base), base_name(config, base)
     hashes: Any = {
         "config_hash": run_hash,
@@ -138,10 +140,15 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
         _check_labels(config, unlabelled, len(examples))
         truncated, kept = examples.truncated, len(examples)
         if config["method"].get("prepare"):
-            backward = Backward(base, row_steps(examples, config, padded, arguments.device))
+            cast(Any, base).to(arguments.device)
+            steps_of_rows = row_steps(examples, config, padded, arguments.device)
+            backward = Backward(base, steps_of_rows, arguments.world_size if sharded else 1)
     set_seed(config["seed"])
-    model: Any = methods.attach(config["method"], base, backward, first and first.adapter)
+    shards = arguments.world_size if sharded else 1
+    model: Any = methods.attach(config["method"], base, backward, first and first.adapter, shards)
     del backward
+    if sharded:
+        model.to("cpu")  # whence it goes to the devices part by part
     if arguments.gradient_checkpointing:
         methods.check_checkpointing(config["method"], model)
     initial = methods.initial_state(model)
@@ -176,6 +183,8 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
         if held_out is not None and held_out["loss"] is None:
             raise Diverged(steps, "the loss on the held-out rows is not finite")
         trainer.accelerator.free_memory()
+    if sharded:
+        gather(model)
     if not arguments.should_save:  # the other processes of a distributed run wait for the record
         _wait_for_everyone()
         return read_record(run.train_record, TrainRecord)
@@ -202,6 +211,7 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
         tensors=tensors,
         forward_modes=methods.forward_modes(model),
         world_size=arguments.world_size,
+        sharding=sharding_of(config),
         environment=environment(str(arguments.device)),
         base=about_base,
         dtype=config["model"]["dtype"],
@@ -216,6 +226,8 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
 def training_arguments(config: Config, run: RunPaths, device: str) -> TrainingArguments:
     """Trainer's settings for a run. The batch is the config's, however many processes share it."""
     from transformers import TrainingArguments
+
+    from experiments.sharding import sharding_of, trainer_settings
 
     recipe, runtime = config["recipe"], config["runtime"]
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -259,6 +271,7 @@ def training_arguments(config: Config, run: RunPaths, device: str) -> TrainingAr
         disable_tqdm=True,
         report_to=[] if runtime["wandb"] == "off" else ["wandb"],
         run_name=config["run_id"],
+        **(trainer_settings() if sharding_of(config) == "full" else {}),
     )
 
 

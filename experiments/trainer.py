@@ -14,6 +14,8 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.distributed
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
@@ -22,7 +24,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from diablo import refresh
 from experiments import checkpoint as checkpoints
-from experiments import preemption
+from experiments import preemption, sharding
 from experiments.attempts import Heartbeat
 from experiments.errors import Diverged
 from experiments.loss import TargetForward
@@ -89,7 +91,6 @@ class RunTrainer(Trainer):
         super().__init__(**kwargs)
         assert isinstance(self.model, torch.nn.Module)
         self.remove_callback(PrinterCallback)
-        self.trained = trained_tensors(self.model)
         self.metrics, self.checkpoint_folder, self.meta = metrics, checkpoint_folder, meta
         self.batch_size = batch_size
         self.seconds_before = 0.0  # of earlier attempts
@@ -98,9 +99,24 @@ class RunTrainer(Trainer):
         self.forward = TargetForward(self.model)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the number of targets in the whole batch
         self._norms: list[float] = []
+        if self.is_fsdp_enabled:
+            sharding.choose_precision(
+                self.accelerator.state, in_bf16=self.args.bf16 and not isinstance(self.model, PeftModel)
+            )
         self.add_callback(_BetweenSteps(heartbeat))
         if progress and self.args.process_index == 0:
             self.add_callback(_Progress(progress))
+
+    @property
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """What is trained, by name. Sharding puts other parameters into the model."""
+        return trained_tensors(cast(torch.nn.Module, self.model))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp:
+            sharding.shard_on_cpu(self.accelerator.state, self.args)
+            self.is_fsdp_enabled = True
 
     # Data order
 
@@ -136,6 +152,11 @@ class RunTrainer(Trainer):
             loss *= self.accelerator.num_processes  # gradients are averaged over them
         return loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._tr_loss = self._tr_loss.to(torch.promote_types(self._tr_loss.dtype, loss.dtype))  # Trainer's is float32
+        return loss
+
     @torch.no_grad()
     def score_rows(self, examples: Examples) -> torch.Tensor:
         """`Targets.row_scores` of examples that are not trained on, in their order, on the CPU."""
@@ -145,6 +166,7 @@ class RunTrainer(Trainer):
             with self.accelerator.autocast():
                 scores = self.forward(model, cast(Any, self._prepare_inputs(batch))).row_scores()
             found.append(cast(torch.Tensor, self.accelerator.gather_for_metrics(scores)).cpu())
+        sharding.release_gathered(model)
         scores = torch.cat(found)
         return scores[torch.tensor(self._get_eval_sampler(examples)).argsort()]
 
@@ -161,12 +183,13 @@ class RunTrainer(Trainer):
 
     def _gradient_norms(self) -> list[float]:
         """Frobenius norms before clipping, in the order of `trained`, with one transfer from the device."""
-        gradients = [parameter.grad for parameter in self.trained.values() if parameter.grad is not None]
-        if len(gradients) != len(self.trained):
-            without = [name for name, parameter in self.trained.items() if parameter.grad is None]
+        trained = self.trained
+        gradients = [sharding.local(parameter.grad) for parameter in trained.values() if parameter.grad is not None]
+        if len(gradients) != len(trained):
+            without = [name for name, parameter in trained.items() if parameter.grad is None]
             raise RuntimeError(f"no gradient reached {len(without)} trained tensors, the first is {without[0]}")
-        norms = torch.stack([torch.linalg.vector_norm(gradient.float()) for gradient in gradients]).tolist()
-        for name, norm in zip(self.trained, norms, strict=True):
+        norms = sharding.norms(gradients, across=self.is_fsdp_enabled).tolist()
+        for name, norm in zip(trained, norms, strict=True):
             if not math.isfinite(norm):  # before the optimizer spoils what is trained and its state
                 raise Diverged(self.state.global_step + 1, f"the gradient of {name} is not finite")
         return norms
@@ -198,14 +221,38 @@ class RunTrainer(Trainer):
     # Checkpoints
 
     def resume(self) -> None:
-        """Train from the newest whole checkpoint, or from the start if there is none."""
-        checkpoint = checkpoints.newest(self.checkpoint_folder, self.meta)
+        """Train from the newest whole checkpoint, or from the start if there is none.
+
+        Raises:
+            UserError: it was written by another number of processes, or with another sharding.
+        """
+        checkpoint = self._newest_checkpoint()
+        if checkpoint is not None:
+            checkpoints.check_layout(checkpoint, self._layout())
         if self.args.should_save:
             for unfinished in self.checkpoint_folder.glob(".step-*"):
                 shutil.rmtree(unfinished)
             cut_lines(self.metrics, checkpoints.step_of(checkpoint) if checkpoint else 0)
         self.started = self.last_step_end = time.perf_counter()
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    def _newest_checkpoint(self) -> Path | None:
+        """The first process looks for it: checking it reads all of its files."""
+        found = checkpoints.newest(self.checkpoint_folder, self.meta) if self.args.process_index == 0 else None
+        if not torch.distributed.is_initialized():
+            return found
+        step = torch.tensor(checkpoints.step_of(found) if found else -1, device=self.args.device)
+        torch.distributed.broadcast(step, 0)
+        return checkpoints.folder(self.checkpoint_folder, int(step)) if step >= 0 else None
+
+    def _layout(self) -> dict[str, Any]:
+        return {"processes": self.args.world_size, "sharding": "full" if self.is_fsdp_enabled else "none"}
+
+    def _tensor_file(self, folder: Path, name: str) -> Path:
+        """Where this process has its part of the weights or of the optimizer's state, or all of them."""
+        return folder / (
+            f"{name}-{self.args.process_index}.safetensors" if self.is_fsdp_enabled else f"{name}.safetensors"
+        )
 
     def train_seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
@@ -227,13 +274,17 @@ class RunTrainer(Trainer):
         tensors, rest = checkpoints.random_state()
         save_file(tensors, aside / f"random-{self.args.process_index}.safetensors")
         (aside / f"random-{self.args.process_index}.json").write_text(json.dumps(rest), encoding="utf-8")
+        rest: dict[str, Any] = {}
+        if self.args.should_save or self.is_fsdp_enabled:
+            weights = {
+                name: sharding.local(tensor.detach()).cpu().contiguous() for name, tensor in self.trained.items()
+            }
+            save_file(weights, self._tensor_file(aside, "weights"))
+            tensors, rest = checkpoints.flatten_optimizer(cast(Any, self.optimizer).state_dict())
+            save_file(tensors, self._tensor_file(aside, "optimizer"))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            weights = {name: parameter.detach().cpu().contiguous() for name, parameter in self.trained.items()}
-            save_file(weights, aside / "weights.safetensors")
-            optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
-            tensors, rest = checkpoints.flatten_optimizer(optimizer.state_dict())
-            save_file(tensors, aside / "optimizer.safetensors")
+            scheduler = cast(Any, self.lr_scheduler)
             progress = {
                 "optimizer": rest,
                 "scheduler": scheduler.state_dict(),
@@ -242,14 +293,14 @@ class RunTrainer(Trainer):
             }
             (aside / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
             self.state.save_to_json(str(aside / "trainer_state.json"))
-            checkpoints.publish(aside, final, self.meta)
+            checkpoints.publish(aside, final, {**self.meta, **self._layout()})
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        weights = load_file(Path(resume_from_checkpoint) / "weights.safetensors")
+        weights = load_file(self._tensor_file(Path(resume_from_checkpoint), "weights"))
         with torch.no_grad():
             for name, parameter in self.trained.items():
-                parameter.copy_(weights[name])
+                sharding.local(parameter).copy_(weights[name])
         refresh(cast(torch.nn.Module, self.model))  # what is trained inside a weight is written there
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -258,8 +309,9 @@ class RunTrainer(Trainer):
         folder = Path(checkpoint)
         progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
         optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
-        tensors = load_file(folder / "optimizer.safetensors")
-        optimizer.load_state_dict(checkpoints.unflatten_optimizer(tensors, progress["optimizer"]))
+        tensors = load_file(self._tensor_file(folder, "optimizer"))
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        optimizer.load_state_dict(checkpoints.unflatten_optimizer(tensors, progress["optimizer"], parameters))
         scheduler.load_state_dict(progress["scheduler"])
         self.seconds_before = progress["seconds"]
         self.resumed_at = [*progress["resumed_at"], checkpoints.step_of(folder)]
@@ -268,8 +320,6 @@ class RunTrainer(Trainer):
         if checkpoint is None:
             return
         name = Path(checkpoint) / f"random-{self.args.process_index}"
-        if not name.with_suffix(".json").is_file():
-            raise RuntimeError(f"{checkpoint} was written by fewer processes than now run: resume with as many")
         rest = json.loads(name.with_suffix(".json").read_text(encoding="utf-8"))
         checkpoints.restore_random_state(load_file(name.with_suffix(".safetensors")), rest)
 
