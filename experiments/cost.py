@@ -20,6 +20,7 @@ from experiments.gguf import converted, is_converted
 from experiments.records import group_hash
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
 Config = dict[str, Any]
@@ -61,9 +62,25 @@ def tokens(config: Config, speed: Speed) -> float | None:
     rows = rows_trained_on(config)
     if not rows:
         return 0.0
-    keys = ("model", "task", "protocol", "runtime")
-    mean = _tokens_per_row(json.dumps({key: config[key] for key in keys})) or speed.tokens_per_row
+    lengths = _lengths(config)
+    mean = speed.tokens_per_row if lengths is None else float(lengths.mean())
     return None if mean is None else rows * mean
+
+
+def longest_row(config: Config) -> int | None:
+    """Tokens of the longest row, or as many as the protocol keeps where rows or tokenizer are not here."""
+    lengths, protocol = _lengths(config), config["protocol"]
+    if lengths is not None and len(lengths):
+        return int(lengths.max())
+    if protocol["max_length"] is not None:
+        return protocol["max_length"]
+    parts = (protocol["max_prompt_length"], protocol["max_target_length"])
+    return None if None in parts else sum(parts)
+
+
+def _lengths(config: Config) -> np.ndarray | None:
+    """Tokens of every training row."""
+    return _row_lengths(json.dumps({key: config[key] for key in ("model", "task", "protocol", "runtime")}))
 
 
 def gpu_hours(config: Config, speed: Speed) -> float | None:
@@ -139,7 +156,7 @@ def _rows(data: str) -> int:
 
 
 @functools.cache
-def _tokens_per_row(about: str) -> float | None:
+def _row_lengths(about: str) -> np.ndarray | None:
     from experiments.data import load_rows
     from experiments.prompts import select_rows
     from experiments.tokens import tokenised
@@ -153,7 +170,7 @@ def _tokens_per_row(about: str) -> float | None:
     except UserError:
         return None
     cache = Path(config["runtime"]["cache_dir"])
-    return float(tokenised(config["protocol"], tokenizer, select_rows(config["protocol"], rows), cache).lengths.mean())
+    return tokenised(config["protocol"], tokenizer, select_rows(config["protocol"], rows), cache).lengths
 
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
