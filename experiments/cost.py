@@ -1,4 +1,4 @@
-"""What planned runs cost: tokens to train on, and GPU-hours at a speed that was measured; and what a budget pays for.
+"""What planned runs cost: tokens to train on, and GPU-hours at a speed that was measured; by which a budget is counted.
 
 Tokens are counted where the task's rows and the model's tokenizer are on this machine. Elsewhere `--tokens-per-row`
 stands in, and without it they stay blank. GPU-hours are of training alone; scoring comes on top.
@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.choose import Stages
 from experiments.errors import UserError
 from experiments.gguf import converted, is_converted
-from experiments.records import group_hash
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,42 +82,11 @@ def _lengths(config: Config) -> np.ndarray | None:
 
 
 def gpu_hours(config: Config, speed: Speed) -> float | None:
-    per_second = speed.tokens_per_second.get(config["model"]["name"], speed.tokens_per_second.get(""))
+    if not rows_trained_on(config):
+        return 0.0
+    per_second = _speed_of(config, speed)
     count = tokens(config, speed)
     return None if per_second is None or count is None else count / per_second / 3600
-
-
-def within(found: Stages, budget: float, speed: Speed) -> tuple[list[Config], list[str]]:
-    """The runs that a budget of GPU-hours pays for, and a line for each setting that lacks some.
-
-    Settings come in the experiment's order, which is that of their weight: first all of them get their learning rate
-    and one seed, then a second seed, and so on. What does not fit is left out, and smaller things after it may fit.
-    """
-    rounds: dict[str, list[list[Config]]] = {}
-    for config in found.first:
-        rounds.setdefault(group_hash(config), [[]])[0].append(config)
-    for config in [*found.final, *found.to_come]:
-        parts = rounds.setdefault(group_hash(config), [])
-        if config["run_id"] not in {run["run_id"] for part in parts[:1] for run in part}:
-            parts.append([config])
-    kept: list[Config] = []
-    lacks: dict[str, int] = {}
-    for number in range(max(map(len, rounds.values()), default=0)):
-        for name, parts in rounds.items():
-            if number >= len(parts) or name in lacks:
-                continue
-            cost = sum(_known_hours(config, speed) for config in parts[number])
-            if cost <= budget:
-                budget -= cost
-                kept += parts[number]
-            else:
-                lacks[name] = sum(map(len, parts[number:]))
-    named = {name: parts[0][0] for name, parts in rounds.items()}
-    return kept, [
-        f"{named[name]['method']['label']} on {named[name]['model']['name']} and {named[name]['task']['name']}: "
-        f"{count} of {sum(map(len, rounds[name]))} runs"
-        for name, count in lacks.items()
-    ]
 
 
 def read_budget(text: str) -> float:
@@ -130,7 +97,8 @@ def read_budget(text: str) -> float:
     return float(match[1])
 
 
-def _known_hours(config: Config, speed: Speed) -> float:
+def known_hours(config: Config, speed: Speed) -> float:
+    """UserError where `gpu_hours` are unknown."""
     hours = gpu_hours(config, speed)
     if hours is None:
         model, task = config["model"]["name"], config["task"]["name"]
@@ -139,6 +107,25 @@ def _known_hours(config: Config, speed: Speed) -> float:
             + ("" if tokens(config, speed) is not None else " and --tokens-per-row …")
         )
     return hours
+
+
+def reasons(configs: Sequence[Config], speed: Speed) -> list[str]:
+    """Why tokens or GPU-hours of some runs are unknown, and what to give, a line each."""
+    lines: dict[str, None] = {}
+    for config in configs:
+        model, task = config["model"]["name"], config["task"]["name"]
+        if not rows_trained_on(config):
+            continue
+        if tokens(config, speed) is None:
+            lacking = "its tokenizer is" if _tokenizer(config) is None else "the rows are"
+            lines[f"tokens of {model} on {task}: {lacking} not on this machine: give --tokens-per-row N"] = None
+        if _speed_of(config, speed) is None:
+            lines[f"GPU-hours of {model}: no speed was given: --tokens-per-second {model}=N"] = None
+    return list(lines)
+
+
+def _speed_of(config: Config, speed: Speed) -> float | None:
+    return speed.tokens_per_second.get(config["model"]["name"], speed.tokens_per_second.get(""))
 
 
 @functools.cache

@@ -58,7 +58,7 @@ def estimate(config: Config, gpus: int = 1) -> Memory:
 
     recipe, method, checkpointing = config["recipe"], config["method"], config["runtime"]["gradient_checkpointing"]
     rows, length = recipe["micro_batch_size"], longest_row(config) or LENGTH
-    dtype, autocast = _dtype(config), _name_of_dtype(config) == "bfloat16"
+    dtype, autocast = base_dtype(config), _name_of_dtype(config) == "bfloat16"
     shapes = json.dumps(config["model"]["architecture"]), json.dumps(method)
     found = held(*shapes, dtype)
     trained = found.trained if method["trains"] != "nothing" else 0
@@ -95,7 +95,7 @@ def _name_of_dtype(config: Config) -> str:
     return ("float32" if config["runtime"]["device"] == "cpu" else "bfloat16") if name == "auto" else name
 
 
-def _dtype(config: Config) -> str:
+def base_dtype(config: Config) -> str:
     """Of the base's weights, which full fine-tuning trains in float32."""
     return "float32" if config["method"]["trains"] == "all" else _name_of_dtype(config)
 
@@ -121,7 +121,7 @@ def _preparation(config: Config, found: Held, rows: int, length: int, gpus: int)
     if target == "diablo.smt.choose_blocks":  # the base as it was; weights, gradients and Adam in float32; their sums
         total, dtype = found.frozen_bytes + 16 * found.base + 4 * found.targets, "float32"
     elif target == "diablo.lora_ga.estimate_gradients":  # sums and means of the targets' gradients in float32
-        total, dtype = found.frozen_bytes + 8 * found.targets, _dtype(config)
+        total, dtype = found.frozen_bytes + 8 * found.targets, base_dtype(config)
     else:
         return 0
     everything = json.dumps({"name": "full", "label": "full", "trains": "all", "adapter": None})
