@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from experiments.choose import named
 from experiments.errors import UserError
 from experiments.memory import Memory, estimate
+from experiments.sizes import gibibytes
 
 Config = dict[str, Any]
 USABLE = 0.92  # of a GPU's memory: CUDA's context, NCCL's buffers and fragmentation take the rest
-UNITS = {"G": 2**30, "M": 2**20, "T": 2**40}
-
-
-def read_bytes(text: Any) -> int:
-    """Bytes of `80G`, as Slurm counts them: 2^30."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([MGT])B?", str(text))
-    if match is None or not float(match[1]):
-        raise UserError(f"a GPU's memory is {text!r}: write it as 80G; of GPUs that differ the smallest")
-    return int(float(match[1]) * UNITS[match[2]])
 
 
 def gpus_needed(config: Config, gpu_bytes: int, largest: int) -> int:
@@ -117,7 +108,3 @@ def _checkpointed(config: Config) -> Config:
 def _can_checkpoint(config: Config) -> bool:
     """Prefix tuning keeps what it trains in the cache, which checkpointing switches off."""
     return not config["runtime"]["gradient_checkpointing"] and config["method"]["name"] != "prefix"
-
-
-def gibibytes(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

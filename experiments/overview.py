@@ -10,10 +10,10 @@ from typing import Any
 
 from experiments.choose import named
 from experiments.differences import differing
-from experiments.fit import gibibytes
 from experiments.memory import estimate
 from experiments.plan import plan, run_paths
 from experiments.records import TrainRecord, content_hash, group_hash, read_record
+from experiments.sizes import gibibytes
 
 Config = dict[str, Any]
 Column = tuple[str, Callable[[Config, int], str]]  # its title, and its text of a setting with so many runs

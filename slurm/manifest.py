@@ -38,6 +38,7 @@ class Manifest:
     max_requeues: int
     scratch: str | None
     code: dict[str, Any]
+    following: int = 0  # runs that cannot be named yet: their learning rates are not chosen
     schema: int = SCHEMA
 
 
