@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments import hub
 from experiments.errors import UserError
 from experiments.gguf import converted, is_converted
 
@@ -136,7 +137,8 @@ def _rows(data: str) -> int:
 
     content = json.loads(data)
     try:
-        return len(load_rows(content, "train", None))
+        with hub.offline():
+            return len(load_rows(content, "train", None))
     except UserError:
         names = [content["source"]] if isinstance(content["source"], str) else content["source"]
         return sum(max(SOURCES[name]["train"].rows) for name in names) - content["heldout"]
@@ -153,7 +155,8 @@ def _row_lengths(about: str) -> np.ndarray | None:
     if tokenizer is None:
         return None
     try:
-        rows = load_rows(config["task"]["data"], "train", config["runtime"]["data_root"])
+        with hub.offline():
+            rows = load_rows(config["task"]["data"], "train", config["runtime"]["data_root"])
     except UserError:
         return None
     cache = Path(config["runtime"]["cache_dir"])

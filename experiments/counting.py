@@ -36,10 +36,10 @@ def count(config: Config) -> Count:
     architecture, method, dtype = config["model"]["architecture"], json.dumps(config["method"]), base_dtype(config)
     found = held(json.dumps(architecture), method, dtype)
     ungrouped = None
-    if architecture["num_key_value_heads"] < architecture["num_attention_heads"]:
-        if config["method"]["trains"] == "adapter":
-            full_heads = {**architecture, "num_key_value_heads": architecture["num_attention_heads"]}
-            ungrouped = held(json.dumps(full_heads), method, dtype).trained
+    grouped = architecture["num_key_value_heads"] < architecture["num_attention_heads"]
+    if grouped and config["method"]["trains"] == "adapter":
+        full_heads = {**architecture, "num_key_value_heads": architecture["num_attention_heads"]}
+        ungrouped = held(json.dumps(full_heads), method, dtype).trained
     return Count(found.trained, found.base, ungrouped)
 
 

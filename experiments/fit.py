@@ -60,8 +60,8 @@ def does_not_fit(config: Config, gpus: int, gpu_bytes: int, largest: int) -> str
     changes = list(filter(None, single)) or list(filter(None, [_first(_several_changes(config, largest), gpu_bytes)]))
     mend = f"give {', or '.join(changes)}" if changes else "give GPUs with more memory, or quantization=nf"
     return (
-        f"{named(config)} does not fit: it needs {gibibytes(needs.peak)}{why}, and {gibibytes(int(USABLE * gpu_bytes))} "
-        f"are usable on {where}: {mend}"
+        f"{named(config)} does not fit: it needs {gibibytes(needs.peak)}{why}, and "
+        f"{gibibytes(int(USABLE * gpu_bytes))} are usable on {where}: {mend}"
     )
 
 

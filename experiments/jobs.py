@@ -27,7 +27,7 @@ from experiments.records import (
     read_record,
     write_config,
 )
-from experiments.selection import Selection, select
+from experiments.selection import EVERYTHING, Selection, select
 
 Config = dict[str, Any]
 
@@ -63,7 +63,7 @@ class Jobs:
     """
 
     def __init__(
-        self, arguments: Sequence[str], deadline: float | None = None, selection: Selection = Selection()
+        self, arguments: Sequence[str], deadline: float | None = None, selection: Selection = EVERYTHING
     ) -> None:
         selected = select(arguments, selection)
         self.configs, self.by, self.deadline = selected.configs, selected.by, deadline

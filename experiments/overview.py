@@ -77,7 +77,7 @@ def off_by(configs: Sequence[Config]) -> Iterator[str]:
 
 
 def _measured(config: Config, configs: Sequence[Config]) -> Iterator[tuple[str, int, int]]:
-    """Device, number of GPUs and peak bytes: of a finished run of the setting, else of the measurements that came along."""
+    """Device, number of GPUs and peak bytes: of a finished run of the setting, else of those that came along."""
     for run in (run_paths(other) for other in configs if group_hash(other) == group_hash(config)):
         if run.train_record.is_file():
             record = read_record(run.train_record, TrainRecord)

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from experiments import preemption
-from experiments.choose import Stages, to_csv, write_choices
+from experiments.choose import Stages, follow, to_csv, write_choices
 from experiments.errors import UserError, run_command
 from experiments.jobs import Job, Jobs, finished_outcome, forget_unscorable, outcome, take_in, train_and_score
 from experiments.plan import read_experiment, run_paths, write_runs
 from experiments.records import write_atomically
-from experiments.selection import Selection, add_options, read_options
+from experiments.selection import EVERYTHING, Selection, add_options, read_options
 from experiments.workers import Stopped, Worker
 
 Config = dict[str, Any]
@@ -41,7 +41,7 @@ def reproduce(
     report_only: bool = False,
     minutes: float | None = None,
     results: Path | None = None,
-    selection: Selection = Selection(),
+    selection: Selection = EVERYTHING,
 ) -> Path:
     """Run every stage of `configs/experiment/<name>.yaml` and return the path of the report's page.
 
@@ -75,7 +75,7 @@ def reproduce(
     if jobs.left_out:
         print(f"{len(jobs.left_out)} runs did not fit into the time: the same command goes on with them")
     elif found.undecided:
-        missing.append(f"{len(found.to_come)} runs without a learning rate ({'; '.join(found.undecided)})")
+        missing.append(f"{len(found.following())} runs without a learning rate ({'; '.join(found.undecided)})")
     if missing:
         raise UserError(f"{' and '.join(missing)} and are missing from the report")
     return page
@@ -137,9 +137,11 @@ def execute(title: str, jobs: Jobs, workers: int) -> None:
     known, total = jobs.known(), jobs.total()
     if not known:
         raise UserError(f"{title}: no runs")
-    to_choose = sum(not job.score for job in known)
-    by = f", {to_choose} of them to choose learning rates by" if to_choose else ""
-    print(f"{title}: {total} runs in {known[0].run.root.parent}{by}", flush=True)
+    found = jobs.stages()
+    by = f", {len(found.first)} of them to choose learning rates by" if found.first else ""
+    print(f"{title}: {len(found.known())} runs in {known[0].run.root.parent}{by}", flush=True)
+    if found.following():
+        print(follow(len(found.following())), flush=True)
     numbers, told = itertools.count(1), set(jobs.stages().chosen())
 
     def work(worker: Worker | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.choose import named, rule
@@ -23,8 +23,11 @@ class Selection:
 
     paper: bool = False
     budget: float | None = None
-    speed: Speed = Speed({})
+    speed: Speed = field(default_factory=lambda: Speed({}))
     flags: tuple[str, ...] = ()
+
+
+EVERYTHING = Selection()
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,11 @@ from typing import Any
 
 from experiments.choose import Stages, follow, stages_of
 from experiments.cost import gpu_hours
+from experiments.differences import differing
 from experiments.errors import UserError, run_command
 from experiments.plan import run_paths, split_experiment, write_runs
 from experiments.records import RunPaths, group_hash, read_config
-from experiments.selection import Selection, add_options, read_options, select
+from experiments.selection import EVERYTHING, Selection, add_options, read_options, select
 from slurm.arrays import Array, Options, arrays, submit_array
 from slurm.cluster import Cluster, Resources, read_cluster, sbatch_lines
 from slurm.follow_up import submit_follow_up
@@ -41,7 +42,7 @@ Config = dict[str, Any]
 
 
 def submit(
-    arguments: Sequence[str], cluster: Cluster, options: Options, selection: Selection = Selection()
+    arguments: Sequence[str], cluster: Cluster, options: Options, selection: Selection = EVERYTHING
 ) -> list[str]:
     """Plan, write the manifests and submit. Returns the job ids of the arrays."""
     name, overrides = split_experiment(arguments)
@@ -73,8 +74,10 @@ def submit(
         write_runs(config for config, _ in wanted)
         if not submits:
             return []
+        apart = differing([config for config, _ in wanted])
         about = {
-            config["run_id"]: describe_run(_absolute(runs_dir, config), config, scored) for config, scored in wanted
+            config["run_id"]: describe_run(_absolute(runs_dir, config), config, scored, apart.get(config["run_id"], ""))
+            for config, scored in wanted
         }
         manifest = partial(
             Manifest,
@@ -149,8 +152,11 @@ def show(todo: list[tuple[Config, bool]], cluster: Cluster, options: Options, se
 
         print(*memory_table(on_gpus, lambda config: cluster.resources(config).gpus, [("GPU-h", hours)]), sep="\n")
         print(*off_by(on_gpus), sep="\n", end="")
-    for array in arrays(kept, cluster, options, 1001):
+    parts = list(arrays(kept, cluster, options, 1001))
+    for array in parts:
         print(f"would submit {array}\n  sbatch {' '.join(sbatch_lines(cluster, array.resources))}")
+    if len(parts) > 1:
+        print(f"in all at most {sum(array.gpu_hours for array in parts):,.1f} GPU-hours by the time limits")
     for reason in refused.values():
         print(f"cannot be submitted: {reason}")
 
