@@ -164,8 +164,8 @@ def finished_outcome(job: Job) -> str | None:
     """The outcome of a finished job whose adapter is not here, as of one that was trained elsewhere; else None."""
     if job.run.adapter.is_dir() or not job.is_finished():
         return None
-    scores = [read_record(paths.score, EvalRecord) for paths in evaluation_paths(job.run, job.config)]
-    return outcome(read_record(job.run.train_record, TrainRecord), scores if job.score else [])
+    paths = evaluation_paths(job.run, job.config) if job.score else []  # others may have no score yet
+    return outcome(read_record(job.run.train_record, TrainRecord), [read_record(p.score, EvalRecord) for p in paths])
 
 
 def take_in(configs: Sequence[Config], folder: Path) -> int:

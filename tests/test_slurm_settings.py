@@ -84,7 +84,7 @@ def test_any_option_of_sbatch_is_passed_through() -> None:
         ("sbatch=[1]", "it has to be a dict"),
         ("signal=KILL@3", "as USR1@120"),
         ("eval={partition: x}", "no setting eval.partition"),
-        ("gpu_memory=80", "'80' is no size: write one, as 80G"),
+        ("gpu_memory=80", "gpu_memory: 80 is no size: write one, as 80G"),
         ("gpu_memory=[40G, 80G]", "where GPUs differ, that of the smallest"),
         ("gpu_memory=0G", "is no size"),
     ],
