@@ -134,8 +134,10 @@ def forward_backward(model: Any, tokens: Tensor, autocast: bool) -> None:
     """As the trainer does it, with every position labelled; gradients are dropped as soon as they are whole."""
     hooks = [p.register_post_accumulate_grad_hook(_drop) for p in model.parameters() if p.requires_grad]
     head = model.get_output_embeddings()
+    mask = torch.ones_like(tokens)
+    mask[:, -1] = 0  # rows differ in length: without padding there is no mask, and grouped keys are not repeated
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast), _entering(head) as hidden:
-        model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+        model(input_ids=tokens, attention_mask=mask)
     flat = hidden.pop()[:, -tokens.shape[1] :].flatten(0, 1)  # without the virtual tokens of prompt methods
     labelled = flat.index_select(0, torch.zeros(len(flat), dtype=torch.int64, device=tokens.device))
     del flat

@@ -48,6 +48,8 @@ def submit(
     name, overrides = split_experiment(arguments)
     title = name or " ".join(arguments)
     selected = select(arguments, selection, partial(_hours, cluster=cluster, selection=selection))
+    if selection.budget is not None and not selection.speed.tokens_per_second:
+        print("the budget counts every run's whole time limit: --tokens-per-second MODEL=N gives measured hours")
     found = stages_of(selected.configs, selected.by)
     first = {} if options.second_stage else {config["run_id"]: (config, False) for config in found.first}
     planned = {**first, **{config["run_id"]: (config, True) for config in found.final}}

@@ -89,9 +89,9 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", ["full", "diablo", "lora", "dora", "pissa", "paca", "bottleneck", "ia3", "prompt"])
+@pytest.mark.parametrize("method", ["full", "diablo", "lora", "dora", "prompt"])
 def test_a_pass_takes_what_it_takes_on_this_cpu(method: str, checkpointing: bool) -> None:
-    """In float32, by the allocator's own events; the longer the rows, the less what is not counted matters."""
+    """In float32, by the allocator's own events."""
     from transformers import AutoModelForCausalLM
 
     config = run("model=llama2_7b", f"method={method}", "task=commonsense_170k", "recipe.adapter_dropout=0",
@@ -104,12 +104,12 @@ def test_a_pass_takes_what_it_takes_on_this_cpu(method: str, checkpointing: bool
     model: Any = methods.attach(settings, base).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    tokens = torch.zeros(8, 256, dtype=torch.int64)
+    tokens = torch.zeros(4, 128, dtype=torch.int64)
     work = partial(fake_pass.forward_backward, model, tokens, autocast=False)
     work()
     measured = peak_bytes(work, model.parameters(), "cpu")
-    guess = pass_bytes(json.dumps(SHAPES), json.dumps(settings), "float32", False, 8, 256, checkpointing)
-    assert guess == pytest.approx(measured, rel=0.03)
+    guess = pass_bytes(json.dumps(SHAPES), json.dumps(settings), "float32", False, 4, 128, checkpointing)
+    assert guess == pytest.approx(measured, rel=0.01)
 
 
 def test_few_layers_tell_of_many() -> None:
