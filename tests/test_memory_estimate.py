@@ -184,6 +184,7 @@ def test_every_method_has_an_estimate() -> None:
     for method in options("method"):
         more = ["method.adapter.num_blocks=3"] if method == "smt" else []
         more += ["method.adapter.num_blocks=8"] if method == "diablo" else []
+        more += ["method.adapter.o_ratio=0"] if method == "s2ft" else []  # its share of four heads is none
         found = estimate(real("llama2_7b", method, *small, *more, "recipe.learning_rate=1e-4"))
         assert found.weights > 0
         assert (found.activations > 0) == (method != "base")
