@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import datasets
 import pytest
+from datasets import config as datasets_config
 from huggingface_hub import constants
 
 from experiments import hub
@@ -27,10 +27,10 @@ def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
         monkeypatch.delenv("DIABLO_DATA_ROOT", raising=False)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.url)
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+        monkeypatch.setattr(datasets_config, "HF_ENDPOINT", server.url)
+        monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "datasets")
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         hub.answers.cache_clear()
 
@@ -70,6 +70,6 @@ def test_planning_asks_nobody(online: Callable[[Server], None]) -> None:
         assert rows_trained_on(config) == (395_000 - 7) // 32 * 32
         assert server.asked == []
         assert not constants.HF_HUB_OFFLINE
-        assert not datasets.config.HF_HUB_OFFLINE
+        assert not datasets_config.HF_HUB_OFFLINE
         assert not hub.check()
         assert server.asked == [("HEAD", "/")]

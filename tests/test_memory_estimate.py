@@ -54,7 +54,8 @@ def test_a_pass_of_llama2_7b_takes_what_it_took_on_a_gpu(label: str) -> None:
     attached = "DiaBlo adapter" if label in (DROPOUT, IN_PLACE) else label
     peaks = []
     for depth in (2, 3):
-        base = empty_base({**architecture(case["model"]), "num_hidden_layers": depth}).to(torch.bfloat16)
+        base: Any = empty_base({**architecture(case["model"]), "num_hidden_layers": depth})
+        base = base.to(torch.bfloat16)
         base.config.use_cache = False
         model = attach(attached, base, TARGETS[case["targets"]], case["num_blocks"], case["rank"], None).train()
         with FakeTensorMode(allow_non_fake_inputs=True), Allocations() as allocations:
@@ -182,7 +183,7 @@ def test_every_method_has_an_estimate() -> None:
 
     small = [f"model.architecture.{key}={SHAPES[key]}" for key in SHAPES if key not in ("model_type", "vocab_size")]
     for method in options("method"):
-        more = ["method.adapter.num_blocks=3"] if method == "smt" else []
+        more = ["method.adapter.num_blocks=3", "method.adapter.block_size=64"] if method == "smt" else []
         more += ["method.adapter.num_blocks=8"] if method == "diablo" else []
         more += ["method.adapter.o_ratio=0"] if method == "s2ft" else []  # its share of four heads is none
         found = estimate(real("llama2_7b", method, *small, *more, "recipe.learning_rate=1e-4"))
