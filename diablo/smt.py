@@ -122,7 +122,7 @@ def choose_blocks(
     if quantized:
         raise ValueError(f"{quantized[0]} is quantised: its weights have no gradients to choose blocks by")
     grids = {name: grid(layer, config.block_size) for name, layer in layers.items()}
-    total = sum(rows * columns for rows, columns in grids.values())
+    total = all_blocks(model, config)
     if config.num_blocks > total:
         size = config.block_size
         raise ValueError(f"num_blocks={config.num_blocks} exceeds the {total} blocks of {size} × {size} in the targets")
@@ -180,6 +180,12 @@ def grid(base_layer: nn.Module, block_size: int) -> tuple[int, int]:
             f"block_size={block_size} does not divide in_features={in_features} and out_features={out_features}"
         )
     return in_features // block_size, out_features // block_size
+
+
+def all_blocks(model: PreTrainedModel, config: SmtConfig) -> int:
+    """How many blocks the targets have together."""
+    grids = [grid(layer, config.block_size) for layer in _targets(model, config).values()]
+    return sum(rows * columns for rows, columns in grids)
 
 
 def _targets(model: PreTrainedModel, config: SmtConfig) -> dict[str, nn.Linear]:

@@ -49,11 +49,20 @@ class Stages:
     by: str | None = None  # a key of `RULES`
     tried: list[Tried] = field(default_factory=list)
 
+    def known(self) -> list[Config]:
+        """The runs of both stages that can be named by now, each once."""
+        return list({config["run_id"]: config for config in [*self.first, *self.final]}.values())
+
+    def following(self) -> list[Config]:
+        """Stand-ins for the runs of the second stage that cannot be named yet."""
+        known = {config["run_id"] for config in self.known()}
+        return [config for config in self.to_come if config["run_id"] not in known]
+
     def chosen(self) -> list[str]:
         """A line per choice; it names model and task where there are several."""
         several = len({(tried.config["model"]["name"], tried.config["task"]["name"]) for tried in self.tried}) > 1
         return [
-            f"{_named(tried.config) if several else tried.config['method']['label']}: "
+            f"{named(tried.config) if several else tried.config['method']['label']}: "
             f"learning rate {tried.config['recipe']['learning_rate']:g}"
             + (", the smallest or largest that was tried" if tried.at_edge else "")
             for tried in self.tried
@@ -81,7 +90,7 @@ def stages_of(configs: list[Config], by: str | None) -> Stages:
             continue
         if not group[0]["task"]["data"]["heldout"]:
             raise UserError(
-                f"{_named(group[0])}: learning rates are chosen on held-out rows: give task.data.heldout=1000"
+                f"{named(group[0])}: learning rates are chosen on held-out rows: give task.data.heldout=1000"
             )
         first = [config for config in group if config["seed"] == group[0]["seed"]]
         scores = [_held_out(config) for config in first]
@@ -95,9 +104,14 @@ def stages_of(configs: list[Config], by: str | None) -> Stages:
         ]
         found.final += [config for config in group if _rate(config) == best]
         if waiting:
-            found.undecided.append(f"{_named(first[0])} waits for {', '.join(waiting)}")
+            found.undecided.append(f"{named(first[0])} waits for {', '.join(waiting)}")
             found.to_come += [config for config in group if _rate(config) == _rate(first[0])]
     return found
+
+
+def follow(count: int) -> str:
+    """What every command says of runs that cannot be named yet."""
+    return f"{count} more runs follow when their learning rates are chosen"
 
 
 def write_choices(found: Stages) -> None:
@@ -169,9 +183,9 @@ def _best(first: list[Config], scores: Sequence[Config | None], by: str) -> floa
         if score is not None and score["loss"] is not None
     ]
     if not candidates:
-        raise UserError(f"{_named(first[0])}: all learning rates diverged: give smaller ones")
+        raise UserError(f"{named(first[0])}: all learning rates diverged: give smaller ones")
     return min(candidates)[1]
 
 
-def _named(config: Config) -> str:
+def named(config: Config) -> str:
     return f"{config['method']['label']} on {config['model']['name']} and {config['task']['name']}"

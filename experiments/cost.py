@@ -1,4 +1,4 @@
-"""What planned runs cost: tokens to train on, and GPU-hours at a speed that was measured; and what a budget pays for.
+"""What planned runs cost: tokens to train on, and GPU-hours at a speed that was measured; by which a budget is counted.
 
 Tokens are counted where the task's rows and the model's tokenizer are on this machine. Elsewhere `--tokens-per-row`
 stands in, and without it they stay blank. GPU-hours are of training alone; scoring comes on top.
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.choose import Stages
+from experiments import hub
 from experiments.errors import UserError
 from experiments.gguf import converted, is_converted
-from experiments.records import group_hash
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
 Config = dict[str, Any]
@@ -61,48 +61,33 @@ def tokens(config: Config, speed: Speed) -> float | None:
     rows = rows_trained_on(config)
     if not rows:
         return 0.0
-    keys = ("model", "task", "protocol", "runtime")
-    mean = _tokens_per_row(json.dumps({key: config[key] for key in keys})) or speed.tokens_per_row
+    lengths = _lengths(config)
+    mean = speed.tokens_per_row if lengths is None else float(lengths.mean())
     return None if mean is None else rows * mean
 
 
+def longest_row(config: Config) -> int | None:
+    """Tokens of the longest row, or as many as the protocol keeps where rows or tokenizer are not here."""
+    lengths, protocol = _lengths(config), config["protocol"]
+    if lengths is not None and len(lengths):
+        return int(lengths.max())
+    if protocol["max_length"] is not None:
+        return protocol["max_length"]
+    parts = (protocol["max_prompt_length"], protocol["max_target_length"])
+    return None if None in parts else sum(parts)
+
+
+def _lengths(config: Config) -> np.ndarray | None:
+    """Tokens of every training row."""
+    return _row_lengths(json.dumps({key: config[key] for key in ("model", "task", "protocol", "runtime")}))
+
+
 def gpu_hours(config: Config, speed: Speed) -> float | None:
-    per_second = speed.tokens_per_second.get(config["model"]["name"], speed.tokens_per_second.get(""))
+    if not rows_trained_on(config):
+        return 0.0
+    per_second = _speed_of(config, speed)
     count = tokens(config, speed)
     return None if per_second is None or count is None else count / per_second / 3600
-
-
-def within(found: Stages, budget: float, speed: Speed) -> tuple[list[Config], list[str]]:
-    """The runs that a budget of GPU-hours pays for, and a line for each setting that lacks some.
-
-    Settings come in the experiment's order, which is that of their weight: first all of them get their learning rate
-    and one seed, then a second seed, and so on. What does not fit is left out, and smaller things after it may fit.
-    """
-    rounds: dict[str, list[list[Config]]] = {}
-    for config in found.first:
-        rounds.setdefault(group_hash(config), [[]])[0].append(config)
-    for config in [*found.final, *found.to_come]:
-        parts = rounds.setdefault(group_hash(config), [])
-        if config["run_id"] not in {run["run_id"] for part in parts[:1] for run in part}:
-            parts.append([config])
-    kept: list[Config] = []
-    lacks: dict[str, int] = {}
-    for number in range(max(map(len, rounds.values()), default=0)):
-        for name, parts in rounds.items():
-            if number >= len(parts) or name in lacks:
-                continue
-            cost = sum(_known_hours(config, speed) for config in parts[number])
-            if cost <= budget:
-                budget -= cost
-                kept += parts[number]
-            else:
-                lacks[name] = sum(map(len, parts[number:]))
-    named = {name: parts[0][0] for name, parts in rounds.items()}
-    return kept, [
-        f"{named[name]['method']['label']} on {named[name]['model']['name']} and {named[name]['task']['name']}: "
-        f"{count} of {sum(map(len, rounds[name]))} runs"
-        for name, count in lacks.items()
-    ]
 
 
 def read_budget(text: str) -> float:
@@ -113,7 +98,8 @@ def read_budget(text: str) -> float:
     return float(match[1])
 
 
-def _known_hours(config: Config, speed: Speed) -> float:
+def known_hours(config: Config, speed: Speed) -> float:
+    """UserError where `gpu_hours` are unknown."""
     hours = gpu_hours(config, speed)
     if hours is None:
         model, task = config["model"]["name"], config["task"]["name"]
@@ -124,6 +110,25 @@ def _known_hours(config: Config, speed: Speed) -> float:
     return hours
 
 
+def reasons(configs: Sequence[Config], speed: Speed) -> list[str]:
+    """Why tokens or GPU-hours of some runs are unknown, and what to give, a line each."""
+    lines: dict[str, None] = {}
+    for config in configs:
+        model, task = config["model"]["name"], config["task"]["name"]
+        if not rows_trained_on(config):
+            continue
+        if tokens(config, speed) is None:
+            lacking = "its tokenizer is" if _tokenizer(config) is None else "the rows are"
+            lines[f"tokens of {model} on {task}: {lacking} not on this machine: give --tokens-per-row N"] = None
+        if _speed_of(config, speed) is None:
+            lines[f"GPU-hours of {model}: no speed was given: --tokens-per-second {model}=N"] = None
+    return list(lines)
+
+
+def _speed_of(config: Config, speed: Speed) -> float | None:
+    return speed.tokens_per_second.get(config["model"]["name"], speed.tokens_per_second.get(""))
+
+
 @functools.cache
 def _rows(data: str) -> int:
     """Training rows of a `task.data` section: counted where they are here, else as many as the source has."""
@@ -132,14 +137,15 @@ def _rows(data: str) -> int:
 
     content = json.loads(data)
     try:
-        return len(load_rows(content, "train", None))
+        with hub.offline():
+            return len(load_rows(content, "train", None))
     except UserError:
         names = [content["source"]] if isinstance(content["source"], str) else content["source"]
         return sum(max(SOURCES[name]["train"].rows) for name in names) - content["heldout"]
 
 
 @functools.cache
-def _tokens_per_row(about: str) -> float | None:
+def _row_lengths(about: str) -> np.ndarray | None:
     from experiments.data import load_rows
     from experiments.prompts import select_rows
     from experiments.tokens import tokenised
@@ -149,11 +155,12 @@ def _tokens_per_row(about: str) -> float | None:
     if tokenizer is None:
         return None
     try:
-        rows = load_rows(config["task"]["data"], "train", config["runtime"]["data_root"])
+        with hub.offline():
+            rows = load_rows(config["task"]["data"], "train", config["runtime"]["data_root"])
     except UserError:
         return None
     cache = Path(config["runtime"]["cache_dir"])
-    return float(tokenised(config["protocol"], tokenizer, select_rows(config["protocol"], rows), cache).lengths.mean())
+    return tokenised(config["protocol"], tokenizer, select_rows(config["protocol"], rows), cache).lengths
 
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerBase | None:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.choose import Stages, rule, stages_of
+from experiments.choose import Stages, stages_of
 from experiments.evaluations import evaluation_paths
 from experiments.follows import check_score, check_training
-from experiments.plan import plan, run_paths
+from experiments.plan import run_paths
 from experiments.records import (
     EvalRecord,
     RunPaths,
@@ -28,6 +28,7 @@ from experiments.records import (
     read_record,
     write_config,
 )
+from experiments.selection import EVERYTHING, Selection, select
 
 Config = dict[str, Any]
 
@@ -59,10 +60,15 @@ class Jobs:
         arguments: what `plan` plans.
         deadline: `time.time()` after which nothing may run: a job that would take longer, by the longest finished one
             of its kind, is not begun.
+        selection: which of them are wanted; `unpaid` says what a budget leaves out.
     """
 
-    def __init__(self, arguments: Sequence[str], deadline: float | None = None) -> None:
-        self.configs, self.by, self.deadline = plan(arguments), rule(arguments), deadline
+    def __init__(
+        self, arguments: Sequence[str], deadline: float | None = None, selection: Selection = EVERYTHING
+    ) -> None:
+        selected = select(arguments, selection)
+        self.configs, self.by, self.deadline = selected.configs, selected.by, deadline
+        self.unpaid = selected.left_out
         self.failed: dict[tuple[str, bool], str] = {}
         self.left_out: dict[tuple[str, bool], float] = {}  # -> the seconds it was thought to take
         self._place = {group_hash(config): number for number, config in reversed(list(enumerate(self.configs)))}

@@ -45,7 +45,7 @@ class Targets:
     def loss(self, divisor: Tensor | float) -> Tensor:
         """The negative log-likelihood summed over the targets, over a divisor. 0 if there are none."""
         parameters = [tensor for tensor in _parameters(self.head) if tensor.requires_grad]
-        return _ChunkedLoss.apply(self.hidden, self.tokens, divisor, self.head, self.chunk, *parameters)  # pyright: ignore
+        return ChunkedLoss.apply(self.hidden, self.tokens, divisor, self.head, self.chunk, *parameters)  # pyright: ignore
 
     def row_scores(self) -> Tensor:
         """Per row: summed target NLL, target count, whether every target is the argmax. `(rows, 3)` in float64."""
@@ -62,7 +62,7 @@ class Targets:
         return scores
 
 
-class _ChunkedLoss(torch.autograd.Function):
+class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, tokens: Tensor, divisor: Any, head: Head, chunk: int, *parameters: Tensor

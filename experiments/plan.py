@@ -328,35 +328,28 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("overrides", nargs="*", help="experiment=…, model=…, method=…, key=value, key=a,b,c")
     parser.add_argument("--dry-run", action="store_true", help="print runs, parameters and tokens; write no runs")
-    parser.add_argument("--paper", action="store_true", help="only the paper's own cells of an experiment")
-    parser.add_argument(
-        "--tokens-per-second", action="append", default=[], metavar="[MODEL=]N", help="measured, per GPU: for GPU-hours"
-    )
-    parser.add_argument("--tokens-per-row", type=float, metavar="N", help="where data or tokenizer are not here")
-    parser.add_argument("--budget", metavar="200gpuh", help="only the runs that so many GPU-hours of training pay for")
-    options = parser.parse_intermixed_args(arguments)
-    from experiments.choose import stages  # these build on this module
-    from experiments.cost import read_budget, read_speed, within
+    from experiments.choose import follow, stages_of  # these build on this module
+    from experiments.selection import add_options, read_options, select
 
-    found = stages([*options.overrides, *([PAPER] if options.paper else [])])
-    speed = read_speed(options.tokens_per_second, options.tokens_per_row)
-    planned, left_out = [*found.first, *found.final, *found.to_come], []
-    if options.budget:
-        planned, left_out = within(found, read_budget(options.budget), speed)
-    known = {config["run_id"] for config in [*found.first, *found.final]}
-    configs = list({config["run_id"]: config for config in planned if config["run_id"] in known}.values())
-    to_come = [config for config in planned if config["run_id"] not in known]
+    add_options(parser)
+    options = parser.parse_intermixed_args(arguments)
+    selection = read_options(options)
+    selected = select(options.overrides, selection)
+    found = stages_of(selected.configs, selected.by)
+    configs, following = found.known(), found.following()
     if options.dry_run:
         from experiments.counting import print_counts  # torch and peft, which --help should not wait for
+        from experiments.overview import print_memory
 
-        print_counts(configs, to_come, speed)
+        print_counts(configs, following, selection.speed)
+        print_memory(configs)
     else:
         for run in write_runs(configs):
             print(run.root)
-    if to_come:
-        print(f"{len(to_come)} more runs follow when their learning rates are chosen", file=sys.stderr)
-    if left_out:
-        print("left out by the budget:", *left_out, sep="\n  ", file=sys.stderr)
+    if following:
+        print(follow(len(following)), file=sys.stderr)
+    if selected.left_out:
+        print("left out by the budget:", *selected.left_out, sep="\n  ", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python -m experiments.reproduce quickstart seed=0,1,2,3,4 --out report/five_seeds
     python -m experiments.reproduce quickstart --workers 4      # four runs at a time, in four processes
     python -m experiments.reproduce quickstart --minutes 30     # begins no run that would take longer
+    python -m experiments.reproduce commonsense --paper         # the paper's own cells alone
 
 Where the experiment chooses learning rates (experiments/choose.py), that is done first, on rows kept out of training.
 Finished runs are skipped and interrupted ones resumed, so the same command is also how an experiment is continued.
@@ -21,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from experiments import preemption
-from experiments.choose import Stages, to_csv, write_choices
+from experiments.choose import Stages, follow, to_csv, write_choices
 from experiments.errors import UserError, run_command
 from experiments.jobs import Job, Jobs, finished_outcome, forget_unscorable, outcome, take_in, train_and_score
 from experiments.plan import read_experiment, run_paths, write_runs
 from experiments.records import write_atomically
+from experiments.selection import EVERYTHING, Selection, add_options, read_options
 from experiments.workers import Stopped, Worker
 
 Config = dict[str, Any]
@@ -39,6 +41,7 @@ def reproduce(
     report_only: bool = False,
     minutes: float | None = None,
     results: Path | None = None,
+    selection: Selection = EVERYTHING,
 ) -> Path:
     """Run every stage of `configs/experiment/<name>.yaml` and return the path of the report's page.
 
@@ -46,20 +49,24 @@ def reproduce(
         report_only: report what is finished, run nothing.
         minutes: begin no run that would take longer than what is left of them, and stop cleanly.
         results: a folder of exported runs (analysis/export.py) that count as finished.
+        selection: which of the experiment's runs are wanted.
     """
     if workers < 1:
         raise UserError(f"--workers {workers}: give one or more")
     if minutes is not None and minutes <= 0:
         raise UserError(f"--minutes {minutes:g}: give more than 0")
     started = time.perf_counter()
-    jobs = Jobs([f"experiment={name}", *overrides], None if minutes is None else time.time() + 60 * minutes)
+    deadline = None if minutes is None else time.time() + 60 * minutes
+    jobs = Jobs([f"experiment={name}", *overrides], deadline, selection)
+    if jobs.unpaid:
+        print("left out by the budget:", *jobs.unpaid, sep="\n  ", flush=True)
     out = out or Path("report") / Path(name).stem
     if results is not None and (taken := take_in(jobs.configs, results)):
         print(f"{taken} runs were taken from {results}", flush=True)
     if not report_only:
         execute(_title(name), jobs, workers)
     found = jobs.stages()
-    page = report(name, found, out, overrides, measure=not report_only)
+    page = report(name, found, out, [*overrides, *selection.flags], measure=not report_only)
     print(f"report: {page.resolve()}  ({time.perf_counter() - started:.0f} s in all)")
     missing = []
     if jobs.failed:
@@ -69,7 +76,7 @@ def reproduce(
         print(f"{len(jobs.left_out)} runs did not fit into the time: the same command goes on with them")
     elif found.undecided:
         others = f"; and {len(found.undecided) - 1} other settings" if len(found.undecided) > 1 else ""
-        missing.append(f"{len(found.to_come)} runs without a learning rate ({found.undecided[0]}{others})")
+        missing.append(f"{len(found.following())} runs without a learning rate ({found.undecided[0]}{others})")
     if missing:
         raise UserError(f"{' and '.join(missing)} and are missing from the report")
     return page
@@ -131,9 +138,11 @@ def execute(title: str, jobs: Jobs, workers: int) -> None:
     known, total = jobs.known(), jobs.total()
     if not known:
         raise UserError(f"{title}: no runs")
-    to_choose = sum(not job.score for job in known)
-    by = f", {to_choose} of them to choose learning rates by" if to_choose else ""
-    print(f"{title}: {total} runs in {known[0].run.root.parent}{by}", flush=True)
+    found = jobs.stages()
+    by = f", {len(found.first)} of them to choose learning rates by" if found.first else ""
+    print(f"{title}: {len(found.known())} runs in {known[0].run.root.parent}{by}", flush=True)
+    if found.following():
+        print(follow(len(found.following())), flush=True)
     numbers, told = itertools.count(1), set(jobs.stages().chosen())
 
     def work(worker: Worker | None) -> None:
@@ -236,6 +245,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--results", type=Path, metavar="DIR", help="exported runs (analysis.export) that count as finished"
     )
+    add_options(parser)
     options = parser.parse_intermixed_args(arguments)
     reproduce(
         options.experiment,
@@ -245,6 +255,7 @@ def main(arguments: list[str]) -> None:
         options.report_only,
         options.minutes,
         options.results,
+        read_options(options),
     )
 
 

@@ -45,11 +45,16 @@ class Array:
     tasks: list[list[str]]
     parallel: int | None  # so many tasks at a time
 
+    @property
+    def gpu_hours(self) -> float:
+        """If every task takes as long as it may."""
+        return self.resources.gpu_hours * len(self.tasks)
+
     def __str__(self) -> str:
         return (
             f"{' and '.join(self.stages)} of {sum(map(len, self.tasks))} runs in {len(self.tasks)} tasks"
             f"{f', {self.parallel} at a time' if self.parallel else ''}; each {self.resources.gpus} GPUs for at most "
-            f"{self.resources.time}, together at most {self.resources.gpu_hours * len(self.tasks):,.1f} GPU-hours"
+            f"{self.resources.time}, together at most {self.gpu_hours:,.1f} GPU-hours"
         )
 
 
@@ -57,8 +62,7 @@ def arrays(todo: list[tuple[Config, bool]], cluster: Cluster, options: Options, 
     """One array for each kind of resources, cut at the cluster's limit. A config comes with whether it is scored."""
     groups: dict[tuple[Resources, Resources, bool], list[str]] = {}
     for config, scored in todo:
-        model = config["model"]["name"]
-        kind = (cluster.resources(model), cluster.resources(model, "eval"), scored)
+        kind = (cluster.resources(config), cluster.resources(config, "eval"), scored)
         groups.setdefault(kind, []).append(config["run_id"])
     parallel = options.max_parallel or cluster.max_parallel
     for (training, evaluation, scored), names in groups.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,13 @@ from typing import Any
 import yaml
 
 from experiments.errors import UserError, nearest
+from experiments.sizes import read_bytes
 
+Config = dict[str, Any]
 FOLDER = Path(__file__).resolve().parent
-PER_MODEL = ("gpus", "time", "memory", "cpus")  # a value for all models, or {default: …, <model>: …}
+PER_MODEL = ("gpus", "time", "memory", "cpus")  # a value for all, or {default: …, <model>: …, <method>: …}
+AUTO = "auto"  # of gpus: as many as a run needs
+NODES = 4  # the most that a run is given
 SMALL = {"gpus": 0, "cpus": 1, "time": "30", "memory": None}  # enough to plan and to write a report
 SET_BY_US = {  # options of sbatch that a submission sets itself, and how to ask for something else
     "array": "give --max-parallel",
@@ -66,12 +70,13 @@ class Cluster:
 
     partition: str | None = None
     account: str | None = None
-    gpus: Any = 1
+    gpus: Any = field(default_factory=lambda: {"default": AUTO, "tiny": 0})
+    gpu_memory: str | None = None
     gpus_per_node: int = 8
     gres: str = "gpu"
     cpus: Any = 8
     memory: Any = None
-    time: Any = "1-00:00:00"
+    time: Any = field(default_factory=lambda: {"default": "1-00:00:00", "tiny": "1:00:00"})
     max_parallel: int | None = None
     max_requeues: int = 100
     signal: str = "USR1@120"
@@ -83,25 +88,75 @@ class Cluster:
     follow_up: dict[str, Any] = field(default_factory=dict)
     given: tuple[str, ...] = field(default=(), compare=False)  # no setting: the arguments that chose these
 
-    def resources(self, model: str, stage: str = "train") -> Resources:
-        """For a stage of a model's runs. A separate evaluation may have its own; the follow-up job is small."""
+    def resources(self, config: Config, stage: str = "train") -> Resources:
+        """For a stage of a run. A separate evaluation may have its own, on one GPU by default.
+
+        UserError if the run does not fit the GPUs that it would get.
+        """
+        model, method = config["model"]["name"], config["method"]["name"]
+        asked = self._chosen((f"{model}/{method}", model, method), stage)
+        gpus = asked["gpus"]
+        if gpus == AUTO:
+            asked["gpus"] = self._gpus_needed(config) if stage == "train" else 1
+        elif stage == "train" and isinstance(gpus, int) and gpus > 0:
+            self._check_gpus(config, gpus)
+        return self._resources(asked, f"{method} on {model}")
+
+    def follow_up_resources(self) -> Resources:
+        """Of the small job that plans a second stage and writes the report."""
+        return self._resources(self._chosen((), "follow_up"), "the follow-up job")
+
+    @property
+    def gpu_bytes(self) -> int | None:
+        """Of one GPU; None where the settings do not say."""
+        return None if self.gpu_memory is None else read_bytes(self.gpu_memory)
+
+    def _gpus_needed(self, config: Config) -> int:
+        if self.gpu_bytes is None:
+            return 1
+        from experiments.fit import gpus_needed  # torch, which a cluster without gpu_memory is submitted to without
+
+        return gpus_needed(config, self.gpu_bytes, self.largest)
+
+    def _check_gpus(self, config: Config, gpus: int) -> None:
+        from experiments.fit import check_divides, check_fits
+
+        if self.gpu_bytes is None:
+            check_divides(config, gpus)
+        else:
+            check_fits(config, gpus, self.gpu_bytes, self.largest)
+
+    @property
+    def largest(self) -> int:
+        """GPUs that a run may be given."""
+        return NODES * self.gpus_per_node
+
+    def _chosen(self, names: Sequence[str], stage: str) -> dict[str, Any]:
+        """The settings of a stage, of maps what the first of the names that is in them has."""
         settings = {key: getattr(self, key) for key in PER_MODEL}
         own = {"train": {}, "eval": self.eval, "follow_up": {**SMALL, **self.follow_up}}[stage]
         chosen = {}
         for key, value in {**settings, **own}.items():
             if isinstance(value, dict):
-                if model not in value and "default" not in value:
-                    raise UserError(f"cluster setting {key} has no value for {model}: add it, or a default")
-                value = value.get(model, value.get("default"))
+                found = next((name for name in (*names, "default") if name in value), None)
+                if found is None:
+                    raise UserError(
+                        f"cluster setting {key} has no value for {' or '.join(names[1:])}: add it, or a default"
+                    )
+                value = value[found]
             chosen[key] = value
+        return chosen
+
+    def _resources(self, chosen: dict[str, Any], what: str) -> Resources:
         for key in ("gpus", "cpus"):
             if not isinstance(chosen[key], int) or chosen[key] < (key == "cpus"):
-                raise UserError(f"cluster setting {key} of {model} is {chosen[key]!r}: give a number")
+                also = f", or {AUTO}" if key == "gpus" else ""
+                raise UserError(f"cluster setting {key} of {what} is {chosen[key]!r}: give a number{also}")
         minutes(chosen["time"])
         nodes = max(1, -(-chosen["gpus"] // self.gpus_per_node))
         if chosen["gpus"] % nodes:
             raise UserError(
-                f"{chosen['gpus']} GPUs for {model} do not divide over {nodes} nodes of {self.gpus_per_node}"
+                f"{chosen['gpus']} GPUs for {what} do not divide over {nodes} nodes of {self.gpus_per_node}"
             )
         return Resources(nodes=nodes, **chosen)
 
@@ -162,6 +217,11 @@ def _checked(path: Path, content: Any) -> Cluster:
         if key in content and not isinstance(content[key], kind):
             raise UserError(f"{path}: {key} is {content[key]!r}, it has to be a {kind.__name__}")
     cluster = Cluster(**content)
+    if cluster.gpu_memory is not None:
+        try:
+            read_bytes(cluster.gpu_memory)
+        except UserError as error:
+            raise UserError(f"{path}: gpu_memory: {error}") from None
     for section in ("eval", "follow_up"):
         for key in getattr(cluster, section):
             if key not in PER_MODEL:

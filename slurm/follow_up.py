@@ -23,10 +23,15 @@ def submit_follow_up(
     code: dict[str, Any],
     cluster: Cluster,
     options: Options,
+    flags: Sequence[str],
     after: Sequence[str],
     second_stage: bool,
 ) -> str:
-    """Submit it behind the jobs `after`, in the place of one that still waits, and return its id."""
+    """Submit it behind the jobs `after`, in the place of one that still waits, and return its id.
+
+    Args:
+        flags: --paper, --budget and its speeds, as they were given.
+    """
     comment = f"{submissions(runs_dir)}/follow-up of {name}"
     cancel(_waiting(comment))
     if second_stage:
@@ -35,17 +40,18 @@ def submit_follow_up(
             f"experiment={name}",
             *overrides,
             *cluster.given,
+            *flags,
             "--second-stage",
             f"--pack={options.pack}",
         ]
         command += [f"--max-parallel={options.max_parallel}"] if options.max_parallel else []
         command += ["--eval-separately"] if options.eval_separately else []
     else:
-        command = ["experiments.reproduce", name, *overrides, "--report-only"]
+        command = ["experiments.reproduce", name, *overrides, *flags, "--report-only"]
     folder = submission_folder(runs_dir)
     # A job that submits jobs must not hand them its own size.
     forget = 'for name in "${!SLURM_@}"; do [ "$name" = SLURM_CONF ] || unset "$name"; done'
-    script = job_script(cluster, cluster.resources("", "follow_up"), code, command, before=[forget])
+    script = job_script(cluster, cluster.follow_up_resources(), code, command, before=[forget])
     (folder / "job.sh").write_text(script, encoding="utf-8")
     dependency = f"afterany:{':'.join(after)}" if after else ""
     return sbatch(folder, name, cluster, [f"--comment={comment}", f"--output={folder}/follow_up.log"], dependency)

@@ -38,6 +38,7 @@ class Manifest:
     max_requeues: int
     scratch: str | None
     code: dict[str, Any]
+    following: int = 0  # runs that cannot be named yet: their learning rates are not chosen
     schema: int = SCHEMA
 
 
@@ -82,9 +83,13 @@ def check_run(manifest: Manifest, name: str) -> RunPaths:
     return run
 
 
-def describe_run(run: RunPaths, config: dict[str, Any], scored: bool = True) -> dict[str, Any]:
-    """A run's entry in `Manifest.runs`: the hash of its config's file and what makes its stages finished."""
-    return {"config": file_hash(run.config), **stage_records(run, config, scored)}
+def describe_run(run: RunPaths, config: dict[str, Any], scored: bool = True, apart: str = "") -> dict[str, Any]:
+    """A run's entry in `Manifest.runs`: the hash of its config's file and what makes its stages finished.
+
+    Args:
+        apart: the settings that set it apart from runs of the same name before the hash.
+    """
+    return {"config": file_hash(run.config), "apart": apart, **stage_records(run, config, scored)}
 
 
 def stage_records(run: RunPaths, config: dict[str, Any], scored: bool = True) -> dict[str, list[str]]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.choose import follow
 from experiments.errors import UserError, nearest, run_command
 from experiments.records import RunPaths
 from slurm.manifest import all_manifests, is_finished
@@ -38,6 +39,7 @@ class State:
     preempted: int
     job: str
     detail: str
+    apart: str = ""  # the settings that set it apart from runs of the same name before the hash
 
 
 def statuses(runs_dir: Path, experiment: str | None = None) -> list[State]:
@@ -79,7 +81,7 @@ def run_state(
     job = task.job if task is not None else ""
 
     def state(word: str, detail: str = "") -> State:
-        return State(run.root.name, word, preempted, job, detail)
+        return State(run.root.name, word, preempted, job, detail, about.get("apart", ""))
 
     if not run.root.is_dir():
         return state("failed", "the run directory is gone")
@@ -190,9 +192,16 @@ def table(states: list[State]) -> str:
     room = max(40, shutil.get_terminal_size((160, 24)).columns - width - 40)
     for state in states:
         times = f"preempted ×{state.preempted}" if state.preempted else ""
-        detail = state.detail if len(state.detail) <= room else state.detail[: room - 1] + "…"
+        detail = f"[{state.apart}] {state.detail}" if state.apart else state.detail
+        detail = detail if len(detail) <= room else detail[: room - 1] + "…"
         lines.append(f"{state.name:<{width}}  {state.state:<9}  {state.job:<9}  {times:<12}  {detail}".rstrip())
     return "\n".join(lines)
+
+
+def following(runs_dir: Path, experiment: str | None = None) -> int:
+    """Runs of the second stage that could not be named yet when their experiments were last submitted."""
+    newest = {manifest.experiment: manifest.following for _, manifest in all_manifests(runs_dir)}
+    return sum(count for name, count in newest.items() if experiment in (None, name))
 
 
 def folder_and_experiment(arguments: list[str]) -> tuple[Path, str | None]:
@@ -219,6 +228,8 @@ def main(arguments: list[str]) -> None:
     runs_dir, experiment = folder_and_experiment(options.which)
     while True:
         text = table(statuses(runs_dir, experiment))
+        if more := following(runs_dir, experiment):
+            text += f"\n{follow(more)}"
         if options.watch is None:
             print(text)
             return

@@ -1,6 +1,7 @@
 """Submit an experiment as arrays of one task per run, and return at once.
 
     python -m slurm.submit experiment=quickstart cluster=mycluster --max-parallel 16
+    python -m slurm.submit experiment=commonsense cluster=a100 --paper --budget 2000gpuh --dry-run
     python -m slurm.submit method=lora,diablo seed=range(0,5) cluster=a100 cluster.partition=gpu --dry-run
 
 Submits what is missing: not what is finished, and not what is waiting or running. Submitting again is how failed and
@@ -22,10 +23,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.choose import Stages, stages
+from experiments.choose import Stages, follow, stages_of
+from experiments.cost import gpu_hours
+from experiments.differences import differing
 from experiments.errors import UserError, run_command
 from experiments.plan import run_paths, split_experiment, write_runs
-from experiments.records import RunPaths, read_config
+from experiments.records import RunPaths, group_hash, read_config
+from experiments.selection import EVERYTHING, Selection, add_options, read_options, select
 from slurm.arrays import Array, Options, arrays, submit_array
 from slurm.cluster import Cluster, Resources, read_cluster, sbatch_lines
 from slurm.follow_up import submit_follow_up
@@ -37,11 +41,16 @@ from slurm.status import failed_before, was_started
 Config = dict[str, Any]
 
 
-def submit(arguments: Sequence[str], cluster: Cluster, options: Options) -> list[str]:
+def submit(
+    arguments: Sequence[str], cluster: Cluster, options: Options, selection: Selection = EVERYTHING
+) -> list[str]:
     """Plan, write the manifests and submit. Returns the job ids of the arrays."""
     name, overrides = split_experiment(arguments)
     title = name or " ".join(arguments)
-    found = stages(arguments)
+    selected = select(arguments, selection, partial(_hours, cluster=cluster, selection=selection))
+    if selection.budget is not None and not selection.speed.tokens_per_second:
+        print("the budget counts every run's whole time limit: --tokens-per-second MODEL=N gives measured hours")
+    found = stages_of(selected.configs, selected.by)
     first = {} if options.second_stage else {config["run_id"]: (config, False) for config in found.first}
     planned = {**first, **{config["run_id"]: (config, True) for config in found.final}}
     wanted = [(_with_frozen_evaluation(config), scored) for config, scored in planned.values()]
@@ -53,11 +62,8 @@ def submit(arguments: Sequence[str], cluster: Cluster, options: Options) -> list
     runs_dir = Path(folders.pop()).resolve()
     if options.dry_run:
         todo = _missing(title, wanted, queued_if_known(runs_dir) or {}, options)
-        for array in arrays(todo, cluster, options, 1001):
-            print(f"would submit {array}")
-        _say_what_comes(found)
-        if todo:
-            print("\n".join(sbatch_lines(cluster, cluster.resources(todo[0][0]["model"]["name"]))))
+        show(todo, cluster, options, selection)
+        _say_what_comes(found, selected.left_out)
         return []
     slurm("sbatch", "--version")  # before anything is written
     with _submitter_lock(runs_dir):
@@ -70,8 +76,10 @@ def submit(arguments: Sequence[str], cluster: Cluster, options: Options) -> list
         write_runs(config for config, _ in wanted)
         if not submits:
             return []
+        apart = differing([config for config, _ in wanted])
         about = {
-            config["run_id"]: describe_run(_absolute(runs_dir, config), config, scored) for config, scored in wanted
+            config["run_id"]: describe_run(_absolute(runs_dir, config), config, scored, apart.get(config["run_id"], ""))
+            for config, scored in wanted
         }
         manifest = partial(
             Manifest,
@@ -81,15 +89,16 @@ def submit(arguments: Sequence[str], cluster: Cluster, options: Options) -> list
             max_requeues=cluster.max_requeues,
             scratch=cluster.scratch,
             code=code,
+            following=len(found.following()),
         )
         jobs = _submit_arrays(parts, manifest, cluster, options)
         if name:
             earlier = {task.job.split("_")[0] for run_id in planned for task in waiting.get(run_id, [])}
             more = bool(found.undecided) and not options.second_stage
             after = [*sorted(earlier), *jobs]
-            job = submit_follow_up(name, overrides, runs_dir, code, cluster, options, after, more)
+            job = submit_follow_up(name, overrides, runs_dir, code, cluster, options, selection.flags, after, more)
             print(f"job {job}: {'chooses learning rates and submits the second stage' if more else 'the report'}")
-    _say_what_comes(found)
+    _say_what_comes(found, selected.left_out)
     return jobs
 
 
@@ -119,11 +128,48 @@ def _submit_arrays(
     return jobs
 
 
-def _say_what_comes(found: Stages) -> None:
+def _hours(config: Config, cluster: Cluster, selection: Selection) -> float:
+    """GPU-hours of a run: at the speed that was measured, or all that its time limit allows."""
+    known = gpu_hours(config, selection.speed)
+    return cluster.resources(config).gpu_hours if known is None else known
+
+
+def show(todo: list[tuple[Config, bool]], cluster: Cluster, options: Options, selection: Selection) -> None:
+    """What would be submitted: a line for each setting, then the arrays; and what cannot be, with the reason."""
+    refused: dict[str, str] = {}
+    for config, _ in todo:
+        try:
+            cluster.resources(config)
+        except UserError as error:
+            refused[group_hash(config)] = str(error)
+    kept = [(config, scored) for config, scored in todo if group_hash(config) not in refused]
+    on_gpus = [config for config, _ in kept if cluster.resources(config).gpus]
+    if on_gpus:
+        from experiments.overview import memory_table, off_by
+
+        def hours(config: Config, count: int) -> str:
+            known = gpu_hours(config, selection.speed)
+            bound = "≤ " if known is None else ""
+            return f"{bound}{count * _hours(config, cluster, selection):,.0f}"
+
+        print(*memory_table(on_gpus, lambda config: cluster.resources(config).gpus, [("GPU-h", hours)]), sep="\n")
+        print(*off_by(on_gpus), sep="\n", end="")
+    parts = list(arrays(kept, cluster, options, 1001))
+    for array in parts:
+        print(f"would submit {array}\n  sbatch {' '.join(sbatch_lines(cluster, array.resources))}")
+    if len(parts) > 1:
+        print(f"in all at most {sum(array.gpu_hours for array in parts):,.1f} GPU-hours by the time limits")
+    for reason in refused.values():
+        print(f"cannot be submitted: {reason}")
+
+
+def _say_what_comes(found: Stages, left_out: list[str]) -> None:
     for line in found.chosen():
         print(line)
-    if found.undecided:
-        print(f"{len(found.to_come)} runs follow when their learning rates are chosen")
+    if following := found.following():
+        print(follow(len(following)))
+    if left_out:
+        print("left out by the budget:", *left_out, sep="\n  ")
 
 
 def _with_frozen_evaluation(config: Config) -> Config:
@@ -190,6 +236,7 @@ def parse(arguments: list[str], add: Callable[[argparse.ArgumentParser], object]
     parser.add_argument(
         "--second-stage", action="store_true", help="leave the runs that choose learning rates as they are"
     )
+    add_options(parser)
     if add is not None:
         add(parser)
     options = parser.parse_intermixed_args(arguments)
@@ -213,7 +260,7 @@ def submit_from(options: argparse.Namespace, only_failed: bool = False) -> None:
         only_failed=only_failed,
         second_stage=options.second_stage,
     )
-    submit(others, read_cluster(names[0], settings), chosen)
+    submit(others, read_cluster(names[0], settings), chosen, read_options(options))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from experiments.choose import stages
-from experiments.cost import Speed, gpu_hours, read_budget, read_speed, rows_trained_on, tokens, within
+from experiments.choose import stages, stages_of
+from experiments.cost import Speed, gpu_hours, read_budget, read_speed, rows_trained_on, tokens
 from experiments.plan import PAPER, main, plan
+from experiments.selection import Selection, select
 
 FailsWith = Callable[[Callable[[], object]], str]
 FILE = """
@@ -67,35 +69,56 @@ def test_without_the_tokenizer_tokens_are_what_one_row_is_said_to_have() -> None
     assert gpu_hours(other, speed) == pytest.approx(3 * 170_416 * 67.5 / 2000 / 3600)
 
 
-def test_a_budget_gives_every_setting_one_seed_before_any_gets_two(cells: str) -> None:
+def test_a_budget_gives_every_setting_one_seed_before_any_gets_two(cells: str, fails_with: FailsWith) -> None:
     found = stages([cells])
     assert (len(found.first), len(found.final), len(found.to_come)) == (2, 2, 2)
     speed = Speed({"": 1000.0})
     hour = gpu_hours(found.final[0], speed)
     assert hour is not None
 
-    def kept(budget: float) -> tuple[list[tuple[int, int]], list[str]]:
-        runs, left_out = within(found, budget * hour, speed)
-        return [(run["method"]["adapter"]["num_blocks"], run["seed"]) for run in runs], left_out
+    def kept(budget: float) -> tuple[list[tuple[int, int]], list[tuple[int, int]], list[str]]:
+        selected = select([cells], Selection(budget=budget * hour, speed=speed))
+        chosen = stages_of(selected.configs, selected.by)
+        return sizes(chosen.known()), sizes(chosen.following()), selected.left_out
 
-    assert kept(6.01) == ([(8, 0), (8, 0), (4, 0), (8, 1), (4, 1)], [])
+    def sizes(runs: list[dict[str, Any]]) -> list[tuple[int, int]]:
+        return [(run["method"]["adapter"]["num_blocks"], run["seed"]) for run in runs]
+
+    assert kept(5.01) == ([(8, 0), (8, 0), (4, 0), (4, 1)], [(8, 1)], [])
     assert kept(3.01) == (
         [(8, 0), (8, 0), (4, 0)],
+        [],
         ["diablo-N8 on tiny and arith: 1 of 3 runs", "diablo-N4 on tiny and arith: 1 of 2 runs"],
     )
     assert kept(1.01) == (
         [(4, 0)],
+        [],
         ["diablo-N8 on tiny and arith: 3 of 3 runs", "diablo-N4 on tiny and arith: 1 of 2 runs"],
     )
+    said = fails_with(lambda: kept(0.99))
+    assert "gpuh pays for no setting: the cheapest, diablo-N4 on tiny and arith, takes" in said
+
+
+def test_a_budget_is_kept_to_when_the_learning_rates_are_chosen(cells: str) -> None:
+    """The second stage is submitted by a job of its own, which has to come to the same runs."""
+    before = select([cells], Selection(budget=4.01, speed=Speed({"": 1.0})), lambda config: 1.0)
+    known = [(config["method"]["adapter"]["num_blocks"], config["seed"]) for config in before.configs]
+    assert known == [(8, 0), (8, 0), (8, 1), (8, 1), (4, 0)]
+    found = stages_of(before.configs, before.by)
+    assert len(found.following()) == 1
 
 
 def test_the_command(cells: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], fails_with: FailsWith) -> None:
     main([cells, "--dry-run", "--tokens-per-second", "1000"])
     shown = capsys.readouterr()
-    assert "4 runs and 1 to come" in shown.out
-    assert "GPU-hours of training" in shown.out
+    assert "\n4 runs, " in shown.out
+    assert "GPU-hours of training of all 5" in shown.out
+    assert shown.err == "1 more runs follow when their learning rates are chosen\n"
+    assert "unknown" not in shown.out
     main([cells, "--dry-run", "--paper"])
-    assert "2 runs and 1 to come" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "\n2 runs, " in shown
+    assert "unknown: GPU-hours of tiny: no speed was given: --tokens-per-second tiny=N" in shown
     main([cells, "--tokens-per-second", "1e6", "--budget", "0.00016gpuh", f"runtime.runs_dir={tmp_path / 'runs'}"])
     assert "left out by the budget:" in capsys.readouterr().err
     assert len(list((tmp_path / "runs").iterdir())) == 3

@@ -57,7 +57,7 @@ def test_two_stages_from_one_submission(
     said = capfd.readouterr().out
     assert "5 runs: 5 new" in said
     assert "chooses learning rates and submits the second stage" in said
-    assert "4 runs follow when their learning rates are chosen" in said
+    assert "2 more runs follow when their learning rates are chosen" in said
     submit.submit_from(submit.parse([*arguments, CLUSTER, "--pack", "5"]))
     assert "5 already queued" in capfd.readouterr().out
     wait_for(lambda: (tmp_path / "report/two_stages/index.html").is_file(), "the report", 240)

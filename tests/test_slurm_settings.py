@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,19 +44,32 @@ def test_the_example_shows_every_key_with_its_default() -> None:
     assert read_cluster("cluster.example") == Cluster()
 
 
-def test_resources_by_model() -> None:
-    cluster = read_cluster("a100")
-    assert (cluster.resources("llama2_13b").gpus, cluster.resources("llama3_8b").gpus) == (2, 1)
-    assert cluster.resources("llama2_13b").gpu_hours == 48  # 2 GPUs, 1 day
-    assert cluster.resources("llama2_13b", "eval").gpu_hours == 12
-    two_nodes = settings("gpus=4").resources("tiny")  # of 2 GPUs each
+def run(model: str = "tiny", method: str = "diablo", *more: str) -> dict[str, Any]:
+    task = "arith" if model == "tiny" else "commonsense_170k"
+    (config,) = plan([f"model={model}", f"method={method}", f"task={task}", *more])
+    return config
+
+
+def test_resources_by_model_and_method() -> None:
+    cluster = settings("gpus={default: 1, full: 2, llama2_7b: 4, llama3_8b/full: 8, tiny: 0}", "gpus_per_node=4")
+    asked = [
+        ("llama3_8b", "diablo"),
+        ("llama3_8b", "full"),
+        ("llama2_7b", "full"),
+        ("llama_13b", "full"),
+        ("tiny", "full"),
+    ]
+    small = "recipe.micro_batch_size=1"
+    assert [cluster.resources(run(*names, small)).gpus for names in asked] == [1, 8, 4, 2, 0]
+    assert cluster.resources(run("llama3_8b", "full", small)).nodes == 2
+    two_nodes = settings("gpus=4").resources(run("tiny", "diablo", "recipe.micro_batch_size=4"))  # of 2 GPUs each
     assert (two_nodes.nodes, two_nodes.processes) == (2, 4)
     assert "--ntasks-per-node=2" in sbatch_lines(settings("gpus=4"), two_nodes)
 
 
 def test_any_option_of_sbatch_is_passed_through() -> None:
     cluster = settings("sbatch={qos: long, exclusive: true, nice: 5, constraint: null}", "gres='gpu:a100'")
-    lines = sbatch_lines(cluster, cluster.resources("tiny"))
+    lines = sbatch_lines(cluster, cluster.resources(run()))
     assert {"--qos=long", "--exclusive", "--nice=5", "--gres=gpu:a100:1", "--signal=B:USR1@120"} <= set(lines)
     assert not any("constraint" in line for line in lines)
 
@@ -70,6 +84,9 @@ def test_any_option_of_sbatch_is_passed_through() -> None:
         ("sbatch=[1]", "it has to be a dict"),
         ("signal=KILL@3", "as USR1@120"),
         ("eval={partition: x}", "no setting eval.partition"),
+        ("gpu_memory=80", "gpu_memory: 80 is no size: write one, as 80G"),
+        ("gpu_memory=[40G, 80G]", "where GPUs differ, that of the smallest"),
+        ("gpu_memory=0G", "is no size"),
     ],
 )
 def test_wrong_settings_are_refused(change: str, expected: str, fails_with: FailsWith) -> None:
@@ -80,13 +97,16 @@ def test_wrong_settings_are_refused(change: str, expected: str, fails_with: Fail
     ("change", "expected"),
     [
         ("time=24:00:00", "write it in quotes"),  # YAML reads a number of seconds
-        ("gpus={llama3_8b: 1}", "gpus has no value for tiny"),
-        ("gpus=3", "do not divide over 2 nodes"),
-        ("cpus=0", "cpus of tiny is 0"),
+        ("gpus={llama3_8b: 1}", "gpus has no value for tiny or diablo: add it, or a default"),
+        ("gpus=5", "batch_size=16 is not a multiple of recipe.micro_batch_size=1 × 5 GPUs: give 1, 2, 4, 8, 16 GPUs"),
+        ("gpus=some", "gpus of diablo on tiny is 'some': give a number, or auto"),
+        ("gpus=8;gpus_per_node=3", "8 GPUs for diablo on tiny do not divide over 3 nodes"),
+        ("cpus=0", "cpus of diablo on tiny is 0"),
     ],
 )
 def test_wrong_resources_are_refused(change: str, expected: str, fails_with: FailsWith) -> None:
-    assert expected in fails_with(lambda: settings(change).resources("tiny"))
+    config = run("tiny", "diablo", "recipe.micro_batch_size=1")
+    assert expected in fails_with(lambda: settings(*change.split(";")).resources(config))
 
 
 def test_unknown_clusters_and_missing_sbatch(
@@ -114,7 +134,7 @@ def test_a_second_submitter_is_told_who_is_first(tmp_path: Path, fails_with: Fai
 def test_the_script_stops_where_activation_fails(tmp_path: Path) -> None:
     manifest = planned_manifest(tmp_path, {}, [])
     cluster = settings("activate=[export GREETING=hello, 'false # it''s broken']")
-    script = job_script(cluster, cluster.resources("tiny"), manifest.code, ["slurm.job"])
+    script = job_script(cluster, cluster.resources(run()), manifest.code, ["slurm.job"])
     result = subprocess.run(["bash", "-c", script], capture_output=True, encoding="utf-8")
     assert (result.returncode, result.stdout) == (1, "error: activation failed on this node: false # it's broken\n")
 

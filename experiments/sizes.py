@@ -1,0 +1,22 @@
+"""Sizes of memory as text."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from experiments.errors import UserError
+
+UNITS = {"M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def read_bytes(text: Any) -> int:
+    """Bytes of `80G`, which is 80 × 2^30 as for Slurm and on a GPU's data sheet."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([MGT])B?", str(text))
+    if match is None or not float(match[1]):
+        raise UserError(f"{text!r} is no size: write one, as 80G; where GPUs differ, that of the smallest")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def gibibytes(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

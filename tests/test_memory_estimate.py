@@ -1,0 +1,238 @@
+"""The estimated memory of a run against peaks that were measured: recorded ones of a GPU, and passes on this CPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from experiments import fake_pass, methods
+from experiments import fit as fitting
+from experiments.benchmark import TARGETS, architecture
+from experiments.benchmark_cases import AUTHORS, DORA, DROPOUT, FLOOR, IN_PLACE, LORA, attach, peak_bytes
+from experiments.cost import longest_row
+from experiments.fake_pass import Allocations, held, make_fake, pass_bytes
+from experiments.memory import Memory, base_dtype, estimate
+from experiments.models import build_config, empty_base
+from experiments.overview import MEASURED, memory_table, off_by
+from experiments.plan import main, plan
+from experiments.sizes import read_bytes
+from experiments.timing import forward_backward
+
+FailsWith = Callable[[Callable[[], object]], str]
+RECORD = MEASURED.with_name("benchmark.json")
+GPU = read_bytes("80G")
+
+
+def run(*arguments: str) -> dict[str, Any]:
+    (config,) = plan(arguments)
+    return config
+
+
+def real(model: str, method: str, *more: str) -> dict[str, Any]:
+    return run(f"model={model}", f"method={method}", "task=commonsense_170k", *more)
+
+
+# Against what was measured
+
+
+def recorded() -> dict[str, int]:
+    (case,) = json.loads(RECORD.read_text(encoding="utf-8"))["models"]
+    return {label: entry["peak_bytes"] for label, entry in case["entries"].items() if label != AUTHORS}
+
+
+@pytest.mark.parametrize("label", [FLOOR, LORA, DORA, DROPOUT, IN_PLACE])
+def test_a_pass_of_llama2_7b_takes_what_it_took_on_a_gpu(label: str) -> None:
+    """Two and three layers on fake tensors, extrapolated to 32: the floor, adapters and what they keep, within 1 %."""
+    (case,) = json.loads(RECORD.read_text(encoding="utf-8"))["models"]
+    attached = "DiaBlo adapter" if label in (DROPOUT, IN_PLACE) else label
+    peaks = []
+    for depth in (2, 3):
+        base: Any = empty_base({**architecture(case["model"]), "num_hidden_layers": depth})
+        base = base.to(torch.bfloat16)
+        base.config.use_cache = False
+        model = attach(attached, base, TARGETS[case["targets"]], case["num_blocks"], case["rank"], None).train()
+        with FakeTensorMode(allow_non_fake_inputs=True), Allocations() as allocations:
+            make_fake(model)
+            tokens = torch.zeros(case["tokens"] // case["length"], case["length"], dtype=torch.int64)
+            allocations.begin()
+            forward_backward(model, tokens)
+        peaks.append(allocations.peak)
+    assert peaks[1] + 29 * (peaks[1] - peaks[0]) == pytest.approx(recorded()[label], rel=0.01)
+
+
+def test_whole_runs_take_what_they_took_on_a_gpu(data_root: Path, smollm2: Path) -> None:
+    """SmolLM2-135M with DiaBlo, LoRA and full fine-tuning, their longest row 512 tokens, within 2 %."""
+    for entry in json.loads(MEASURED.read_text(encoding="utf-8"))["runs"]:
+        config = run(*entry["overrides"], f"runtime.data_root={data_root}")
+        assert longest_row(config) == 512
+        assert estimate(config).peak == pytest.approx(entry["peak_bytes"], rel=0.02)
+        (line,) = off_by([config])
+        assert "GiB on NVIDIA H200, estimated" in line
+
+
+SHAPES = {
+    "model_type": "llama",
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", ["full", "diablo", "lora", "dora", "prompt"])
+def test_a_pass_takes_what_it_takes_on_this_cpu(method: str, checkpointing: bool) -> None:
+    """In float32, by the allocator's own events."""
+    from transformers import AutoModelForCausalLM
+
+    config = run("model=llama2_7b", f"method={method}", "task=commonsense_170k", "recipe.adapter_dropout=0",
+                 "recipe.learning_rate=1e-4")  # fmt: skip
+    settings = config["method"]
+    if "num_blocks" in (settings["adapter"] or {}):
+        settings["adapter"]["num_blocks"] = 8
+    base: Any = AutoModelForCausalLM.from_config(build_config(SHAPES), dtype=torch.float32)
+    base.config.use_cache = False
+    model: Any = methods.attach(settings, base).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    tokens = torch.zeros(4, 128, dtype=torch.int64)
+    work = partial(fake_pass.forward_backward, model, tokens, autocast=False)
+    work()
+    measured = peak_bytes(work, model.parameters(), "cpu")
+    guess = pass_bytes(json.dumps(SHAPES), json.dumps(settings), "float32", False, 4, 128, checkpointing)
+    assert guess == pytest.approx(measured, rel=0.01)
+
+
+def test_few_layers_tell_of_many() -> None:
+    """The extrapolation against all six layers."""
+    settings = real("llama2_7b", "lora")["method"]
+    arguments = (json.loads(json.dumps(SHAPES)), settings, "bfloat16", True, 4, 128, False)
+    assert pass_bytes(json.dumps(SHAPES), json.dumps(settings), *arguments[2:]) == pytest.approx(
+        fake_pass._peak(*arguments, 6), rel=0.002
+    )
+
+
+# Sums over tensors
+
+
+def test_weights_gradients_and_state_are_sums_over_tensors() -> None:
+    found = estimate(real("llama2_7b", "full"))
+    parameters = 6_738_415_616
+    assert (found.gradients, found.optimizer) == (4 * parameters, 8 * parameters)
+    assert found.weights == pytest.approx(4 * parameters, rel=1e-6)  # and the rotary embedding's frequencies
+    diablo = estimate(real("llama2_7b", "diablo", "method.adapter.num_blocks=128", "recipe.adapter_dropout=0"))
+    trained = 35_127_296
+    assert (diablo.gradients, diablo.optimizer) == (4 * trained, 8 * trained)
+    # The base in bf16, D in float32, and in bf16 the base's own values where D is in the weight.
+    assert diablo.weights == pytest.approx(2 * parameters + 6 * trained, rel=1e-6)
+    dropped = estimate(real("llama2_7b", "diablo", "method.adapter.num_blocks=128", "recipe.adapter_dropout=0.05"))
+    assert diablo.weights - dropped.weights == 2 * trained
+    assert estimate(real("llama2_7b", "lora", "recipe.optimizer=sgd")).optimizer == 0
+
+
+def test_shards_are_equal_parts() -> None:
+    alone, four = (estimate(real("llama3_8b", "full"), gpus) for gpus in (1, 4))
+    assert (four.weights, four.gradients, four.optimizer) == (
+        *(-(-getattr(alone, part) // 4) for part in ("weights", "gradients", "optimizer")),
+    )
+    assert four.accumulates is False  # 16 rows, 4 on each of 4
+    assert alone.accumulates is True
+    assert four.peak < alone.peak / 3
+
+
+def test_the_peak_of_a_step() -> None:
+    parts: dict[str, Any] = {"gpus": 1, "length": 8, "weights": 100, "gradients": 10, "optimizer": 20, "activations": 7}
+    assert Memory(**parts, accumulates=True).peak == 137
+    assert Memory(**parts, accumulates=False).peak == 130  # gradients come as activations go
+    assert Memory(**parts, accumulates=False, preparation=150).peak == 150
+
+
+def test_a_quantised_base_takes_its_packed_size() -> None:
+    plain, packed = (
+        estimate(run("model=llama2_7b", "method=lora", "task=math_10k", *more)) for more in ((), ("quantization=nf",))
+    )
+    # 6.5 G weights at 4.25 bits and the embeddings in bf16, as the plan's own line says
+    assert plain.weights - packed.weights == pytest.approx(6_476_005_376 * (2 - 4.25 / 8), rel=0.001)
+    assert packed.gradients == plain.gradients
+
+
+def test_choosing_blocks_takes_more_than_training_them() -> None:
+    config = real("llama2_7b", "smt")
+    found = estimate(config)
+    parameters, targets = 6_738_415_616, 3 * 32 * 4096**2
+    everything = held(json.dumps(config["model"]["architecture"]), json.dumps(config["method"]), base_dtype(config))
+    assert everything.base == parameters
+    assert found.preparation > 18 * parameters + 4 * everything.targets
+    assert everything.targets <= targets
+    assert found.training < found.preparation / 5
+
+
+def test_every_method_has_an_estimate() -> None:
+    """Those with weights chosen from data too, whose choice the meta device cannot make."""
+    from experiments.plan import options
+
+    small = [f"model.architecture.{key}={SHAPES[key]}" for key in SHAPES if key not in ("model_type", "vocab_size")]
+    for method in options("method"):
+        more = ["method.adapter.num_blocks=3", "method.adapter.block_size=64"] if method == "smt" else []
+        more += ["method.adapter.num_blocks=8"] if method == "diablo" else []
+        more += ["method.adapter.o_ratio=0"] if method == "s2ft" else []  # its share of four heads is none
+        found = estimate(real("llama2_7b", method, *small, *more, "recipe.learning_rate=1e-4"))
+        assert found.weights > 0
+        assert (found.activations > 0) == (method != "base")
+
+
+# What fits
+
+
+def test_the_fewest_gpus_that_a_run_fits() -> None:
+    asked = [("llama2_7b", "lora"), ("llama_13b", "diablo"), ("llama2_7b", "full"), ("llama3_8b", "full")]
+    assert [fitting.gpus_needed(real(*names), GPU, 8) for names in asked] == [1, 1, 2, 4]
+
+
+def test_what_does_not_fit_is_refused_with_what_would(fails_with: FailsWith) -> None:
+    full = real("llama3_8b", "full")
+    said = fails_with(lambda: fitting.check_fits(full, 1, GPU, 8))
+    assert said.startswith("full on llama3_8b and commonsense_170k does not fit: it needs ")
+    assert "73.6 GiB are usable on one GPU: give 4 GPUs, sharded (" in said
+    assert "checkpointing" not in said  # alone it would not do
+    long = run("model=llama2_7b", "method=lora", "task=metamathqa", "recipe.micro_batch_size=32")
+    said = fails_with(lambda: fitting.check_fits(long, 1, GPU, 8))
+    assert "give runtime.gradient_checkpointing=true (" in said
+    assert ", or recipe.micro_batch_size=" in said
+    small_gpu = fails_with(lambda: fitting.gpus_needed(full, read_bytes("24G"), 1))
+    assert "give GPUs with more memory" in small_gpu
+    fitting.check_fits(full, 4, GPU, 8)
+    fitting.check_fits(real("llama3_8b", "base"), 1, GPU, 8)
+    said = fails_with(lambda: fitting.check_fits(full, 3, GPU, 8))
+    assert said.endswith("micro_batch_size=4 × 3 GPUs: give 1, 2, 4 GPUs, or another recipe.micro_batch_size")
+
+
+# What is printed
+
+
+def test_a_dry_run_prints_the_memory_of_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    main(
+        ["model=llama2_7b", "task=commonsense_170k", "method=lora,base", "recipe.learning_rate=1e-4,2e-4", "--dry-run"]
+    )
+    table = capsys.readouterr().out.splitlines()[-2:]
+    assert table[0].split() == ["GiB", "per", "GPU", "runs", "GPUs", "micro-batch", *table[0].split()[6:]]
+    assert table[1].split()[:8] == ["llama2_7b", "lora-r32", "2", "1", "4", "×", "256", "12.8"]
+
+
+def test_settings_of_one_label_are_told_apart() -> None:
+    configs = plan(
+        ["model=llama2_7b", "task=commonsense_170k", "method=lora", "protocol.train_on_prompt=true,false", "seed=0,1"]
+    )
+    _, *lines = memory_table(configs)
+    assert [line.split()[-1] for line in lines] == ["protocol.train_on_prompt=True", "protocol.train_on_prompt=False"]
+    assert [line.split()[2] for line in lines] == ["2", "2"]
