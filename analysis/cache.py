@@ -52,7 +52,7 @@ def cached_rows(
     `read` gives the rows of every directory, at least one, and `build` makes a frame of rows. `version` names what is
     read and how: another version, another file.
     """
-    from experiments.records import content_hash
+    from experiments.runs.records import content_hash
 
     parents = sorted(str(parent.resolve()) for parent in {directory.parent for directory in directories})
     folder = Path(os.environ.get("DIABLO_CACHE") or Path.home() / ".cache" / "diablo") / "runs"

@@ -27,7 +27,7 @@ from analysis.nll import MARGIN, SEEDS_FOR_A_VERDICT
 from analysis.plots import Picture, save
 from analysis.plots_evidence import differences, rates, trade_off
 from analysis.tables import markdown
-from experiments.records import write_atomically
+from experiments.runs.records import write_atomically
 
 
 def write_evidence(directories: Sequence[Path], out: Path) -> Path:

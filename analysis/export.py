@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.errors import UserError, run_command
-from experiments.records import RunPaths, read_config, read_json, read_lines, write_atomically, write_config
+from experiments.runs.records import RunPaths, read_config, read_json, read_lines, write_atomically, write_config
 
 RESULTS = Path(__file__).with_name("results")
 PATHS = ("runs_dir", "data_root", "cache_dir")  # of `runtime`: they say where, on a machine that the reader lacks

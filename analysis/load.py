@@ -23,11 +23,11 @@ import pandas as pd
 
 from analysis import rows
 from analysis.rows import COLUMNS, TYPES, UNREADABLE, line_of, read_run
-from experiments import evaluations
-from experiments import records as run_records
 from experiments.errors import UserError
-from experiments.received import read_settings
-from experiments.records import (
+from experiments.runs import evaluations
+from experiments.runs import records as run_records
+from experiments.runs.received import read_settings
+from experiments.runs.records import (
     RunPaths,
     TrainRecord,
     content_hash,

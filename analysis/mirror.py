@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.records import content_hash
+from experiments.runs.records import content_hash
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -235,7 +235,7 @@ def _percent(value: float, decimals: int) -> str:
 
 def write_tables(tables: Sequence[PaperTable], out: Path) -> None:
     """Every table as Markdown, LaTeX, CSV and HTML."""
-    from experiments.records import write_atomically
+    from experiments.runs.records import write_atomically
 
     for table in tables:
         for ending, text in (("md", table.markdown()), ("tex", table.latex()), ("csv", table.csv())):

@@ -83,7 +83,7 @@ def write_report(
 
     from analysis import comparisons, paper_tables, tables
     from analysis.load import load_runs, load_step_times
-    from experiments.records import write_atomically
+    from experiments.runs.records import write_atomically
 
     runs = load_runs(run_directories)
     if runs.frame.empty:
@@ -190,7 +190,7 @@ def spectra_pictures(frame: pd.DataFrame) -> tuple[list[Picture], list[str]]:
     """One figure for every run that measured its spectra, and a line for each that cannot be read."""
     from analysis.load import load_spectra, records
     from analysis.plots_theory import condition_measured
-    from experiments.records import RunPaths
+    from experiments.runs.records import RunPaths
 
     pictures: list[Picture] = []
     problems: list[str] = []

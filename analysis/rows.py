@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from experiments.errors import UserError
-from experiments.evaluations import LIKELIHOOD, evaluation_paths, kind_of, name_of
-from experiments.follows import check_score, check_training
-from experiments.records import (
+from experiments.runs.evaluations import LIKELIHOOD, evaluation_paths, kind_of, name_of
+from experiments.runs.follows import check_score, check_training
+from experiments.runs.records import (
     NLL,
     EvalPaths,
     EvalRecord,

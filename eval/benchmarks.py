@@ -14,8 +14,8 @@ from typing import Any
 
 from eval.scoring import Rules, check_rules
 from eval.text import text_rows
-from experiments import evaluations
 from experiments.errors import UserError
+from experiments.runs import evaluations
 
 Config = dict[str, Any]
 Row = dict[str, str]
@@ -54,7 +54,7 @@ def read_benchmark(name: str) -> Benchmark:
 
 def rows_of(config: Config, benchmark: Benchmark) -> list[Row]:
     """A benchmark's rows: made as the run's own task makes them, if it is the same data."""
-    from experiments.data import load_rows
+    from experiments.data.rows import load_rows
 
     if benchmark.source.endswith(evaluations.TEXT):
         return text_rows(Path(benchmark.source))

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.benchmarks import Benchmark, Row
-from experiments.attempts import Heartbeat
+from experiments.data.prompts import prompt_text, prompt_tokens
 from experiments.errors import UserError
-from experiments.follows import read_score
-from experiments.preemption import uninterrupted
-from experiments.prompts import prompt_text, prompt_tokens
-from experiments.records import EvalPaths, TrainRecord, content_hash, read_json, read_lines, write_atomically
+from experiments.runs.attempts import Heartbeat
+from experiments.runs.follows import read_score
+from experiments.runs.preemption import uninterrupted
+from experiments.runs.records import EvalPaths, TrainRecord, content_hash, read_json, read_lines, write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

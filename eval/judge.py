@@ -13,12 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments import hub
+from experiments.data import hub
+from experiments.data.prompts import fill
 from experiments.errors import UserError
-from experiments.models import context_length
-from experiments.preemption import uninterrupted
-from experiments.prompts import fill
-from experiments.records import EvalPaths, file_hash, read_lines, write_atomically
+from experiments.models.base import context_length
+from experiments.runs.preemption import uninterrupted
+from experiments.runs.records import EvalPaths, file_hash, read_lines, write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

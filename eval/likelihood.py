@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 from eval.benchmarks import Row
 from eval.text import Windows
-from experiments.attempts import Heartbeat
-from experiments.environment import environment
 from experiments.errors import UserError
-from experiments.models import resolve_device
-from experiments.records import EvalPaths, write_atomically
+from experiments.models.base import resolve_device
+from experiments.runs.attempts import Heartbeat
+from experiments.runs.environment import environment
+from experiments.runs.records import EvalPaths, write_atomically
 
 if TYPE_CHECKING:
     import torch
 
     from eval.models import Scored
-    from experiments.tokens import Examples
+    from experiments.data.tokens import Examples
 
 Config = dict[str, Any]
 
@@ -44,7 +44,7 @@ def measure(
     heartbeat: Heartbeat,
 ) -> None:
     """Write `plan.json` and `samples.jsonl` of one likelihood benchmark. `about` is what the plan says of it."""
-    from experiments.tokens import tokenised
+    from experiments.data.tokens import tokenised
 
     size, name = config["evaluation"]["batch_size"], about["benchmark"]
     plan = {**about, "batch_size": size, "order": list(range(len(rows)))}
@@ -86,8 +86,8 @@ def score_examples(
     import torch
     from tqdm import tqdm
 
-    from experiments.loss import TargetForward
-    from experiments.prompts import collate
+    from experiments.data.prompts import collate
+    from experiments.train.loss import TargetForward
 
     model: Any = scored.model
     order = torch.from_numpy(examples.lengths.argsort(kind="stable")[::-1].copy())  # what needs most memory first

@@ -12,10 +12,10 @@ from functools import partial
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, cast
 
+from experiments.data.prompts import prompt_tokens
 from experiments.errors import UserError
-from experiments.models import context_length
-from experiments.prompts import prompt_tokens
-from experiments.records import RunPaths, TrainRecord
+from experiments.models.base import context_length
+from experiments.runs.records import RunPaths, TrainRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,8 +46,8 @@ def load(config: Config, run: RunPaths, trained: TrainRecord, allow_identity: bo
     import torch
     from peft import PeftModel
 
-    from experiments import methods
-    from experiments.models import load_checked_base
+    from experiments.models.base import load_checked_base
+    from experiments.train import methods
 
     base, tokenizer = load_checked_base(config, run, trained)
     probe = torch.arange(16, device=base.device).unsqueeze(0) % base.config.vocab_size

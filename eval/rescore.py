@@ -16,10 +16,10 @@ from typing import Any
 from eval.benchmarks import read_benchmark
 from eval.likelihood import score_likelihood
 from experiments.errors import UserError, run_command
-from experiments.evaluations import LIKELIHOOD
-from experiments.follows import FROM_HEADER, check_samples, check_score, planned_fields, standard_error
-from experiments.received import check_folder
-from experiments.records import (
+from experiments.runs.evaluations import LIKELIHOOD
+from experiments.runs.follows import FROM_HEADER, check_samples, check_score, planned_fields, standard_error
+from experiments.runs.received import check_folder
+from experiments.runs.records import (
     EvalPaths,
     EvalRecord,
     RunPaths,

@@ -27,16 +27,16 @@ from eval.likelihood import measure
 from eval.models import Scored, language_model, load
 from eval.rescore import score_samples
 from eval.sandbox import check_sandbox
-from experiments import preemption
-from experiments.attempts import Heartbeat, attempt
-from experiments.data import rows_hash
-from experiments.environment import environment
+from experiments.data.prompts import prompt_text
+from experiments.data.rows import rows_hash
 from experiments.errors import UserError, run_command
-from experiments.evaluations import LIKELIHOOD, evaluation_path, protocol_of
-from experiments.follows import check_training, read_score
-from experiments.models import leave_out_sklearn, resolve_device
-from experiments.prompts import prompt_text
-from experiments.records import EvalPaths, EvalRecord, RunPaths, TrainRecord, read_config, trained_record
+from experiments.models.base import leave_out_sklearn, resolve_device
+from experiments.runs import preemption
+from experiments.runs.attempts import Heartbeat, attempt
+from experiments.runs.environment import environment
+from experiments.runs.evaluations import LIKELIHOOD, evaluation_path, protocol_of
+from experiments.runs.follows import check_training, read_score
+from experiments.runs.records import EvalPaths, EvalRecord, RunPaths, TrainRecord, read_config, trained_record
 
 Config = dict[str, Any]
 # What a run keeps of its own when another protocol is named.
@@ -177,7 +177,7 @@ def _score(config: Config, settings: Config, paths: EvalPaths) -> EvalRecord:
 
 def with_overrides(config: Config, overrides: list[str]) -> Config:
     """A frozen config with other evaluation or runtime settings, the only ones that may change after training."""
-    from experiments.plan import protocol_evaluation, set_values
+    from experiments.plan.compose import protocol_evaluation, set_values
 
     for override in overrides:
         if not override.startswith(("evaluation.", "runtime.", "protocol=")):

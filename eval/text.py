@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from experiments.data.prompts import IGNORED, Example, leading_tokens, prompt_tokens
+from experiments.data.sources import Row
 from experiments.errors import UserError
-from experiments.evaluations import WINDOW
-from experiments.prompts import IGNORED, Example, leading_tokens, prompt_tokens
-from experiments.sources import Row
+from experiments.runs.evaluations import WINDOW
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

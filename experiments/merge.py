@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from experiments.errors import UserError, run_command
-from experiments.records import RunPaths, read_config, trained_record
+from experiments.runs.records import RunPaths, read_config, trained_record
 
 Config = dict[str, Any]
 
 
 def merge(run: RunPaths, out: Path, to_grid: bool) -> None:
     """Write the merged model of a trained run into the new folder `out`."""
-    from experiments import methods
-    from experiments.models import load_checked_base
+    from experiments.models.base import load_checked_base
+    from experiments.train import methods
 
     if out.exists():
         raise UserError(f"{out}: is there already: give --out another folder")

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.errors import UserError, run_command
-from experiments.plan import plan, write_runs
-from experiments.records import RunPaths, read_lines
+from experiments.plan.compose import plan, write_runs
+from experiments.runs.records import RunPaths, read_lines
 from slurm.cluster import Cluster
 from slurm.queue import cancel, queued, queued_if_known
 from slurm.status import statuses, table
@@ -76,7 +76,7 @@ def measure_start(folder: Path) -> Iterator[tuple[str, float]]:
     yield f"a step of it; {every} of them and a checkpoint: {(after - plain) / (every * plain):.2%} more", plain
     _train(folder, "method=diablo", "recipe.max_steps=1", seed=0)  # makes what later runs find
     modules = f"from experiments import {', '.join(IMPORTS)}"
-    command = f"from experiments.models import leave_out_sklearn; leave_out_sklearn(); {modules}; import os, peft"
+    command = f"from experiments.models.base import leave_out_sklearn; leave_out_sklearn(); {modules}; import os, peft"
     command += "; os._exit(0)"  # the end of a process takes time of its own
     imports, first, whole = [], [], []
     for seed in range(1, 4):

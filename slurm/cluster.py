@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from experiments.errors import UserError, nearest
-from experiments.sizes import read_bytes
+from experiments.plan.sizes import read_bytes
 
 Config = dict[str, Any]
 FOLDER = Path(__file__).resolve().parent
@@ -114,12 +114,14 @@ class Cluster:
     def _gpus_needed(self, config: Config) -> int:
         if self.gpu_bytes is None:
             return 1
-        from experiments.fit import gpus_needed  # torch, which a cluster without gpu_memory is submitted to without
+        from experiments.plan.fit import (
+            gpus_needed,  # torch, which a cluster without gpu_memory is submitted to without
+        )
 
         return gpus_needed(config, self.gpu_bytes, self.largest)
 
     def _check_gpus(self, config: Config, gpus: int) -> None:
-        from experiments.fit import check_divides, check_fits
+        from experiments.plan.fit import check_divides, check_fits
 
         if self.gpu_bytes is None:
             check_divides(config, gpus)

@@ -18,8 +18,8 @@ from pathlib import Path
 from types import FrameType
 
 from experiments.errors import UserError, run_command
-from experiments.lock import identity
-from experiments.records import RunPaths, write_atomically
+from experiments.runs.lock import identity
+from experiments.runs.records import RunPaths, write_atomically
 from slurm.manifest import Manifest, check_run, is_finished, read_manifest
 from slurm.queue import slurm
 from slurm.status import last_line, read_attempts

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.errors import UserError
-from experiments.evaluations import evaluation_paths
-from experiments.records import RunPaths, file_hash, read_json, write_atomically
+from experiments.runs.evaluations import evaluation_paths
+from experiments.runs.records import RunPaths, file_hash, read_json, write_atomically
 
 SCHEMA = 2
 

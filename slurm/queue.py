@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from experiments.commands import answer
 from experiments.errors import UserError, shortened
+from experiments.runs.commands import answer
 from slurm.manifest import Manifest, read_manifest, submissions
 
 PATIENCE = 30.0  # seconds for squeue, which asks a busy controller again itself

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.choose import follow
 from experiments.errors import UserError, nearest, run_command
-from experiments.records import RunPaths
+from experiments.plan.choose import follow
+from experiments.runs.records import RunPaths
 from slurm.manifest import all_manifests, is_finished
 from slurm.queue import Task, queued_if_known
 

@@ -23,13 +23,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.choose import Stages, follow, stages_of
-from experiments.cost import gpu_hours
-from experiments.differences import differing
 from experiments.errors import UserError, run_command
-from experiments.plan import run_paths, split_experiment, write_runs
-from experiments.records import RunPaths, group_hash, read_config
-from experiments.selection import EVERYTHING, Selection, add_options, read_options, select
+from experiments.plan.choose import Stages, follow, stages_of
+from experiments.plan.compose import run_paths, split_experiment, write_runs
+from experiments.plan.cost import gpu_hours
+from experiments.plan.selection import EVERYTHING, Selection, add_options, read_options, select
+from experiments.runs.differences import differing
+from experiments.runs.records import RunPaths, group_hash, read_config
 from slurm.arrays import Array, Options, arrays, submit_array
 from slurm.cluster import Cluster, Resources, read_cluster, sbatch_lines
 from slurm.follow_up import submit_follow_up
@@ -145,7 +145,7 @@ def show(todo: list[tuple[Config, bool]], cluster: Cluster, options: Options, se
     kept = [(config, scored) for config, scored in todo if group_hash(config) not in refused]
     on_gpus = [config for config, _ in kept if cluster.resources(config).gpus]
     if on_gpus:
-        from experiments.overview import memory_table, off_by
+        from experiments.plan.overview import memory_table, off_by
 
         def hours(config: Config, count: int) -> str:
             known = gpu_hours(config, selection.speed)

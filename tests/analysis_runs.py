@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.follows import standard_error
-from experiments.records import (
+from experiments.runs.follows import standard_error
+from experiments.runs.records import (
     EvalRecord,
     RunPaths,
     TrainRecord,

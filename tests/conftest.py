@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from experiments.environment import device_name
-from experiments.records import RunPaths
+from experiments.runs.environment import device_name
+from experiments.runs.records import RunPaths
 
 STARTED = time.monotonic()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
@@ -58,7 +58,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def planned(arguments: list[str]) -> RunPaths:
     """The directory of the one run that the arguments plan."""
-    from experiments.plan import plan, write_runs
+    from experiments.plan.compose import plan, write_runs
 
     (run,) = write_runs(plan(arguments))
     return run
@@ -68,7 +68,7 @@ def planned(arguments: list[str]) -> RunPaths:
 def finished(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> RunPaths:
     """One DiaBlo run, trained and scored; tests that change it work on a copy."""
     from eval.run import evaluate
-    from experiments.train import train
+    from experiments.train.run import train
 
     runs = tmp_path_factory.mktemp("finished")
     run = planned([*SMALL, "method=diablo", f"runtime.runs_dir={runs}", f"runtime.cache_dir={cache_dir}"])
@@ -86,8 +86,8 @@ def small(tmp_path: Path, cache_dir: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The folder of SmolLM2-135M in the user's cache, converted there if its package is installed, or a skip."""
-    from experiments.gguf import converted
-    from experiments.plan import plan
+    from experiments.models.gguf import converted
+    from experiments.plan.compose import plan
 
     (config,) = plan(["model=smollm2_135m", "method=base", "task=arith"])
     if "gguf" not in config["model"]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from experiments import data
+from experiments.data import rows as data
 
 ROWS = 4
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.run import evaluate
-from experiments.records import EvalRecord, RunPaths, TrainRecord, read_record
-from experiments.train import train
+from experiments.runs.records import EvalRecord, RunPaths, TrainRecord, read_record
+from experiments.train.run import train
 from slurm.cluster import Cluster, read_cluster
 from slurm.manifest import Manifest
 from slurm.status import State, statuses

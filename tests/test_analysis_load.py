@@ -11,8 +11,8 @@ import pytest
 
 from analysis.load import find_runs, load_metrics, load_runs, load_step_times, records
 from experiments.errors import UserError
-from experiments.plan import plan, write_runs
-from experiments.records import RunPaths
+from experiments.plan.compose import plan, write_runs
+from experiments.runs.records import RunPaths
 from tests.analysis_runs import LAYERS, MODULES, change, score_file, step_times_file, write_run
 
 
@@ -256,8 +256,8 @@ def test_a_quick_look_is_no_part_of_a_mean(tmp_path: Path) -> None:
 def test_a_method_that_cannot_be_merged_stands_in_the_table_of_those_that_can(tmp_path: Path, cache_dir: Path) -> None:
     """Whether an adapter was folded into the weights is no part of a protocol."""
     from eval.run import evaluate
-    from experiments.plan import plan, write_runs
-    from experiments.train import train
+    from experiments.plan.compose import plan, write_runs
+    from experiments.train.run import train
     from tests.conftest import SMALL
 
     small = [*SMALL, "seed=0", "recipe.max_steps=2", f"runtime.runs_dir={tmp_path}", f"runtime.cache_dir={cache_dir}"]

@@ -18,7 +18,7 @@ from analysis.report import write_report
 from analysis.stats import wilson
 from analysis.tables import display, method_table, to_csv, to_markdown
 from experiments.errors import UserError
-from experiments.records import content_hash
+from experiments.runs.records import content_hash
 from tests.analysis_runs import change, score_file, step_times_file, write_run
 
 # The table

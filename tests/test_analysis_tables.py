@@ -9,8 +9,8 @@ import pytest
 
 from analysis.load import find_runs, load_runs, records
 from analysis.tables import MARKS, display, method_table, to_csv, to_markdown, wide_tables
-from experiments.follows import standard_error
-from experiments.records import RunPaths, read_json
+from experiments.runs.follows import standard_error
+from experiments.runs.records import RunPaths, read_json
 from tests.analysis_runs import change, score_file, write_run
 
 

@@ -18,11 +18,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments import benchmark_cases as cases
-from experiments.benchmark import _layer_pass, main
-from experiments.benchmark_report import ratio
-from experiments.environment import peak_memory, reset_peak_memory
 from experiments.errors import UserError
+from experiments.runs.environment import peak_memory, reset_peak_memory
+from experiments.speed import cases
+from experiments.speed.layers import _layer_pass, main
+from experiments.speed.report import ratio
 
 
 def _product_into(_: Any, left: Any, right: Any, **__: Any) -> int:

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from analysis.load import load_runs, records
-from experiments.choose import Stages, stages, to_csv, write_choices
-from experiments.data import load_rows
-from experiments.loss import Targets
-from experiments.plan import run_paths, write_runs
-from experiments.records import TrainRecord, config_hash, read_record, write_atomically
-from experiments.reproduce import reproduce
-from experiments.train import train
+from experiments.data.rows import load_rows
+from experiments.plan.choose import Stages, stages, to_csv, write_choices
+from experiments.plan.compose import run_paths, write_runs
+from experiments.reproduce.run import reproduce
+from experiments.runs.records import TrainRecord, config_hash, read_record, write_atomically
+from experiments.train.loss import Targets
+from experiments.train.run import train
 from tests.conftest import SMALL
 
 FILE = """
@@ -148,10 +148,10 @@ def test_reproduce_chooses_trains_and_reports(
 @pytest.mark.parametrize("grouped", ["true", "false"])
 def test_a_trained_run_scores_as_its_loaded_adapter_does(grouped: str, small: list[str]) -> None:
     """Row by row, without padding, on a fresh base."""
-    from experiments import methods
-    from experiments.models import load_base
-    from experiments.plan import plan
-    from experiments.prompts import encode
+    from experiments.data.prompts import encode
+    from experiments.models.base import load_base
+    from experiments.plan.compose import plan
+    from experiments.train import methods
 
     (config,) = plan(
         [

@@ -16,8 +16,8 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from diablo import suggest_num_blocks
 from diablo.convert import from_authors, to_authors
-from experiments.models import empty_base
-from experiments.plan import plan
+from experiments.models.base import empty_base
+from experiments.plan.compose import plan
 from tests.test_diablo_tuner import adapted, tiny_llama, tokens
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")

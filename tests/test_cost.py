@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from experiments.choose import stages, stages_of
-from experiments.cost import Speed, gpu_hours, read_budget, read_speed, rows_trained_on, tokens
-from experiments.plan import PAPER, main, plan
-from experiments.selection import Selection, select
+from experiments.plan.choose import stages, stages_of
+from experiments.plan.compose import PAPER, main, plan
+from experiments.plan.cost import Speed, gpu_hours, read_budget, read_speed, rows_trained_on, tokens
+from experiments.plan.selection import Selection, select
 
 FailsWith = Callable[[Callable[[], object]], str]
 FILE = """
@@ -46,8 +46,8 @@ def test_rows_are_those_of_whole_batches() -> None:
 
 def test_tokens_are_those_a_run_counts(tmp_path: Path, cache_dir: Path) -> None:
     """All rows fill whole batches here, so that the mean times the rows is the sum itself."""
-    from experiments.plan import write_runs
-    from experiments.train import train
+    from experiments.plan.compose import write_runs
+    from experiments.train.run import train
     from tests.conftest import SMALL
 
     small = [*SMALL, f"runtime.runs_dir={tmp_path / 'runs'}", f"runtime.cache_dir={cache_dir}"]

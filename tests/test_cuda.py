@@ -217,7 +217,7 @@ def test_compiled_equals_eager(mode: Mode) -> None:
 
 
 def test_dropout_draws_from_the_state_that_a_checkpoint_keeps() -> None:
-    from experiments.checkpoint import random_state, restore_random_state
+    from experiments.train.checkpoint import random_state, restore_random_state
 
     model = attach(llama(), "adapter", dropout=0.5, init_weights=False)
     loss_of(model)
@@ -243,7 +243,7 @@ def test_a_quantised_layer_computes_with_its_dequantised_weight() -> None:
 def test_a_new_process_reads_its_peak_memory() -> None:
     """What ended every run on the first GPU: the reset came before CUDA was initialised."""
     code = (
-        f"from experiments.environment import peak_memory, reset_peak_memory; device = {DEVICE!r}\n"
+        f"from experiments.runs.environment import peak_memory, reset_peak_memory; device = {DEVICE!r}\n"
         "reset_peak_memory(device)\nbefore = peak_memory(device)\n"
         "import torch; held = torch.ones(2**26, device=device)\nassert peak_memory(device) - before >= 2**27\n"
     )

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import arith
-from experiments.data import load_rows, main, read_rows, rows_hash
-from experiments.records import content_hash
-from experiments.sources import SOURCES, llm_adapters
+from experiments.data import arith
+from experiments.data.rows import load_rows, main, read_rows, rows_hash
+from experiments.data.sources import SOURCES, llm_adapters
+from experiments.runs.records import content_hash
 
 Fails = Callable[[Callable[[], object]], str]
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
@@ -246,7 +246,7 @@ HEX_PHI = {"instruction": "q", "input": "", "output": "", "answer": "safe", "cat
 
 def test_benchmark_files_are_complete() -> None:
     from eval.benchmarks import read_benchmark
-    from experiments.evaluations import TASKS
+    from experiments.runs.evaluations import TASKS
 
     for path in TASKS.glob("*.yaml"):
         benchmark = read_benchmark(path.stem)

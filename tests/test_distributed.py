@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import set_seed
 
-from experiments import methods
-from experiments.plan import plan, write_runs
-from experiments.records import RunPaths, TrainRecord, read_lines, read_record
-from experiments.train import train
+from experiments.plan.compose import plan, write_runs
+from experiments.runs.records import RunPaths, TrainRecord, read_lines, read_record
+from experiments.train import methods
+from experiments.train.run import train
 from tests.test_methods import batch, config_of, fresh_base
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +58,7 @@ def test_two_processes_equal_one(method: str, small: list[str], tmp_path: Path) 
 GRADIENTS = """
 import json, os, sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from experiments import methods
+from experiments.train import methods
 from tests.test_methods import batch
 from tests.test_distributed import MODES, in_mode
 dist.init_process_group("gloo")

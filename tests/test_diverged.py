@@ -11,11 +11,11 @@ import pytest
 
 from analysis.load import load_runs
 from eval.run import evaluate
-from experiments.choose import stages
 from experiments.errors import UserError
-from experiments.plan import plan, run_paths, write_runs
-from experiments.records import RunPaths, read_json
-from experiments.train import train
+from experiments.plan.choose import stages
+from experiments.plan.compose import plan, run_paths, write_runs
+from experiments.runs.records import RunPaths, read_json
+from experiments.train.run import train
 from tests.conftest import planned
 
 Fails = Callable[[Callable[[], object]], str]
@@ -79,7 +79,7 @@ def test_a_learning_rate_that_diverged_was_tried_and_is_not_chosen(tmp_path: Pat
 def test_a_loss_that_is_not_finite_with_gradients_that_are(
     small: list[str], monkeypatch: pytest.MonkeyPatch, fails_with: Fails
 ) -> None:
-    from experiments.trainer import RunTrainer
+    from experiments.train.trainer import RunTrainer
 
     run = planned([*small, "method=diablo"])
     step = RunTrainer.training_step
@@ -103,9 +103,9 @@ def test_rows_without_a_label_are_counted_and_refused_where_none_is_left(
 
 
 def _prompts(small: list[str]) -> list[list[int]]:
-    from experiments.data import load_rows
-    from experiments.models import base_path, load_tokenizer
-    from experiments.prompts import prompt_text, prompt_tokens
+    from experiments.data.prompts import prompt_text, prompt_tokens
+    from experiments.data.rows import load_rows
+    from experiments.models.base import base_path, load_tokenizer
 
     (config,) = plan([*small, "method=diablo"])
     tokenizer = load_tokenizer(config["model"], base_path(config))

@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from experiments.environment import TRAINING_CODE, training_code
+from experiments.runs.environment import TRAINING_CODE, training_code
 
 ROOT = Path(__file__).resolve().parent.parent
-PRINT = "from experiments.environment import training_code; print(training_code())"
+PRINT = "from experiments.runs.environment import training_code; print(training_code())"
 
 
 def test_the_training_code_is_there_and_hashed(tmp_path: Path) -> None:

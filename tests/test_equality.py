@@ -256,7 +256,7 @@ def test_every_number_equals_itself(number: float) -> None:
 
 @pytest.fixture(scope="module")
 def math_golds(data_root: Path) -> list[str]:
-    from experiments.sources import boxed
+    from experiments.data.sources import boxed
 
     with gzip.open(data_root / "math/test.jsonl.gz", "rt", encoding="utf-8") as file:
         golds = [boxed(json.loads(line)["solution"]) for line in file]

@@ -17,7 +17,7 @@ from eval.models import load
 from eval.rescore import main as rescore_main
 from eval.rescore import rescore
 from eval.run import evaluate
-from experiments.records import (
+from experiments.runs.records import (
     EvalPaths,
     RunPaths,
     config_hash,
@@ -27,7 +27,7 @@ from experiments.records import (
     trained_record,
     write_config,
 )
-from experiments.train import train
+from experiments.train.run import train
 from tests.conftest import planned
 
 Fails = Callable[[Callable[[], object]], str]
@@ -85,7 +85,7 @@ def test_a_changed_adapter_is_refused(finished: RunPaths, tmp_path: Path, fails_
 
 
 def test_an_adapter_without_effect_is_not_scored(finished: RunPaths, tmp_path: Path, fails_with: Fails) -> None:
-    from experiments.records import file_hash
+    from experiments.runs.records import file_hash
 
     run = copied(finished, tmp_path)
     shutil.rmtree(run.root / "eval")

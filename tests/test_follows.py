@@ -16,9 +16,9 @@ from analysis.report import write_report
 from analysis.tables import csv_text, markdown
 from eval.rescore import rescore
 from eval.run import evaluate
-from experiments.choose import _held_out
 from experiments.errors import UserError
-from experiments.records import RunPaths, read_config, read_json, write_config
+from experiments.plan.choose import _held_out
+from experiments.runs.records import RunPaths, read_config, read_json, write_config
 from tests.analysis_runs import write_run, write_spectra
 
 Fails = Callable[[Callable[[], object]], str]
@@ -131,7 +131,7 @@ def test_a_changed_training_record_is_refused(
 
 def rewrite(run: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     """The run's config changed behind its reader's back, under the run id that follows."""
-    from experiments.records import run_id
+    from experiments.runs.records import run_id
 
     config = read_config(RunPaths(run))
     change(config)

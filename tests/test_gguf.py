@@ -14,11 +14,12 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from experiments import gguf, hub
-from experiments.models import base_name, context_length, load_base, load_tokenizer, weights_dtype
-from experiments.plan import plan
-from experiments.records import file_hash, run_id
-from experiments.tiny import make_tokenizer
+from experiments.data import hub
+from experiments.models import gguf
+from experiments.models.base import base_name, context_length, load_base, load_tokenizer, weights_dtype
+from experiments.models.tiny import make_tokenizer
+from experiments.plan.compose import plan
+from experiments.runs.records import file_hash, run_id
 
 Fails = Callable[[Callable[[], object]], str]
 ARCHITECTURE = {
@@ -177,7 +178,7 @@ def test_dtypes(fails_with: Fails) -> None:
 def test_tokenizers_that_do_not_fit(tmp_path: Path, fails_with: Fails) -> None:
     from transformers import AutoModelForCausalLM
 
-    from experiments.models import build_config
+    from experiments.models.base import build_config
 
     model: dict[str, Any] = {"name": "m", "revision": None, "pretraining": None}
     tokenizer = make_tokenizer(720, 0)

@@ -20,13 +20,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from experiments import gpu
 from experiments.errors import UserError
-from experiments.gpu import read_options, run_parts
-from experiments.gpu_parts import ITEMS, run_part
-from experiments.gpu_runs import Item, ItemFailed, different_bits
-from experiments.plan import options as choices
-from experiments.records import read_json
+from experiments.gpu import main as gpu
+from experiments.gpu.main import read_options, run_parts
+from experiments.gpu.parts import ITEMS, run_part
+from experiments.gpu.runs import Item, ItemFailed, different_bits
+from experiments.plan.compose import options as choices
+from experiments.runs.records import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -144,7 +144,7 @@ def test_a_copy_inside_another_repository_has_no_commit(tmp_path: Path) -> None:
     identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "outer"]):
         subprocess.run(["git", *command], cwd=copy.parent, check=True)
-    code = "from experiments.environment import _commit; print(_commit())"
+    code = "from experiments.runs.environment import _commit; print(_commit())"
     done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, encoding="utf-8", check=True)
     assert done.stdout == "(None, None)\n"
 

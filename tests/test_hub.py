@@ -10,10 +10,10 @@ import pytest
 from datasets import config as datasets_config
 from huggingface_hub import constants
 
-from experiments import hub
-from experiments.cost import rows_trained_on
-from experiments.data import load_rows
-from experiments.plan import plan
+from experiments.data import hub
+from experiments.data.rows import load_rows
+from experiments.plan.compose import plan
+from experiments.plan.cost import rows_trained_on
 from tests.web_server import Server, serving, status
 
 FailsWith = Callable[[Callable[[], object]], str]

@@ -16,10 +16,10 @@ import pytest
 
 from analysis.export import export_run
 from experiments.errors import UserError
-from experiments.jobs import Job, Jobs, take_in
-from experiments.plan import plan, run_paths, write_runs
-from experiments.records import TrainRecord, read_json, read_record
-from experiments.reproduce import execute, reproduce
+from experiments.plan.compose import plan, run_paths, write_runs
+from experiments.reproduce.jobs import Job, Jobs, take_in
+from experiments.reproduce.run import execute, reproduce
+from experiments.runs.records import TrainRecord, read_json, read_record
 from tests.conftest import SMALL
 from tests.test_choose import pretend
 

@@ -16,10 +16,10 @@ from eval.judge import question
 from eval.rescore import rescore
 from eval.run import evaluate
 from experiments.errors import Preempted
-from experiments.plan import plan
-from experiments.records import EvalPaths, RunPaths, file_hash, read_lines
-from experiments.tiny import make_base, make_tokenizer
-from experiments.train import train
+from experiments.models.tiny import make_base, make_tokenizer
+from experiments.plan.compose import plan
+from experiments.runs.records import EvalPaths, RunPaths, file_hash, read_lines
+from experiments.train.run import train
 from tests.analysis_runs import change
 from tests.conftest import planned
 

@@ -17,11 +17,11 @@ from lm_eval.api.model import LM
 
 from eval.benchmarks import read_benchmark, rows_of
 from eval.run import evaluate
+from experiments.data.prompts import prompt_text
 from experiments.errors import UserError
-from experiments.plan import plan, protocols, write_runs
-from experiments.prompts import prompt_text
-from experiments.records import EvalRecord, RunPaths, read_config
-from experiments.train import train
+from experiments.plan.compose import plan, protocols, write_runs
+from experiments.runs.records import EvalRecord, RunPaths, read_config
+from experiments.train.run import train
 
 Row = dict[str, str]
 

@@ -11,12 +11,12 @@ from lm_eval.api.instance import Instance
 
 from eval.models import hf, plain_generation
 from eval.run import evaluate
-from experiments.data import load_rows
-from experiments.plan import plan
-from experiments.prompts import IGNORED, encode, prompt_text
-from experiments.records import RunPaths
-from experiments.tiny import make_base
-from experiments.train import train
+from experiments.data.prompts import IGNORED, encode, prompt_text
+from experiments.data.rows import load_rows
+from experiments.models.tiny import make_base
+from experiments.plan.compose import plan
+from experiments.runs.records import RunPaths
+from experiments.train.run import train
 from tests.conftest import SMALL, planned
 
 NEW = 48

@@ -21,15 +21,23 @@ from eval.rescore import main as rescore_main
 from eval.rescore import rescore
 from eval.run import check_data, describe, evaluate
 from eval.text import text_rows
-from experiments import loss as chunked
-from experiments.data import load_rows
-from experiments.evaluations import TASKS, evaluation_paths, protocol_section
-from experiments.plan import options, plan
-from experiments.prompts import IGNORED, encode
-from experiments.records import EvalRecord, RunPaths, read_config, read_json, read_lines, read_record, trained_record
-from experiments.reproduce import outcome
-from experiments.tokens import tokenised
-from experiments.train import train
+from experiments.data.prompts import IGNORED, encode
+from experiments.data.rows import load_rows
+from experiments.data.tokens import tokenised
+from experiments.plan.compose import options, plan
+from experiments.reproduce.run import outcome
+from experiments.runs.evaluations import TASKS, evaluation_paths, protocol_section
+from experiments.runs.records import (
+    EvalRecord,
+    RunPaths,
+    read_config,
+    read_json,
+    read_lines,
+    read_record,
+    trained_record,
+)
+from experiments.train import loss as chunked
+from experiments.train.run import train
 from tests.conftest import SMALL, planned
 from tests.real_runs import keep_shortest_rows, settings
 

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments import lock as lock_module
-from experiments.attempts import attempt
-from experiments.commands import answer
 from experiments.errors import UserError
-from experiments.lock import identity, locked
-from experiments.records import RunPaths, write_atomically
-from experiments.train import train
+from experiments.runs import lock as lock_module
+from experiments.runs.attempts import attempt
+from experiments.runs.commands import answer
+from experiments.runs.lock import identity, locked
+from experiments.runs.records import RunPaths, write_atomically
+from experiments.train.run import train
 from tests.conftest import planned
 
 Fails = Callable[[Callable[[], object]], str]
@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 WRITER = """
 import sys, time
 from pathlib import Path
-from experiments import attempts
-from experiments.records import RunPaths
+from experiments.runs import attempts
+from experiments.runs.records import RunPaths
 attempts.INTERVAL = 0.1
 with attempts.attempt(RunPaths(Path(sys.argv[1])), "train"):
     print("begun", flush=True)
@@ -145,7 +145,7 @@ def test_of_two_waiters_one_writes(run: RunPaths) -> None:
     held_elsewhere(run)
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom experiments.lock import locked\n"
-        "from experiments.records import RunPaths\n"
+        "from experiments.runs.records import RunPaths\n"
         "with locked(RunPaths(Path(sys.argv[1])), 2.5):\n"
         "    a = time.monotonic(); time.sleep(0.3); print(a, time.monotonic())"
     )

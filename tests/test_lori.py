@@ -15,8 +15,8 @@ from transformers import Trainer, TrainingArguments
 from diablo import LoriConfig
 from diablo.lori import choose_entries, largest_entries
 from diablo.residual import save_adapter
-from experiments.counting import count
-from experiments.plan import plan
+from experiments.plan.compose import plan
+from experiments.plan.counting import count
 from tests.test_milora import COMMON, attach, tiny_llama, tokens, train
 
 LAYER = "base_model.model.model.layers.1.mlp.down_proj"  # B is (32, 4)

@@ -11,9 +11,9 @@ from torch.nn import functional
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from diablo import DiabloConfig
-from experiments import loss as chunked
-from experiments.loss import TargetForward, Targets
-from experiments.prompts import IGNORED
+from experiments.data.prompts import IGNORED
+from experiments.train import loss as chunked
+from experiments.train.loss import TargetForward, Targets
 from tests.test_diablo_tuner import tiny_llama
 
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.attempts import attempt
-from experiments.environment import reset_peak_memory
 from experiments.errors import UserError, out_of_memory
-from experiments.plan import plan, write_runs
-from experiments.records import RunPaths, read_config
-from experiments.train import train
-from experiments.workers import Worker
+from experiments.plan.compose import plan, write_runs
+from experiments.reproduce.workers import Worker
+from experiments.runs.attempts import attempt
+from experiments.runs.environment import reset_peak_memory
+from experiments.runs.records import RunPaths, read_config
+from experiments.train.run import train
 from tests.conftest import planned
 
 ROOT = Path(__file__).resolve().parent.parent

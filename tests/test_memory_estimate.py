@@ -12,18 +12,19 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from experiments import fake_pass, methods
-from experiments import fit as fitting
-from experiments.benchmark import TARGETS, architecture
-from experiments.benchmark_cases import AUTHORS, DORA, DROPOUT, FLOOR, IN_PLACE, LORA, attach, peak_bytes
-from experiments.cost import longest_row
-from experiments.fake_pass import Allocations, held, make_fake, pass_bytes
-from experiments.memory import Memory, base_dtype, estimate
-from experiments.models import build_config, empty_base
-from experiments.overview import MEASURED, memory_table, off_by
-from experiments.plan import main, plan
-from experiments.sizes import read_bytes
-from experiments.timing import forward_backward
+from experiments.models.base import build_config, empty_base
+from experiments.plan import fake_pass
+from experiments.plan import fit as fitting
+from experiments.plan.compose import main, plan
+from experiments.plan.cost import longest_row
+from experiments.plan.fake_pass import Allocations, held, make_fake, pass_bytes
+from experiments.plan.memory import Memory, base_dtype, estimate
+from experiments.plan.overview import MEASURED, memory_table, off_by
+from experiments.plan.sizes import read_bytes
+from experiments.speed.cases import AUTHORS, DORA, DROPOUT, FLOOR, IN_PLACE, LORA, attach, peak_bytes
+from experiments.speed.layers import TARGETS, architecture
+from experiments.speed.timing import forward_backward
+from experiments.train import methods
 
 FailsWith = Callable[[Callable[[], object]], str]
 RECORD = MEASURED.with_name("benchmark.json")
@@ -179,7 +180,7 @@ def test_choosing_blocks_takes_more_than_training_them() -> None:
 
 def test_every_method_has_an_estimate() -> None:
     """Those with weights chosen from data too, whose choice the meta device cannot make."""
-    from experiments.plan import options
+    from experiments.plan.compose import options
 
     small = [f"model.architecture.{key}={SHAPES[key]}" for key in SHAPES if key not in ("model_type", "vocab_size")]
     for method in options("method"):

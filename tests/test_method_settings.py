@@ -8,9 +8,9 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
-from experiments import methods
-from experiments.counting import count
-from experiments.plan import plan
+from experiments.plan.compose import plan
+from experiments.plan.counting import count
+from experiments.train import methods
 from tests.test_methods import fresh_base, random_backward
 
 PAPER_TASKS = ["commonsense_170k", "metamathqa", "gsm8k"]

@@ -24,12 +24,12 @@ from transformers import PreTrainedModel, set_seed
 
 from diablo.quantize import QuantizedLinear, quantized_layers, round_to_nearest
 from diablo.quantize.linear import set_module
-from experiments import methods
-from experiments.counting import count
 from experiments.errors import UserError
-from experiments.models import build_config
-from experiments.plan import CONFIGS, options, plan
-from experiments.preparation import Backward
+from experiments.models.base import build_config
+from experiments.plan.compose import CONFIGS, options, plan
+from experiments.plan.counting import count
+from experiments.train import methods
+from experiments.train.preparation import Backward
 from tests.quantized_models import decoder_linears
 
 ARCHITECTURE = {

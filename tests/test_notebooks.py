@@ -12,8 +12,8 @@ from nbclient import NotebookClient
 from analysis.export import FIRST, STEPS, committed_runs, export_run, main, thinned
 from analysis.load import find_runs, load_metrics, load_runs, load_spectra
 from experiments.errors import UserError
-from experiments.follows import FROM_HEADER
-from experiments.records import file_hash, read_json
+from experiments.runs.follows import FROM_HEADER
+from experiments.runs.records import file_hash, read_json
 from tests.analysis_runs import change, score_file, write_run, write_spectra
 from tests.test_analysis_cache import same
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments import plan as planning
-from experiments.counting import count
 from experiments.errors import UserError
-from experiments.plan import CONFIGS, options, plan, resolve, resolve_with_hydra, sweep, write_runs
-from experiments.records import RunPaths, read_config
+from experiments.plan import compose as planning
+from experiments.plan.compose import CONFIGS, options, plan, resolve, resolve_with_hydra, sweep, write_runs
+from experiments.plan.counting import count
+from experiments.runs.records import RunPaths, read_config
 
 
 def only(arguments: list[str]) -> planning.Config:

@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 
 from eval.run import evaluate
-from experiments import checkpoint as checkpoints
-from experiments import preemption
-from experiments.attempts import attempt
 from experiments.errors import Preempted, UserError
-from experiments.records import RunPaths, read_json, read_lines
-from experiments.train import train
+from experiments.runs import preemption
+from experiments.runs.attempts import attempt
+from experiments.runs.records import RunPaths, read_json, read_lines
+from experiments.train import checkpoint as checkpoints
+from experiments.train.run import train
 from tests.conftest import planned
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,16 +21,16 @@ from torch.nn import functional
 from diablo.lora_ga import estimate_gradients
 from diablo.smt import choose_blocks
 from eval.run import evaluate
-from experiments import methods
-from experiments.data import load_rows
-from experiments.first import first_config, first_run
-from experiments.models import load_base
-from experiments.plan import plan, resolve, resolve_with_hydra, sweep
-from experiments.preparation import Backward, row_steps
-from experiments.prompts import IGNORED, collate, select_rows
-from experiments.records import RunPaths, file_hash, read_config, read_json, read_lines
-from experiments.tokens import Examples, tokenised
-from experiments.train import train
+from experiments.data.prompts import IGNORED, collate, select_rows
+from experiments.data.rows import load_rows
+from experiments.data.tokens import Examples, tokenised
+from experiments.models.base import load_base
+from experiments.plan.compose import plan, resolve, resolve_with_hydra, sweep
+from experiments.runs.prerequisite import first_config, first_run
+from experiments.runs.records import RunPaths, file_hash, read_config, read_json, read_lines
+from experiments.train import methods
+from experiments.train.preparation import Backward, row_steps
+from experiments.train.run import train
 from tests.conftest import planned
 from tests.test_distributed import torchrun
 from tests.test_lock import held_elsewhere
@@ -168,7 +168,7 @@ def test_another_process_at_the_run_before_is_waited_for(small: list[str]) -> No
 def test_processes_that_train_together_do_not_wait(
     small: list[str], monkeypatch: pytest.MonkeyPatch, fails_with: Callable[[Callable[[], object]], str]
 ) -> None:
-    from experiments import lock
+    from experiments.runs import lock
 
     run = planned([*small, *LORI_S])
     monkeypatch.setattr(lock, "_job_gone", lambda job: False)
@@ -323,7 +323,7 @@ def test_what_preparing_lacks_is_a_users_error(
 
 
 def test_step_times_need_no_data(small: list[str], tmp_path: Path) -> None:
-    from experiments.timing import measure_step_times
+    from experiments.speed.timing import measure_step_times
 
     configs = [plan([*small, f"method={name}"])[0] for name in ("lori_s", "lora_ga")]
     seconds = read_json(measure_step_times(configs, tmp_path, rounds=1))["seconds"]

@@ -10,12 +10,12 @@ import torch
 
 from eval.models import hf, language_model, load
 from eval.run import evaluate
-from experiments import methods
 from experiments.errors import UserError
-from experiments.models import load_base
-from experiments.records import RunPaths, read_config, read_json, read_lines, trained_record
-from experiments.timing import forward_backward
-from experiments.train import train
+from experiments.models.base import load_base
+from experiments.runs.records import RunPaths, read_config, read_json, read_lines, trained_record
+from experiments.speed.timing import forward_backward
+from experiments.train import methods
+from experiments.train.run import train
 from tests.conftest import SMALL, planned
 from tests.test_language_model import NEW, ask, prompts_of
 

@@ -13,11 +13,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from eval.models import hf, plain_generation
-from experiments.arith import corpus
-from experiments.models import load_tokenizer
-from experiments.plan import _own_protocol, options, plan
-from experiments.prompts import encode, leading_tokens, prompt_text, prompt_tokens
-from experiments.tiny import make_tokenizer
+from experiments.data.arith import corpus
+from experiments.data.prompts import encode, leading_tokens, prompt_text, prompt_tokens
+from experiments.models.base import load_tokenizer
+from experiments.models.tiny import make_tokenizer
+from experiments.plan.compose import _own_protocol, options, plan
 from tests.test_language_model import ask
 
 Fails = Callable[[Callable[[], object]], str]

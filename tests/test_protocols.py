@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from eval.benchmarks import read_benchmark, settings_of
 from eval.scoring import EQUALITIES, PARSERS, SEARCHED
-from experiments.evaluations import TASKS
-from experiments.plan import options, plan, protocols
-from experiments.prompts import IGNORED, encode, prompt_text, select_rows, target_text
-from experiments.tiny import BOS, EOS, make_tokenizer
+from experiments.data.prompts import IGNORED, encode, prompt_text, select_rows, target_text
+from experiments.models.tiny import BOS, EOS, make_tokenizer
+from experiments.plan.compose import options, plan, protocols
+from experiments.runs.evaluations import TASKS
 
 Fails = Callable[[Callable[[], object]], str]
 Config = dict[str, Any]

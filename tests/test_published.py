@@ -26,9 +26,9 @@ from analysis.paper_tables import (
 from analysis.published import FILE, KNOWN, read_published
 from eval.code import pass_at_k
 from experiments.errors import UserError
-from experiments.follows import standard_error
-from experiments.plan import plan, write_runs
-from experiments.records import RunPaths
+from experiments.plan.compose import plan, write_runs
+from experiments.runs.follows import standard_error
+from experiments.runs.records import RunPaths
 from tests.analysis_runs import change, score_file, write_run
 
 MODELS = Path(__file__).resolve().parent.parent / "configs" / "model"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diablo.quantize import gptq
-from experiments.quantize_benchmark import main, plain_gptq
+from experiments.speed.quantized import main, plain_gptq
 
 
 def test_the_plain_loop_is_gptq() -> None:

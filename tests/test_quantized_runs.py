@@ -17,15 +17,15 @@ import diablo.quantize.model
 from diablo.quantize import QuantizedLinear, load_quantized, quantized_layers
 from eval.models import load
 from eval.run import evaluate
-from experiments import methods
-from experiments.counting import count
 from experiments.errors import UserError
 from experiments.merge import main as merge_main
-from experiments.models import load_base, load_full_precision
-from experiments.plan import plan
-from experiments.quantize import load_quantized_base, main, make_quantized, planned_sizes
-from experiments.records import RunPaths, read_config, read_json
-from experiments.train import train
+from experiments.models.base import load_base, load_full_precision
+from experiments.models.quantized import load_quantized_base, main, make_quantized, planned_sizes
+from experiments.plan.compose import plan
+from experiments.plan.counting import count
+from experiments.runs.records import RunPaths, read_config, read_json
+from experiments.train import methods
+from experiments.train.run import train
 from tests.conftest import planned
 
 FEW = ["recipe.max_steps=4", "evaluation.limit=8"]
@@ -314,7 +314,7 @@ def test_the_command_makes_the_bases_of_runs_ahead(
 
 
 def test_the_dry_run_says_bytes_from_shapes_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    from experiments.plan import main as plan_main
+    from experiments.plan.compose import main as plan_main
 
     plan_main(
         [

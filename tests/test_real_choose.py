@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from analysis.load import load_runs, records
-from experiments import methods, timing
-from experiments.choose import stages
-from experiments.data import training_rows
-from experiments.models import load_base
-from experiments.plan import run_paths
-from experiments.prompts import IGNORED, encode
-from experiments.records import read_json
-from experiments.reproduce import reproduce
+from experiments.data.prompts import IGNORED, encode
+from experiments.data.rows import training_rows
+from experiments.models.base import load_base
+from experiments.plan.choose import stages
+from experiments.plan.compose import run_paths
+from experiments.reproduce.run import reproduce
+from experiments.runs.records import read_json
+from experiments.speed import timing
+from experiments.train import methods
 from tests.real_runs import keep_shortest_rows, settings
 
 pytestmark = pytest.mark.real

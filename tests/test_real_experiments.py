@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from analysis.load import load_runs
-from experiments.choose import stages
-from experiments.plan import CONFIGS, plan, run_paths
-from experiments.reproduce import reproduce
+from experiments.plan.choose import stages
+from experiments.plan.compose import CONFIGS, plan, run_paths
+from experiments.reproduce.run import reproduce
 from tests.conftest import first_layers
 
 pytestmark = pytest.mark.real

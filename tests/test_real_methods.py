@@ -17,14 +17,14 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from experiments import methods
-from experiments.counting import count
+from experiments.data.prompts import encode
 from experiments.errors import UserError
-from experiments.models import load_base, weights_hash
-from experiments.plan import CONFIGS
-from experiments.prompts import encode
-from experiments.records import RunPaths, TrainRecord, read_config, read_lines
-from experiments.train import train
+from experiments.models.base import load_base, weights_hash
+from experiments.plan.compose import CONFIGS
+from experiments.plan.counting import count
+from experiments.runs.records import RunPaths, TrainRecord, read_config, read_lines
+from experiments.train import methods
+from experiments.train.run import train
 from tests.conftest import planned
 from tests.real_runs import keep_shortest_rows, settings
 from tests.test_methods import base_weights, contract_of, every_method

@@ -14,13 +14,13 @@ from torch import Tensor
 from diablo.quantize import QuantizedLinear, quantized_layers, round_to_nearest
 from diablo.quantize.linear import set_module
 from eval.run import evaluate
-from experiments import methods
-from experiments.counting import count
-from experiments.models import load_base, load_full_precision
-from experiments.plan import options
-from experiments.quantize import calibration_tokens
-from experiments.records import read_config, read_lines
-from experiments.train import train
+from experiments.models.base import load_base, load_full_precision
+from experiments.models.quantized import calibration_tokens
+from experiments.plan.compose import options
+from experiments.plan.counting import count
+from experiments.runs.records import read_config, read_lines
+from experiments.train import methods
+from experiments.train.run import train
 from tests.conftest import planned
 from tests.quantized_models import decoder_linears
 from tests.real_runs import keep_shortest_rows, settings

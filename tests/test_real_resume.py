@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.train import train
+from experiments.train.run import train
 from tests.conftest import planned
 from tests.real_runs import settings
 from tests.test_preemption import after, content, preempt

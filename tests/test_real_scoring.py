@@ -9,9 +9,9 @@ import pytest
 from eval.benchmarks import read_benchmark
 from eval.rescore import rescore
 from eval.run import evaluate
-from experiments.evaluations import TASKS
-from experiments.records import EvalRecord, read_json, read_lines, read_record
-from experiments.train import train
+from experiments.runs.evaluations import TASKS
+from experiments.runs.records import EvalRecord, read_json, read_lines, read_record
+from experiments.train.run import train
 from tests.conftest import planned
 from tests.real_runs import keep_shortest_rows, settings
 

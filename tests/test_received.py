@@ -18,16 +18,24 @@ from safetensors.torch import load_file, save_file
 from diablo.quantize.storage import RECORD, load_quantized
 from diablo.quantize.storage import read_record as read_quantized
 from eval.run import evaluate
-from experiments import checkpoint as checkpoints
-from experiments import methods
-from experiments.evaluations import kind_of
-from experiments.gguf import converted
-from experiments.models import load_base
-from experiments.plan import plan
-from experiments.prompts import prompt_text
-from experiments.quantize import make_quantized
-from experiments.records import RunPaths, TrainRecord, read_config, read_record, run_id, trained_record, write_config
-from experiments.train import train
+from experiments.data.prompts import prompt_text
+from experiments.models.base import load_base
+from experiments.models.gguf import converted
+from experiments.models.quantized import make_quantized
+from experiments.plan.compose import plan
+from experiments.runs.evaluations import kind_of
+from experiments.runs.records import (
+    RunPaths,
+    TrainRecord,
+    read_config,
+    read_record,
+    run_id,
+    trained_record,
+    write_config,
+)
+from experiments.train import checkpoint as checkpoints
+from experiments.train import methods
+from experiments.train.run import train
 from tests.conftest import planned
 
 Fails = Callable[[Callable[[], object]], str]

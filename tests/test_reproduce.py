@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from eval.run import evaluate
-from experiments.plan import main as plan_main
-from experiments.plan import plan, write_runs
-from experiments.records import read_json
-from experiments.reproduce import reproduce
-from experiments.timing import FLOOR, can_measure, measure_step_times
-from experiments.train import train
+from experiments.plan.compose import main as plan_main
+from experiments.plan.compose import plan, write_runs
+from experiments.reproduce.run import reproduce
+from experiments.runs.records import read_json
+from experiments.speed.timing import FLOOR, can_measure, measure_step_times
+from experiments.train.run import train
 from tests.conftest import SMALL
 
 ROOT = Path(__file__).resolve().parent.parent

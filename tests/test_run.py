@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from eval.run import evaluate
-from experiments import checkpoint as checkpoints
-from experiments import trainer as trainer_module
-from experiments.records import RunPaths, read_lines
-from experiments.train import train
+from experiments.runs.records import RunPaths, read_lines
+from experiments.train import checkpoint as checkpoints
+from experiments.train import trainer as trainer_module
+from experiments.train.run import train
 from tests.conftest import planned
 
 Fails = Callable[[Callable[[], object]], str]

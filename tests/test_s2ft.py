@@ -12,8 +12,8 @@ from torch import Tensor
 
 from diablo import DiabloLinear, S2ftConfig
 from diablo.patterns import draw_distinct, generator_for
-from experiments.models import empty_base
-from experiments.plan import plan
+from experiments.models.base import empty_base
+from experiments.plan.compose import plan
 from tests.test_diablo_tuner import adapted, tiny_llama, tokens, train
 
 HEAD = 8  # features per head of tiny_llama: 4 query heads, 2 key and value heads, 48 neurons, 2 layers
@@ -108,7 +108,7 @@ def test_counts_without_weights() -> None:
 
 def test_the_tiny_model_trains_as_much_as_with_diablo() -> None:
     """0.375 · 4 layers · 192 neurons = 288, each with 96 outputs."""
-    from experiments.counting import count
+    from experiments.plan.counting import count
 
     trained = [count(run).trainable for run in plan(["method=s2ft,diablo"])]
     assert trained == [288 * 96, 27_648]

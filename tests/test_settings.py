@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from diablo.patterns import PATTERNS
 from experiments import settings
-from experiments.overrides import by_name, sweep, value_of
-from experiments.plan import CONFIGS, options, plan, resolve, set_values
-from experiments.records import RunPaths, read_config, write_config
+from experiments.plan.compose import CONFIGS, options, plan, resolve, set_values
+from experiments.plan.overrides import by_name, sweep, value_of
+from experiments.runs.records import RunPaths, read_config, write_config
 
 Fails = Callable[[Callable[[], object]], str]
 

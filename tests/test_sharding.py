@@ -16,12 +16,12 @@ import pytest
 from safetensors.torch import load_file
 
 from eval.run import evaluate
-from experiments import methods
-from experiments.checkpoint import MANIFEST
-from experiments.plan import options
-from experiments.records import RunPaths, TrainRecord, read_config, read_json, read_lines, read_record
-from experiments.sharding import sharding_of
-from experiments.train import train
+from experiments.plan.compose import options
+from experiments.runs.records import RunPaths, TrainRecord, read_config, read_json, read_lines, read_record
+from experiments.train import methods
+from experiments.train.checkpoint import MANIFEST
+from experiments.train.run import train
+from experiments.train.sharding import sharding_of
 from tests.conftest import planned
 from tests.real_runs import settings
 from tests.test_methods import config_of, fresh_base
@@ -32,10 +32,10 @@ TRAIN = """
 import sys
 from pathlib import Path
 import torch.distributed
-from experiments import preemption
+from experiments.runs import preemption
 from experiments.errors import run_command
-from experiments.records import RunPaths
-from experiments.train import train
+from experiments.runs.records import RunPaths
+from experiments.train.run import train
 
 def main(paths):
     preemption.listen()

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments.choose import stages
-from experiments.plan import plan, run_paths
-from experiments.records import TrainRecord, read_record
-from experiments.reproduce import make_bases, reproduce
+from experiments.plan.choose import stages
+from experiments.plan.compose import plan, run_paths
+from experiments.reproduce.run import make_bases, reproduce
+from experiments.runs.records import TrainRecord, read_record
 from slurm import submit
 from slurm.queue import queued
 from slurm.status import statuses

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.records import RunPaths, TrainRecord, read_record
+from experiments.runs.records import RunPaths, TrainRecord, read_record
 from slurm import cancel
 from slurm.status import statuses
 from slurm.submit import Options, submit

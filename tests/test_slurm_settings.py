@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from experiments.evaluations import evaluation_paths
-from experiments.plan import plan, write_runs
-from experiments.records import read_config
+from experiments.plan.compose import plan, write_runs
+from experiments.runs.evaluations import evaluation_paths
+from experiments.runs.records import read_config
 from slurm import retry
 from slurm.arrays import Options, job_script
 from slurm.cluster import FOLDER, Cluster, minutes, read_cluster, sbatch_lines
@@ -205,7 +205,7 @@ def test_an_error_of_git_is_short_and_comes_before_anything_is_written(
 def test_a_run_is_finished_when_its_own_evaluation_is(tmp_path: Path, small: list[str]) -> None:
     """Another one, with `evaluation.limit`, leaves a score in another folder of the same protocol."""
     from eval.run import evaluate
-    from experiments.train import train
+    from experiments.train.run import train
 
     arguments = ["method=lora", "seed=0", *small]
     (run,) = write_runs(plan(arguments))

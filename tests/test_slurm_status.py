@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from experiments.records import RunPaths
+from experiments.runs.records import RunPaths
 from slurm.job import _note_given_up
 from slurm.manifest import write_manifest
 from slurm.queue import Task, queued

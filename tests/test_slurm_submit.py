@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.plan import plan, write_runs
-from experiments.records import RunPaths
+from experiments.plan.compose import plan, write_runs
+from experiments.runs.records import RunPaths
 from slurm import cancel, logs, status
 from slurm.benchmark import measure_sweep
 from slurm.manifest import all_manifests, read_manifest

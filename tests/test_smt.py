@@ -15,9 +15,9 @@ from transformers import LlamaForCausalLM
 
 from diablo import SmtConfig
 from diablo.smt import block_scores, choose_blocks, top_blocks
-from experiments import methods
-from experiments.models import empty_base
-from experiments.plan import plan
+from experiments.models.base import empty_base
+from experiments.plan.compose import plan
+from experiments.train import methods
 from tests.test_diablo_tuner import adapted, tiny_llama, tokens, train
 from tests.test_in_place import bits
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import sources
-from experiments.data import load_rows, rows_hash
-from experiments.sources import HUBS, SOURCES, Row, boxed
+from experiments.data import sources
+from experiments.data.rows import load_rows, rows_hash
+from experiments.data.sources import HUBS, SOURCES, Row, boxed
 
 Fails = Callable[[Callable[[], object]], str]
 FIELDS = ["instruction", "input", "output", "answer"]

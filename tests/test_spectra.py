@@ -23,9 +23,9 @@ from analysis.report import write_report
 from analysis.theory import condition
 from diablo import DiabloConfig
 from experiments.errors import UserError
-from experiments.records import read_lines
-from experiments.spectra import TOLERANCE, MeasureSpectra, spectrum, trained_layers
-from experiments.train import train
+from experiments.runs.records import read_lines
+from experiments.train.run import train
+from experiments.train.spectra import TOLERANCE, MeasureSpectra, spectrum, trained_layers
 from tests.analysis_runs import LAYERS, MODULES, write_run, write_spectra
 from tests.conftest import planned
 from tests.test_diablo_tuner import tiny_llama
@@ -119,7 +119,7 @@ def test_what_is_measured_makes_the_gradient_of_the_weight(tmp_path: Path, monke
         seen.append(x)
         return spectrum(x, blocks)
 
-    monkeypatch.setattr("experiments.spectra.spectrum", keep)
+    monkeypatch.setattr("experiments.train.spectra.spectrum", keep)
     model = tiny_llama()
     layers = trained_layers(model)
     ids = torch.randint(model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -14,7 +14,7 @@ from analysis.plots_sweeps import accuracy_by_setting, learning_rates, time_and_
 from analysis.report import write_report
 from analysis.sweeps import Sweep, failures, find_sweeps, sweep_table
 from analysis.tables import method_table
-from experiments.records import RunPaths
+from experiments.runs.records import RunPaths
 from tests.analysis_runs import change, write_run
 
 

@@ -35,10 +35,10 @@ from diablo.lora_ga import estimate_gradients
 from diablo.lori import choose_entries
 from diablo.smt import choose_blocks
 from diablo.targets import check_targets, expert_names
-from experiments import methods
 from experiments.errors import UserError
-from experiments.models import empty_base
-from experiments.plan import plan
+from experiments.models.base import empty_base
+from experiments.plan.compose import plan
+from experiments.train import methods
 from tests.test_diablo_tuner import tiny_llama
 
 OURS: dict[str, tuple[type[Any], dict[str, Any]]] = {

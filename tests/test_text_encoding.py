@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.plan import plan
-from experiments.records import RunPaths, read_config, read_json
+from experiments.plan.compose import plan
+from experiments.runs.records import RunPaths, read_config, read_json
 from tests.conftest import SMALL
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,10 +17,10 @@ from diablo.quantize import QuantizedLinear, load_quantized, merge_to_grid, roun
 from diablo.quantize.linear import set_module
 from diablo.residual import check_start, initial_factors, save_adapter
 from diablo.tied import untie
-from experiments import methods
 from experiments.errors import UserError
 from experiments.merge import merge
-from experiments.plan import plan
+from experiments.plan.compose import plan
+from experiments.train import methods
 from tests.conftest import planned
 from tests.quantized_models import decoder_linears, llama
 from tests.test_diablo_tuner import tiny_llama
@@ -224,9 +224,9 @@ def test_a_quantised_base_with_an_adapted_output_layer_is_merged_and_saved_right
 def test_a_run_is_scored_and_merged_as_the_model_it_trained(small: list[str], tmp_path: Path) -> None:
     """`tiny` is tied: LoRA on its output layer, through training, scoring's loading, vLLM's folder and `merge`."""
     from eval.models import load
-    from experiments.models import load_base
-    from experiments.records import read_config, trained_record
-    from experiments.train import train
+    from experiments.models.base import load_base
+    from experiments.runs.records import read_config, trained_record
+    from experiments.train.run import train
 
     run = planned(
         [*small, "method=lora", "method.adapter.target_modules=[q_proj,lm_head]", "recipe.learning_rate=3e-2"]

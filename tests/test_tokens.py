@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
-from experiments import prompts, token_benchmark
-from experiments.data import load_rows
-from experiments.plan import plan
-from experiments.records import read_json
-from experiments.token_benchmark import padding, trained_tokenizer
-from experiments.tokens import tokenised
-from experiments.trainer import EpochSampler
+from experiments.data import prompts
+from experiments.data.rows import load_rows
+from experiments.data.tokens import tokenised
+from experiments.plan.compose import plan
+from experiments.runs.records import read_json
+from experiments.speed import tokens as token_benchmark
+from experiments.speed.tokens import padding, trained_tokenizer
+from experiments.train.trainer import EpochSampler
 
 Rows = list[dict[str, str]]
 Fails = Callable[[Callable[[], object]], str]

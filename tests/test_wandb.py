@@ -13,8 +13,8 @@ import pytest
 
 from analysis.load import find_runs
 from analysis.report import main, write_report
-from experiments.records import read_lines
-from experiments.train import train
+from experiments.runs.records import read_lines
+from experiments.train.run import train
 from tests.analysis_runs import write_run
 from tests.conftest import planned
 from tests.test_run import train_until

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from eval.run import evaluate
-from experiments.plan import plan, write_runs
-from experiments.train import train
+from experiments.plan.compose import plan, write_runs
+from experiments.train.run import train
 from tests.conftest import SMALL
 from tests.test_preemption import ROOT, after, content
 

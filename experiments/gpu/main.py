@@ -1,0 +1,214 @@
+"""What a few minutes on a borrowed GPU are for, in one command.
+
+    python -m experiments.gpu --minutes 8 --out report/gpu
+    python -m experiments.gpu --minutes 8 --queue quickstart    # then runs of that experiment until the time is up
+    python -m experiments.gpu --minutes 8 --device cpu          # every part at the smallest sizes, to try it
+
+Five parts, in this order, each in a process of its own, so that one that dies takes no other along:
+
+correctness  `pytest -m cuda`: gradients, optimizers, merging, checkpointing, compile and bf16 against float64
+methods      every method and every quantiser trained for a few steps and scored, by the real pipeline
+resume       a run that is killed and goes on beside undisturbed ones: how many bits of the adapter differ, and where
+speed        whole models and single layers, every method in turn (experiments/benchmark.py)
+queue        runs of the experiment that --queue names, in its order
+
+A part writes <out>/<part>.json as it goes: versions, device, commit, and every item with its seconds and result or
+error. An item is begun only if it fits into the time that is left, by the seconds that it took in the last record of
+the part in <out> (which is kept under another name) or else by an estimate. <out>/gpu.json sums up. Written to are
+<out>, with the runs of the queue in <out>/runs, and the cache. No network is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from experiments.errors import UserError, run_command
+from experiments.runs.records import read_json, write_atomically
+
+PARTS = ("correctness", "methods", "resume", "speed", "queue")
+START_UP = 20.0  # seconds: less is not enough to import, initialise CUDA and do anything
+SHUT_DOWN = 4.0  # seconds that a part leaves for writing its record and ending
+GRACE = 10.0  # seconds from asking a part to stop to ending it
+ROOT = Path(__file__).resolve().parent.parent
+Config = dict[str, Any]
+
+
+def run_parts(options: argparse.Namespace, arguments: list[str]) -> list[Config]:
+    """Every part in its order; what became of each: its status, the reason unless it is finished, and its seconds."""
+    deadline = time.time() + 60 * options.minutes
+    options.out.mkdir(parents=True, exist_ok=True)
+    summary: list[Config] = []
+    for part in options.parts:
+        reason = _why_not(part, options, deadline, summary)
+        if reason:
+            outcome: Config = {"part": part, "status": "left out", "reason": reason, "seconds": 0.0}
+        else:
+            outcome = _run_part(part, options.out, arguments, deadline)
+        summary.append(outcome)
+        write_atomically(options.out / "gpu.json", json.dumps(summary, indent=1) + "\n")
+        told = f": {outcome['reason']}" if outcome["reason"] else ""
+        print(f"{part}: {outcome['status']}{told} ({outcome['seconds']:.0f} s)", flush=True)
+    return summary
+
+
+def _why_not(part: str, options: argparse.Namespace, deadline: float, summary: list[Config]) -> str | None:
+    """Why a part is left out, if it is."""
+    if part == "queue" and options.queue is None:
+        return "no --queue EXPERIMENT is given"
+    if deadline - time.time() < START_UP:
+        return "no time is left"
+    if options.device != "cpu" and any(outcome["status"] == "failed" for outcome in summary):
+        failure = _probe(options.device, options.out, min(60.0, deadline - time.time()))
+        if failure:
+            return f"CUDA no longer answers: {failure}"
+        if deadline - time.time() < START_UP:
+            return "no time is left"
+    return None
+
+
+def _run_part(part: str, out: Path, arguments: list[str], deadline: float) -> Config:
+    """One part in a process group of its own, which is ended when the time is up."""
+    started, path, log = time.time(), out / f"{part}.json", out / f"{part}.log"
+    keep_earlier(path)
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.gpu",
+        *arguments,
+        "--part",
+        part,
+        "--until",
+        str(deadline - SHUT_DOWN),
+    ]
+    with log.open("w", encoding="utf-8") as errors:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=_environment(out), stdin=subprocess.DEVNULL, stderr=errors, start_new_session=True
+        )
+        in_time = True
+        try:
+            process.wait(max(0.0, deadline - time.time()))
+        except subprocess.TimeoutExpired:
+            in_time = False
+        finally:
+            _end(process)
+    record = read_json(path) if path.is_file() else {"part": part, "items": []}
+    ended = record.get("status", "running") != "running"  # said by itself, with every item done or left out
+    if not ended and not in_time:
+        record |= {"status": "stopped", "reason": f"the time was up in {record.get('item') or 'its start'}"}
+    elif not ended:
+        record |= {"status": "failed", "reason": _last_line(log, process.returncode)}
+    record["seconds"] = round(time.time() - started, 1)
+    write_atomically(path, json.dumps(record, indent=1) + "\n")
+    return {key: record.get(key) for key in ("part", "status", "reason", "seconds")}
+
+
+def keep_earlier(path: Path) -> None:
+    """Give a record that is there the time of its start as part of its name."""
+    if path.is_file():
+        stamp = str(read_json(path).get("started", "earlier")).replace(":", "")
+        path.replace(path.with_name(f"{path.stem}-{stamp}.json"))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ask the whole group to stop, a training at its next step, and end what has not after a while."""
+    for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+
+
+def _last_line(log: Path, status: int) -> str:
+    """The reason that a process gave at its end; a signal's name where it gave none."""
+    lines = log.read_text("utf-8", "replace").strip().splitlines()
+    if status < 0:
+        return f"ended by {signal.Signals(-status).name}"
+    return lines[-1].removeprefix("error: ") if lines else f"ended with status {status}"
+
+
+def _probe(device: str, out: Path, patience: float) -> str | None:
+    """What is wrong with the device, asked by a new process: after some errors one that used it cannot any more."""
+    name = "cuda" if device == "auto" else device
+    code = f"import torch; torch.ones(1, device={name!r}).sum().item()"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=_environment(out), capture_output=True, timeout=patience, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer in {patience:.0f} s"
+    lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+    return (lines[-1] if lines else f"status {done.returncode}") if done.returncode else None
+
+
+def _environment(out: Path) -> dict[str, str]:
+    """That of the parts: no network, and whatever libraries cache or write aside lies under `out`."""
+    cache, scratch = out.resolve() / "cache", out.resolve() / "tmp"
+    scratch.mkdir(parents=True, exist_ok=True)
+    folders = {
+        "TMPDIR": scratch,  # torch.compile writes there too
+        "XDG_CACHE_HOME": cache,
+        "TRITON_CACHE_DIR": cache / "triton",
+        "CUDA_CACHE_PATH": cache / "cuda",
+        "MPLCONFIGDIR": cache / "matplotlib",
+        "HF_DATASETS_CACHE": cache / "datasets",
+    }
+    settings = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1"}
+    return {**os.environ, **settings, **{name: str(folder) for name, folder in folders.items()}}
+
+
+def read_options(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", help="key=value for the runs of methods, resume and queue")
+    parser.add_argument("--minutes", type=float, default=8.0, help="in all; default: 8")
+    parser.add_argument("--out", type=Path, default=Path("report") / "gpu")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu for the smallest sizes; default: cuda")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these, in this order")
+    parser.add_argument("--queue", metavar="EXPERIMENT", help="a file of configs/experiment, or the path of another")
+    parser.add_argument("--workers", type=int, default=1, help="runs of the queue at a time; default: 1")
+    parser.add_argument("--results", type=Path, help="exported runs that count as finished in the queue")
+    parser.add_argument("--authors-repo", type=Path, help="checkout of ziyangjoy/DiaBlo; its layer is timed too")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # this process is that part, until a time
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    options = parser.parse_intermixed_args(arguments)
+    if options.minutes <= 0:
+        raise UserError(f"--minutes {options.minutes:g}: give more than 0")
+    if options.queue is not None:
+        from experiments.plan.compose import read_experiment
+
+        read_experiment(options.queue)  # a misspelt name is told before the first part
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    options = read_options(arguments)
+    if options.part:
+        from experiments.gpu.parts import run_part
+
+        run_part(options.part, options)
+        return 0
+    if options.device != "cpu":
+        options.out.mkdir(parents=True, exist_ok=True)
+        failure = _probe(options.device, options.out, 120.0)
+        if failure:
+            raise UserError(
+                f"--device {options.device}: no CUDA device answers here ({failure}): --device cpu tries it"
+            )
+    options.out = options.out.resolve()
+    summary = run_parts(options, [*arguments, "--out", str(options.out)])
+    print(f"records: {options.out}")
+    return int(any(outcome["status"] == "failed" for outcome in summary))
+
+
+if __name__ == "__main__":
+    run_command(main)

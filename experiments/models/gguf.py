@@ -1,0 +1,208 @@
+"""GGUF files as base models: converted once into the cache folder and loaded from there like any other folder.
+
+    python -m experiments.gguf model=smollm2_135m
+    python -m experiments.gguf model=llama3_2_1b model.path=Llama-3.2-1B-Q8_0.gguf
+
+`<cache>/base/<name of the file>-<16 hex of its sha256>/` holds the dequantised weights in float32, the config, the
+tokenizer and last `gguf.json`, which names the hash of the GGUF file and of every file beside it. The config of a run
+says in `model.gguf` which file it uses, with its hash, so that its id is not that of a run on the weights of the hub.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiments.errors import UserError, run_command
+from experiments.runs.received import check_file_names
+from experiments.runs.records import file_hash, write_atomically
+
+Config = dict[str, Any]
+MANIFEST = "gguf.json"
+
+
+def settle_weights(model: Config, cache: Path) -> None:
+    """Decide which weights a planned run uses, in its `model` section.
+
+    A path that ends in .gguf is that file. A model with a `gguf` section uses it where the Python package that holds
+    the file is installed or the converted file is in the cache. Elsewhere, and where `model.path` is a folder, the
+    section goes and the weights are those of `model.path`.
+    """
+    path = str(model["path"])
+    if path.endswith(".gguf"):
+        model["gguf"] = {"file": path, "sha256": _sha256(path)}
+    elif "gguf" in model:
+        given = model["gguf"]
+        if given is None or Path(path).is_dir() or not (_file(given) or is_converted(given, cache)):
+            del model["gguf"]
+
+
+def is_packaged(model: Config) -> bool:
+    """Whether the model's file in configs/model names a Python package with its weights."""
+    path = Path(__file__).resolve().parent.parent / "configs" / "model" / f"{model['name']}.yaml"
+    return path.is_file() and "gguf" in yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def converted(gguf: Config, cache: Path) -> Path:
+    """The folder with the converted model of a config's `gguf` section, made first if the cache does not hold it.
+
+    Raises:
+        UserError: the file is missing, not the one that was planned with, or not a GGUF file that transformers reads;
+            or the folder in the cache does not hold what was written there.
+    """
+    folder = _folder(gguf, cache)
+    if folder.is_dir():
+        _check(gguf, folder)
+        return folder
+    file = _file(gguf)
+    if file is None:
+        raise UserError(f"{gguf['file']}: no such file, and no converted copy in {cache}: {_remedy(gguf)}")
+    digest = _sha256(str(file))
+    if digest != gguf["sha256"]:
+        raise UserError(
+            f"{file}: its sha256 begins with {digest[:12]}, the run was planned with {gguf['sha256'][:12]}: "
+            f"{_remedy(gguf)}"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
+    try:
+        _convert(file, aside)
+        files = {path.name: file_hash(path) for path in sorted(aside.iterdir())}
+        write_atomically(aside / MANIFEST, json.dumps({"sha256": digest, "file": file.name, "files": files}, indent=1))
+        for path in aside.iterdir():
+            path.chmod(0o644)  # safetensors writes 0600 whatever the umask
+        aside.chmod(0o755)
+        os.rename(aside, folder)
+    except OSError:
+        if not folder.is_dir():  # otherwise another process made the same one first
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def is_converted(gguf: Config, cache: Path) -> bool:
+    return (_folder(gguf, cache) / MANIFEST).is_file()
+
+
+def _folder(gguf: Config, cache: Path) -> Path:
+    return cache / "base" / f"{Path(gguf['file']).stem}-{gguf['sha256'][:16]}"
+
+
+def _file(gguf: Config) -> Path | None:
+    """The GGUF file: a path, or inside an installed Python package, which is not imported."""
+    path = Path(gguf["file"])
+    if "package" in gguf:
+        if path.is_absolute() or ".." in path.parts or not path.parts[0].isidentifier():
+            raise UserError(
+                f"model.gguf.file={path}: not a file in a Python package"
+            )  # of a dotted name it imports part
+        spec = importlib.util.find_spec(path.parts[0])
+        places = spec.submodule_search_locations if spec else None
+        path = Path(places[0], *path.parts[1:]) if places else path
+    return path if path.is_file() else None
+
+
+def _remedy(gguf: Config) -> str:
+    return (
+        f"run `make real-model`, which installs {gguf['package']}" if "package" in gguf else "give model.path=FILE.gguf"
+    )
+
+
+def _sha256(path: str) -> str:
+    if not Path(path).is_file():
+        raise UserError(f"model.path={path}: no such file: give a GGUF file, a folder or a hub id")
+    stat = os.stat(path)
+    return _hash(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache
+def _hash(path: str, size: int, modified: int) -> str:
+    return file_hash(Path(path))
+
+
+def _check(gguf: Config, folder: Path) -> None:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        check_file_names(folder / MANIFEST, manifest["files"])
+        files = {name: _hash(str(folder / name), *_state(folder / name)) for name in manifest["files"]}
+        whole = manifest["sha256"] == gguf["sha256"] and files == manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{folder}: not what was converted from {Path(gguf['file']).name}: delete this folder")
+
+
+def _state(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """Write the model and the tokenizer of a GGUF file as a transformers folder."""
+    import torch
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"{file}: the package gguf, which reads such files, is not installed: run `make real-model`")
+    transformers.utils.logging.disable_progress_bar()
+    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "trust_remote_code": False}
+    print(f"converting {file.name}: half a minute per 100 MB, once", flush=True)
+    try:
+        dequantised: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    except Exception as error:  # of the reader, of NumPy on a file that ends too soon, of transformers' tables
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{file}: not a whole GGUF file of an architecture that transformers reads: {reason}") from None
+    settings = dequantised.config.to_dict()
+    for key in ("quantization_config", "_name_or_path"):  # transformers refuses to save the first
+        settings.pop(key, None)
+    config = AutoConfig.for_model(settings.pop("model_type"), **_shortest(settings))
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(dequantised.state_dict())
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _shortest(value: Any) -> Any:
+    """Numbers as they were before GGUF stored them in float32: 1e-5, not 9.999999747378752e-06."""
+    import numpy as np
+
+    if isinstance(value, dict):
+        return {key: _shortest(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_shortest(part) for part in value]
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.gguf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "overrides", nargs="+", metavar="key=value", help="model=… and, for a file, model.path=FILE.gguf"
+    )
+    overrides = parser.parse_intermixed_args(arguments).overrides
+    from experiments.models.base import leave_out_sklearn
+    from experiments.plan.compose import plan
+
+    leave_out_sklearn()
+    (config,) = plan(["method=base", "task=arith", *overrides])
+    gguf = config["model"].get("gguf")
+    if gguf is None:
+        raise UserError(f"model {config['model']['name']} has no GGUF file here: give model.path=FILE.gguf")
+    print(converted(gguf, Path(config["runtime"]["cache_dir"])))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,115 @@
+"""The base model `tiny`: a Llama and its tokenizer, made from nothing in about a minute and cached by content.
+
+It learns sums and simple stories from `experiments.arith.corpus`, so that fine-tuning it resembles fine-tuning a real
+base model: the skills are there, the task's phrasing and answer format are not.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.data import arith
+from experiments.runs.records import content_hash, file_hash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PAD, BOS, EOS = 0, 1, 2
+TOKENIZER_DOCUMENTS = 4000
+
+
+def make_base(model: dict[str, Any], cache: Path) -> Path:
+    """The folder of the base model that a `model` config describes, made first if the cache does not hold it.
+
+    The folder's name is the hash of everything that decides the weights: the config, this file and the corpus's.
+    """
+    sources = {path.name: file_hash(path) for path in (Path(__file__), Path(arith.__file__))}
+    decides = {key: model[key] for key in ("architecture", "pretraining", "dtype")}
+    folder = cache / "base" / f"{model['name']}-{content_hash([decides, sources])[:16]}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
+        try:
+            _pretrain(model, aside)
+            for path in aside.iterdir():
+                path.chmod(0o644)  # safetensors writes 0600 whatever the umask
+            aside.chmod(0o755)
+            os.rename(aside, folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process made the same one first
+                raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def make_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the corpus. Numbers up to 99 and the calculator's marks are one token; any text is read."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d{1,2}|=<<|>>|####"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>"]  # ids 0, 1 and 2
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(itertools.islice(arith.corpus(seed), TOKENIZER_DOCUMENTS), trainer)
+    # So that callers who ask for special tokens, lm-eval among them, get the BOS.
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast.padding_side = "left"
+    return fast
+
+
+def _pretrain(model: dict[str, Any], folder: Path) -> None:
+    """Train the model and write it. A plain loop: a minute of one schedule, with nothing to resume or to sweep."""
+    import torch
+    from tqdm import tqdm
+    from transformers import AutoModelForCausalLM
+
+    from experiments.data.prompts import Example, collate
+    from experiments.models.base import build_config
+
+    settings = model["pretraining"]
+    steps = settings["steps"]
+    tokenizer = make_tokenizer(model["architecture"]["vocab_size"], settings["seed"])
+    config = build_config(model["architecture"])
+    with torch.random.fork_rng():  # the caller's random state must not depend on whether the cache was warm
+        torch.manual_seed(settings["seed"])
+        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+        optimizer = torch.optim.AdamW(
+            network.parameters(), lr=settings["learning_rate"], betas=(0.9, 0.98), weight_decay=0.01
+        )
+        warmup = min(100, steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+        )
+        documents = arith.corpus(settings["seed"])
+        for _ in tqdm(range(steps), desc=f"making the base model {model['name']}", unit="step", mininterval=1.0):
+            rows = [
+                [BOS, *tokenizer.encode(document, add_special_tokens=False), EOS]
+                for document in itertools.islice(documents, settings["batch_size"])
+            ]
+            batch = collate([Example(row, row, truncated=False) for row in rows], PAD)
+            network(**batch).loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    network.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,356 @@
+"""From configs to runs: compose, sweep, freeze.
+
+    python -m experiments.plan model=llama3_8b method=diablo task=commonsense_170k --dry-run
+    python -m experiments.plan method=lora,diablo seed=0,1,2 recipe.learning_rate=1e-3
+    python -m experiments.plan experiment=quickstart
+
+Arguments are Hydra overrides, and a comma makes a sweep. An experiment file is a list of such lines, its grids; its
+runs are their union. `plan` writes `config.yaml` into every run's directory, resolved and frozen; `--dry-run` prints
+the runs and their exact parameter counts instead, from the architecture alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.data.sources import SOURCES
+from experiments.errors import UserError, nearest, run_command
+from experiments.models.gguf import settle_weights
+from experiments.models.quantized import name_quantized
+from experiments.plan.overrides import by_name, by_name_resolved, checked, set_value, settle, sweep
+from experiments.runs.evaluations import kind_of
+from experiments.runs.prerequisite import freeze_first
+from experiments.runs.records import RunPaths, read_config, run_id, write_config
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+GROUPS = ("model", "method", "quantization", "task", "protocol")
+TOP = (*GROUPS, "experiment")  # what may be said beside settings
+PAPER = "cells=paper"  # beside experiment=…: only the paper's own cells
+CHOSEN_LEARNING_RATE = "${method.learning_rate.${task.name}}"  # what run.yaml says where nobody gives one
+ONLY_TO_CHOOSE = {"method": ("learning_rate", "contract"), "model": ("adapter_size",), "task": ("benchmarks",)}
+# They change no result, and a run that ran out of memory goes on with others.
+MEMORY_SETTINGS = (("runtime", "gradient_checkpointing"), ("runtime", "sharding"), ("evaluation", "batch_size"))
+Config = dict[str, Any]
+
+OmegaConf.register_new_resolver("times", lambda factor, value: factor * value, replace=True)
+
+
+def plan(arguments: Sequence[str]) -> list[Config]:
+    """The resolved configs of all runs that the arguments ask for, in order, each run once."""
+    runs: dict[str, Config] = {}
+    for grid in expand_experiment(arguments):
+        for overrides in sweep(grid):
+            config = resolve(overrides)
+            runs.setdefault(config["run_id"], config)
+    return list(runs.values())
+
+
+def expand_experiment(arguments: Sequence[str]) -> list[list[str]]:
+    """The grids named by `experiment=…`, each followed by the other arguments; without one, the arguments alone."""
+    name, others = split_experiment(arguments)
+    experiment = read_experiment(name) if name else {}
+    grids = [*experiment.get("paper", []), *experiment.get("grids", [])]
+    if PAPER in others:
+        others.remove(PAPER)
+        grids = experiment.get("paper")
+        if not grids:
+            raise UserError(f"{PAPER}: experiment {name or '…'} has no cells of the paper, no `paper`")
+    if not name:
+        return [others]
+    common = _split(name, experiment.get("common", ""))
+    return [[*common, *_split(name, grid), *others] for grid in grids]
+
+
+def _split(experiment: str, line: Any) -> list[str]:
+    try:
+        return shlex.split(line)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"experiment {experiment}: {line!r} is no line of key=value ({error})") from None
+
+
+def split_experiment(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """What `experiment=…` names, if it is there, and the other arguments."""
+    names = [argument.removeprefix("experiment=") for argument in arguments if argument.startswith("experiment=")]
+    if len(names) > 1:
+        raise UserError(f"experiment is given {len(names)} times ({', '.join(names)}): plan one at a time")
+    return next(iter(names), None), [argument for argument in arguments if not argument.startswith("experiment=")]
+
+
+def read_experiment(name: str) -> Config:
+    """The content of `configs/experiment/<name>.yaml`, or of the file whose path, ending in .yaml, `name` is.
+
+    `title`, `common` (overrides of all runs), `grids`, `paper` (those grids that are the paper's own cells, before the
+    others), `learning_rate_by` (see experiments/choose.py), `notes`, and `reference`, the label to compare with.
+    """
+    path = Path(name) if name.endswith(".yaml") else CONFIGS / "experiment" / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"no experiment {name!r}: {nearest(name, options('experiment'))}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: an experiment is a map with title and grids")
+    unknown = set(content) - {"title", "common", "grids", "paper", "notes", "learning_rate_by", "reference"}
+    if unknown or not (content.get("grids") or content.get("paper")):
+        raise UserError(
+            f"{path}: an experiment has title, common, paper, grids, learning_rate_by, reference and notes, "
+            f"not {sorted(unknown) or 'no grids'}"
+        )
+    return content
+
+
+def resolve(overrides: Iterable[Override]) -> Config:
+    """One run's config, resolved. Files are composed once per choice of groups; single values are merged in."""
+    groups, values, overrides = [], [], list(overrides)
+    for override in overrides:
+        (groups if override.key_or_group in GROUPS else values).append(override)
+    lines = _lines(groups)
+    values = checked(values, _files(lines))
+    last = len(values)  # what follows is set after the references are resolved, which is done once for many runs
+    while last and _nothing_refers_to(values[last - 1], lines):
+        last -= 1
+    settled, free = (tuple(str(override.input_line) for override in part) for part in (values[:last], values[last:]))
+    keys = tuple(line.partition("=")[0] for line in free)
+    resolved = copy.deepcopy(_resolved(lines, settled, keys))
+    for override in values[last:]:
+        set_value(resolved, override, TOP)
+    return _named(freeze_first(resolved, overrides, resolve))
+
+
+def resolve_with_hydra(overrides: Iterable[Override]) -> Config:
+    """As `resolve`, with everything composed by Hydra: ten times slower, and what `resolve` must agree with."""
+    groups = [override for override in overrides if override.key_or_group in GROUPS]
+    values = [override for override in overrides if override.key_or_group not in GROUPS]
+    overrides = [*groups, *checked(values, _files(_lines(groups)))]
+    resolved = _resolve_references(_compose.__wrapped__(_lines(overrides)))
+    settle(resolved, _files(_lines(groups)))
+    return _named(freeze_first(resolved, overrides, resolve_with_hydra))
+
+
+def protocol_evaluation(task: str, protocol: str) -> Config:
+    """The `evaluation` section of another protocol of a task."""
+    overrides, *more = sweep([f"task={task}", f"protocol={protocol}", "recipe.learning_rate=0"])
+    if more:
+        raise UserError(f"protocol={protocol}: name one")
+    return resolve(overrides)["evaluation"]
+
+
+def set_values(config: Config, overrides: Iterable[str]) -> Config:
+    """A resolved config with single values replaced; keys it does not have are refused."""
+    changed = copy.deepcopy(config)
+    overrides = list(overrides)
+    choices, *more = sweep(overrides)
+    if more:
+        raise UserError(f"{' '.join(overrides)}: a run has one value of each setting, a comma makes several")
+    for override in checked(choices, by_name(config)):
+        set_value(changed, override, TOP)
+    return changed
+
+
+def options(group: str) -> list[str]:
+    """The names a group offers: its files. Those of a protocol are `<family>/<protocol>`."""
+    folder = CONFIGS / group
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+@lru_cache
+def protocols(task: str) -> list[str]:
+    """The names of the protocols that a task can be trained by, its own first."""
+    family, _, own = _own_protocol(task).partition("/")
+    names = [name.split("/")[1] for name in options("protocol") if name.startswith(f"{family}/")]
+    return [own, *(name for name in names if name != own)]
+
+
+def _own_protocol(task: str) -> str:
+    """What a task file's defaults say: `<family>/<protocol>`."""
+    if task not in options("task"):
+        raise UserError(f"no task {task!r}: {nearest(task, options('task'))}")
+    return _default(f"task/{task}", "override /protocol")
+
+
+@lru_cache
+def _default(file: str, key: str) -> str:
+    """What a config file's defaults list says for a group."""
+    defaults = yaml.safe_load((CONFIGS / f"{file}.yaml").read_text(encoding="utf-8"))["defaults"]
+    return next(entry[key] for entry in defaults if key in entry)
+
+
+def _lines(overrides: Iterable[Override]) -> tuple[str, ...]:
+    """Overrides as Hydra takes them; `protocol=diablo` means the `diablo` of the task's family."""
+    overrides = list(overrides)
+    chosen = {override.key_or_group: override for override in overrides}
+    lines = []
+    for override in overrides:
+        line = str(override.input_line)
+        if override.key_or_group == "protocol":
+            task = str(chosen["task"].value()) if "task" in chosen else _default("run", "task")
+            name = str(override.value())
+            if name not in protocols(task):
+                raise UserError(f"task {task} has no protocol {name!r}: it has {', '.join(protocols(task))}")
+            line = f"protocol={_own_protocol(task).split('/')[0]}/{name}"
+        lines.append(line)
+    return tuple(lines)
+
+
+@lru_cache(maxsize=256)
+def _compose(overrides: tuple[str, ...]) -> Config:
+    """The config files of a choice of groups, merged by Hydra, their references not resolved yet."""
+    for override in overrides:
+        group, _, name = override.partition("=")
+        if group in GROUPS and name not in options(group):
+            raise UserError(f"no {group} {name!r}: {nearest(name, options(group))}")
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+            composed = OmegaConf.to_container(compose("run", overrides=list(overrides)), resolve=False)
+    except (HydraException, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"configs do not fit together: {error}") from None
+    return cast(Config, composed)
+
+
+@lru_cache(maxsize=256)
+def _resolved(groups: tuple[str, ...], values: tuple[str, ...], free: tuple[str, ...]) -> Config:
+    """The config of these choices, its references resolved, with null for each free value."""
+    composed = copy.deepcopy(_compose(groups))
+    for override in OverridesParser.create().parse_overrides([*values, *(f"{key}=null" for key in free)]):
+        set_value(composed, override, TOP)
+    resolved = _resolve_references(composed)
+    settle(resolved, _files(groups), free)
+    return resolved
+
+
+@lru_cache(maxsize=256)
+def _files(groups: tuple[str, ...]) -> Config:
+    """Every setting and section of the files of these choices by its dotted name."""
+    return by_name_resolved(_compose(groups))
+
+
+def _nothing_refers_to(override: Override, groups: tuple[str, ...]) -> bool:
+    """Whether a value can be set after references are resolved: a plain one, with no reference to or from it."""
+    value, key = override.value(), override.key_or_group
+    if isinstance(value, dict | list) or (isinstance(value, str) and re.search(r"[$\\]", value)):
+        return False
+    return not any(f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.") for name in _references(groups))
+
+
+@lru_cache(maxsize=256)
+def _references(groups: tuple[str, ...]) -> frozenset[str]:
+    """Every dotted name, or beginning of one, in the references of the config files of a choice of groups."""
+
+    def names(value: Any, *path: str) -> Iterator[str]:
+        if isinstance(value, dict | list):
+            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from names(part, *path, str(key))
+        elif isinstance(value, str) and "${" in value:
+            for dots, name in re.findall(r"(\.*)(\w[\w.]*)", value):
+                # A name with dots before it begins so many levels above the value that refers to it.
+                yield ".".join([*(path[: -len(dots)] if dots else ()), name.rstrip(".")])
+
+    return frozenset(names(_compose(groups)))
+
+
+def _resolve_references(composed: Config) -> Config:
+    """The values of all references."""
+    method, task = composed["method"], composed["task"]
+    if composed["recipe"]["learning_rate"] == CHOSEN_LEARNING_RATE and task["name"] not in method["learning_rate"]:
+        raise UserError(
+            f"no learning rate is recorded for {method['name']} on {task['name']}: give recipe.learning_rate=…"
+        )
+    try:
+        return cast(Config, OmegaConf.to_container(OmegaConf.create(composed), resolve=True))
+    except OmegaConfBaseException as error:
+        raise UserError(f"cannot resolve the config of {method['name']} on {task['name']}: {error}") from None
+
+
+def _named(settings: Config) -> Config:
+    """Drop the tables that only served to choose a value, and name the run."""
+    _check_data(settings)
+    settle_weights(settings["model"], Path(settings["runtime"]["cache_dir"]))
+    name_quantized(settings)
+    if settings["spectra"]["every"] is None:
+        del settings["spectra"]
+    for section, tables in ONLY_TO_CHOOSE.items():
+        for table in tables:
+            del settings[section][table]
+    return {"run_id": run_id(settings), **settings}
+
+
+def _check_data(settings: Config) -> None:
+    for benchmark in settings["evaluation"]["benchmarks"]:
+        kind_of(benchmark)  # a text's file may be on another machine
+    given = settings["task"]["data"]["source"]
+    for source in [given] if isinstance(given, str) else given:
+        if source not in SOURCES and source != "arith":
+            raise UserError(f"task.data.source={source}: no such data set: {nearest(source, [*SOURCES, 'arith'])}")
+
+
+def run_paths(config: Config) -> RunPaths:
+    return RunPaths(Path(config["runtime"]["runs_dir"]) / config["run_id"])
+
+
+def write_runs(configs: Iterable[Config]) -> list[RunPaths]:
+    """Make the run directories. A config that is already there is checked and stays, but for `MEMORY_SETTINGS`."""
+    runs = []
+    for config in configs:
+        run = run_paths(config)
+        if run.config.is_file():
+            frozen = read_config(run)
+            renewed = copy.deepcopy(frozen)
+            for part, key in MEMORY_SETTINGS:
+                renewed[part][key] = config[part][key]
+            if renewed != frozen:
+                write_config(run, renewed)
+        else:
+            write_config(run, config)
+        runs.append(run)
+    return runs
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", help="experiment=…, model=…, method=…, key=value, key=a,b,c")
+    parser.add_argument("--dry-run", action="store_true", help="print runs, parameters and tokens; write no runs")
+    from experiments.plan.choose import follow, stages_of  # these build on this module
+    from experiments.plan.selection import add_options, read_options, select
+
+    add_options(parser)
+    options = parser.parse_intermixed_args(arguments)
+    selection = read_options(options)
+    selected = select(options.overrides, selection)
+    found = stages_of(selected.configs, selected.by)
+    configs, following = found.known(), found.following()
+    if options.dry_run:
+        from experiments.plan.counting import print_counts  # torch and peft, which --help should not wait for
+        from experiments.plan.overview import print_memory
+
+        print_counts(configs, following, selection.speed)
+        print_memory(configs)
+    else:
+        for run in write_runs(configs):
+            print(run.root)
+    if following:
+        print(follow(len(following)), file=sys.stderr)
+    if selected.left_out:
+        print("left out by the budget:", *selected.left_out, sep="\n  ", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,183 @@
+"""What planned runs cost: tokens to train on, and GPU-hours at a speed that was measured; by which a budget is counted.
+
+Tokens are counted where the task's rows and the model's tokenizer are on this machine. Elsewhere `--tokens-per-row`
+stands in, and without it they stay blank. GPU-hours are of training alone; scoring comes on top.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.data import hub
+from experiments.errors import UserError
+from experiments.models.gguf import converted, is_converted
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured elsewhere: tokens per second and GPU of each model (or "" for all), tokens of a row."""
+
+    tokens_per_second: dict[str, float]
+    tokens_per_row: float | None = None
+
+
+def read_speed(speeds: Sequence[str], tokens_per_row: float | None) -> Speed:
+    """From `3000` or `llama2_7b=3000`."""
+    found = {}
+    for text in speeds:
+        model, _, number = text.rpartition("=")
+        try:
+            found[model] = float(number)
+        except ValueError:
+            found[model] = 0.0
+        if found[model] <= 0:
+            raise UserError(f"--tokens-per-second {text}: give a number, or MODEL=number")
+    return Speed(found, tokens_per_row)
+
+
+def rows_trained_on(config: Config) -> int:
+    """Rows that all steps of a run see together; 0 where nothing is trained."""
+    if config["method"]["trains"] == "nothing":
+        return 0
+    recipe = config["recipe"]
+    steps = _rows(json.dumps(config["task"]["data"])) // recipe["batch_size"] * recipe["epochs"]
+    return min(steps, recipe["max_steps"] or steps) * recipe["batch_size"]
+
+
+def tokens(config: Config, speed: Speed) -> float | None:
+    """Tokens that a run trains on, prompts included and padding not; None where a row's length is unknown."""
+    rows = rows_trained_on(config)
+    if not rows:
+        return 0.0
+    lengths = _lengths(config)
+    mean = speed.tokens_per_row if lengths is None else float(lengths.mean())
+    return None if mean is None else rows * mean
+
+
+def longest_row(config: Config) -> int | None:
+    """Tokens of the longest row, or as many as the protocol keeps where rows or tokenizer are not here."""
+    lengths, protocol = _lengths(config), config["protocol"]
+    if lengths is not None and len(lengths):
+        return int(lengths.max())
+    if protocol["max_length"] is not None:
+        return protocol["max_length"]
+    parts = (protocol["max_prompt_length"], protocol["max_target_length"])
+    return None if None in parts else sum(parts)
+
+
+def _lengths(config: Config) -> np.ndarray | None:
+    """Tokens of every training row."""
+    return _row_lengths(json.dumps({key: config[key] for key in ("model", "task", "protocol", "runtime")}))
+
+
+def gpu_hours(config: Config, speed: Speed) -> float | None:
+    if not rows_trained_on(config):
+        return 0.0
+    per_second = _speed_of(config, speed)
+    count = tokens(config, speed)
+    return None if per_second is None or count is None else count / per_second / 3600
+
+
+def read_budget(text: str) -> float:
+    """GPU-hours of `200gpuh`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*gpuh", text)
+    if match is None:
+        raise UserError(f"--budget {text}: write GPU-hours, as 200gpuh")
+    return float(match[1])
+
+
+def known_hours(config: Config, speed: Speed) -> float:
+    """UserError where `gpu_hours` are unknown."""
+    hours = gpu_hours(config, speed)
+    if hours is None:
+        model, task = config["model"]["name"], config["task"]["name"]
+        raise UserError(
+            f"--budget: the GPU-hours of {model} on {task} are unknown: give --tokens-per-second {model}=…"
+            + ("" if tokens(config, speed) is not None else " and --tokens-per-row …")
+        )
+    return hours
+
+
+def reasons(configs: Sequence[Config], speed: Speed) -> list[str]:
+    """Why tokens or GPU-hours of some runs are unknown, and what to give, a line each."""
+    lines: dict[str, None] = {}
+    for config in configs:
+        model, task = config["model"]["name"], config["task"]["name"]
+        if not rows_trained_on(config):
+            continue
+        if tokens(config, speed) is None:
+            lacking = "its tokenizer is" if _tokenizer(config) is None else "the rows are"
+            lines[f"tokens of {model} on {task}: {lacking} not on this machine: give --tokens-per-row N"] = None
+        if _speed_of(config, speed) is None:
+            lines[f"GPU-hours of {model}: no speed was given: --tokens-per-second {model}=N"] = None
+    return list(lines)
+
+
+def _speed_of(config: Config, speed: Speed) -> float | None:
+    return speed.tokens_per_second.get(config["model"]["name"], speed.tokens_per_second.get(""))
+
+
+@functools.cache
+def _rows(data: str) -> int:
+    """Training rows of a `task.data` section: counted where they are here, else as many as the source has."""
+    from experiments.data.rows import load_rows
+    from experiments.data.sources import SOURCES
+
+    content = json.loads(data)
+    try:
+        with hub.offline():
+            return len(load_rows(content, "train", None))
+    except UserError:
+        names = [content["source"]] if isinstance(content["source"], str) else content["source"]
+        return sum(max(SOURCES[name]["train"].rows) for name in names) - content["heldout"]
+
+
+@functools.cache
+def _row_lengths(about: str) -> np.ndarray | None:
+    from experiments.data.prompts import select_rows
+    from experiments.data.rows import load_rows
+    from experiments.data.tokens import tokenised
+
+    config = json.loads(about)
+    tokenizer = _tokenizer(config)
+    if tokenizer is None:
+        return None
+    try:
+        with hub.offline():
+            rows = load_rows(config["task"]["data"], "train", config["runtime"]["data_root"])
+    except UserError:
+        return None
+    cache = Path(config["runtime"]["cache_dir"])
+    return tokenised(config["protocol"], tokenizer, select_rows(config["protocol"], rows), cache).lengths
+
+
+def _tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer, if it is on this machine."""
+    from transformers import AutoTokenizer
+
+    model = config["model"]
+    if model["pretraining"] is not None:
+        from experiments.models.tiny import make_tokenizer
+
+        return make_tokenizer(model["architecture"]["vocab_size"], model["pretraining"]["seed"])
+    path, cache = model["path"], Path(config["runtime"]["cache_dir"])
+    if gguf := model.get("gguf"):
+        if not is_converted(gguf, cache):
+            return None
+        path = converted(gguf, cache)
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=model["revision"], local_files_only=True)
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,220 @@
+"""A model's shapes: how many bytes its tensors take, and what a forward and backward pass of it allocates.
+
+The pass runs on fake tensors (torch's FakeTensorMode): every operation and every autograd function of the real one, on
+tensors that have shapes and dtypes and no values, so that a 13B model takes a laptop a second.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from experiments.models.base import empty_base
+from experiments.train import methods
+from experiments.train.loss import LOGITS, ChunkedLoss
+
+Config = dict[str, Any]
+DEPTHS = (2, 3)  # decoder layers that are run: what one adds is what each adds
+
+
+@dataclass(frozen=True)
+class Held:
+    """Of a whole model with what a method attaches to it. Numbers are entries, of which dtypes make bytes."""
+
+    frozen_bytes: int
+    trained: int
+    base: int
+    layer: int  # of the largest decoder layer, the adapter included
+    root: int  # outside the decoder layers: embedding, output layer
+    linear: int  # of the largest linear layer
+    targets: int  # of the linear layers that an adapter is on
+    in_place: int  # of what is trained inside a weight, whose own values are kept
+
+
+@functools.cache
+def held(architecture: str, method: str, dtype: str) -> Held:
+    """Both as JSON; `dtype` is the base's."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from diablo.quantize.storage import decoder_layers
+
+    settings = json.loads(method)
+    base_numbers = empty_base(json.loads(architecture)).num_parameters()
+    model, base = _attached(json.loads(architecture), settings, dtype)
+    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values()
+    layers = decoder_layers(base)[1]
+    inside = sum(parameter.numel() for parameter in layers.parameters())
+    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    weights = [getattr(module.get_base_layer(), "weight", None) for module in adapted]
+    trained = sum(tensor.numel() for tensor in tensors if tensor.requires_grad)
+    adapter = settings["adapter"] or {}
+    in_place = adapter.get("mode", "adapter") != "adapter" and not adapter.get("dropout")
+    return Held(
+        frozen_bytes=sum(tensor.nbytes for tensor in tensors if not tensor.requires_grad),
+        trained=trained,
+        base=base_numbers,
+        layer=max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers),
+        root=sum(parameter.numel() for parameter in model.parameters()) - inside,
+        linear=max(module.weight.numel() for module in base.modules() if isinstance(module, nn.Linear)),
+        targets=sum(weight.numel() for weight in weights if isinstance(weight, Tensor)),
+        in_place=trained if in_place else 0,
+    )
+
+
+@functools.cache
+def pass_bytes(
+    architecture: str, method: str, dtype: str, autocast: bool, rows: int, length: int, checkpointing: bool
+) -> int:
+    """The most that a forward and backward pass holds beyond the model's tensors, their gradients not kept."""
+    shapes, settings = json.loads(architecture), json.loads(method)
+    depth = shapes["num_hidden_layers"]
+    depths = DEPTHS if depth > max(DEPTHS) else (depth,)
+    peaks = [_peak(shapes, settings, dtype, autocast, rows, length, checkpointing, count) for count in depths]
+    return peaks[-1] + (depth - depths[-1]) * (peaks[-1] - peaks[0])
+
+
+def _attached(architecture: Config, method: Config, dtype: str) -> tuple[Any, Any]:
+    """The model on the meta device with what the method trains, and its base."""
+    adapter = method["adapter"]
+    if adapter and str(adapter.get("_target_")).startswith("diablo."):
+        # In place nothing can be written without values, and a mask of dropout that is made again is not kept.
+        beside = {"mode": "adapter", "dropout": 0.0}
+        method = {**method, "adapter": {**adapter, **{key: beside[key] for key in beside if key in adapter}}}
+    base = empty_base(architecture).to(getattr(torch, dtype))
+    return methods.attach(method, base), base
+
+
+def _first_layers(architecture: Config, method: Config, depth: int) -> tuple[Config, Config]:
+    """A model of so many layers, and a method for it whose adapter is on each of them, as it may be on the whole."""
+    architecture, adapter = {**architecture, "num_hidden_layers": depth}, dict(method["adapter"] or {})
+    adapter.pop("layers_to_transform", None)
+    if (method.get("prepare") or {}).get("_target_") == "diablo.smt.choose_blocks":
+        from diablo.smt import SmtConfig, all_blocks
+
+        config = methods.peft_config(adapter)
+        assert isinstance(config, SmtConfig)
+        adapter["num_blocks"] = all_blocks(empty_base(architecture), config)
+    return architecture, {**method, "adapter": adapter or None}
+
+
+def _peak(
+    architecture: Config,
+    method: Config,
+    dtype: str,
+    autocast: bool,
+    rows: int,
+    length: int,
+    checkpointing: bool,
+    depth: int,
+) -> int:
+    model, base = _attached(*_first_layers(architecture, method, depth), dtype)
+    base.config.use_cache = False
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    with FakeTensorMode(allow_non_fake_inputs=True), Allocations() as allocations:
+        make_fake(model)
+        tokens = torch.zeros(rows, length, dtype=torch.int64)
+        allocations.begin()
+        forward_backward(model.train(), tokens, autocast)
+    return allocations.peak
+
+
+def forward_backward(model: Any, tokens: Tensor, autocast: bool) -> None:
+    """As the trainer does it, with every position labelled; gradients are dropped as soon as they are whole."""
+    hooks = [p.register_post_accumulate_grad_hook(_drop) for p in model.parameters() if p.requires_grad]
+    head = model.get_output_embeddings()
+    mask = torch.ones_like(tokens)
+    mask[:, -1] = 0  # rows differ in length: without padding there is no mask, and grouped keys are not repeated
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast), _entering(head) as hidden:
+        model(input_ids=tokens, attention_mask=mask)
+    flat = hidden.pop()[:, -tokens.shape[1] :].flatten(0, 1)  # without the virtual tokens of prompt methods
+    labelled = flat.index_select(0, torch.zeros(len(flat), dtype=torch.int64, device=tokens.device))
+    del flat
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
+        parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        chunk = max(1, LOGITS // head.weight.shape[0])
+        loss: Any = ChunkedLoss.apply(labelled, tokens.flatten(), 1.0, head, chunk, *parameters)
+    del labelled
+    loss.backward()
+    for hook in hooks:
+        hook.remove()
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+@contextmanager
+def _entering(head: nn.Module) -> Iterator[list[Tensor]]:
+    """What enters the output layer, which is given nothing to do: experiments/loss.py computes its part in chunks."""
+    hidden: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden.append(inputs[0])
+        return (inputs[0][:, :0],)
+
+    handle = head.register_forward_pre_hook(keep)
+    try:
+        yield hidden
+    finally:
+        handle.remove()
+
+
+def make_fake(model: nn.Module) -> None:
+    """Fake tensors in the place of the model's, one for each however often it is shared."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # the first keeps its id from being used again
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    new = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    if isinstance(tensor, nn.Parameter):
+                        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+                    made[id(tensor)] = (tensor, new)
+                tensors[name] = made[id(tensor)][1]  # pyright: ignore[reportArgumentType]
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the storages that operations make while this is active, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = self._start = 0
+        self._known: set[int] = set()
+
+    def begin(self) -> None:
+        """Count from here on."""
+        self._start, self.peak = self.held, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._add(value.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.held += storage.nbytes()
+        self.peak = max(self.peak, self.held - self._start)
+        weakref.finalize(storage, self._remove, key, storage.nbytes())
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.held -= size

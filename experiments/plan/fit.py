@@ -1,0 +1,110 @@
+"""Whether a run fits GPUs of a given memory, on how many, and what to change where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from experiments.errors import UserError
+from experiments.plan.choose import named
+from experiments.plan.memory import Memory, estimate
+from experiments.plan.sizes import gibibytes
+
+Config = dict[str, Any]
+USABLE = 0.92  # of a GPU's memory: CUDA's context, NCCL's buffers and fragmentation take the rest
+
+
+def gpus_needed(config: Config, gpu_bytes: int, largest: int) -> int:
+    """The fewest GPUs that a run fits, of those numbers that divide its batch; UserError if it fits none."""
+    if config["method"]["trains"] == "nothing":
+        return 1
+    counts = list(_counts(config, largest))
+    found = next((gpus for gpus in counts if fits(estimate(config, gpus), gpu_bytes)), None)
+    if found is None:
+        raise UserError(does_not_fit(config, counts[-1] if counts else 1, gpu_bytes, largest))
+    return found
+
+
+def check_fits(config: Config, gpus: int, gpu_bytes: int, largest: int) -> None:
+    """UserError if a run does not fit so many GPUs, or if its batch does not divide over them."""
+    if config["method"]["trains"] == "nothing" or not gpus:
+        return
+    check_divides(config, gpus)
+    if not fits(estimate(config, gpus), gpu_bytes):
+        raise UserError(does_not_fit(config, gpus, gpu_bytes, largest))
+
+
+def check_divides(config: Config, gpus: int) -> None:
+    """UserError if a batch is no whole number of micro-batches on each GPU, which training would refuse hours later."""
+    recipe = config["recipe"]
+    if recipe["batch_size"] % (recipe["micro_batch_size"] * gpus):
+        known = ", ".join(map(str, _counts(config, recipe["batch_size"])))
+        raise UserError(
+            f"{named(config)}: recipe.batch_size={recipe['batch_size']} is not a multiple of recipe.micro_batch_size="
+            f"{recipe['micro_batch_size']} × {gpus} GPUs: give "
+            + (f"{known} GPUs, or " if known else "")
+            + "another recipe.micro_batch_size"
+        )
+
+
+def fits(memory: Memory, gpu_bytes: int) -> bool:
+    return memory.peak <= USABLE * gpu_bytes
+
+
+def does_not_fit(config: Config, gpus: int, gpu_bytes: int, largest: int) -> str:
+    """One line: what is needed, what there is, and the smallest changes that would do."""
+    needs = estimate(config, gpus)
+    where = f"each of {gpus} GPUs" if gpus > 1 else "one GPU"
+    why = " while it chooses what to train" if needs.preparation > needs.training else ""
+    single = [_first(kind, gpu_bytes) for kind in _single_changes(config, gpus, largest)]
+    changes = list(filter(None, single)) or list(filter(None, [_first(_several_changes(config, largest), gpu_bytes)]))
+    mend = f"give {', or '.join(changes)}" if changes else "give GPUs with more memory, or quantization=nf"
+    return (
+        f"{named(config)} does not fit: it needs {gibibytes(needs.peak)}{why}, and "
+        f"{gibibytes(int(USABLE * gpu_bytes))} are usable on {where}: {mend}"
+    )
+
+
+def _first(changes: Iterator[tuple[str, Memory]], gpu_bytes: int) -> str | None:
+    """The first change with which the run fits, and what it needs then."""
+    return next((f"{text} ({gibibytes(memory.peak)})" for text, memory in changes if fits(memory, gpu_bytes)), None)
+
+
+def _single_changes(config: Config, gpus: int, largest: int) -> Iterator[Iterator[tuple[str, Memory]]]:
+    """Of each kind of change the smallest first."""
+    yield ((f"{count} GPUs, sharded", estimate(config, count)) for count in _counts(config, largest) if count > gpus)
+    if _can_checkpoint(config):
+        yield iter([("runtime.gradient_checkpointing=true", estimate(_checkpointed(config), gpus))])
+    sizes = range(config["recipe"]["micro_batch_size"] - 1, 0, -1)
+    smaller = [_with_micro_batch(config, size) for size in sizes if config["recipe"]["batch_size"] % (size * gpus) == 0]
+    yield ((f"recipe.micro_batch_size={c['recipe']['micro_batch_size']}", estimate(c, gpus)) for c in smaller)
+
+
+def _several_changes(config: Config, largest: int) -> Iterator[tuple[str, Memory]]:
+    """Checkpointing and the smallest micro-batch, on as few GPUs as possible."""
+    small, text = _with_micro_batch(config, 1), "recipe.micro_batch_size=1"
+    if _can_checkpoint(config):
+        small, text = _checkpointed(small), f"runtime.gradient_checkpointing=true and {text}"
+    for gpus in _counts(small, largest):
+        yield f"{text} on {gpus} GPUs", estimate(small, gpus)
+
+
+def _counts(config: Config, largest: int) -> Iterator[int]:
+    """Numbers of GPUs over which the batch divides into whole micro-batches."""
+    recipe = config["recipe"]
+    parts, rest = divmod(recipe["batch_size"], recipe["micro_batch_size"])
+    if not rest:
+        yield from (gpus for gpus in range(1, min(parts, largest) + 1) if parts % gpus == 0)
+
+
+def _with_micro_batch(config: Config, size: int) -> Config:
+    return {**config, "recipe": {**config["recipe"], "micro_batch_size": size}}
+
+
+def _checkpointed(config: Config) -> Config:
+    return {**config, "runtime": {**config["runtime"], "gradient_checkpointing": True}}
+
+
+def _can_checkpoint(config: Config) -> bool:
+    """Prefix tuning keeps what it trains in the cache, which checkpointing switches off."""
+    return not config["runtime"]["gradient_checkpointing"] and config["method"]["name"] != "prefix"

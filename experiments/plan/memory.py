@@ -1,0 +1,131 @@
+"""GPU memory of training a run, from shapes alone: weights, gradients, optimizer state and activations per GPU.
+
+Bytes of weights, gradients and optimizer state are sums over the tensors of the whole model. Activations are measured
+on fake tensors (experiments/fake_pass.py): the first decoder layers run, and more are extrapolated, since each adds the
+same. The micro-batch is full, every position has a label, and rows are as long as the longest one, or as the protocol
+allows where rows or tokenizer are not here. So the estimate is what the largest step needs. CUDA's context, NCCL's
+buffers and the allocator's fragmentation come on top: `USABLE` in experiments/fit.py.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from experiments.plan.cost import longest_row
+
+if TYPE_CHECKING:
+    from experiments.plan.fake_pass import Held
+
+Config = dict[str, Any]
+LENGTH = 2048  # tokens of a row where neither the rows nor the protocol tell
+PREFETCHED = 2  # decoder layers whose weights are whole on every GPU at a time, where weights are sharded
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each of `gpus` GPUs while a run trains on rows of `length` tokens.
+
+    `weights` are the base's and the adapter's, and the base's own values where an adapter is trained inside them.
+    `activations` is the most that a forward and backward pass holds beyond weights, gradients and optimizer state.
+    `preparation` is all that is held while a method looks at gradients before it is attached; 0 for most methods.
+    """
+
+    gpus: int
+    length: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    accumulates: bool  # the gradients of earlier micro-batches are there during a forward pass
+    preparation: int = 0
+
+    @property
+    def training(self) -> int:
+        """The peak of a step. Without accumulation gradients come into being as activations go."""
+        both = self.gradients + self.activations
+        return self.weights + self.optimizer + (both if self.accumulates else max(self.gradients, self.activations))
+
+    @property
+    def peak(self) -> int:
+        return max(self.training, self.preparation)
+
+
+def estimate(config: Config, gpus: int = 1) -> Memory:
+    """The memory of a run that is sharded over so many GPUs."""
+    from experiments.plan.fake_pass import held, pass_bytes
+
+    recipe, method, checkpointing = config["recipe"], config["method"], config["runtime"]["gradient_checkpointing"]
+    rows, length = recipe["micro_batch_size"], longest_row(config) or LENGTH
+    dtype, autocast = base_dtype(config), _name_of_dtype(config) == "bfloat16"
+    shapes = json.dumps(config["model"]["architecture"]), json.dumps(method)
+    found = held(*shapes, dtype)
+    trained = found.trained if method["trains"] != "nothing" else 0
+    size = {"float64": 8, "float32": 4}.get(dtype, 2)  # of an entry of the base
+    # PEFT and full fine-tuning keep what is trained in float32.
+    weights = found.frozen_bytes + max(4, size) * trained + size * found.in_place
+    activations = 0
+    if "quantization" in config:
+        from experiments.models.quantized import planned_sizes
+
+        base = planned_sizes(config)
+        weights += int(base["quantized_bytes"] + base["other_bytes"] - base["full_bytes"])
+        activations += size * found.linear  # one layer's weight, dequantised
+    if trained:
+        # Sharded weights are gathered in the dtype of the computation, where autocast would keep casts of all of them.
+        computes = "bfloat16" if gpus > 1 and autocast else dtype
+        activations += pass_bytes(*shapes, computes, autocast, rows, length, checkpointing)
+        activations += _gathered(found, gpus, method["trains"] == "all")
+    return Memory(
+        gpus=gpus,
+        length=length,
+        weights=-(-weights // gpus),
+        gradients=-(-4 * trained // gpus),
+        optimizer=-(-_state_bytes(recipe["optimizer"]) * trained // gpus),
+        activations=activations,
+        accumulates=recipe["batch_size"] > rows * gpus,
+        preparation=_preparation(config, found, rows, length, gpus),
+    )
+
+
+def _name_of_dtype(config: Config) -> str:
+    """`model.dtype`; `auto` is bfloat16, which every GPU of the last years computes with, and float32 on the CPU."""
+    name = config["model"]["dtype"]
+    return ("float32" if config["runtime"]["device"] == "cpu" else "bfloat16") if name == "auto" else name
+
+
+def base_dtype(config: Config) -> str:
+    """Of the base's weights, which full fine-tuning trains in float32."""
+    return "float32" if config["method"]["trains"] == "all" else _name_of_dtype(config)
+
+
+def _state_bytes(optimizer: str) -> int:
+    """Per trained entry. Unknown ones are taken for Adam, which has the most."""
+    return 0 if optimizer == "sgd" else 8
+
+
+def _gathered(found: Held, gpus: int, all_trained: bool) -> int:
+    """What a GPU holds of the others' shards: two layers and what is outside of them, and gradients not yet reduced."""
+    if gpus == 1:
+        return 0
+    weights = 2 * (PREFETCHED * found.layer + found.root)
+    return weights + (4 * (found.layer + found.root) if all_trained else 0)
+
+
+def _preparation(config: Config, found: Held, rows: int, length: int, gpus: int) -> int:
+    """The peak while `method.prepare` runs; 0 if it needs no gradients."""
+    from experiments.plan.fake_pass import pass_bytes
+
+    target = (config["method"].get("prepare") or {}).get("_target_")
+    if target == "diablo.smt.choose_blocks":  # the base as it was; weights, gradients and Adam in float32; their sums
+        total, dtype = found.frozen_bytes + 16 * found.base + 4 * found.targets, "float32"
+    elif target == "diablo.lora_ga.estimate_gradients":  # sums and means of the targets' gradients in float32
+        total, dtype = found.frozen_bytes + 8 * found.targets, base_dtype(config)
+    else:
+        return 0
+    everything = json.dumps({"name": "full", "label": "full", "trains": "all", "adapter": None})
+    autocast = _name_of_dtype(config) == "bfloat16"
+    dtype = "bfloat16" if gpus > 1 and autocast else dtype
+    passes = pass_bytes(json.dumps(config["model"]["architecture"]), everything, dtype, autocast, rows, length, False)
+    return -(-total // gpus) + passes + _gathered(found, gpus, True)

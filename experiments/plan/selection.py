@@ -1,0 +1,125 @@
+"""Which runs of an experiment are wanted, in the same words for plan, submit and reproduce: --paper and --budget."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from experiments.errors import UserError
+from experiments.plan.choose import named, rule
+from experiments.plan.compose import PAPER, plan
+from experiments.plan.cost import Speed, known_hours, read_budget, read_speed
+from experiments.runs.records import group_hash
+
+Config = dict[str, Any]
+Hours = Callable[[Config], float]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """`budget` is in GPU-hours; `flags` are the options as they were given, for a job that goes on with them."""
+
+    paper: bool = False
+    budget: float | None = None
+    speed: Speed = field(default_factory=lambda: Speed({}))
+    flags: tuple[str, ...] = ()
+
+
+EVERYTHING = Selection()
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The runs, how their learning rates are chosen, and a line for each setting that lacks some by the budget."""
+
+    configs: list[Config]
+    by: str | None
+    left_out: list[str]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--paper", action="store_true", help="only the paper's own cells of an experiment")
+    parser.add_argument("--budget", metavar="200gpuh", help="only the runs that so many GPU-hours of training pay for")
+    parser.add_argument(
+        "--tokens-per-second", action="append", default=[], metavar="[MODEL=]N", help="measured, per GPU: for GPU-hours"
+    )
+    parser.add_argument("--tokens-per-row", type=float, metavar="N", help="where data or tokenizer are not here")
+
+
+def read_options(options: argparse.Namespace) -> Selection:
+    flags = ["--paper"] if options.paper else []
+    flags += [f"--budget={options.budget}"] if options.budget else []
+    flags += [f"--tokens-per-second={text}" for text in options.tokens_per_second]
+    flags += [f"--tokens-per-row={options.tokens_per_row}"] if options.tokens_per_row else []
+    return Selection(
+        paper=options.paper,
+        budget=read_budget(options.budget) if options.budget else None,
+        speed=read_speed(options.tokens_per_second, options.tokens_per_row),
+        flags=tuple(flags),
+    )
+
+
+def select(arguments: Sequence[str], selection: Selection, hours: Hours | None = None) -> Selected:
+    """What the arguments plan, as far as it is wanted.
+
+    Args:
+        hours: GPU-hours of a run for the budget, in the place of those at the selection's speed.
+    """
+    configs, by = plan([*arguments, *([PAPER] if selection.paper else [])]), rule(arguments)
+    if selection.budget is None:
+        return Selected(configs, by, [])
+    cost = hours or (lambda config: known_hours(config, selection.speed))
+    return Selected(*within(configs, by, selection.budget, cost))
+
+
+def within(
+    configs: list[Config], by: str | None, budget: float, hours: Hours
+) -> tuple[list[Config], str | None, list[str]]:
+    """The runs that a budget pays for, `by`, and a line for each setting that lacks some.
+
+    Settings come in the experiment's order, which is that of their weight: first all of them get their learning rate
+    and one seed, then a second seed, and so on. What does not fit is left out, and smaller things after it may fit. Of
+    a seed whose learning rate is not chosen yet one run is paid for, and all rates are kept to choose from.
+    """
+    groups: dict[str, list[Config]] = {}
+    for config in configs:
+        groups.setdefault(group_hash(config), []).append(config)
+    rounds = {name: _rounds(group, by) for name, group in groups.items()}
+    kept: set[str] = set()
+    left, lacks = budget, dict[str, int]()
+    for number in range(max(map(len, rounds.values()), default=0)):
+        for name, parts in rounds.items():
+            if number >= len(parts) or name in lacks:
+                continue
+            paid, wanted = parts[number]
+            cost = sum(map(hours, paid))
+            if cost <= left:
+                left -= cost
+                kept |= {config["run_id"] for config in wanted}
+            else:
+                lacks[name] = sum(len(paid) for paid, _ in parts[number:])
+    if configs and not kept:
+        name, parts = min(rounds.items(), key=lambda item: sum(map(hours, item[1][0][0])))
+        cost = sum(map(hours, parts[0][0]))
+        raise UserError(
+            f"--budget {budget:g}gpuh pays for no setting: the cheapest, {named(groups[name][0])}, takes {cost:.3g} "
+            f"GPU-hours for {len(parts[0][0])} runs"
+        )
+    lines = [
+        f"{named(groups[name][0])}: {count} of {sum(len(paid) for paid, _ in rounds[name])} runs"
+        for name, count in lacks.items()
+    ]
+    return [config for config in configs if config["run_id"] in kept], by, lines
+
+
+def _rounds(group: list[Config], by: str | None) -> list[tuple[list[Config], list[Config]]]:
+    """Of a setting's rounds the runs to pay for and the runs to keep, of which the choice will take its own."""
+    if by is None or len({config["recipe"]["learning_rate"] for config in group}) == 1:
+        return [([config], [config]) for config in group]
+    seeds: dict[int, list[Config]] = {}
+    for config in group:
+        seeds.setdefault(config["seed"], []).append(config)
+    first, *others = seeds.values()
+    return [(first, first), *((runs[:1], runs) for runs in others)]

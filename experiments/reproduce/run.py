@@ -1,0 +1,263 @@
+"""Plan, train, score and report an experiment.
+
+    python -m experiments.reproduce quickstart
+    python -m experiments.reproduce quickstart seed=0,1,2,3,4 --out report/five_seeds
+    python -m experiments.reproduce quickstart --workers 4      # four runs at a time, in four processes
+    python -m experiments.reproduce quickstart --minutes 30     # begins no run that would take longer
+    python -m experiments.reproduce commonsense --paper         # the paper's own cells alone
+
+Where the experiment chooses learning rates (experiments/choose.py), that is done first, on rows kept out of training.
+Finished runs are skipped and interrupted ones resumed, so the same command is also how an experiment is continued.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from experiments.errors import UserError, run_command
+from experiments.plan.choose import Stages, follow, to_csv, write_choices
+from experiments.plan.compose import read_experiment, run_paths, write_runs
+from experiments.plan.selection import EVERYTHING, Selection, add_options, read_options
+from experiments.reproduce.jobs import Job, Jobs, finished_outcome, forget_unscorable, outcome, take_in, train_and_score
+from experiments.reproduce.workers import Stopped, Worker
+from experiments.runs import preemption
+from experiments.runs.records import write_atomically
+
+Config = dict[str, Any]
+
+
+def reproduce(
+    name: str,
+    overrides: list[str],
+    out: Path | None = None,
+    workers: int = 1,
+    report_only: bool = False,
+    minutes: float | None = None,
+    results: Path | None = None,
+    selection: Selection = EVERYTHING,
+) -> Path:
+    """Run every stage of `configs/experiment/<name>.yaml` and return the path of the report's page.
+
+    Args:
+        report_only: report what is finished, run nothing.
+        minutes: begin no run that would take longer than what is left of them, and stop cleanly.
+        results: a folder of exported runs (analysis/export.py) that count as finished.
+        selection: which of the experiment's runs are wanted.
+    """
+    if workers < 1:
+        raise UserError(f"--workers {workers}: give one or more")
+    if minutes is not None and minutes <= 0:
+        raise UserError(f"--minutes {minutes:g}: give more than 0")
+    started = time.perf_counter()
+    deadline = None if minutes is None else time.time() + 60 * minutes
+    jobs = Jobs([f"experiment={name}", *overrides], deadline, selection)
+    if jobs.unpaid:
+        print("left out by the budget:", *jobs.unpaid, sep="\n  ", flush=True)
+    out = out or Path("report") / Path(name).stem
+    if results is not None and (taken := take_in(jobs.configs, results)):
+        print(f"{taken} runs were taken from {results}", flush=True)
+    if not report_only:
+        execute(_title(name), jobs, workers)
+    found = jobs.stages()
+    page = report(name, found, out, [*overrides, *selection.flags], measure=not report_only)
+    print(f"report: {page.resolve()}  ({time.perf_counter() - started:.0f} s in all)")
+    missing = []
+    if jobs.failed:
+        total = len({config["run_id"] for config in [*found.first, *found.final]})
+        missing.append(f"{len(jobs.failed)} of {total} runs failed")
+    if jobs.left_out:
+        print(f"{len(jobs.left_out)} runs did not fit into the time: the same command goes on with them")
+    elif found.undecided:
+        others = f"; and {len(found.undecided) - 1} other settings" if len(found.undecided) > 1 else ""
+        missing.append(f"{len(found.following())} runs without a learning rate ({found.undecided[0]}{others})")
+    if missing:
+        raise UserError(f"{' and '.join(missing)} and are missing from the report")
+    return page
+
+
+def report(name: str, found: Stages, out: Path, overrides: list[str], measure: bool) -> Path:
+    """Write the report of an experiment's runs into `out`. `measure`: its step times are measured here, if they can be.
+
+    `overrides` are named on the page, whose title and notes are the experiment file's.
+    """
+    # Late and only here: experiments is what eval and analysis stand on.
+    from analysis.report import write_report
+    from experiments.speed.timing import can_measure, measure_step_times
+
+    experiment, notes = read_experiment(name), []
+    runs = [run for run in map(run_paths, found.final) if run.config.is_file()]
+    if not any(run.train_record.is_file() for run in runs):
+        raise UserError(f"no run of {name} is finished: there is nothing to report")
+    given = [override for override in overrides if not override.startswith("runtime.")]
+    if given:
+        notes.append(f"These settings were given for all runs, whatever title and notes say: {' '.join(given)}")
+    if found.first:
+        write_choices(found)
+        write_atomically(out / "learning_rates.csv", to_csv(found))
+        by = experiment["learning_rate_by"].replace("_", " ")
+        notes.append(
+            f"Learning rates were chosen by the {by} on rows kept out of training, with one seed; the tables say "
+            "which. learning_rates.csv has every one that was tried."
+        )
+    reference = experiment.get("reference")
+    labels = {config["method"]["label"] for config in found.final if run_paths(config).train_record.is_file()}
+    if reference is not None and reference not in labels:
+        notes.append(f"Nothing is compared: no run of {reference}, the reference, is finished.")
+        reference = None
+    step_times = None
+    if measure and can_measure(found.final):
+        step_times = measure_step_times(found.final, runs[0].root.parent / "step_times")
+    return write_report(
+        [run.root for run in runs],
+        out,
+        step_times,
+        experiment["title"],
+        [*experiment.get("notes", []), *notes],
+        reference=reference,
+        tried=[run.root for run in map(run_paths, found.first) if run.config.is_file()],
+        wandb=found.final[0]["runtime"]["wandb"],
+    )
+
+
+def execute(title: str, jobs: Jobs, workers: int) -> None:
+    """Do the jobs, one after the other here or `workers` at a time in processes, and tell in one line how each went.
+
+    UserError if all failed. What failed or did not fit into the time is in `jobs`.
+    """
+    from eval.run import check_data
+
+    for config in {config["task"]["name"]: config for config in jobs.configs}.values():
+        check_data(config)  # what is missing is told before the first run is trained
+    known, total = jobs.known(), jobs.total()
+    if not known:
+        raise UserError(f"{title}: no runs")
+    found = jobs.stages()
+    by = f", {len(found.first)} of them to choose learning rates by" if found.first else ""
+    print(f"{title}: {len(found.known())} runs in {known[0].run.root.parent}{by}", flush=True)
+    if found.following():
+        print(follow(len(found.following())), flush=True)
+    numbers, told = itertools.count(1), set(jobs.stages().chosen())
+
+    def work(worker: Worker | None) -> None:
+        if worker is not None:
+            worker.start()  # now, so that the first run's seconds are its own
+        while (job := jobs.take()) is not None:
+            line = f"[{next(numbers):>{len(str(total))}}/{total}] {job.config['run_id']}"
+            before, error = time.perf_counter(), None
+            try:
+                result = _do(job, line, worker)
+            except Stopped as stop:
+                print(f"{line}  {stop}", file=sys.stderr, flush=True)
+                jobs.stopped(job)
+                return
+            except UserError as failure:
+                error = f"{job.config['run_id']}: {failure}"
+                print(f"{line}  failed: {failure}", file=sys.stderr, flush=True)
+            except BaseException:
+                jobs.stopped(job)  # or the workers that wait for it would wait for ever
+                raise
+            else:
+                print(f"{line}  {result}  ({time.perf_counter() - before:.1f} s)", flush=True)
+            jobs.done(job, time.perf_counter() - before, error)
+            for choice in jobs.stages().chosen():
+                if choice not in told:
+                    told.add(choice)
+                    print(choice, flush=True)
+
+    if workers == 1:
+        work(None)
+    else:
+        make_bases(jobs.configs)
+        _work_in_processes(work, workers, jobs.deadline)
+    if jobs.failed and jobs.failed.keys() >= {job.key for job in jobs.known()}:
+        raise UserError(f"no run of {title} finished; the first: {next(iter(jobs.failed.values()))}")
+
+
+def _do(job: Job, title: str, worker: Worker | None) -> str:
+    done_elsewhere = finished_outcome(job)
+    if done_elsewhere is not None:
+        return done_elsewhere
+    forget_unscorable(job)
+    (run,) = write_runs([job.config])
+    if worker is None:
+        return outcome(*train_and_score(run, title, job.score, progress=True))
+    return worker.do(run, job.score)
+
+
+def _work_in_processes(work: Callable[[Worker], None], count: int, deadline: float | None) -> None:
+    """`work` in a thread for each of so many workers. They are stopped when the time is up or a signal comes."""
+    workers = [Worker() for _ in range(count)]
+    pool = ThreadPoolExecutor(count)
+    with preemption.listening():
+        try:
+            preemption.raise_at_once(True)
+            futures = [pool.submit(work, worker) for worker in workers]
+            left = None if deadline is None else max(0.0, deadline - time.time())
+            wait(futures, left, return_when=FIRST_EXCEPTION)
+        finally:
+            preemption.raise_at_once(False)
+            for worker in workers:
+                worker.stop()
+            pool.shutdown()
+            for worker in workers:
+                worker.wait()
+    for future in futures:
+        future.result()
+
+
+def make_bases(configs: list[Config]) -> None:
+    """Make the base models that are made here once, before several processes would each make them."""
+    from experiments.models.tiny import make_base
+
+    for config in configs:
+        if config["model"]["pretraining"] is not None:
+            make_base(config["model"], Path(config["runtime"]["cache_dir"]))
+
+
+def _title(name: str) -> str:
+    return read_experiment(name)["title"]
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.reproduce",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("experiment", help="a file of configs/experiment without its ending, or the path of another")
+    parser.add_argument("overrides", nargs="*", help="key=value or key=a,b,c, applied to every grid")
+    parser.add_argument("--out", type=Path, help="folder of the report; default: report/<experiment>")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="runs at a time, each in a process with OMP_NUM_THREADS threads; default: 1, here",
+    )
+    parser.add_argument("--report-only", action="store_true", help="report the runs that are finished, run nothing")
+    parser.add_argument("--minutes", type=float, help="begin no run that would not end within so many")
+    parser.add_argument(
+        "--results", type=Path, metavar="DIR", help="exported runs (analysis.export) that count as finished"
+    )
+    add_options(parser)
+    options = parser.parse_intermixed_args(arguments)
+    reproduce(
+        options.experiment,
+        options.overrides,
+        options.out,
+        options.workers,
+        options.report_only,
+        options.minutes,
+        options.results,
+        read_options(options),
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

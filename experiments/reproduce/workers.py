@@ -1,0 +1,150 @@
+"""Worker processes: each trains and scores runs one after the other, so imports and the device's start are paid once.
+
+    python -m experiments.workers      # started by experiments/reproduce.py; not meant to be typed
+
+A worker says that it is ready, reads a job per line from its standard input, `{"run": DIRECTORY, "score": true}`, and
+answers on its standard output: `{"outcome": TEXT}`, `{"error": TEXT}` or, stopped by a signal, `{"preempted": TEXT}`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import IO, Any
+
+from experiments.errors import Preempted, UserError, one_line, run_command
+from experiments.runs import preemption
+from experiments.runs.records import RunPaths
+
+Answer = dict[str, Any]
+READY = "ready"
+
+
+class Stopped(UserError):
+    """A run that was not begun or not finished because its worker was asked to stop."""
+
+
+@dataclass
+class Worker:
+    """One process; a new one takes its place if it dies."""
+
+    process: subprocess.Popen[str] | None = None
+    errors: IO[bytes] | None = None
+    stopped: bool = False
+
+    def do(self, run: RunPaths, score: bool) -> str:
+        """What came out of a run. UserError if it failed; also if the process died, as when memory ran out."""
+        if self.stopped:
+            raise Stopped("not begun")
+        self.start()
+        process = self.process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        line = ""
+        with suppress(OSError, ValueError):  # the process is gone, or its input was closed to end it
+            process.stdin.write(json.dumps({"run": str(run.root), "score": score}) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        answer: Answer = json.loads(line) if line.endswith("\n") else self._of_the_dead(run)
+        if "preempted" in answer:
+            raise Stopped(f"{answer['preempted']}, the same command goes on from there")
+        if "error" in answer:
+            raise Stopped("not begun") if self.stopped and not line else UserError(answer["error"])
+        return answer["outcome"]
+
+    def stop(self) -> None:
+        """Ask the process to end: a training after its step, with a checkpoint; one without a job at once."""
+        self.stopped = True
+        if self.process is not None:
+            self.process.terminate()
+            with suppress(OSError):
+                assert self.process.stdin is not None
+                self.process.stdin.close()
+
+    def wait(self) -> None:
+        if self.process is not None:
+            self.process.wait()
+            assert self.process.stdout is not None
+            self.process.stdout.close()
+        if self.errors is not None:
+            self.errors.close()
+
+    def start(self) -> None:
+        """Start the process unless it is there, and wait until it has imported what it needs."""
+        if self.process is not None and self.process.poll() is None:
+            return
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "experiments.workers"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            encoding="utf-8",
+        )
+        assert self.process.stdout is not None
+        self.process.stdout.readline()  # READY, or nothing if the process died, which the first job tells
+
+    def _of_the_dead(self, run: RunPaths) -> Answer:
+        assert self.process is not None
+        assert self.errors is not None
+        status = self.process.wait()
+        if status == -signal.SIGKILL:
+            return {
+                "error": f"{run.root}: its process was killed, as Linux does when memory runs out: give fewer "
+                "--workers, or plan smaller runs"
+            }
+        self.errors.seek(0)
+        lines = self.errors.read().decode("utf-8", "replace").strip().splitlines()
+        return {"error": lines[-1].removeprefix("error: ") if lines else f"{run.root}: ended with status {status}"}
+
+
+def answer(job: dict[str, Any]) -> Answer:
+    """Do one job, whatever becomes of it."""
+    from experiments.reproduce.jobs import outcome, train_and_score
+    from experiments.runs.environment import free_memory
+
+    try:
+        return {"outcome": outcome(*train_and_score(RunPaths(Path(job["run"])), score=job["score"]))}
+    except Preempted as stop:
+        return {"preempted": str(stop)}
+    except Exception as error:
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+        return {"error": one_line(error)}
+    finally:
+        free_memory()
+
+
+def main(arguments: list[str]) -> None:
+    if arguments:
+        raise UserError("experiments.workers takes no arguments: it is started by experiments.reproduce --workers")
+    preemption.listen()
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is no answer
+    from experiments.models.base import leave_out_sklearn
+
+    leave_out_sklearn()
+    for name in ("experiments.train", "eval.run"):  # before the first job, so that a job's time is its own
+        import_module(name)
+
+    print(READY, file=answers, flush=True)
+    for line in sys.stdin:
+        found = answer(json.loads(line))
+        with suppress(BrokenPipeError):
+            print(json.dumps(found), file=answers, flush=True)
+        if "preempted" in found or preemption.asked():
+            break
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,40 @@
+"""What sets runs apart whose names do so by their hash alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.runs.records import NOT_IN_THE_ID
+
+Config = dict[str, Any]
+
+
+def differing(configs: Sequence[Config], leave_out: Sequence[str] = ()) -> dict[str, str]:
+    """Run id -> the settings in which the run differs from those of the same name before the hash: `key=value …`.
+
+    Args:
+        leave_out: settings that are shown elsewhere.
+    """
+    named: dict[str, list[Config]] = {}
+    for config in configs:
+        named.setdefault(config["run_id"].rpartition("-")[0], []).append(config)
+    found = {}
+    for group in named.values():
+        flat = [_flat({key: value for key, value in config.items() if key not in NOT_IN_THE_ID}) for config in group]
+        keys = [key for key in {key: None for settings in flat for key in settings} if key not in leave_out]
+        apart = [key for key in keys if len({repr(settings.get(key)) for settings in flat}) > 1]
+        # A setting that others refer to (the dropout of a recipe, of an adapter) is shown once.
+        shown = list({tuple(repr(settings.get(key)) for settings in flat): key for key in reversed(apart)}.values())
+        for config, settings in zip(group, flat, strict=True):
+            text = " ".join(f"{key}={settings.get(key)}" for key in reversed(shown))
+            if text:
+                found[config["run_id"]] = text
+    return found
+
+
+def _flat(value: Any, *path: str) -> dict[str, Any]:
+    """Dotted names of all settings; a list is one value."""
+    if not isinstance(value, dict) or not value:
+        return {".".join(path): value}
+    return {name: leaf for key, part in value.items() for name, leaf in _flat(part, *path, str(key)).items()}

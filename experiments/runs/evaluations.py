@@ -1,0 +1,156 @@
+"""What a run's `evaluation` section says for a benchmark, and the folder that follows from it.
+
+Read from files alone, so that whoever asks whether a run is scored needs nothing of what scores it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiments.errors import UserError, nearest
+from experiments.runs.records import EvalPaths, RunPaths
+from experiments.settings import NAME
+
+Config = dict[str, Any]
+ROOT = Path(__file__).resolve().parent.parent
+TASKS, CONFIGS = ROOT / "eval" / "tasks", ROOT / "configs"
+ASKED = ("prompt", "prompt_with_input", "strip_prompt", "bos", "limit", "merge", "backend")
+READ = ("searched", "full_batches_of")
+LIKELIHOOD = "likelihood"  # the kind of benchmarks that score given targets instead of completions
+TEXT = ".txt"  # a benchmark that is the path of such a file asks for the likelihood of its text (eval/text.py)
+WINDOW = 1000  # characters of it that the model sees together, at most
+
+
+def evaluation_paths(run: RunPaths, config: Config) -> list[EvalPaths]:
+    """Where the scores of a run's config are written, one folder for each of its benchmarks."""
+    found = []
+    for name in config["evaluation"]["benchmarks"]:
+        kind = kind_of(name)
+        settings = (
+            likelihood_settings(config, name) if kind == LIKELIHOOD else settings_of(config["evaluation"], name, kind)
+        )
+        found.append(evaluation_path(run, config, name, settings))
+    return found
+
+
+def evaluation_path(run: RunPaths, config: Config, benchmark: str, settings: Config) -> EvalPaths:
+    """The folder of one benchmark, named by the protocol that decides its prompts and by the settings.
+
+    Of a likelihood benchmark not by the protocol's version: that is raised when answers are read otherwise, which does
+    not touch a likelihood; what decides the tokens is in the settings word for word.
+    """
+    name, asked = protocol_of(config, settings)[0], settings["asked"]
+    if "protocol" in asked:
+        asked = {**asked, "protocol": {key: value for key, value in asked["protocol"].items() if key != "version"}}
+    return run.evaluation(name_of(benchmark), name, {**settings, "asked": asked})
+
+
+def name_of(benchmark: str) -> str:
+    """What a benchmark of a run's config is called in its records: a text by its file's name alone."""
+    return Path(benchmark).name if benchmark.endswith(TEXT) else benchmark
+
+
+def protocol_of(config: Config, settings: Config) -> tuple[str, int]:
+    """Name and version of the protocol that a benchmark's rows are asked by."""
+    asked = settings["asked"].get("protocol")
+    if asked is not None:
+        return asked["name"], asked["version"]
+    return config["evaluation"]["protocol"], config["evaluation"]["version"]
+
+
+def likelihood_settings(config: Config, benchmark: str) -> Config:
+    """The settings of a likelihood benchmark, in the form of `settings_of`.
+
+    Its rows are tokenised as in training: by the run's own protocol or by the one that the task file names. Nothing of
+    how the run's `evaluation` asks for completions and reads them applies.
+    """
+    evaluation, about = config["evaluation"], _about(benchmark)
+    limits = [_chosen(evaluation["limit"], "evaluation.limit", benchmark, LIKELIHOOD), about.get("limit")]
+    asked = {
+        "protocol": config["protocol"] if about["protocol"] is None else protocol_section(about["protocol"]),
+        "limit": min((limit for limit in limits if limit is not None), default=None),
+        "merge": evaluation["merge"],
+        "backend": "hf",
+    }
+    read = {"searched": "target", "parser": LIKELIHOOD, "equality": "argmax", "full_batches_of": None, "judge": None}
+    return {"asked": asked, "read": read}
+
+
+@cache
+def protocol_section(name: str) -> Config:
+    """The `protocol` section of a run that is planned with a file of `configs/protocol`, given as <task>/<name>.
+
+    "text" is no such file: it stands for the windows of a plain text.
+    """
+    if name == "text":
+        return {"name": name, "version": 1, "window": WINDOW}
+    path = CONFIGS / "protocol" / f"{name}.yaml"
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    parents = [entry for entry in content.get("defaults", []) if entry != "_self_"]
+    if parents:
+        section = protocol_section(parents[0])
+    else:
+        section = yaml.safe_load((CONFIGS / "run.yaml").read_text(encoding="utf-8"))["protocol"]
+    return {**section, **content.get("protocol", {})}
+
+
+def settings_of(evaluation: Config, benchmark: str, kind: str) -> Config:
+    """The settings of a benchmark whose answers are of a kind: `asked` decides completions, `read` decides scores."""
+
+    def chosen(value: Any, name: str) -> Any:
+        return _chosen(value, name, benchmark, kind)
+
+    generation = {key: chosen(value, f"evaluation.generation.{key}") for key, value in evaluation["generation"].items()}
+    read = {key: chosen(evaluation[key], f"evaluation.{key}") for key in READ}
+    if kind == "program":
+        read |= {"parser": "program", "equality": "unit_tests"}
+    else:
+        read |= {key: chosen(evaluation[key], f"evaluation.{key}") for key in ("parser", "equality")}
+    read["judge"] = evaluation["judge"] if read["parser"] == "judged" else None
+    asked = {key: evaluation[key] for key in ASKED} | {"generation": generation}
+    return {"asked": asked | {"limit": chosen(evaluation["limit"], "evaluation.limit")}, "read": read}
+
+
+def _chosen(value: Any, name: str, benchmark: str, kind: str) -> Any:
+    """A setting's value: the value itself, or what it says for the benchmark or its kind of answer."""
+    if not isinstance(value, dict):
+        return value
+    if benchmark in value:
+        return value[benchmark]
+    if kind not in value:
+        raise UserError(
+            f"benchmark {benchmark} has answers of the kind {kind}, of which {name} says nothing "
+            f"(it has {', '.join(value) or 'nothing'}): choose another protocol or give {name}.{kind}=…"
+        )
+    return value[kind]
+
+
+def task_of(benchmark: str) -> Config:
+    """The content of a benchmark's task file; of a text what such a file would say."""
+    if benchmark.endswith(TEXT):
+        about = {"version": 1.0, "source": benchmark, "kind": LIKELIHOOD, "metric": "nll", "protocol": "text"}
+        return {"task": name_of(benchmark), "test_split": "test", "metadata": about}
+    return yaml.safe_load(_task_file(benchmark).read_text(encoding="utf-8"))
+
+
+def _task_file(benchmark: str) -> Path:
+    path = TASKS / f"{benchmark}.yaml"
+    if not NAME.fullmatch(benchmark) or not path.is_file():
+        raise UserError(
+            f"no benchmark {benchmark!r}: {nearest(benchmark, (file.stem for file in TASKS.glob('*.yaml')))}"
+        )
+    return path
+
+
+def kind_of(benchmark: str) -> str:
+    return _about(benchmark)["kind"]
+
+
+@cache
+def _about(benchmark: str) -> Config:
+    """The metadata of a benchmark's task file."""
+    return task_of(benchmark)["metadata"]

@@ -1,0 +1,79 @@
+"""Methods whose run comes after another: `first` in a method's file names the method that is trained before.
+
+`plan` freezes that method and its learning rate into the config, so that the run before has every setting of its own
+and is the same run, with the same id, as one planned for itself. It is trained where the run after it lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from experiments.errors import UserError
+from experiments.runs.records import RunPaths, read_config, run_id, trained_record, write_config
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+Config = dict[str, Any]
+
+
+def freeze_first(
+    settings: Config, overrides: Iterable[Override], resolve: Callable[[Iterable[Override]], Config]
+) -> Config:
+    """The settings with `method.first`, a name, replaced by that method and its learning rate.
+
+    Both are what the same choices give for it, all but the method, its settings and the learning rate.
+    """
+    method = settings["method"]
+    if method.get("first") is not None:
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
+        shared = [override for override in overrides if not _of_the_method(override.key_or_group)]
+        parse = OverridesParser.create().parse_override
+        try:
+            first = resolve([parse(f"method={method['first']}"), *shared])
+        except UserError as error:
+            where = f"configs/method/{method['first']}.yaml"
+            told = str(error).replace("give recipe.learning_rate=…", "add it there")  # which is of this run
+            raise UserError(f"the run that {method['name']} needs first is set by {where} alone: {told}") from None
+        method["first"] = {"method": first["method"], "learning_rate": first["recipe"]["learning_rate"]}
+    return settings
+
+
+def _of_the_method(key: str) -> bool:
+    return key in ("method", "recipe.learning_rate") or key.startswith("method.")
+
+
+def first_config(config: Config) -> Config | None:
+    """The config of the run that comes before; None where there is none."""
+    first = config["method"].get("first")
+    if first is None:
+        return None
+    recipe = {**config["recipe"], "learning_rate": first["learning_rate"]}
+    settings = {**config, "method": first["method"], "recipe": recipe}
+    return {**settings, "run_id": run_id(settings)}
+
+
+def first_run(run: RunPaths, config: Config) -> RunPaths | None:
+    """The directory of the run that comes before, planned if it is not there; None where there is none."""
+    settings = first_config(config)
+    if settings is None:
+        return None
+    first = RunPaths(run.root.parent / settings["run_id"])
+    if first.config.is_file():
+        read_config(first)
+    else:
+        write_config(first, settings)
+    return first
+
+
+def check_base(run: RunPaths, first: RunPaths, base_hash: str) -> None:
+    """UserError unless the run before was trained on the same base and its adapter is what training wrote."""
+    trained = trained_record(first).base_hash
+    if trained != base_hash:
+        raise UserError(
+            f"{run.root.name}: mask from another base: {first.root.name} was trained on a base model with hash "
+            f"{trained[:12]}, the one at hand has {base_hash[:12]}: give the same weights (model.path, "
+            f"model.revision), or delete {first.root} to train it again"
+        )

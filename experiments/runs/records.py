@@ -1,0 +1,369 @@
+"""Run directories: where each file lies, what a record holds, and how files are written. Standard library only.
+
+A run is a directory named by its run id. `config.yaml` comes first; training adds `adapter/`, `metrics.jsonl` and
+`train.json`; evaluation adds `eval/<benchmark>/<protocol>-<8 hex>/` with `plan.json`, `samples.jsonl` and `score.json`.
+A stage is finished when its record (`train.json`, `score.json`) is there, and the record is always written last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from experiments.errors import UserError
+from experiments.runs.received import check_file_names, check_folder, has_type, read_settings
+from experiments.settings import check
+
+SCHEMA = 4  # raised when a record changes its meaning
+NLL = "nll"  # the metric of likelihood benchmarks
+NOT_IN_THE_ID = ("run_id", "runtime", "evaluation")  # settings that cannot change what is trained
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The files of one run."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def adapter(self) -> Path:
+        """PEFT's files; for full fine-tuning the model's own."""
+        return self.root / "adapter"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def spectra(self) -> Path:
+        """Of runs that measure them: experiments/spectra.py."""
+        return self.root / "spectra.jsonl"
+
+    @property
+    def train_record(self) -> Path:
+        return self.root / "train.json"
+
+    @property
+    def diverged(self) -> Path:
+        """There if training did not stay finite: `step` and `reason`. Such a run has no train record."""
+        return self.root / "diverged.json"
+
+    @property
+    def held_out(self) -> Path:
+        """How well each row that was kept out of training is predicted: experiments/held_out.py."""
+        return self.root / "held_out.json"
+
+    @property
+    def learning_rate(self) -> Path:
+        """How the run's learning rate was chosen, where an experiment chose it (experiments/choose.py)."""
+        return self.root / "learning_rate.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Only there while a training is unfinished."""
+        return self.root / "checkpoints"
+
+    @property
+    def lock(self) -> Path:
+        """Who writes in the directory now; what it and the next three hold is told in experiments/attempts.py."""
+        return self.root / "lock"
+
+    @property
+    def heartbeat(self) -> Path:
+        return self.root / "heartbeat.json"
+
+    @property
+    def attempts(self) -> Path:
+        return self.root / "attempts.json"
+
+    @property
+    def preempted(self) -> Path:
+        return self.root / "preempted.json"
+
+    def evaluation(self, benchmark: str, protocol: str, settings: dict[str, Any]) -> EvalPaths:
+        """The folder of one evaluation: other settings, another folder."""
+        return EvalPaths(self.root / "eval" / benchmark / f"{protocol}-{content_hash(settings)[:8]}")
+
+    def evaluations(self) -> list[EvalPaths]:
+        """All evaluations that were begun, by name."""
+        return [EvalPaths(path.parent) for path in sorted(self.root.glob("eval/*/*/plan.json"))]
+
+
+@dataclass(frozen=True)
+class EvalPaths:
+    """The files of one evaluation."""
+
+    root: Path
+
+    @property
+    def plan(self) -> Path:
+        """What is asked, in which order and how it is read: written first and frozen."""
+        return self.root / "plan.json"
+
+    @property
+    def chunks(self) -> Path:
+        """The parts of an unfinished generation."""
+        return self.root / "chunks"
+
+    @property
+    def samples(self) -> Path:
+        """A first line about the generation, then every completion."""
+        return self.root / "samples.jsonl"
+
+    @property
+    def judgements(self) -> Path:
+        """What a judging model wrote about every completion, of protocols that have a judge."""
+        return self.root / "judgements.jsonl"
+
+    @property
+    def score(self) -> Path:
+        return self.root / "score.json"
+
+
+@dataclass(frozen=True)
+class TrainRecord:
+    """`train.json`: what was trained, on what, and what it took."""
+
+    run_id: str
+    config_hash: str
+    base_hash: str  # sha256 of the base model's weights before the adapter was attached; of a quantised base its own
+    data_hash: str  # sha256 of the training rows
+    adapter_files: dict[str, str]  # file name -> sha256
+    trainable_parameters: int
+    base_parameters: int
+    steps: int
+    rows: int  # training rows in the data set
+    examples: int  # of these, the rows that the protocol trains on
+    tokens: int  # tokens trained on, prompts included and padding not
+    truncated: int  # rows cut to the protocol's max_length
+    changed: bool  # whether any trained tensor is not what it was at the start
+    final_loss: float | None  # mean over the last tenth of the steps; None when nothing was trained
+    held_out: dict[str, Any] | None  # of the rows kept out of training: `rows`, `loss` and `exact_match`; None without
+    train_seconds: float  # wall time inside the training loop, all attempts together
+    step_seconds: float | None  # median time of one optimizer step
+    peak_memory_bytes: int  # device memory on CUDA, resident memory of the process elsewhere
+    resumed_at: list[int]  # the step at which each resumed attempt began
+    tensors: list[str]  # names of the trained tensors, in the order of `gradient_norms` in metrics.jsonl
+    forward_modes: dict[str, str]  # layer -> how it was computed with, of methods that have more than one way
+    world_size: int
+    environment: dict[str, Any]
+    base: str | None = None  # which weights: a hub id and commit, a GGUF file and its hash, or a folder
+    dtype: str | None = None  # of the base's weights; with float32 weights also what autocast computes in
+    unlabelled: int = 0  # examples without any token that the loss sees, cut off by max_length
+    sharding: str = "none"  # full: every process held a part of each parameter, gradient and optimizer state
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """`score.json`: one benchmark's score and how it was made."""
+
+    run_id: str
+    benchmark: str
+    benchmark_version: float
+    protocol: str
+    protocol_version: int
+    searched: str  # which text was read: the completion, or the prompt too
+    parser: str  # how an answer was read from it
+    equality: str  # when it was right
+    judge: dict[str, Any] | None  # the chat model that read the completions, of protocols that have one
+    metric: str  # what `accuracy` is: accuracy, pass@1, safety rate (share of safe answers), refusal rate or nll
+    n: int  # rows scored
+    samples: int  # completions per row
+    accuracy: float  # mean of `items`; of likelihood benchmarks the NLL per target token: no share, lower is better
+    standard_error: float  # of `accuracy`, over rows
+    beside: dict[str, float]  # other figures of the same completions
+    no_match: int  # completions in which the parser found no answer; they count as wrong
+    fallback: int  # completions read by the parser's second rule
+    dropped: int  # rows that the protocol or `limit` leaves out
+    cut_prompts: int  # prompts that lost their beginning because prompt and completion do not fit the model's context
+    # 1 or 0 for every row, in the benchmark's order; with several samples the share that is right; of likelihood
+    # benchmarks the row's NLL over the mean number of targets of a row
+    items: list[float]
+    generation: dict[str, Any]
+    backend: str
+    dtype: str
+    batch_size: int
+    seconds: float  # of generation
+    identity: bool  # the adapter changed nothing on a probe: what was scored is the base
+    base_hash: str
+    adapter_files: dict[str, str]
+    data_hash: str
+    samples_hash: str  # sha256 of samples.jsonl
+    environment: dict[str, Any]  # where the completions were made
+    judgements_hash: str | None = None  # sha256 of judgements.jsonl, of protocols that have a judge
+    schema: int = SCHEMA
+
+    def shown(self, value: float, digits: int = 1) -> str:
+        """A score or its error in the metric's unit: percent with so many digits, or nats."""
+        return f"{value:.4f}" if self.metric == NLL else f"{value:.{digits}%}"
+
+
+Record = TypeVar("Record", TrainRecord, EvalRecord)
+
+
+def read_record(path: Path, kind: type[Record]) -> Record:
+    """A record from its file. A file that is not one, or is of another schema, is refused by name."""
+    data = read_json(path)
+    if data.get("schema") != SCHEMA:
+        raise UserError(f"{path}: schema {data.get('schema')}, this version reads {SCHEMA}: delete it and run again")
+    fields = dataclasses.fields(kind)
+    names = {field.name for field in fields}
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}  # the others came later
+    if not needed <= set(data) <= names:
+        raise UserError(
+            f"{path}: fields {sorted((needed - set(data)) | (set(data) - names))} do not fit {kind.__name__}"
+        )
+    for field in fields:
+        if field.name in data and not has_type(data[field.name], str(field.type)):
+            raise UserError(f"{path}: {field.name} is no {field.type}: delete it and run the stage again")
+    check_file_names(path, data["adapter_files"])
+    return kind(**data)
+
+
+def write_record(path: Path, record: TrainRecord | EvalRecord) -> None:
+    write_atomically(path, json.dumps(dataclasses.asdict(record), indent=1) + "\n")
+
+
+def trained_record(run: RunPaths) -> TrainRecord:
+    """The run's train record, once its adapter is what training wrote."""
+    if not run.train_record.is_file():
+        raise UserError(f"{run.root}: not trained yet: run `python -m experiments.train {run.root}` first")
+    record = read_record(run.train_record, TrainRecord)
+    for name, digest in record.adapter_files.items():
+        path = run.adapter / name
+        if not path.is_file() or file_hash(path) != digest:
+            raise UserError(
+                f"{path}: {'not what training wrote' if path.is_file() else 'missing'}: restore it, or delete "
+                f"{run.train_record} and train again"
+            )
+    return record
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}): delete it and run the stage again") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a record is a JSON object, this is a {type(data).__name__}")
+    return data
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file. A last line without its end (a write that was cut off) is left out."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                content = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}, line {number}: not valid JSON ({error})") from None
+            if not isinstance(content, dict):
+                raise UserError(f"{path}, line {number}: a JSON object is needed, it holds {content!r:.40}")
+            yield content
+
+
+def cut_lines(path: Path, step: int) -> None:
+    """Keep the lines up to a `step`: those after it belong to an attempt that was lost."""
+    lines = list(read_lines(path)) if path.is_file() else []
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write aside, flush to the disk and rename: a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_hash(value: Any) -> str:
+    """sha256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """Hash of every setting that can change the trained result."""
+    return content_hash({key: value for key, value in config.items() if key not in NOT_IN_THE_ID})
+
+
+def setting_hash(config: dict[str, Any]) -> str:
+    """Hash of what the runs of one setting have in common: all but the seed, and what an adapter draws with it."""
+    method = config["method"]
+    adapter = {key: value for key, value in (method.get("adapter") or {}).items() if key != "seed"}
+    return config_hash({**config, "seed": None, "method": {**method, "adapter": adapter}})
+
+
+def group_hash(config: dict[str, Any]) -> str:
+    """Hash of what the runs have in common among which a learning rate is chosen: a setting without it."""
+    return setting_hash({**config, "recipe": {**config["recipe"], "learning_rate": None}})
+
+
+def run_id(config: dict[str, Any]) -> str:
+    parts = (config["model"]["name"], config["method"]["label"], config["task"]["name"], f"s{config['seed']}")
+    return "-".join([*parts, config_hash(config)[:8]])
+
+
+def read_config(run: RunPaths) -> dict[str, Any]:
+    """The run's frozen config. One that was edited by hand no longer is what its run id says, and is refused.
+
+    So is a directory that holds what no run does: experiments/received.py.
+    """
+    if not run.config.is_file():
+        raise UserError(
+            f"{run.root}: no config.yaml, so not a run directory: plan one with `python -m experiments.plan`"
+        )
+    check_folder(run.root)
+    config = read_settings(run.config)
+    try:
+        check(config)
+        expected = run_id(config)
+    except UserError as error:
+        raise UserError(f"{run.config}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{run.config}: not a run's config ({error}): plan the run again") from None
+    if expected != run.root.name:
+        raise UserError(
+            f"{run.config}: these settings belong to {expected}, not to {run.root.name}: a config is frozen, "
+            f"undo the edit or plan a new run"
+        )
+    return config
+
+
+def write_config(run: RunPaths, config: dict[str, Any]) -> None:
+    import yaml
+
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the same values, ten times sooner
+    write_atomically(run.config, yaml.dump(config, Dumper=dumper, sort_keys=False, allow_unicode=True))
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

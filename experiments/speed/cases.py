@@ -1,0 +1,164 @@
+"""What the benchmark measures: layers and models as every method computes them, and what each must at least do.
+
+The base weights are random, since speed does not depend on them, and are shared by all methods of one case: a 7B model
+is held once however many methods are compared.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from diablo import DiabloConfig, SparseConfig
+from diablo.patterns import PATTERNS
+from experiments.errors import UserError
+from experiments.runs.environment import peak_memory, reset_peak_memory
+from experiments.speed.timing import synchronize
+
+FLOOR, FULL = "frozen floor", "full fine-tuning"
+LORA, DORA, PISSA = "LoRA", "DoRA", "PiSSA"
+ADAPTER, DROPOUT, IN_PLACE = "DiaBlo adapter", "DiaBlo adapter, dropout 0.05", "DiaBlo in place"
+AUTHORS = "authors' layer"
+OTHER_PATTERNS = tuple(pattern for pattern in PATTERNS if pattern != "diagonal")  # which is DiaBlo in place
+LABELS = (FLOOR, FULL, LORA, DORA, PISSA, ADAPTER, DROPOUT, IN_PLACE)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least a forward and backward pass does: floating-point operations, and bytes if nothing is moved twice."""
+
+    operations: float
+    bytes: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.operations + other.operations, self.bytes + other.bytes)
+
+
+def layer_cost(label: str, tokens: int, m: int, n: int, num_blocks: int, rank: int, element: int) -> Cost:
+    """Cost of one linear layer m → n in `tokens` tokens, `element` bytes per number (blocks and factors in float32).
+
+    A matrix product counts its two operands and its result once, one that adds to its result reads that too.
+    """
+
+    def product(a: int, b: int, c: int, adds: bool = False, wide: int = 0) -> Cost:
+        """(a, b) @ (b, c); the operand of `wide` numbers, or the result, is float32."""
+        moved = element * (a * b + b * c + a * c * (2 if adds else 1) - wide) + 4 * wide
+        return Cost(2.0 * a * b * c, moved)
+
+    t = tokens
+    floor = product(t, m, n) + product(t, n, m)
+    d = m * n // num_blocks
+    blocks = Cost(2.0 * t * d, element * t * (m + n) + 4 * d)
+    if label == FLOOR:
+        return floor
+    if label == FULL:
+        return floor + product(m, t, n)
+    if label == IN_PLACE or label in OTHER_PATTERNS:
+        return floor + blocks
+    if label in (ADAPTER, DROPOUT, AUTHORS):
+        forward = Cost(2.0 * t * d, element * t * (m + 2 * n) + 4 * d)
+        backward = Cost(2.0 * t * d, element * t * (n + 2 * m) + 4 * d)
+        return floor + blocks + forward + backward
+    r = rank
+    lora = floor + product(t, m, r, wide=m * r) + product(t, r, n, adds=True, wide=r * n)
+    lora += product(t, n, r, wide=r * n) + product(t, r, m, adds=True, wide=m * r)
+    lora += product(r, t, n, wide=r * n) + product(m, t, r, wide=m * r)
+    if label != DORA:
+        return lora
+    # The norm of W + BA at every forward pass (its gradient is cut), and scaling the output both ways.
+    return (
+        lora + product(n, r, m, wide=r * (m + n)) + Cost(3.0 * m * n + 4.0 * t * n, element * (2 * m * n + 4 * t * n))
+    )
+
+
+def matched_rank(shapes: Sequence[tuple[int, int]], num_blocks: int) -> int:
+    """LoRA's rank with as many parameters as N blocks, over layers of these shapes."""
+    return max(1, round(sum(m * n for m, n in shapes) / num_blocks / sum(m + n for m, n in shapes)))
+
+
+def sharing(module: nn.Module) -> Any:
+    """A copy of the module whose frozen parameters are new objects over the same memory."""
+    memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
+    return copy.deepcopy(module, memo)
+
+
+def attach(label: str, base: nn.Module, targets: list[str], num_blocks: int, rank: int, authors: Path | None) -> Any:
+    """The base, not copied, as a method trains it. Dropout is 0 but where the label says otherwise.
+
+    Raises:
+        UserError: N does not divide a layer, or `authors` is no checkout of the authors' repository.
+    """
+    if label == FLOOR:
+        return base.requires_grad_(False)
+    if label == FULL:
+        return base.requires_grad_(True)
+    if label == AUTHORS:
+        return _attach_authors(base, targets, num_blocks, authors)
+    if label in (LORA, DORA, PISSA):
+        start: Any = "pissa_niter_2" if label == PISSA else True
+        config: Any = LoraConfig(
+            r=rank, lora_alpha=rank, target_modules=targets, use_dora=label == DORA, init_lora_weights=start
+        )
+    elif label in OTHER_PATTERNS:
+        config = SparseConfig(pattern=label, density=f"1/{num_blocks}", target_modules=targets, mode="in_place")
+    else:
+        mode = "in_place" if label == IN_PLACE else "adapter"
+        dropout = 0.05 if label == DROPOUT else 0.0
+        config = DiabloConfig(num_blocks=num_blocks, target_modules=targets, mode=mode, dropout=dropout)
+    try:
+        return get_peft_model(base, config)  # pyright: ignore[reportArgumentType]
+    except ValueError as error:
+        raise UserError(f"{label}: {error}") from None
+
+
+def _attach_authors(base: nn.Module, targets: list[str], num_blocks: int, authors: Path | None) -> nn.Module:
+    """ziyangjoy/DiaBlo's own layer, from a checkout. Importing it runs its code: only where the user names a path."""
+    path = (authors or Path()) / "diablo" / "block_linear.py"
+    if authors is None or not path.is_file():
+        raise UserError(f"--authors-repo {authors}: {path} is not there: give a checkout of ziyangjoy/DiaBlo")
+    spec = importlib.util.spec_from_file_location("authors_block_linear", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    weights: Any = {name: layer.weight for name, layer in base.named_modules() if isinstance(layer, nn.Linear)}
+    module.replace_linear_with_blocklinear(base, num_blocks=num_blocks, target_modules=targets)
+    base.requires_grad_(False)
+    layers: Any = [(name, layer) for name, layer in base.named_modules() if isinstance(layer, module.BlockLinear)]
+    for name, layer in layers:
+        layer.linear.weight = weights[name]  # theirs is a clone; all methods here share one
+        layer.block_A.requires_grad_(True)
+    return base
+
+
+def peak_bytes(work: Callable[[], object], leaves: Iterable[Tensor], device: str) -> int:
+    """The most memory that `work` holds beyond weights: activations, the gradients of `leaves`, and scratch space."""
+    for leaf in leaves:
+        leaf.grad = None  # of the pass before: freeing it would be counted against this one
+    if device.startswith("cuda"):
+        synchronize(device)
+        reset_peak_memory(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        synchronize(device)
+        return peak_memory(device) - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    assert recorded.profiler is not None
+    results: Any = recorded.profiler.kineto_results
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

@@ -1,0 +1,276 @@
+"""Speed and memory of DiaBlo beside its rivals, in one run.
+
+    python -m experiments.benchmark                                  # the CPU, or the GPU if there is one
+    python -m experiments.benchmark --suites models --models llama2_7b llama3_8b --tokens 4096 8192 16384
+    python -m experiments.benchmark --suites models --patterns       # the sparse patterns instead of the methods
+    python -m experiments.benchmark --authors-repo ../DiaBlo         # a checkout of ziyangjoy/DiaBlo, for its own layer
+
+Three suites: `layers` (single linear layers at the shapes of real models), `models` (whole models, random weights) and
+`curve` (N against rank at equal budgets). Every case measures all methods in turn, round by round; a ratio to the
+frozen floor is taken within a round. Writes `benchmark.json`, `.md` (the table), `.png` and `.svg` into --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from experiments.errors import UserError, run_command
+from experiments.runs.records import SCHEMA, write_atomically
+
+SUITES = ("layers", "models", "curve")
+SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (4096, 1024), (4096, 14336))
+TARGETS = {
+    "q k v up down": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
+    "all seven": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+LLAMA_100M = {  # on the CPU: 110 M parameters
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "tie_word_embeddings": True,
+}
+BLOCKS = {"llama_100m": 32, "llama2_7b": 64, "llama3_8b": 64}
+CURVE = (16, 32, 64, 128, 256)
+
+
+def measure_layer(
+    options: Any, labels: tuple[str, ...], m: int, n: int, tokens: int, num_blocks: int
+) -> dict[str, Any]:
+    """One linear layer m → n: forward, dX and the gradient of what is trained."""
+    import torch
+    from torch import nn
+
+    from experiments.speed import cases
+    from experiments.speed.timing import interleaved
+
+    base = nn.Sequential(nn.Linear(m, n, bias=False, device=options.device, dtype=options.dtype))
+    x = torch.randn(tokens, m, device=options.device, dtype=options.dtype, requires_grad=True)
+    upstream = torch.randn(tokens, n, device=options.device, dtype=options.dtype)
+    rank = cases.matched_rank([(m, n)], num_blocks)
+    work, parameters, layers = {}, {}, {}
+    for label in labels:
+        layer = cases.attach(label, cases.sharing(base), ["0"], num_blocks, rank, options.authors_repo).train()
+        parameters[label] = sum(p.numel() for p in layer.parameters() if p.requires_grad)
+        layers[label] = layer
+        work[label] = partial(_layer_pass, layer, x, upstream)
+    seconds = interleaved(work, options.rounds, options.device, title=f"{m}×{n}, N={num_blocks}")
+    costs = {label: cases.layer_cost(label, tokens, m, n, num_blocks, rank, options.element) for label in labels}
+    return {
+        "shape": [m, n],
+        "tokens": tokens,
+        "num_blocks": num_blocks,
+        "rank": rank,
+        "entries": {
+            label: {
+                "parameters": parameters[label],
+                "seconds": seconds[label],
+                "operations": costs[label].operations,
+                "bytes": costs[label].bytes,
+                "peak_bytes": cases.peak_bytes(work[label], [x, *layers[label].parameters()], options.device),
+            }
+            for label in labels
+        },
+    }
+
+
+def _layer_pass(layer: Any, x: Any, upstream: Any) -> None:
+    import torch
+
+    x.grad = None
+    layer.zero_grad()
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.dtype == torch.bfloat16):
+        y = layer(x)
+    y.backward(upstream)
+
+
+def measure_model(
+    options: Any, labels: tuple[str, ...], name: str, targets: str, tokens: int, checkpointing: bool
+) -> dict[str, Any]:
+    """A whole model: forward and backward pass, and separately the whole step with AdamW and what it triggers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from experiments.models.base import build_config
+    from experiments.speed import cases
+    from experiments.speed.timing import forward_backward, interleaved
+
+    length = min(options.length, tokens)
+    with torch.device(options.device):
+        base = AutoModelForCausalLM.from_config(build_config(architecture(name)), dtype=options.dtype)
+        ids = torch.randint(base.config.vocab_size, (tokens // length, length))
+    base.config.use_cache = False
+    linears = {n: m for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
+    shapes = [(m.in_features, m.out_features) for n, m in linears.items() if n.rpartition(".")[2] in TARGETS[targets]]
+    num_blocks = options.num_blocks or BLOCKS.get(name, 64)
+    rank = cases.matched_rank(shapes, num_blocks)
+    passes, steps, trained, costs = {}, {}, {}, {}
+    for label in labels:
+        model = cases.attach(
+            label, cases.sharing(base), TARGETS[targets], num_blocks, rank, options.authors_repo
+        ).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        trained[label] = [p for p in model.parameters() if p.requires_grad]
+        passes[label] = partial(forward_backward, model, ids)
+        # A rate so small that no weight runs away: the weights are shared.
+        optimizer = torch.optim.AdamW(trained[label], lr=1e-7, fused=True) if trained[label] else None
+        steps[label] = partial(_step, passes[label], optimizer)
+        costs[label] = cases.Cost(0, 0)
+        for layer, m in linears.items():
+            own = layer.rpartition(".")[2] in TARGETS[targets] or label == cases.FULL
+            costs[label] += cases.layer_cost(
+                label if own else cases.FLOOR, tokens, m.in_features, m.out_features, num_blocks, rank, options.element
+            )
+    title = f"{name}, {targets}, {tokens} tokens" + (", checkpointing" if checkpointing else "")
+    both = {**{f"pass {label}": work for label, work in passes.items()}, **{f"step {k}": w for k, w in steps.items()}}
+    seconds = interleaved(both, options.rounds, options.device, warmup=2, title=title)
+    return {
+        "model": name,
+        "targets": targets,
+        "tokens": tokens,
+        "length": length,
+        "checkpointing": checkpointing,
+        "num_blocks": num_blocks,
+        "rank": rank,
+        "base_parameters": base.num_parameters(),
+        "entries": {
+            label: {
+                "parameters": sum(p.numel() for p in trained[label]),
+                "seconds": seconds[f"pass {label}"],
+                "step_seconds": seconds[f"step {label}"],
+                "operations": costs[label].operations,
+                "bytes": costs[label].bytes,
+                "peak_bytes": cases.peak_bytes(passes[label], trained[label], options.device),
+            }
+            for label in labels
+        },
+    }
+
+
+def _step(passes: Any, optimizer: Any) -> None:
+    passes()
+    if optimizer is not None:
+        optimizer.step()
+
+
+def architecture(name: str) -> dict[str, Any]:
+    """The `model.architecture` of a file in configs/model, or the CPU's model."""
+    import yaml
+
+    from experiments.plan.compose import CONFIGS
+
+    if name == "llama_100m":
+        return dict(LLAMA_100M)
+    path = CONFIGS / "model" / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"--models {name}: no file {path.name} in configs/model, and not llama_100m")
+    return yaml.safe_load(path.read_text(encoding="utf-8"))["architecture"]
+
+
+def machine_rates(options: Any) -> dict[str, float]:
+    """Operations per second of a large product here, and bytes per second of a copy, those read and those written."""
+    import torch
+
+    from experiments.speed.timing import interleaved
+
+    side = 8192 if options.device.startswith("cuda") else 2048
+    a = torch.randn(side, side, device=options.device, dtype=options.dtype)
+    b, source = torch.empty_like(a), torch.randn(2**26, device=options.device)
+    target = torch.empty_like(source)
+    seconds = interleaved(
+        {"product": lambda: torch.mm(a, a, out=b), "copy": lambda: target.copy_(source)},
+        max(options.rounds, 10), options.device, title="this machine",
+    )  # fmt: skip
+    return {
+        "operations_per_second": 2 * side**3 / min(seconds["product"]),
+        "bytes_per_second": 2 * source.nbytes / min(seconds["copy"]),
+    }
+
+
+def run(options: Any) -> Path:
+    """All suites asked for; returns the path of the table."""
+    import torch
+
+    from experiments.models.base import resolve_device
+    from experiments.runs.environment import environment
+    from experiments.speed.cases import ADAPTER, AUTHORS, FLOOR, FULL, IN_PLACE, LABELS, LORA, OTHER_PATTERNS
+    from experiments.speed.report import write_report
+
+    options.device = str(resolve_device(options.device))
+    cuda = options.device.startswith("cuda")
+    options.dtype = torch.bfloat16 if cuda else torch.float32
+    options.element = options.dtype.itemsize
+    options.tokens = options.tokens or ([4096, 8192, 16384] if cuda else [512])
+    models = options.models or (["llama2_7b", "llama3_8b"] if cuda else ["llama_100m"])
+    torch.manual_seed(0)
+    labels = (FLOOR, FULL, IN_PLACE, *OTHER_PATTERNS) if options.patterns else LABELS
+    labels = labels if options.authors_repo is None else (*labels, AUTHORS)
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "rounds": options.rounds,
+        "environment": environment(options.device),
+        "rates": machine_rates(options),
+        **{suite: [] for suite in SUITES},
+    }
+    if "layers" in options.suites:
+        for tokens in options.tokens:
+            for m, n in options.shapes or SHAPES:
+                result["layers"].append(measure_layer(options, labels, m, n, tokens, options.num_blocks or 64))
+    if "curve" in options.suites:
+        few = tuple(label for label in labels if label in (FLOOR, LORA, ADAPTER, IN_PLACE, AUTHORS))
+        m, n = (options.shapes or SHAPES)[0]
+        for num_blocks in (k for k in CURVE if m % k == 0 and n % k == 0):
+            result["curve"].append(measure_layer(options, few, m, n, options.tokens[0], num_blocks))
+    if "models" in options.suites:
+        for name in models:
+            for targets in TARGETS if cuda else ["q k v up down"]:
+                for tokens in options.tokens if cuda else [max(options.tokens)]:
+                    for checkpointing in (False, True) if cuda else (False,):
+                        result["models"].append(measure_model(options, labels, name, targets, tokens, checkpointing))
+                        if cuda:
+                            torch.cuda.empty_cache()
+    write_atomically(options.out / "benchmark.json", json.dumps(result, indent=1) + "\n")
+    return write_report(result, options.out)
+
+
+def shape(text: str) -> tuple[int, int]:
+    try:
+        m, n = (int(side) for side in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write in_features x out_features, such as 4096x11008") from None
+    return m, n
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--suites", nargs="+", choices=SUITES, default=list(SUITES))
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="files of configs/model, or llama_100m")
+    parser.add_argument("--shapes", nargs="+", type=shape, metavar="INxOUT", help="of the layers suite")
+    parser.add_argument("--tokens", nargs="+", type=int, help="tokens per pass; default 512 on the CPU, 4096 … on CUDA")
+    parser.add_argument("--length", type=int, default=512, help="tokens per row of the models suite")
+    parser.add_argument("--num-blocks", type=int, help="N; default 64, 32 for llama_100m")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--patterns", action="store_true", help="the sparse patterns at density 1/N, not the methods")
+    parser.add_argument(
+        "--authors-repo", type=Path, help="checkout of ziyangjoy/DiaBlo; its layer is imported and timed"
+    )
+    parser.add_argument("--out", type=Path, default=Path("report") / "benchmark")
+    print(run(parser.parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,143 @@
+"""Times measured side by side, and the step times of a run's methods against the frozen floor.
+
+One round times every entry once, in turn, so that a machine whose speed drifts slows all of them alike; a method's
+ratio is taken within each round. The floor is the frozen base with the gradient of its input: no method that trains
+something inside the layers can do with less.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from experiments.runs.records import content_hash, write_atomically
+
+Config = dict[str, Any]
+FLOOR = "floor"
+LARGEST = 10_000_000  # parameters of a base: its floor and every method's model are in memory together, for 18 rounds
+STEP_TIMES_SCHEMA = 1
+
+
+def can_measure(configs: Sequence[Config]) -> bool:
+    """Whether `measure_step_times` takes these runs: of one small model and one task, within which a label stands for
+    one method. Of larger models train.json has the time of a step, and experiments.benchmark measures passes."""
+    from experiments.models.base import empty_base
+
+    one = len({(config["model"]["name"], config["task"]["name"]) for config in configs}) == 1
+    trained = any(config["method"]["trains"] != "nothing" for config in configs)
+    return one and trained and empty_base(configs[0]["model"]["architecture"]).num_parameters() <= LARGEST
+
+
+def measure_step_times(configs: Sequence[Config], folder: Path, rounds: int = 15, length: int = 64) -> Path:
+    """Seconds per forward and backward pass of every method in `configs`, one file per set of methods and device.
+
+    A file that is there is kept. Methods are told apart by their label; all configs must share one base model and task.
+    """
+    import torch
+
+    from experiments.models.base import load_base, resolve_device
+    from experiments.runs.environment import device_name
+
+    by_label = {config["method"]["label"]: config for config in configs if config["method"]["trains"] != "nothing"}
+    first = next(iter(by_label.values()))
+    device = resolve_device(first["runtime"]["device"])
+    batch = (first["recipe"]["micro_batch_size"], length)
+    described = {
+        "schema": STEP_TIMES_SCHEMA,
+        "model": first["model"]["name"],
+        "device": device_name(str(device)),
+        "batch": list(batch),
+    }
+    methods_measured = {label: config["method"] for label, config in by_label.items()}
+    path = folder / f"step_times-{content_hash([described, methods_measured, rounds])[:16]}.json"
+    if path.is_file():
+        return path
+    tokens = torch.randint(first["model"]["architecture"]["vocab_size"], batch, device=device)
+    entries: dict[str, Any] = {FLOOR: load_base(first, str(device))[0].requires_grad_(False).train()}
+    for label, config in by_label.items():
+        entries[label] = _attached(config, tokens).train()
+    passes = {label: partial(forward_backward, model, tokens) for label, model in entries.items()}
+    seconds = interleaved(passes, rounds, str(device))
+    write_atomically(path, json.dumps({**described, "seconds": seconds}) + "\n")
+    return path
+
+
+def _attached(config: Config, tokens: Any) -> Any:
+    """A run's method on its base, prepared with random tokens, and with an adapter of one step where one comes first.
+
+    What is chosen from them is not what a run would choose, but as much of it.
+    """
+    import torch
+
+    from experiments.models.base import load_base
+    from experiments.runs.prerequisite import first_config
+    from experiments.train import methods
+    from experiments.train.preparation import Backward
+
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+    before = first_config(config)
+    with tempfile.TemporaryDirectory() as folder:
+        if before is not None:
+            model = _attached(before, tokens)
+            initial = methods.initial_state(model)
+            forward_backward(model, tokens)
+            torch.optim.SGD(methods.trained_tensors(model).values(), lr=1e-3).step()
+            methods.save(before["method"], model, Path(folder), initial)
+        base = load_base(config, str(tokens.device))[0]
+        backward = Backward(base, itertools.repeat([batch]))
+        return methods.attach(config["method"], base, backward, Path(folder) if before else None)
+
+
+def interleaved(
+    entries: Mapping[str, Callable[[], object]], rounds: int, device: str, warmup: int = 3, title: str = "step times"
+) -> dict[str, list[float]]:
+    """Seconds of every entry in every round, each round in an order of its own, drawn with a fixed seed.
+
+    An entry that always follows full fine-tuning, which leaves caches and allocator in another state, was seen to take
+    5 % longer.
+
+    Rounds of warm-up are not counted. An entry's work is finished, on a GPU too, before the next one begins.
+    """
+    from tqdm import trange
+
+    labels, order = list(entries), random.Random(0)
+    seconds: dict[str, list[float]] = {label: [] for label in labels}
+    for number in trange(warmup + rounds, desc=f"{title}, interleaved", unit="round", leave=False):
+        for label in order.sample(labels, len(labels)):
+            synchronize(device)
+            started = time.perf_counter()
+            entries[label]()
+            synchronize(device)
+            if number >= warmup:
+                seconds[label].append(time.perf_counter() - started)
+    return seconds
+
+
+def forward_backward(model: Any, tokens: Any) -> None:
+    """One forward and backward pass over `tokens`, `(rows, length)`, down to the gradient of the embeddings.
+
+    Under bf16 autocast if the model is bf16, as training runs it: PEFT's own methods keep their factors in float32.
+    """
+    import torch
+
+    model.zero_grad()
+    embeddings = model.get_input_embeddings()(tokens)
+    if not embeddings.requires_grad:
+        embeddings = embeddings.detach().requires_grad_()
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=embeddings.dtype == torch.bfloat16):
+        loss = model(inputs_embeds=embeddings, labels=tokens).loss
+    loss.backward()
+
+
+def synchronize(device: str) -> None:
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)

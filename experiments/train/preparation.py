@@ -1,0 +1,91 @@
+"""Gradient steps on a run's own rows, for methods that look at gradients before they are attached."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from experiments.data.prompts import IGNORED
+from experiments.data.tokens import Examples
+from experiments.train.loss import TargetForward
+from experiments.train.sharding import shard_layers
+from experiments.train.trainer import EpochSampler
+
+Batch = dict[str, Tensor]  # input_ids, attention_mask and labels, as in training
+
+
+def row_steps(
+    examples: Examples, config: dict[str, Any], collator: Callable[[list[Any]], Batch], device: Any
+) -> Iterator[list[Batch]]:
+    """Steps of `recipe.batch_size` rows without end, in an order the seed decides, the same in every process.
+
+    `recipe.micro_batch_size` decides how many rows are padded together, and not which rows a step sees.
+    """
+    recipe = config["recipe"]
+    for epoch in itertools.count():
+        sampler = EpochSampler(
+            examples.lengths,
+            batch_size=recipe["batch_size"],
+            micro_batch_size=recipe["micro_batch_size"],
+            seed=config["seed"],
+            epoch=partial(int, epoch),
+            group_by_length=False,  # which puts rows into steps by the size of the micro-batches
+        )
+        for rows in torch.tensor(list(sampler)).split(recipe["batch_size"]):
+            rows = rows[sampler.lengths[rows].argsort(stable=True)]  # less padding
+            parts = rows.split(recipe["micro_batch_size"])
+            batches = [collator([examples[row] for row in part.tolist()]) for part in parts]
+            yield [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+
+
+class Backward:
+    """Each call adds to the parameters' gradients that of the mean loss over the targets of the next step.
+
+    The loss is the trainer's: over the labelled positions, a chunk at a time, under autocast on a base of 16 bits.
+
+    Args:
+        processes: of a sharded training, which then share what `sharded_copy` gives.
+    """
+
+    def __init__(self, model: Any, steps: Iterator[list[Batch]], processes: int = 1) -> None:
+        self.model, self.steps = model, steps
+        self.device, self.dtype = model.device.type, model.dtype
+        self.in_16_bits = self.dtype in (torch.float16, torch.bfloat16)
+        self.forward = TargetForward(model)
+        if processes > 1:
+            self.sharded_copy = partial(self._sharded_copy, processes)
+        self._rank, self._share = 0, 1  # of the micro-batches of a step
+
+    def __call__(self) -> None:
+        batches = next(self.steps)
+        targets = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
+        for batch in batches[self._rank :: self._share]:
+            with torch.autocast(self.device, self.dtype, enabled=self.in_16_bits):
+                loss = self.forward(self.model, {**batch, "use_cache": cast(Any, False)}).loss(max(1, targets))
+            (loss * self._share).backward()  # gradients are averaged over the processes
+
+    @contextmanager
+    def _sharded_copy(self, processes: int) -> Iterator[Any]:
+        """A copy of the model that trains in full, in float32, with a part on each process; calls go to it meanwhile.
+
+        The model itself is on the CPU afterwards.
+        """
+        model, forward = self.model, self.forward
+        copied = copy.deepcopy(model.to("cpu")).to(torch.promote_types(self.dtype, torch.float32))
+        copied.requires_grad_(True).train()
+        shard_layers(copied, self.device, processes, self.dtype if self.in_16_bits else None)
+        self.model, self.forward = copied, copy.copy(forward)
+        self.forward.head = copied.get_output_embeddings()
+        self._rank, self._share = torch.distributed.get_rank(), processes
+        try:
+            yield copied
+        finally:
+            self.model, self.forward, self._rank, self._share = model, forward, 0, 1
