@@ -17,10 +17,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from eval.equality import math_verify_equal, milora, milora_with_self_comparison
+from experiments import ROOT
 from experiments.errors import UserError
 
 # A pair has QUICK seconds; the first RETRIES pairs for which that was too little have SECONDS.
@@ -46,7 +46,7 @@ class _Comparer:
     """A process that compares one pair at a time."""
 
     def __init__(self) -> None:
-        root = str(Path(__file__).resolve().parent.parent)
+        root = str(ROOT)
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "eval.comparisons"],

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.data import hub
 from experiments.data.prompts import fill
 from experiments.errors import UserError
-from experiments.models.base import context_length
+from experiments.models.shapes import context_length
 from experiments.runs.preemption import uninterrupted
 from experiments.runs.records import EvalPaths, file_hash, read_lines, write_atomically
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 from eval.benchmarks import Row
 from eval.text import Windows
 from experiments.errors import UserError
-from experiments.models.base import resolve_device
+from experiments.models.shapes import resolve_device
 from experiments.runs.attempts import Heartbeat
 from experiments.runs.environment import environment
 from experiments.runs.records import EvalPaths, write_atomically

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from experiments.data.prompts import prompt_tokens
 from experiments.errors import UserError
-from experiments.models.base import context_length
+from experiments.models.shapes import context_length
 from experiments.runs.records import RunPaths, TrainRecord
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def load(config: Config, run: RunPaths, trained: TrainRecord, allow_identity: bo
     import torch
     from peft import PeftModel
 
-    from experiments.models.base import load_checked_base
+    from experiments.models.load import load_checked_base
     from experiments.train import methods
 
     base, tokenizer = load_checked_base(config, run, trained)

@@ -30,7 +30,7 @@ from eval.sandbox import check_sandbox
 from experiments.data.prompts import prompt_text
 from experiments.data.rows import rows_hash
 from experiments.errors import UserError, run_command
-from experiments.models.base import leave_out_sklearn, resolve_device
+from experiments.models.shapes import leave_out_sklearn, resolve_device
 from experiments.runs import preemption
 from experiments.runs.attempts import Heartbeat, attempt
 from experiments.runs.environment import environment

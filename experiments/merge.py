@@ -24,7 +24,7 @@ Config = dict[str, Any]
 
 def merge(run: RunPaths, out: Path, to_grid: bool) -> None:
     """Write the merged model of a trained run into the new folder `out`."""
-    from experiments.models.base import load_checked_base
+    from experiments.models.load import load_checked_base
     from experiments.train import methods
 
     if out.exists():

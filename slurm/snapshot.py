@@ -13,14 +13,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from experiments import ROOT
 from experiments.errors import UserError, shortened
 
-PROJECT = Path(__file__).resolve().parent.parent
 FOLDERS = ("configs", "diablo", "experiments", "eval", "analysis", "slurm")
 DIFF = ("diff", "--binary", "--no-color", "--no-ext-diff", "--src-prefix=a/", "--dst-prefix=b/", "HEAD")
 
 
-def take_snapshot(folder: Path, project: Path = PROJECT) -> dict[str, Any]:
+def take_snapshot(folder: Path, project: Path = ROOT) -> dict[str, Any]:
     """Make the snapshot under `folder`, unless it is there, and say what it is."""
     tracked = (project / ".git").exists() and shutil.which("git") is not None
     commit = _git(project, "rev-parse", "HEAD").decode().strip() if tracked else None

@@ -149,7 +149,7 @@ def test_reproduce_chooses_trains_and_reports(
 def test_a_trained_run_scores_as_its_loaded_adapter_does(grouped: str, small: list[str]) -> None:
     """Row by row, without padding, on a fresh base."""
     from experiments.data.prompts import encode
-    from experiments.models.base import load_base
+    from experiments.models.load import load_base
     from experiments.plan.compose import plan
     from experiments.train import methods
 

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from diablo import suggest_num_blocks
 from diablo.convert import from_authors, to_authors
-from experiments.models.base import empty_base
+from experiments.models.shapes import empty_base
 from experiments.plan.compose import plan
 from tests.test_diablo_tuner import adapted, tiny_llama, tokens
 

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import set_seed
 
+from experiments import ROOT
 from experiments.plan.compose import plan, write_runs
 from experiments.runs.records import RunPaths, TrainRecord, read_lines, read_record
 from experiments.train import methods
 from experiments.train.run import train
 from tests.test_methods import batch, config_of, fresh_base
 
-ROOT = Path(__file__).resolve().parent.parent
 MODES = ("adapter", "in_place")  # in one pair of processes, since it takes longer to start one than to use it
 
 

@@ -105,7 +105,7 @@ def test_rows_without_a_label_are_counted_and_refused_where_none_is_left(
 def _prompts(small: list[str]) -> list[list[int]]:
     from experiments.data.prompts import prompt_text, prompt_tokens
     from experiments.data.rows import load_rows
-    from experiments.models.base import base_path, load_tokenizer
+    from experiments.models.full_precision import base_path, load_tokenizer
 
     (config,) = plan([*small, "method=diablo"])
     tokenizer = load_tokenizer(config["model"], base_path(config))

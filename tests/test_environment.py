@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from experiments import ROOT
 from experiments.runs.environment import TRAINING_CODE, training_code
 
-ROOT = Path(__file__).resolve().parent.parent
 PRINT = "from experiments.runs.environment import training_code; print(training_code())"
 
 

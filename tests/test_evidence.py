@@ -13,10 +13,10 @@ import pytest
 from analysis.evidence_page import write_evidence
 from analysis.evidence_runs import BASE, OURS, PRIMARY, QUESTIONS, RETENTION, comparisons_of, settings_of
 from analysis.load import Runs, find_runs, load_runs
+from experiments import ROOT
 from experiments.reproduce.jobs import Job, Jobs, take_in
 from experiments.runs.records import EvalRecord, read_record
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "analysis" / "results" / "evidence"
 
 

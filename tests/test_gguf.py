@@ -16,7 +16,9 @@ from huggingface_hub import constants
 
 from experiments.data import hub
 from experiments.models import gguf
-from experiments.models.base import base_name, context_length, load_base, load_tokenizer, weights_dtype
+from experiments.models.full_precision import base_name, load_tokenizer
+from experiments.models.load import load_base
+from experiments.models.shapes import context_length, weights_dtype
 from experiments.models.tiny import make_tokenizer
 from experiments.plan.compose import plan
 from experiments.runs.records import file_hash, run_id
@@ -178,7 +180,7 @@ def test_dtypes(fails_with: Fails) -> None:
 def test_tokenizers_that_do_not_fit(tmp_path: Path, fails_with: Fails) -> None:
     from transformers import AutoModelForCausalLM
 
-    from experiments.models.base import build_config
+    from experiments.models.shapes import build_config
 
     model: dict[str, Any] = {"name": "m", "revision": None, "pretraining": None}
     tokenizer = make_tokenizer(720, 0)

@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from experiments import ROOT
 from experiments.errors import UserError
 from experiments.gpu import main as gpu
 from experiments.gpu.main import read_options, run_parts
@@ -28,7 +29,6 @@ from experiments.gpu.runs import Item, ItemFailed, different_bits
 from experiments.plan.compose import options as choices
 from experiments.runs.records import read_json
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = [
     *("model=tiny", "model.pretraining.steps=4", "task.data.train=64", "task.data.heldout=14", "task.data.test=28"),
     *("recipe.batch_size=8", "recipe.micro_batch_size=8", "recipe.warmup_steps=2"),

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from analysis.export import export_run
+from experiments import ROOT
 from experiments.errors import UserError
 from experiments.plan.compose import plan, run_paths, write_runs
 from experiments.reproduce.jobs import Job, Jobs, take_in
@@ -23,7 +24,6 @@ from experiments.runs.records import TrainRecord, read_json, read_record
 from tests.conftest import SMALL
 from tests.test_choose import pretend
 
-ROOT = Path(__file__).resolve().parent.parent
 FILE = """
 title: Two methods
 common: model=tiny task=arith seed=3,4

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import ROOT
 from experiments.errors import UserError
 from experiments.runs import lock as lock_module
 from experiments.runs.attempts import attempt
@@ -26,7 +27,6 @@ from experiments.train.run import train
 from tests.conftest import planned
 
 Fails = Callable[[Callable[[], object]], str]
-ROOT = Path(__file__).resolve().parent.parent
 WRITER = """
 import sys, time
 from pathlib import Path

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from experiments import ROOT
 from experiments.errors import UserError, out_of_memory
 from experiments.plan.compose import plan, write_runs
 from experiments.reproduce.workers import Worker
@@ -22,7 +23,6 @@ from experiments.runs.records import RunPaths, read_config
 from experiments.train.run import train
 from tests.conftest import planned
 
-ROOT = Path(__file__).resolve().parent.parent
 TOO_LARGE = 2**47  # bytes: more than a process can address
 
 

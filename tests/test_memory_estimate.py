@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from experiments.models.base import build_config, empty_base
+from experiments.models.shapes import build_config, empty_base
 from experiments.plan import fake_pass
 from experiments.plan import fit as fitting
 from experiments.plan.compose import main, plan

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, set_seed
 from diablo.quantize import QuantizedLinear, quantized_layers, round_to_nearest
 from diablo.quantize.linear import set_module
 from experiments.errors import UserError
-from experiments.models.base import build_config
+from experiments.models.shapes import build_config
 from experiments.plan.compose import CONFIGS, options, plan
 from experiments.plan.counting import count
 from experiments.train import methods

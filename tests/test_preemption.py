@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from eval.run import evaluate
+from experiments import ROOT
 from experiments.errors import Preempted, UserError
 from experiments.runs import preemption
 from experiments.runs.attempts import attempt
@@ -27,7 +28,6 @@ from experiments.train import checkpoint as checkpoints
 from experiments.train.run import train
 from tests.conftest import planned
 
-ROOT = Path(__file__).resolve().parent.parent
 CLOCKS = ("seconds", "train_seconds", "step_seconds", "peak_memory_bytes", "resumed_at", "environment")
 Seen = Callable[[RunPaths], bool]
 

@@ -21,10 +21,11 @@ from torch.nn import functional
 from diablo.lora_ga import estimate_gradients
 from diablo.smt import choose_blocks
 from eval.run import evaluate
+from experiments import ROOT
 from experiments.data.prompts import IGNORED, collate, select_rows
 from experiments.data.rows import load_rows
 from experiments.data.tokens import Examples, tokenised
-from experiments.models.base import load_base
+from experiments.models.load import load_base
 from experiments.plan.compose import plan, resolve, resolve_with_hydra, sweep
 from experiments.runs.prerequisite import first_config, first_run
 from experiments.runs.records import RunPaths, file_hash, read_config, read_json, read_lines
@@ -37,7 +38,6 @@ from tests.test_lock import held_elsewhere
 from tests.test_methods import random_backward
 from tests.test_run import files_of, train_until
 
-ROOT = Path(__file__).resolve().parent.parent
 LORI_S = ["method=lori_s", "method.adapter.sparsity=0.8"]
 
 

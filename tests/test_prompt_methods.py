@@ -11,7 +11,7 @@ import torch
 from eval.models import hf, language_model, load
 from eval.run import evaluate
 from experiments.errors import UserError
-from experiments.models.base import load_base
+from experiments.models.load import load_base
 from experiments.runs.records import RunPaths, read_config, read_json, read_lines, trained_record
 from experiments.speed.timing import forward_backward
 from experiments.train import methods

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 from eval.models import hf, plain_generation
 from experiments.data.arith import corpus
 from experiments.data.prompts import encode, leading_tokens, prompt_text, prompt_tokens
-from experiments.models.base import load_tokenizer
+from experiments.models.full_precision import load_tokenizer
 from experiments.models.tiny import make_tokenizer
 from experiments.plan.compose import _own_protocol, options, plan
 from tests.test_language_model import ask

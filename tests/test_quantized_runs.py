@@ -19,7 +19,8 @@ from eval.models import load
 from eval.run import evaluate
 from experiments.errors import UserError
 from experiments.merge import main as merge_main
-from experiments.models.base import load_base, load_full_precision
+from experiments.models.full_precision import load_full_precision
+from experiments.models.load import load_base
 from experiments.models.quantized import load_quantized_base, main, make_quantized, planned_sizes
 from experiments.plan.compose import plan
 from experiments.plan.counting import count

@@ -12,7 +12,7 @@ import torch
 from analysis.load import load_runs, records
 from experiments.data.prompts import IGNORED, encode
 from experiments.data.rows import training_rows
-from experiments.models.base import load_base
+from experiments.models.load import load_base
 from experiments.plan.choose import stages
 from experiments.plan.compose import run_paths
 from experiments.reproduce.run import reproduce

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from experiments.data.prompts import encode
 from experiments.errors import UserError
-from experiments.models.base import load_base, weights_hash
+from experiments.models.load import load_base
+from experiments.models.shapes import weights_hash
 from experiments.plan.compose import CONFIGS
 from experiments.plan.counting import count
 from experiments.runs.records import RunPaths, TrainRecord, read_config, read_lines

@@ -14,7 +14,8 @@ from torch import Tensor
 from diablo.quantize import QuantizedLinear, quantized_layers, round_to_nearest
 from diablo.quantize.linear import set_module
 from eval.run import evaluate
-from experiments.models.base import load_base, load_full_precision
+from experiments.models.full_precision import load_full_precision
+from experiments.models.load import load_base
 from experiments.models.quantized import calibration_tokens
 from experiments.plan.compose import options
 from experiments.plan.counting import count

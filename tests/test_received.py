@@ -19,8 +19,8 @@ from diablo.quantize.storage import RECORD, load_quantized
 from diablo.quantize.storage import read_record as read_quantized
 from eval.run import evaluate
 from experiments.data.prompts import prompt_text
-from experiments.models.base import load_base
 from experiments.models.gguf import converted
+from experiments.models.load import load_base
 from experiments.models.quantized import make_quantized
 from experiments.plan.compose import plan
 from experiments.runs.evaluations import kind_of

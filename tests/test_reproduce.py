@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from eval.run import evaluate
+from experiments import ROOT
 from experiments.plan.compose import main as plan_main
 from experiments.plan.compose import plan, write_runs
 from experiments.reproduce.run import reproduce
@@ -20,8 +21,6 @@ from experiments.runs.records import read_json
 from experiments.speed.timing import FLOOR, can_measure, measure_step_times
 from experiments.train.run import train
 from tests.conftest import SMALL
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_quickstart_end_to_end(tmp_path: Path, cache_dir: Path) -> None:

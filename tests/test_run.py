@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from eval.run import evaluate
+from experiments import ROOT
 from experiments.runs.records import RunPaths, read_lines
 from experiments.train import checkpoint as checkpoints
 from experiments.train import trainer as trainer_module
@@ -20,7 +21,6 @@ from experiments.train.run import train
 from tests.conftest import planned
 
 Fails = Callable[[Callable[[], object]], str]
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def files_of(run: RunPaths) -> dict[str, bytes]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diablo import DiabloLinear, S2ftConfig
 from diablo.patterns import draw_distinct, generator_for
-from experiments.models.base import empty_base
+from experiments.models.shapes import empty_base
 from experiments.plan.compose import plan
 from tests.test_diablo_tuner import adapted, tiny_llama, tokens, train
 

@@ -16,6 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from eval.run import evaluate
+from experiments import ROOT
 from experiments.plan.compose import options
 from experiments.runs.records import RunPaths, TrainRecord, read_config, read_json, read_lines, read_record
 from experiments.train import methods
@@ -27,7 +28,6 @@ from tests.real_runs import settings
 from tests.test_methods import config_of, fresh_base
 from tests.test_preemption import after, content
 
-ROOT = Path(__file__).resolve().parent.parent
 TRAIN = """
 import sys
 from pathlib import Path

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import ROOT
 from experiments.plan.choose import stages
 from experiments.plan.compose import plan, run_paths
 from experiments.reproduce.run import make_bases, reproduce
@@ -25,7 +26,6 @@ from tests.test_choose import FILE
 
 __all__ = ["cluster", "running_cluster"]
 pytestmark = pytest.mark.slurm
-ROOT = Path(__file__).resolve().parent.parent
 CLUSTER = f"cluster={ROOT}/tests/slurm_cluster.yaml"
 
 

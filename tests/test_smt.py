@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from diablo import SmtConfig
 from diablo.smt import block_scores, choose_blocks, top_blocks
-from experiments.models.base import empty_base
+from experiments.models.shapes import empty_base
 from experiments.plan.compose import plan
 from experiments.train import methods
 from tests.test_diablo_tuner import adapted, tiny_llama, tokens, train

@@ -36,7 +36,7 @@ from diablo.lori import choose_entries
 from diablo.smt import choose_blocks
 from diablo.targets import check_targets, expert_names
 from experiments.errors import UserError
-from experiments.models.base import empty_base
+from experiments.models.shapes import empty_base
 from experiments.plan.compose import plan
 from experiments.train import methods
 from tests.test_diablo_tuner import tiny_llama

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from experiments import ROOT
 from experiments.plan.compose import plan
 from experiments.runs.records import RunPaths, read_config, read_json
 from tests.conftest import SMALL
 
-ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("diablo", "experiments", "eval", "analysis", "slurm", "tests")
 ASCII = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 OPENERS = {"open", "fdopen", "read_text", "write_text", "NamedTemporaryFile", "TemporaryFile"}

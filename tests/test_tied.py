@@ -224,7 +224,7 @@ def test_a_quantised_base_with_an_adapted_output_layer_is_merged_and_saved_right
 def test_a_run_is_scored_and_merged_as_the_model_it_trained(small: list[str], tmp_path: Path) -> None:
     """`tiny` is tied: LoRA on its output layer, through training, scoring's loading, vLLM's folder and `merge`."""
     from eval.models import load
-    from experiments.models.base import load_base
+    from experiments.models.load import load_base
     from experiments.runs.records import read_config, trained_record
     from experiments.train.run import train
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from eval.run import evaluate
+from experiments import ROOT
 from experiments.runs.records import EvalRecord, RunPaths, read_lines, read_record
 from experiments.train.run import train
 from tests.conftest import SMALL, planned
 
-ROOT = Path(__file__).resolve().parent.parent
 PROBLEMS = 24
 
 

@@ -31,6 +31,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from experiments import ROOT
 from experiments.errors import UserError, run_command
 from experiments.runs.records import read_json, write_atomically
 
@@ -38,7 +39,6 @@ PARTS = ("correctness", "methods", "resume", "speed", "queue")
 START_UP = 20.0  # seconds: less is not enough to import, initialise CUDA and do anything
 SHUT_DOWN = 4.0  # seconds that a part leaves for writing its record and ending
 GRACE = 10.0  # seconds from asking a part to stop to ending it
-ROOT = Path(__file__).resolve().parent.parent
 Config = dict[str, Any]
 
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
+from experiments import ROOT
 from experiments.errors import UserError, out_of_memory
-from experiments.gpu.main import ROOT
 from experiments.gpu.runs import Item, ItemFailed, methods_items, queue_items, resume_items
-from experiments.models.base import resolve_device
+from experiments.models.shapes import resolve_device
 from experiments.runs.environment import environment, free_memory, reset_peak_memory
 from experiments.runs.records import write_atomically
 from experiments.speed.cases import ADAPTER, AUTHORS, DORA, DROPOUT, FLOOR, FULL, IN_PLACE, LORA

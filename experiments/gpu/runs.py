@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
+from experiments import ROOT
 from experiments.errors import UserError
-from experiments.gpu.main import ROOT
-from experiments.models.base import base_path, load_tokenizer
+from experiments.models.full_precision import base_path, load_tokenizer
 from experiments.plan.compose import options as choices
 from experiments.plan.compose import plan, write_runs
 from experiments.reproduce.jobs import Jobs, take_in, train_and_score

@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from experiments import ROOT
 from experiments.errors import UserError, run_command
 from experiments.runs.received import check_file_names
 from experiments.runs.records import file_hash, write_atomically
@@ -48,7 +49,7 @@ def settle_weights(model: Config, cache: Path) -> None:
 
 def is_packaged(model: Config) -> bool:
     """Whether the model's file in configs/model names a Python package with its weights."""
-    path = Path(__file__).resolve().parent.parent / "configs" / "model" / f"{model['name']}.yaml"
+    path = ROOT / "configs" / "model" / f"{model['name']}.yaml"
     return path.is_file() and "gguf" in yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
@@ -193,7 +194,7 @@ def main(arguments: list[str]) -> None:
         "overrides", nargs="+", metavar="key=value", help="model=… and, for a file, model.path=FILE.gguf"
     )
     overrides = parser.parse_intermixed_args(arguments).overrides
-    from experiments.models.base import leave_out_sklearn
+    from experiments.models.shapes import leave_out_sklearn
     from experiments.plan.compose import plan
 
     leave_out_sklearn()

@@ -94,7 +94,7 @@ def load_quantized_base(
     `base.quantization` is its record; `base.start_adapter` the folder of the LoRA that belongs to it, if one does.
     """
     from diablo.quantize import load_quantized
-    from experiments.models.base import base_path, load_tokenizer
+    from experiments.models.full_precision import base_path, load_tokenizer
 
     folder = (trained_on and _with_hash(config, trained_on)) or make_quantized(config, device)
     try:
@@ -130,7 +130,8 @@ def make_quantized(config: Config, device: str, progress: bool = True) -> Path:
     """The folder of a run's quantised base, complete. Other processes that want the same one wait for it."""
     from diablo.quantize import quantize_model
     from diablo.quantize.storage import read_record
-    from experiments.models.base import cannot_load, load_full_precision, with_dtype
+    from experiments.models.full_precision import cannot_load, load_full_precision
+    from experiments.models.shapes import with_dtype
 
     config, settings = with_dtype(config, device), _settings(config)
     try:
@@ -171,7 +172,7 @@ def planned_sizes(config: Config) -> dict[str, float]:
     from diablo.quantize import replace_linears, sizes
     from diablo.quantize.settings import NORMAL_FLOAT
     from diablo.quantize.storage import decoder_layers
-    from experiments.models.base import empty_base, resolve_device, weights_dtype
+    from experiments.models.shapes import empty_base, resolve_device, weights_dtype
 
     settings = _settings(config)
     base: Any = empty_base(config["model"]["architecture"])
@@ -227,7 +228,7 @@ def calibration_tokens(config: Config) -> Tensor | None:
     from experiments.data.prompts import select_rows
     from experiments.data.rows import load_rows
     from experiments.data.tokens import tokenised
-    from experiments.models.base import base_path, load_tokenizer
+    from experiments.models.full_precision import base_path, load_tokenizer
 
     wanted = config["quantization"]["calibration"]
     if wanted is None:
@@ -270,7 +271,7 @@ def _files(config: Config) -> Any:
     """What the full-precision base is: the hashes of its files, or a hub's id and commit."""
     from transformers.utils.hub import cached_file
 
-    from experiments.models.base import base_path
+    from experiments.models.full_precision import base_path
 
     path = base_path(config)
     if Path(path).is_dir():
@@ -305,7 +306,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("overrides", nargs="+", metavar="RUN | key=value", help="run directories, or what plan takes")
     given = parser.parse_intermixed_args(arguments).overrides
     from diablo.quantize.storage import read_record
-    from experiments.models.base import leave_out_sklearn, resolve_device
+    from experiments.models.shapes import leave_out_sklearn, resolve_device
     from experiments.plan.compose import plan
 
     leave_out_sklearn()

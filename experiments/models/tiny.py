@@ -83,7 +83,7 @@ def _pretrain(model: dict[str, Any], folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from experiments.data.prompts import Example, collate
-    from experiments.models.base import build_config
+    from experiments.models.shapes import build_config
 
     settings = model["pretraining"]
     steps = settings["steps"]

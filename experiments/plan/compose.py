@@ -29,6 +29,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments import ROOT
 from experiments.data.sources import SOURCES
 from experiments.errors import UserError, nearest, run_command
 from experiments.models.gguf import settle_weights
@@ -38,7 +39,7 @@ from experiments.runs.evaluations import kind_of
 from experiments.runs.prerequisite import freeze_first
 from experiments.runs.records import RunPaths, read_config, run_id, write_config
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = ROOT / "configs"
 GROUPS = ("model", "method", "quantization", "task", "protocol")
 TOP = (*GROUPS, "experiment")  # what may be said beside settings
 PAPER = "cells=paper"  # beside experiment=…: only the paper's own cells

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from experiments.models.base import empty_base
+from experiments.models.shapes import empty_base
 from experiments.train import methods
 from experiments.train.loss import LOGITS, ChunkedLoss
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
+from experiments import ROOT
 from experiments.plan.choose import named
 from experiments.plan.compose import plan, run_paths
 from experiments.plan.memory import estimate
@@ -17,7 +17,7 @@ from experiments.runs.records import TrainRecord, content_hash, group_hash, read
 
 Config = dict[str, Any]
 Column = tuple[str, Callable[[Config, int], str]]  # its title, and its text of a setting with so many runs
-MEASURED = Path(__file__).resolve().parent.parent / "analysis" / "results" / "gpu_h200" / "peaks.json"
+MEASURED = ROOT / "analysis" / "results" / "gpu_h200" / "peaks.json"
 LEFT_OUT = ("recipe.learning_rate", "seed")  # in which the runs of one line differ
 
 

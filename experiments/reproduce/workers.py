@@ -131,7 +131,7 @@ def main(arguments: list[str]) -> None:
     preemption.listen()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no answer
-    from experiments.models.base import leave_out_sklearn
+    from experiments.models.shapes import leave_out_sklearn
 
     leave_out_sklearn()
     for name in ("experiments.train", "eval.run"):  # before the first job, so that a job's time is its own

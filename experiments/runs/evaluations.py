@@ -11,12 +11,12 @@ from typing import Any
 
 import yaml
 
+from experiments import ROOT
 from experiments.errors import UserError, nearest
 from experiments.runs.records import EvalPaths, RunPaths
 from experiments.settings import NAME
 
 Config = dict[str, Any]
-ROOT = Path(__file__).resolve().parent.parent
 TASKS, CONFIGS = ROOT / "eval" / "tasks", ROOT / "configs"
 ASKED = ("prompt", "prompt_with_input", "strip_prompt", "bos", "limit", "merge", "backend")
 READ = ("searched", "full_batches_of")

@@ -98,7 +98,7 @@ def measure_model(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from experiments.models.base import build_config
+    from experiments.models.shapes import build_config
     from experiments.speed import cases
     from experiments.speed.timing import forward_backward, interleaved
 
@@ -199,7 +199,7 @@ def run(options: Any) -> Path:
     """All suites asked for; returns the path of the table."""
     import torch
 
-    from experiments.models.base import resolve_device
+    from experiments.models.shapes import resolve_device
     from experiments.runs.environment import environment
     from experiments.speed.cases import ADAPTER, AUTHORS, FLOOR, FULL, IN_PLACE, LABELS, LORA, OTHER_PATTERNS
     from experiments.speed.report import write_report

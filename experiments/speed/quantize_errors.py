@@ -19,7 +19,7 @@ def measure_errors(options: Any) -> list[dict[str, Any]]:
     from diablo.quantize import QuantizationSettings
     from diablo.quantize.activations import Activations
     from diablo.quantize.storage import decoder_layers
-    from experiments.models.base import load_full_precision
+    from experiments.models.full_precision import load_full_precision
     from experiments.models.quantized import calibration_tokens
     from experiments.plan.compose import plan
 

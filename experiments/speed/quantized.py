@@ -68,7 +68,7 @@ def measure_quantising(options: Any) -> list[dict[str, Any]]:
     from diablo.quantize.activations import Activations
     from diablo.quantize.apiq import train_block
     from diablo.quantize.storage import decoder_layers
-    from experiments.models.base import build_config
+    from experiments.models.shapes import build_config
 
     model: Any = AutoModelForCausalLM.from_config(build_config(options.architecture), dtype=torch.float32).eval()
     name, layers = decoder_layers(model)
@@ -147,7 +147,7 @@ def measure_steps(options: Any) -> list[dict[str, Any]]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from experiments.models.base import build_config
+    from experiments.models.shapes import build_config
     from experiments.speed import cases
     from experiments.speed.timing import forward_backward, interleaved
 
@@ -197,7 +197,7 @@ def _build_packed(options: Any) -> dict[str, Any]:
 
     from diablo.quantize import sizes
     from diablo.quantize.storage import decoder_layers
-    from experiments.models.base import empty_base
+    from experiments.models.shapes import empty_base
     from experiments.runs.environment import peak_memory, reset_peak_memory
 
     model: Any = empty_base(options.memory_architecture)
@@ -293,7 +293,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     import torch
 
-    from experiments.models.base import resolve_device
+    from experiments.models.shapes import resolve_device
     from experiments.runs.environment import environment
 
     options.device = str(resolve_device(options.device))

@@ -28,7 +28,7 @@ STEP_TIMES_SCHEMA = 1
 def can_measure(configs: Sequence[Config]) -> bool:
     """Whether `measure_step_times` takes these runs: of one small model and one task, within which a label stands for
     one method. Of larger models train.json has the time of a step, and experiments.benchmark measures passes."""
-    from experiments.models.base import empty_base
+    from experiments.models.shapes import empty_base
 
     one = len({(config["model"]["name"], config["task"]["name"]) for config in configs}) == 1
     trained = any(config["method"]["trains"] != "nothing" for config in configs)
@@ -42,7 +42,8 @@ def measure_step_times(configs: Sequence[Config], folder: Path, rounds: int = 15
     """
     import torch
 
-    from experiments.models.base import load_base, resolve_device
+    from experiments.models.load import load_base
+    from experiments.models.shapes import resolve_device
     from experiments.runs.environment import device_name
 
     by_label = {config["method"]["label"]: config for config in configs if config["method"]["trains"] != "nothing"}
@@ -76,7 +77,7 @@ def _attached(config: Config, tokens: Any) -> Any:
     """
     import torch
 
-    from experiments.models.base import load_base
+    from experiments.models.load import load_base
     from experiments.runs.prerequisite import first_config
     from experiments.train import methods
     from experiments.train.preparation import Backward

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from experiments.errors import Diverged, Preempted, UserError, run_command
-from experiments.models.base import leave_out_sklearn
+from experiments.models.shapes import leave_out_sklearn
 from experiments.runs import preemption
 from experiments.runs.attempts import Heartbeat, attempt
 from experiments.runs.records import (
@@ -90,15 +90,9 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
     from experiments.data.prompts import collate, select_rows
     from experiments.data.rows import rows_hash, training_rows
     from experiments.data.tokens import tokenised
-    from experiments.models.base import (
-        base_hash,
-        base_name,
-        count_parameters,
-        load_base,
-        resolve_device,
-        weights_hash,
-        with_dtype,
-    )
+    from experiments.models.full_precision import base_name
+    from experiments.models.load import base_hash, load_base
+    from experiments.models.shapes import count_parameters, resolve_device, weights_hash, with_dtype
     from experiments.runs.environment import environment, peak_memory, reset_peak_memory
     from experiments.runs.prerequisite import check_base
     from experiments.train import methods

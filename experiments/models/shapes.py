@@ -1,0 +1,108 @@
+"""A base model before its weights are loaded: config, shapes, dtype and device; and the hash that names weights."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from experiments.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Config = dict[str, Any]
+
+
+def leave_out_sklearn() -> None:
+    """For a command's start: it is not there for this process.
+
+    transformers imports it where it is installed, and pandas and scipy with it, for a way of generating that is not
+    used here: one of the six seconds that a start takes.
+    """
+    sys.modules.setdefault("sklearn", cast(Any, None))
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of `runtime.device`: `auto` is this process's GPU if there is one, else the CPU."""
+    import torch
+
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    elif name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"runtime.device={name}: no CUDA device is visible to PyTorch here; use cpu or auto")
+    return torch.device(name)
+
+
+def weights_dtype(model: Config, device: str) -> torch.dtype:
+    """`model.dtype`; `auto` is bfloat16 on a GPU that computes with it, and float32 elsewhere.
+
+    A CPU without bfloat16 instructions takes 25 times as long with it (SmolLM2-135M, forward and backward pass).
+    """
+    import torch
+
+    name = model["dtype"]
+    if name == "auto":
+        on_gpu = device.startswith("cuda")
+        return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return getattr(torch, name)
+
+
+def with_dtype(config: Config, device: str) -> Config:
+    """The config with `auto` replaced by the name of the dtype that it is on a device."""
+    name = str(weights_dtype(config["model"], device)).removeprefix("torch.")
+    return {**config, "model": {**config["model"], "dtype": name}}
+
+
+def build_config(architecture: Config) -> PretrainedConfig:
+    """transformers' config of a `model.architecture` section."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    settings = dict(architecture)
+    try:
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    except (ValueError, KeyError, StrictDataclassError) as error:
+        raise UserError(f"model.architecture: {error}") from None
+
+
+def empty_base(architecture: Config) -> PreTrainedModel:
+    """The model's structure on the meta device: shapes and names, no weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(build_config(architecture))
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """Tokens that a model takes. Configs of models that also see or hear nest it, and older ones name it otherwise."""
+    settings = config.get_text_config(decoder=True)
+    for name in ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len"):
+        length = getattr(settings, name, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    raise UserError(
+        f"model of type {config.model_type}: its config states no length (max_position_embeddings), so that prompts "
+        f"cannot be fitted: add it to config.json in a local copy and give model.path=FOLDER"
+    )
+
+
+def count_parameters(base: PreTrainedModel) -> int:
+    """As many as before quantising: packed weights are no parameters to PyTorch."""
+    record: Any = getattr(base, "quantization", None)
+    return base.num_parameters() + (record["quantized_weights"] if record else 0)
+
+
+def weights_hash(tensors: Mapping[str, torch.Tensor]) -> str:
+    """sha256 over names, shapes, dtypes and bytes. About a gigabyte per second."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
