@@ -171,7 +171,7 @@ def load_metrics(directory: Path) -> pd.DataFrame:
 
 
 def load_spectra(directory: Path) -> pd.DataFrame:
-    """What a run measured of its inputs and gradients (experiments/spectra.py), a row per step, layer and side.
+    """What a run measured of its inputs and gradients (experiments/train/spectra.py), a row per step, layer and side.
 
     Columns: `step`, `tokens`, `seconds` (of the whole measurement), `layer` (from 0), `module`, `side` ("X" or "g_Y"),
     `blocks`, `stable_rank`, `energy`; means over the blocks: `block_stable_rank`, `block_energy`, `covered`; and of the
@@ -209,7 +209,7 @@ def _numbers(values: Sequence[float | None]) -> list[float]:
 
 
 def load_step_times(path: Path) -> StepTimes:
-    """Step times as `experiments.timing` measured them: in every round the frozen floor and each method once.
+    """Step times as `experiments.speed.timing` measured them: in every round the frozen floor and each method once.
 
     A ratio is taken within its round, so that a machine that slows down for a while slows both. UserError when the file
     is not such a measurement.

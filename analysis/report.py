@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m analysis.report", description="Tables and figures from runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="run directories, or folders of them")
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write into (default: report)")
-    parser.add_argument("--step-times", type=Path, metavar="FILE", help="measurement of experiments.timing")
+    parser.add_argument("--step-times", type=Path, metavar="FILE", help="measurement of experiments.speed.timing")
     parser.add_argument("--title", default="Fine-tuning methods compared", help="heading of the page")
     parser.add_argument(
         "--note", action="append", default=[], metavar="TEXT", help="a paragraph for the page; repeatable"
@@ -72,11 +72,11 @@ def write_report(
 ) -> Path:
     """Write the report of these runs into `out` and return the path of its `index.html`.
 
-    `step_times` is a measurement of `experiments.timing`, or None for blank cells. `notes` are paragraphs of plain
-    text that say what the records cannot, such as how the learning rates were chosen. `reference` is the label that
-    `analysis.comparisons` compares with. `tried` are the runs by which learning rates were chosen; without them the
-    sweeps among the reported runs are drawn. `wandb`: a mode of analysis/mirror.py, for the tables. UserError when no
-    run can be read.
+    `step_times` is a measurement of `experiments.speed.timing`, or None for blank cells. `notes` are paragraphs of
+    plain text that say what the records cannot, such as how the learning rates were chosen. `reference` is the label
+    that `analysis.comparisons` compares with. `tried` are the runs by which learning rates were chosen; without them
+    the sweeps among the reported runs are drawn. `wandb`: a mode of analysis/mirror.py, for the tables. UserError when
+    no run can be read.
     """
     import jinja2
     import pandas as pd

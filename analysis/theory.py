@@ -5,8 +5,8 @@ column blocks of m1 / N. With ΔW block-diagonal the problem falls apart into on
 the column spaces decide: if rank(X_i) = rank(X) for every i, every block sees the whole column space of X and fits its
 columns of Y as well as a free ΔW does. In general position rank(X_i) = min(rank(X), m1 / N), so the condition is
 rank(X) ≤ m1 / N. Mirrored, for any loss: if every block of the gradient g_Y has the column space of g_Y, what makes the
-gradients of all blocks vanish makes that of W vanish. experiments/spectra.py measures both. The paper's wording of its
-theorems is not public in full; these are the statements as derived here.
+gradients of all blocks vanish makes that of W vanish. experiments/train/spectra.py measures both. The paper's wording
+of its theorems is not public in full; these are the statements as derived here.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """How well a run's model predicts the targets of given rows: negative log-likelihood in nats, without generation.
 
-The rows become tokens exactly as training makes them (experiments/tokens.py), by the run's own protocol or by the one
-that the task file names, except that rows of one prompt all count; a plain text is cut into windows (eval/text.py). The
-model is the one that generates, in the same dtype and without autocast; the softmax is in float32 and no more logits
-are held at a time than in training (experiments/loss.py). `samples.jsonl` has a line for every row: `index`, `nll`
-(summed over its targets), `targets` (their number) and `exact` (1 if every target is the argmax). Nothing of it is
-resumed: it takes seconds.
+The rows become tokens exactly as training makes them (experiments/data/tokens.py), by the run's own protocol or by the
+one that the task file names, except that rows of one prompt all count; a plain text is cut into windows (eval/text.py).
+The model is the one that generates, in the same dtype and without autocast; the softmax is in float32 and no more
+logits are held at a time than in training (experiments/train/loss.py). `samples.jsonl` has a line for every row:
+`index`, `nll` (summed over its targets), `targets` (their number) and `exact` (1 if every target is the argmax).
+Nothing of it is resumed: it takes seconds.
 """
 
 from __future__ import annotations

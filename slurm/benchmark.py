@@ -32,7 +32,14 @@ from slurm.status import statuses, table
 from slurm.submit import Options, submit
 
 TINY = ("model=tiny", "task=arith", "runtime.device=cpu", "model.pretraining.steps=4", "task.data.train=64")
-IMPORTS = ("trainer", "methods", "models", "tokens", "data", "environment")  # of `experiments`, before a first step
+MODULES = (
+    "train.trainer",
+    "train.methods",
+    "models.load",
+    "data.tokens",
+    "data.rows",
+    "runs.environment",
+)  # of `experiments`
 EVERY, STEPS = 10, 200  # steps between checkpoints, and of all, where a checkpoint is timed
 
 
@@ -75,8 +82,10 @@ def measure_start(folder: Path) -> Iterator[tuple[str, float]]:
     every = config["runtime"]["checkpoint_every"]
     yield f"a step of it; {every} of them and a checkpoint: {(after - plain) / (every * plain):.2%} more", plain
     _train(folder, "method=diablo", "recipe.max_steps=1", seed=0)  # makes what later runs find
-    modules = f"from experiments import {', '.join(IMPORTS)}"
-    command = f"from experiments.models.shapes import leave_out_sklearn; leave_out_sklearn(); {modules}; import os, peft"
+    modules = "; ".join(f"import experiments.{name}" for name in MODULES)
+    command = (
+        f"from experiments.models.shapes import leave_out_sklearn; leave_out_sklearn(); {modules}; import os, peft"
+    )
     command += "; os._exit(0)"  # the end of a process takes time of its own
     imports, first, whole = [], [], []
     for seed in range(1, 4):

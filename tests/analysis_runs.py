@@ -1,4 +1,4 @@
-"""Run directories with invented numbers, written through `experiments.records` as the real stages write them."""
+"""Run directories with invented numbers, written through `experiments.runs.records` as the real stages write them."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def change(path: Path, **values: Any) -> None:
 
 
 def write_spectra(run: Path, steps: int = 2, blocks: int = 2) -> None:
-    """Invented measurements, in the form of experiments/spectra.py."""
+    """Invented measurements, in the form of experiments/train/spectra.py."""
     lines = []
     for step in range(1, steps + 1):
         sides = {

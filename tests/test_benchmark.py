@@ -110,7 +110,7 @@ def test_one_command_writes_json_table_and_picture(tmp_path: Path) -> None:
     table = (tmp_path / "out" / "benchmark.md").read_text(encoding="utf-8")
     assert all(f"| {label} |" in table for label in cases.LABELS)
     before = table
-    command = [sys.executable, "-m", "experiments.benchmark_report", str(tmp_path / "out" / "benchmark.json")]
+    command = [sys.executable, "-m", "experiments.speed.report", str(tmp_path / "out" / "benchmark.json")]
     subprocess.run(command, check=True, capture_output=True)
     assert (tmp_path / "out" / "benchmark.md").read_text(encoding="utf-8") == before
 

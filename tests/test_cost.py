@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from experiments.plan.__main__ import main
 from experiments.plan.choose import stages, stages_of
-from experiments.plan.compose import PAPER, main, plan
+from experiments.plan.compose import PAPER, plan
 from experiments.plan.cost import Speed, gpu_hours, read_budget, read_speed, rows_trained_on, tokens
 from experiments.plan.selection import Selection, select
 

@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 
 from experiments import ROOT
 from experiments.errors import UserError
-from experiments.gpu import main as gpu
-from experiments.gpu.main import read_options, run_parts
+from experiments.gpu import processes as gpu
+from experiments.gpu.__main__ import main, read_options
 from experiments.gpu.parts import ITEMS, run_part
+from experiments.gpu.processes import run_parts
 from experiments.gpu.runs import Item, ItemFailed, different_bits
 from experiments.plan.compose import options as choices
 from experiments.runs.records import read_json
@@ -128,7 +129,7 @@ def test_bits_are_counted_by_tensor(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--device cuda: no CUDA device answers here \(.+\): --device cpu tries it"):
-        gpu.main(["--out", str(tmp_path)])
+        main(["--out", str(tmp_path)])
 
 
 def test_bad_arguments_are_told_before_anything_is_run() -> None:

@@ -144,7 +144,7 @@ def test_of_two_waiters_one_writes(run: RunPaths) -> None:
     """Both see the same dead lock; their times inside do not overlap."""
     held_elsewhere(run)
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom experiments.lock import locked\n"
+        "import sys, time\nfrom pathlib import Path\nfrom experiments.runs.lock import locked\n"
         "from experiments.runs.records import RunPaths\n"
         "with locked(RunPaths(Path(sys.argv[1])), 2.5):\n"
         "    a = time.monotonic(); time.sleep(0.3); print(a, time.monotonic())"

@@ -1,4 +1,4 @@
-"""The loss over chunks of labelled positions: experiments/loss.py."""
+"""The loss over chunks of labelled positions: experiments/train/loss.py."""
 
 from __future__ import annotations
 

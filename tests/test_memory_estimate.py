@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from experiments.models.shapes import build_config, empty_base
 from experiments.plan import fake_pass
 from experiments.plan import fit as fitting
-from experiments.plan.compose import main, plan
+from experiments.plan.__main__ import main
+from experiments.plan.compose import plan
 from experiments.plan.cost import longest_row
 from experiments.plan.fake_pass import Allocations, held, make_fake, pass_bytes
 from experiments.plan.memory import Memory, base_dtype, estimate

@@ -21,9 +21,10 @@ from experiments.errors import UserError
 from experiments.merge import main as merge_main
 from experiments.models.full_precision import load_full_precision
 from experiments.models.load import load_base
-from experiments.models.quantized import load_quantized_base, main, make_quantized, planned_sizes
+from experiments.models.quantized import load_quantized_base, make_quantized, planned_sizes
 from experiments.plan.compose import plan
 from experiments.plan.counting import count
+from experiments.quantize import main
 from experiments.runs.records import RunPaths, read_config, read_json
 from experiments.train import methods
 from experiments.train.run import train
@@ -315,7 +316,7 @@ def test_the_command_makes_the_bases_of_runs_ahead(
 
 
 def test_the_dry_run_says_bytes_from_shapes_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    from experiments.plan.compose import main as plan_main
+    from experiments.plan.__main__ import main as plan_main
 
     plan_main(
         [

@@ -1,4 +1,4 @@
-"""The condition of the theory, measured in training runs: experiments/spectra.py."""
+"""The condition of the theory, measured in training runs: experiments/train/spectra.py."""
 
 from __future__ import annotations
 

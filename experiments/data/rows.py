@@ -2,7 +2,7 @@
 
     python -m experiments.data check          # which data sets are to be had here, and how to get the others
 
-`experiments.sources` has the table of data sets. Every field of every row is checked when a file is read.
+`experiments.data.sources` has the table of data sets. Every field of every row is checked when a file is read.
 """
 
 from __future__ import annotations

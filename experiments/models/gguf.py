@@ -10,7 +10,6 @@ says in `model.gguf` which file it uses, with its hash, so that its id is not th
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -23,7 +22,7 @@ from typing import Any
 import yaml
 
 from experiments import ROOT
-from experiments.errors import UserError, run_command
+from experiments.errors import UserError
 from experiments.runs.received import check_file_names
 from experiments.runs.records import file_hash, write_atomically
 
@@ -184,26 +183,3 @@ def _shortest(value: Any) -> Any:
     if isinstance(value, list):
         return [_shortest(part) for part in value]
     return float(str(np.float32(value))) if isinstance(value, float) else value
-
-
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.gguf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "overrides", nargs="+", metavar="key=value", help="model=… and, for a file, model.path=FILE.gguf"
-    )
-    overrides = parser.parse_intermixed_args(arguments).overrides
-    from experiments.models.shapes import leave_out_sklearn
-    from experiments.plan.compose import plan
-
-    leave_out_sklearn()
-    (config,) = plan(["method=base", "task=arith", *overrides])
-    gguf = config["model"].get("gguf")
-    if gguf is None:
-        raise UserError(f"model {config['model']['name']} has no GGUF file here: give model.path=FILE.gguf")
-    print(converted(gguf, Path(config["runtime"]["cache_dir"])))
-
-
-if __name__ == "__main__":
-    run_command(main)

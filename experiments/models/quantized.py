@@ -10,16 +10,15 @@ files, the settings, the calibration tokens and the code of diablo/quantize.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.errors import UserError, run_command
+from experiments.errors import UserError
 from experiments.runs.received import check_folder
-from experiments.runs.records import RunPaths, content_hash, file_hash, read_config
+from experiments.runs.records import RunPaths, content_hash, file_hash
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,60 +28,7 @@ if TYPE_CHECKING:
 
 Config = dict[str, Any]
 WITH_FACTORS = ("loftq", "apiq")  # whose LoRA belongs to the weights
-NOT_PLAIN = ("use_dora", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern")
 NOT_THE_WEIGHTS = ("__init__.py", "merge.py")  # files of diablo/quantize that do not decide them
-
-
-def name_quantized(config: Config) -> None:
-    """Puts the quantisation into the method's label, once the two are seen to go together. An empty section goes.
-
-    Raises:
-        UserError: they do not.
-    """
-    quantization, method = config["quantization"], config["method"]
-    if not quantization:
-        del config["quantization"]
-        return
-    name = f"{quantization['method']}{quantization['bits']}"
-    _check_grid(config["model"], quantization)
-    if not method["contract"].get("on_quantized", True):
-        raise UserError(
-            f"method={method['name']} changes the weights or needs their gradients, and quantization="
-            f"{quantization['method']} keeps them as packed integers: choose another method, or quantization=none"
-        )
-    if quantization["method"] in WITH_FACTORS:
-        _check_lora(method, quantization)
-    method["label"] += f"-{name}"
-
-
-def _check_grid(model: Config, quantization: Config) -> None:
-    """What would only be found when a run starts; without torch, so that planning stays quick."""
-    group = quantization["group_size"]
-    widths = {key: model["architecture"].get(key) for key in ("hidden_size", "intermediate_size")}
-    for key, width in widths.items():
-        if group != -1 and width and (group not in range(1, width + 1) or width % group):
-            raise UserError(
-                f"quantization.group_size={group} does not divide {key}={width}: give a divisor, or -1 for rows"
-            )
-
-
-def _check_lora(method: Config, quantization: Config) -> None:
-    adapter, made = method["adapter"] or {}, quantization["options"]
-    plain = adapter.get("_target_") == "peft.LoraConfig" and "prepare" not in method
-    if not plain or any(adapter.get(key) for key in NOT_PLAIN):
-        raise UserError(
-            f"quantization={quantization['method']} makes a LoRA that training starts from, {method['name']} starts "
-            f"otherwise: give method=lora"
-        )
-    targets = adapter["target_modules"]
-    if not isinstance(targets, list):
-        raise UserError(f"method.adapter.target_modules={targets}: quantization={quantization['method']} needs a list")
-    for ours, theirs in (("rank", "r"), ("lora_alpha", "lora_alpha")):
-        if made[ours] != adapter[theirs]:
-            raise UserError(
-                f"quantization.options.{ours}={made[ours]}: the LoRA that is trained from there has "
-                f"method.adapter.{theirs}={adapter[theirs]}: give both the same"
-            )
 
 
 def load_quantized_base(
@@ -297,39 +243,3 @@ def _alone(folder: Path) -> Iterator[None]:
             yield
         finally:
             heart.stop()
-
-
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.quantize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", nargs="+", metavar="RUN | key=value", help="run directories, or what plan takes")
-    given = parser.parse_intermixed_args(arguments).overrides
-    from diablo.quantize.storage import read_record
-    from experiments.models.shapes import leave_out_sklearn, resolve_device
-    from experiments.plan.compose import plan
-
-    leave_out_sklearn()
-    if all(Path(text).is_dir() for text in given):
-        configs = [read_config(RunPaths(Path(text).resolve())) for text in given]
-    else:
-        configs = plan(given)
-    wanted = {}
-    for config in configs:
-        if "quantization" in config:
-            keys = ("model", "quantization", "protocol")
-            wanted.setdefault(content_hash([config["task"]["data"], *(config[key] for key in keys)]), config)
-    if not wanted:
-        raise UserError("no run here has a quantised base: give quantization=nf, gptq, magr, …")
-    for config in wanted.values():
-        folder = make_quantized(config, str(resolve_device(config["runtime"]["device"])))
-        record = read_record(folder)
-        assert record is not None
-        print(
-            f"{folder}: {record['bits_per_weight']:.3f} bits per quantised weight, {record['quantized_bytes']:,} bytes "
-            f"and {record['other_bytes']:,} of full precision, hash {record['hash'][:12]}"
-        )
-
-
-if __name__ == "__main__":
-    run_command(main)

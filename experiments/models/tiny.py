@@ -1,7 +1,7 @@
 """The base model `tiny`: a Llama and its tokenizer, made from nothing in about a minute and cached by content.
 
-It learns sums and simple stories from `experiments.arith.corpus`, so that fine-tuning it resembles fine-tuning a real
-base model: the skills are there, the task's phrasing and answer format are not.
+It learns sums and simple stories from `experiments.data.arith.corpus`, so that fine-tuning it resembles fine-tuning a
+real base model: the skills are there, the task's phrasing and answer format are not.
 """
 
 from __future__ import annotations

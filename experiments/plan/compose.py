@@ -11,11 +11,9 @@ the runs and their exact parameter counts instead, from the architecture alone.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import re
 import shlex
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -31,10 +29,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments import ROOT
 from experiments.data.sources import SOURCES
-from experiments.errors import UserError, nearest, run_command
+from experiments.errors import UserError, nearest
 from experiments.models.gguf import settle_weights
-from experiments.models.quantized import name_quantized
 from experiments.plan.overrides import by_name, by_name_resolved, checked, set_value, settle, sweep
+from experiments.plan.quantization import name_quantized
 from experiments.runs.evaluations import kind_of
 from experiments.runs.prerequisite import freeze_first
 from experiments.runs.records import RunPaths, read_config, run_id, write_config
@@ -97,7 +95,7 @@ def read_experiment(name: str) -> Config:
     """The content of `configs/experiment/<name>.yaml`, or of the file whose path, ending in .yaml, `name` is.
 
     `title`, `common` (overrides of all runs), `grids`, `paper` (those grids that are the paper's own cells, before the
-    others), `learning_rate_by` (see experiments/choose.py), `notes`, and `reference`, the label to compare with.
+    others), `learning_rate_by` (see experiments/plan/choose.py), `notes`, and `reference`, the label to compare with.
     """
     path = Path(name) if name.endswith(".yaml") else CONFIGS / "experiment" / f"{name}.yaml"
     if not path.is_file():
@@ -321,37 +319,3 @@ def write_runs(configs: Iterable[Config]) -> list[RunPaths]:
             write_config(run, config)
         runs.append(run)
     return runs
-
-
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", nargs="*", help="experiment=…, model=…, method=…, key=value, key=a,b,c")
-    parser.add_argument("--dry-run", action="store_true", help="print runs, parameters and tokens; write no runs")
-    from experiments.plan.choose import follow, stages_of  # these build on this module
-    from experiments.plan.selection import add_options, read_options, select
-
-    add_options(parser)
-    options = parser.parse_intermixed_args(arguments)
-    selection = read_options(options)
-    selected = select(options.overrides, selection)
-    found = stages_of(selected.configs, selected.by)
-    configs, following = found.known(), found.following()
-    if options.dry_run:
-        from experiments.plan.counting import print_counts  # torch and peft, which --help should not wait for
-        from experiments.plan.overview import print_memory
-
-        print_counts(configs, following, selection.speed)
-        print_memory(configs)
-    else:
-        for run in write_runs(configs):
-            print(run.root)
-    if following:
-        print(follow(len(following)), file=sys.stderr)
-    if selected.left_out:
-        print("left out by the budget:", *selected.left_out, sep="\n  ", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    run_command(main)

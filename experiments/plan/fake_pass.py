@@ -157,7 +157,7 @@ def _drop(parameter: Tensor) -> None:
 
 @contextmanager
 def _entering(head: nn.Module) -> Iterator[list[Tensor]]:
-    """What enters the output layer, which is given nothing to do: experiments/loss.py computes its part in chunks."""
+    """What enters the output layer, which is given nothing to do: experiments/train/loss.py computes it in chunks."""
     hidden: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

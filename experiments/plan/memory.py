@@ -1,10 +1,10 @@
 """GPU memory of training a run, from shapes alone: weights, gradients, optimizer state and activations per GPU.
 
 Bytes of weights, gradients and optimizer state are sums over the tensors of the whole model. Activations are measured
-on fake tensors (experiments/fake_pass.py): the first decoder layers run, and more are extrapolated, since each adds the
-same. The micro-batch is full, every position has a label, and rows are as long as the longest one, or as the protocol
-allows where rows or tokenizer are not here. So the estimate is what the largest step needs. CUDA's context, NCCL's
-buffers and the allocator's fragmentation come on top: `USABLE` in experiments/fit.py.
+on fake tensors (experiments/plan/fake_pass.py): the first decoder layers run, and more are extrapolated, since each
+adds the same. The micro-batch is full, every position has a label, and rows are as long as the longest one, or as the
+protocol allows where rows or tokenizer are not here. So the estimate is what the largest step needs. CUDA's context,
+NCCL's buffers and the allocator's fragmentation come on top: `USABLE` in experiments/plan/fit.py.
 """
 
 from __future__ import annotations

@@ -6,13 +6,13 @@
     python -m experiments.reproduce quickstart --minutes 30     # begins no run that would take longer
     python -m experiments.reproduce commonsense --paper         # the paper's own cells alone
 
-Where the experiment chooses learning rates (experiments/choose.py), that is done first, on rows kept out of training.
-Finished runs are skipped and interrupted ones resumed, so the same command is also how an experiment is continued.
+Where the experiment chooses learning rates (experiments/plan/choose.py), that is done first, on rows kept out of
+training. Finished runs are skipped and interrupted ones resumed, so the same command is also how an experiment is
+continued.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 import time
@@ -21,10 +21,10 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from experiments.errors import UserError, run_command
+from experiments.errors import UserError
 from experiments.plan.choose import Stages, follow, to_csv, write_choices
 from experiments.plan.compose import read_experiment, run_paths, write_runs
-from experiments.plan.selection import EVERYTHING, Selection, add_options, read_options
+from experiments.plan.selection import EVERYTHING, Selection
 from experiments.reproduce.jobs import Job, Jobs, finished_outcome, forget_unscorable, outcome, take_in, train_and_score
 from experiments.reproduce.workers import Stopped, Worker
 from experiments.runs import preemption
@@ -223,41 +223,3 @@ def make_bases(configs: list[Config]) -> None:
 
 def _title(name: str) -> str:
     return read_experiment(name)["title"]
-
-
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.reproduce",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("experiment", help="a file of configs/experiment without its ending, or the path of another")
-    parser.add_argument("overrides", nargs="*", help="key=value or key=a,b,c, applied to every grid")
-    parser.add_argument("--out", type=Path, help="folder of the report; default: report/<experiment>")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=1,
-        help="runs at a time, each in a process with OMP_NUM_THREADS threads; default: 1, here",
-    )
-    parser.add_argument("--report-only", action="store_true", help="report the runs that are finished, run nothing")
-    parser.add_argument("--minutes", type=float, help="begin no run that would not end within so many")
-    parser.add_argument(
-        "--results", type=Path, metavar="DIR", help="exported runs (analysis.export) that count as finished"
-    )
-    add_options(parser)
-    options = parser.parse_intermixed_args(arguments)
-    reproduce(
-        options.experiment,
-        options.overrides,
-        options.out,
-        options.workers,
-        options.report_only,
-        options.minutes,
-        options.results,
-        read_options(options),
-    )
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,6 +1,6 @@
 """Worker processes: each trains and scores runs one after the other, so imports and the device's start are paid once.
 
-    python -m experiments.workers      # started by experiments/reproduce.py; not meant to be typed
+    python -m experiments.reproduce.workers      # started by experiments/reproduce/run.py; not meant to be typed
 
 A worker says that it is ready, reads a job per line from its standard input, `{"run": DIRECTORY, "score": true}`, and
 answers on its standard output: `{"outcome": TEXT}`, `{"error": TEXT}` or, stopped by a signal, `{"preempted": TEXT}`.
@@ -85,7 +85,7 @@ class Worker:
             return
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.workers"],
+            [sys.executable, "-m", "experiments.reproduce.workers"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -127,7 +127,9 @@ def answer(job: dict[str, Any]) -> Answer:
 
 def main(arguments: list[str]) -> None:
     if arguments:
-        raise UserError("experiments.workers takes no arguments: it is started by experiments.reproduce --workers")
+        raise UserError(
+            "experiments.reproduce.workers takes no arguments: it is started by experiments.reproduce --workers"
+        )
     preemption.listen()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no answer

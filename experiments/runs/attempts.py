@@ -1,6 +1,6 @@
 """One attempt at a stage of a run: its lock, its heartbeat, its line in `attempts.json`, and how it ended.
 
-lock            who writes in the directory now (experiments/lock.py)
+lock            who writes in the directory now (experiments/runs/lock.py)
 heartbeat.json  where the stage is, once per second; the same file shows others that its writer lives
 attempts.json   every attempt: who, when, and `how` it ended: finished, preempted or failed; null for one that was
                 killed or still runs

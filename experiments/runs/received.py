@@ -124,7 +124,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def has_type(value: Any, kind: str) -> bool:
-    """Whether a JSON value is of a record's field's type, which is written as in experiments/records.py."""
+    """Whether a JSON value is of a record's field's type, which is written as in experiments/runs/records.py."""
     if kind.endswith(" | None"):
         return value is None or has_type(value, kind.removesuffix(" | None"))
     if kind.startswith("list["):

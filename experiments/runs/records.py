@@ -47,7 +47,7 @@ class RunPaths:
 
     @property
     def spectra(self) -> Path:
-        """Of runs that measure them: experiments/spectra.py."""
+        """Of runs that measure them: experiments/train/spectra.py."""
         return self.root / "spectra.jsonl"
 
     @property
@@ -61,12 +61,12 @@ class RunPaths:
 
     @property
     def held_out(self) -> Path:
-        """How well each row that was kept out of training is predicted: experiments/held_out.py."""
+        """How well each row that was kept out of training is predicted: experiments/train/held_out.py."""
         return self.root / "held_out.json"
 
     @property
     def learning_rate(self) -> Path:
-        """How the run's learning rate was chosen, where an experiment chose it (experiments/choose.py)."""
+        """How the run's learning rate was chosen, where an experiment chose it (experiments/plan/choose.py)."""
         return self.root / "learning_rate.json"
 
     @property
@@ -76,7 +76,7 @@ class RunPaths:
 
     @property
     def lock(self) -> Path:
-        """Who writes in the directory now; what it and the next three hold is told in experiments/attempts.py."""
+        """Who writes in the directory now; what it and the next three hold is told in experiments/runs/attempts.py."""
         return self.root / "lock"
 
     @property
@@ -333,7 +333,7 @@ def run_id(config: dict[str, Any]) -> str:
 def read_config(run: RunPaths) -> dict[str, Any]:
     """The run's frozen config. One that was edited by hand no longer is what its run id says, and is refused.
 
-    So is a directory that holds what no run does: experiments/received.py.
+    So is a directory that holds what no run does: experiments/runs/received.py.
     """
     if not run.config.is_file():
         raise UserError(

@@ -1,9 +1,9 @@
 """Speed and memory of DiaBlo beside its rivals, in one run.
 
-    python -m experiments.benchmark                                  # the CPU, or the GPU if there is one
-    python -m experiments.benchmark --suites models --models llama2_7b llama3_8b --tokens 4096 8192 16384
-    python -m experiments.benchmark --suites models --patterns       # the sparse patterns instead of the methods
-    python -m experiments.benchmark --authors-repo ../DiaBlo         # a checkout of ziyangjoy/DiaBlo, for its own layer
+    python -m experiments.speed.layers                                  # the CPU, or the GPU if there is one
+    python -m experiments.speed.layers --suites models --models llama2_7b llama3_8b --tokens 4096 8192 16384
+    python -m experiments.speed.layers --suites models --patterns       # the sparse patterns instead of the methods
+    python -m experiments.speed.layers --authors-repo ../DiaBlo         # a checkout of ziyangjoy/DiaBlo: its layer too
 
 Three suites: `layers` (single linear layers at the shapes of real models), `models` (whole models, random weights) and
 `curve` (N against rank at equal budgets). Every case measures all methods in turn, round by round; a ratio to the
@@ -252,7 +252,7 @@ def shape(text: str) -> tuple[int, int]:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.benchmark",
+        prog="python -m experiments.speed.layers",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,10 +1,10 @@
 """What quantised models cost: time to make them, time to train on them, and memory.
 
-    python -m experiments.quantize_benchmark                          # minutes on two cores
-    python -m experiments.quantize_benchmark --suites memory --bits 2
+    python -m experiments.speed.quantized                          # minutes on two cores
+    python -m experiments.speed.quantized --suites memory --bits 2
 
 Four suites: `quantise` (each method on one decoder layer's weights, per layer, and GPTQ against a plain loop over
-columns), `errors` (experiments/quantize_errors.py), `step` (a training step over the quantised and over the
+columns), `errors` (experiments/speed/quantize_errors.py), `step` (a training step over the quantised and over the
 full-precision base, round by round in turn) and `memory` (a model built decoder layer by decoder layer from random
 weights, each packed before the next one is made: the peak of the process beside the bytes of the same model in fp16).
 Models and inputs are random, but for `errors`. Writes `quantize_benchmark.json` and `.md` into --out.
@@ -274,7 +274,7 @@ def write_report(result: dict[str, Any], out: Path) -> Path:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.quantize_benchmark",
+        prog="python -m experiments.speed.quantized",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -27,7 +27,7 @@ STEP_TIMES_SCHEMA = 1
 
 def can_measure(configs: Sequence[Config]) -> bool:
     """Whether `measure_step_times` takes these runs: of one small model and one task, within which a label stands for
-    one method. Of larger models train.json has the time of a step, and experiments.benchmark measures passes."""
+    one method. Of larger models train.json has the time of a step, and experiments.speed.layers measures passes."""
     from experiments.models.shapes import empty_base
 
     one = len({(config["model"]["name"], config["task"]["name"]) for config in configs}) == 1

@@ -1,7 +1,7 @@
 """Speed and memory of tokenising commonsense rows, and how much of the batches is padding.
 
-    python -m experiments.token_benchmark --data-root data                     # prints a table
-    python -m experiments.token_benchmark --data-root data --out tokens.json   # and writes the figures
+    python -m experiments.speed.tokens --data-root data                     # prints a table
+    python -m experiments.speed.tokens --data-root data --out tokens.json   # and writes the figures
 
 The rows are those of the task commonsense_74k, repeated to as many as commonsense_170k has. The tokenizer is trained on
 them here; its size and kind are Llama-2's (byte-level BPE of 32,000 entries), its counts of tokens are not.
@@ -146,7 +146,7 @@ def table(figures: dict[str, Any]) -> str:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.token_benchmark", description=(__doc__ or "").splitlines()[0]
+        prog="python -m experiments.speed.tokens", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--data-root", default=os.environ.get("DIABLO_DATA_ROOT"), help="default: $DIABLO_DATA_ROOT")
     parser.add_argument("--rows", type=int, default=ROWS, help=f"default: {ROWS:,}")

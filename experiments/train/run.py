@@ -9,7 +9,6 @@ checkpoint, on the CPU bit for bit as if it had never stopped. SIGTERM and SIGUS
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
@@ -22,8 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from experiments.errors import Diverged, Preempted, UserError, run_command
-from experiments.models.shapes import leave_out_sklearn
+from experiments.errors import Diverged, Preempted, UserError
 from experiments.runs import preemption
 from experiments.runs.attempts import Heartbeat, attempt
 from experiments.runs.records import (
@@ -325,32 +323,3 @@ def _wait_for_everyone() -> None:
 
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-
-
-def _leave_the_others() -> None:
-    """At the end of the process: a second training goes on in the group of the first."""
-    import torch.distributed
-
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def main(arguments: list[str]) -> None:
-    preemption.listen()
-    leave_out_sklearn()
-    parser = argparse.ArgumentParser(prog="python -m experiments.train", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("run", type=Path, help="a run directory made by `python -m experiments.plan`")
-    run = RunPaths(parser.parse_intermixed_args(arguments).run.resolve())
-    try:
-        record = train(run, progress=run.root.name)
-    except Preempted:
-        _leave_the_others()
-        raise
-    _leave_the_others()
-    if os.environ.get("RANK", "0") == "0":
-        loss = "" if record.final_loss is None else f", loss {record.final_loss:.4f}"
-        print(f"{run.root}: {record.steps} steps{loss}, {record.trainable_parameters:,} parameters trained")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -9,7 +9,7 @@ Five parts, in this order, each in a process of its own, so that one that dies t
 correctness  `pytest -m cuda`: gradients, optimizers, merging, checkpointing, compile and bf16 against float64
 methods      every method and every quantiser trained for a few steps and scored, by the real pipeline
 resume       a run that is killed and goes on beside undisturbed ones: how many bits of the adapter differ, and where
-speed        whole models and single layers, every method in turn (experiments/benchmark.py)
+speed        whole models and single layers, every method in turn (experiments/speed/layers.py)
 queue        runs of the experiment that --queue names, in its order
 
 A part writes <out>/<part>.json as it goes: versions, device, commit, and every item with its seconds and result or
@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 from experiments import ROOT
-from experiments.errors import UserError, run_command
 from experiments.runs.records import read_json, write_atomically
 
 PARTS = ("correctness", "methods", "resume", "speed", "queue")
@@ -67,7 +66,7 @@ def _why_not(part: str, options: argparse.Namespace, deadline: float, summary: l
     if deadline - time.time() < START_UP:
         return "no time is left"
     if options.device != "cpu" and any(outcome["status"] == "failed" for outcome in summary):
-        failure = _probe(options.device, options.out, min(60.0, deadline - time.time()))
+        failure = probe(options.device, options.out, min(60.0, deadline - time.time()))
         if failure:
             return f"CUDA no longer answers: {failure}"
         if deadline - time.time() < START_UP:
@@ -135,7 +134,7 @@ def _last_line(log: Path, status: int) -> str:
     return lines[-1].removeprefix("error: ") if lines else f"ended with status {status}"
 
 
-def _probe(device: str, out: Path, patience: float) -> str | None:
+def probe(device: str, out: Path, patience: float) -> str | None:
     """What is wrong with the device, asked by a new process: after some errors one that used it cannot any more."""
     name = "cuda" if device == "auto" else device
     code = f"import torch; torch.ones(1, device={name!r}).sum().item()"
@@ -163,52 +162,3 @@ def _environment(out: Path) -> dict[str, str]:
     }
     settings = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1"}
     return {**os.environ, **settings, **{name: str(folder) for name, folder in folders.items()}}
-
-
-def read_options(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", nargs="*", help="key=value for the runs of methods, resume and queue")
-    parser.add_argument("--minutes", type=float, default=8.0, help="in all; default: 8")
-    parser.add_argument("--out", type=Path, default=Path("report") / "gpu")
-    parser.add_argument("--device", default="cuda", help="cuda, or cpu for the smallest sizes; default: cuda")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these, in this order")
-    parser.add_argument("--queue", metavar="EXPERIMENT", help="a file of configs/experiment, or the path of another")
-    parser.add_argument("--workers", type=int, default=1, help="runs of the queue at a time; default: 1")
-    parser.add_argument("--results", type=Path, help="exported runs that count as finished in the queue")
-    parser.add_argument("--authors-repo", type=Path, help="checkout of ziyangjoy/DiaBlo; its layer is timed too")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # this process is that part, until a time
-    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
-    options = parser.parse_intermixed_args(arguments)
-    if options.minutes <= 0:
-        raise UserError(f"--minutes {options.minutes:g}: give more than 0")
-    if options.queue is not None:
-        from experiments.plan.compose import read_experiment
-
-        read_experiment(options.queue)  # a misspelt name is told before the first part
-    return options
-
-
-def main(arguments: list[str]) -> int:
-    options = read_options(arguments)
-    if options.part:
-        from experiments.gpu.parts import run_part
-
-        run_part(options.part, options)
-        return 0
-    if options.device != "cpu":
-        options.out.mkdir(parents=True, exist_ok=True)
-        failure = _probe(options.device, options.out, 120.0)
-        if failure:
-            raise UserError(
-                f"--device {options.device}: no CUDA device answers here ({failure}): --device cpu tries it"
-            )
-    options.out = options.out.resolve()
-    summary = run_parts(options, [*arguments, "--out", str(options.out)])
-    print(f"records: {options.out}")
-    return int(any(outcome["status"] == "failed" for outcome in summary))
-
-
-if __name__ == "__main__":
-    run_command(main)

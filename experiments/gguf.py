@@ -1,0 +1,40 @@
+"""GGUF files as base models: converted once into the cache folder and loaded from there like any other folder.
+
+    python -m experiments.gguf model=smollm2_135m
+    python -m experiments.gguf model=llama3_2_1b model.path=Llama-3.2-1B-Q8_0.gguf
+
+`<cache>/base/<name of the file>-<16 hex of its sha256>/` holds the dequantised weights in float32, the config, the
+tokenizer and last `gguf.json`, which names the hash of the GGUF file and of every file beside it. The config of a run
+says in `model.gguf` which file it uses, with its hash, so that its id is not that of a run on the weights of the hub.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from experiments.errors import UserError, run_command
+from experiments.models.gguf import converted
+from experiments.models.shapes import leave_out_sklearn
+from experiments.plan.compose import plan
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.gguf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "overrides", nargs="+", metavar="key=value", help="model=… and, for a file, model.path=FILE.gguf"
+    )
+    overrides = parser.parse_intermixed_args(arguments).overrides
+
+    leave_out_sklearn()
+    (config,) = plan(["method=base", "task=arith", *overrides])
+    gguf = config["model"].get("gguf")
+    if gguf is None:
+        raise UserError(f"model {config['model']['name']} has no GGUF file here: give model.path=FILE.gguf")
+    print(converted(gguf, Path(config["runtime"]["cache_dir"])))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,54 @@
+"""Quantised base models: made once, kept in the cache folder, and loaded by every run that trains on them.
+
+    python -m experiments.quantize runs/<run_id>
+    python -m experiments.quantize model=llama2_7b task=math_10k method=diablo quantization=magr quantization.bits=4,2
+
+A run makes its base when it finds none; this makes it ahead, for many runs that then start at once. It goes on after
+the last finished layer when it was stopped. The folder's name is the hash of all that decides the weights: the base's
+files, the settings, the calibration tokens and the code of diablo/quantize.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from experiments.errors import UserError, run_command
+from experiments.models.quantized import make_quantized
+from experiments.models.shapes import leave_out_sklearn, resolve_device
+from experiments.plan.compose import plan
+from experiments.runs.records import RunPaths, content_hash, read_config
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.quantize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="+", metavar="RUN | key=value", help="run directories, or what plan takes")
+    given = parser.parse_intermixed_args(arguments).overrides
+    from diablo.quantize.storage import read_record
+
+    leave_out_sklearn()
+    if all(Path(text).is_dir() for text in given):
+        configs = [read_config(RunPaths(Path(text).resolve())) for text in given]
+    else:
+        configs = plan(given)
+    wanted = {}
+    for config in configs:
+        if "quantization" in config:
+            keys = ("model", "quantization", "protocol")
+            wanted.setdefault(content_hash([config["task"]["data"], *(config[key] for key in keys)]), config)
+    if not wanted:
+        raise UserError("no run here has a quantised base: give quantization=nf, gptq, magr, …")
+    for config in wanted.values():
+        folder = make_quantized(config, str(resolve_device(config["runtime"]["device"])))
+        record = read_record(folder)
+        assert record is not None
+        print(
+            f"{folder}: {record['bits_per_weight']:.3f} bits per quantised weight, {record['quantized_bytes']:,} bytes "
+            f"and {record['other_bytes']:,} of full precision, hash {record['hash'][:12]}"
+        )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,59 @@
+"""Plan, train, score and report an experiment.
+
+    python -m experiments.reproduce quickstart
+    python -m experiments.reproduce quickstart seed=0,1,2,3,4 --out report/five_seeds
+    python -m experiments.reproduce quickstart --workers 4      # four runs at a time, in four processes
+    python -m experiments.reproduce quickstart --minutes 30     # begins no run that would take longer
+    python -m experiments.reproduce commonsense --paper         # the paper's own cells alone
+
+Where the experiment chooses learning rates (experiments/plan/choose.py), that is done first, on rows kept out of
+training. Finished runs are skipped and interrupted ones resumed, so the same command is also how an experiment is
+continued.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from experiments.errors import run_command
+from experiments.plan.selection import add_options, read_options
+from experiments.reproduce.run import reproduce
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.reproduce",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("experiment", help="a file of configs/experiment without its ending, or the path of another")
+    parser.add_argument("overrides", nargs="*", help="key=value or key=a,b,c, applied to every grid")
+    parser.add_argument("--out", type=Path, help="folder of the report; default: report/<experiment>")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="runs at a time, each in a process with OMP_NUM_THREADS threads; default: 1, here",
+    )
+    parser.add_argument("--report-only", action="store_true", help="report the runs that are finished, run nothing")
+    parser.add_argument("--minutes", type=float, help="begin no run that would not end within so many")
+    parser.add_argument(
+        "--results", type=Path, metavar="DIR", help="exported runs (analysis.export) that count as finished"
+    )
+    add_options(parser)
+    options = parser.parse_intermixed_args(arguments)
+    reproduce(
+        options.experiment,
+        options.overrides,
+        options.out,
+        options.workers,
+        options.report_only,
+        options.minutes,
+        options.results,
+        read_options(options),
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

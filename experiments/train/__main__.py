@@ -1,0 +1,50 @@
+"""Train one run.
+
+    python -m experiments.train runs/<run_id>
+    torchrun --nproc_per_node 8 -m experiments.train runs/<run_id>      # one process per GPU
+
+The run directory's config decides everything. A finished run is left as it is; an interrupted one goes on from its last
+checkpoint, on the CPU bit for bit as if it had never stopped. SIGTERM and SIGUSR1 make one after the step in progress.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from experiments.errors import Preempted, run_command
+from experiments.models.shapes import leave_out_sklearn
+from experiments.runs import preemption
+from experiments.runs.records import RunPaths
+
+
+def _leave_the_others() -> None:
+    """At the end of the process: a second training goes on in the group of the first."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def main(arguments: list[str]) -> None:
+    preemption.listen()
+    leave_out_sklearn()
+    parser = argparse.ArgumentParser(prog="python -m experiments.train", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", type=Path, help="a run directory made by `python -m experiments.plan`")
+    run = RunPaths(parser.parse_intermixed_args(arguments).run.resolve())
+    from experiments.train.run import train
+
+    try:
+        record = train(run, progress=run.root.name)
+    except Preempted:
+        _leave_the_others()
+        raise
+    _leave_the_others()
+    if os.environ.get("RANK", "0") == "0":
+        loss = "" if record.final_loss is None else f", loss {record.final_loss:.4f}"
+        print(f"{run.root}: {record.steps} steps{loss}, {record.trainable_parameters:,} parameters trained")
+
+
+if __name__ == "__main__":
+    run_command(main)
