@@ -8,17 +8,20 @@
 Importing this package makes PEFT know the methods; import it before loading a saved adapter.
 """
 
-from diablo.bottleneck import BottleneckConfig, BottleneckModel
-from diablo.config import DiabloConfig
-from diablo.in_place import refresh
-from diablo.layer import DiabloLayer
-from diablo.linear import DiabloLinear
-from diablo.lori import LoriConfig, LoriModel
-from diablo.milora import MiloraConfig, MiloraModel
-from diablo.model import DiabloModel
-from diablo.s2ft import S2ftConfig, S2ftModel
-from diablo.smt import SmtConfig, SmtModel
-from diablo.sparse import SparseConfig, SparseModel
+from diablo.blocks.config import DiabloConfig
+from diablo.blocks.in_place import refresh
+from diablo.blocks.layer import DiabloLayer
+from diablo.blocks.linear import DiabloLinear
+from diablo.blocks.model import DiabloModel
+
+# `method.prepare` of a config names their functions as diablo.smt.choose_blocks and so on.
+from diablo.methods import lora_ga, lori, smt
+from diablo.methods.bottleneck import BottleneckConfig, BottleneckModel
+from diablo.methods.lori import LoriConfig, LoriModel
+from diablo.methods.milora import MiloraConfig, MiloraModel
+from diablo.methods.s2ft import S2ftConfig, S2ftModel
+from diablo.methods.smt import SmtConfig, SmtModel
+from diablo.methods.sparse import SparseConfig, SparseModel
 from diablo.suggest import suggest_num_blocks
 
 __all__ = [
@@ -38,6 +41,9 @@ __all__ = [
     "SmtModel",
     "SparseConfig",
     "SparseModel",
+    "lora_ga",
+    "lori",
     "refresh",
+    "smt",
     "suggest_num_blocks",
 ]

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from diablo.blocks import BlockShape, block_shape
-from diablo.config import DiabloConfig
+from diablo.blocks.config import DiabloConfig
+from diablo.blocks.products import BlockShape, block_shape
 
 THEIRS, OURS, PREFIX = ".block_A", ".diablo_blocks", "base_model.model."
 SAFE_TORCH = "2.10"  # CVE-2026-24747: before it, `weights_only` could be made to corrupt memory

@@ -12,8 +12,8 @@ from peft.tuners.tuners_utils import (
 )
 from torch import nn
 
-from diablo.config import DiabloConfig
-from diablo.model import DiabloModel
+from diablo.blocks.config import DiabloConfig
+from diablo.blocks.model import DiabloModel
 from diablo.targets import check_targets
 
 

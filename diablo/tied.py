@@ -11,7 +11,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from diablo.layer import DiabloLayer
+from diablo.blocks.layer import DiabloLayer
 
 
 def shared_names(model: nn.Module, layer: nn.Module) -> list[str]:

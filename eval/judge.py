@@ -114,12 +114,12 @@ def _model(settings: Config, device: str) -> tuple[Any, PreTrainedTokenizerBase]
         raise UserError(f"evaluation.judge.model={name}: cannot be loaded ({str(error).splitlines()[0]})") from None
     bos = tokenizer.chat_template is None
     if settings["backend"] == "vllm":
-        from eval.models import vllm
+        from eval.backends import vllm
 
         return vllm(name, tokenizer, settings["dtype"], context, bos, revision), tokenizer
     from transformers import AutoModelForCausalLM
 
-    from eval.models import hf, plain_generation
+    from eval.backends import hf, plain_generation
 
     given = {"revision": revision, "dtype": settings["dtype"], "trust_remote_code": False}
     loaded: Any = AutoModelForCausalLM.from_pretrained(name, **given)

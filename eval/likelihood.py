@@ -28,7 +28,7 @@ from experiments.runs.records import EvalPaths, write_atomically
 if TYPE_CHECKING:
     import torch
 
-    from eval.models import Scored
+    from eval.backends import Scored
     from experiments.data.tokens import Examples
 
 Config = dict[str, Any]

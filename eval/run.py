@@ -20,11 +20,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from eval.backends import Scored, language_model, load
 from eval.benchmarks import Benchmark, Row, planned, read_benchmark, rows_of
 from eval.generate import begin, check_room, check_weights, generate, make_plan, quiet, reuse
 from eval.judge import judge
 from eval.likelihood import measure
-from eval.models import Scored, language_model, load
 from eval.rescore import score_samples
 from eval.sandbox import check_sandbox
 from experiments.data.prompts import prompt_text

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
 
 from diablo.quantize import QuantizedLinear, QuantizedWeight, normal_float, round_to_nearest
-from diablo.quantize.linear import set_module
+from diablo.quantize.quantized_linear import set_module
 
 LAYERS, LINEARS, GROUP = 2, 14, 16
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diablo import BottleneckConfig
-from diablo.bottleneck import BottleneckLayer
+from diablo.methods.bottleneck import BottleneckLayer
 from tests.test_diablo_tuner import tiny_llama
 
 SIZE, WIDTH = 5, 32

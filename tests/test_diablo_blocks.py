@@ -1,4 +1,4 @@
-"""The maths of diablo.blocks against dense definitions, in float64."""
+"""The maths of diablo/blocks/products.py against dense definitions, in float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diablo.blocks import (
+from diablo.blocks.products import (
     BlockShape,
     add_block_product_,
     block_gradient,

@@ -143,8 +143,8 @@ def quantised(monkeypatch: pytest.MonkeyPatch) -> nn.Sequential:
     def resolve(base_layer: nn.Module, **_: object) -> QuantizationBackend | None:
         return StepBackend() if isinstance(base_layer, HQQLinear) else None
 
-    monkeypatch.setattr("diablo.layer.resolve_quantization_backend", resolve)
-    monkeypatch.setattr("diablo.model.resolve_quantization_backend", resolve)
+    monkeypatch.setattr("diablo.blocks.layer.resolve_quantization_backend", resolve)
+    monkeypatch.setattr("diablo.blocks.model.resolve_quantization_backend", resolve)
     torch.manual_seed(0)
     return nn.Sequential(HQQLinear(nn.Linear(8, 4)))
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from diablo import DiabloConfig, DiabloLinear
-from diablo.blocks import delta_weight, num_parameters
-from diablo.config import DIABLO
+from diablo.blocks.config import DIABLO
+from diablo.blocks.products import delta_weight, num_parameters
 
 ALL_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

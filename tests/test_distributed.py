@@ -118,7 +118,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from diablo.in_place import local_shard
+from diablo.blocks.in_place import local_shard
 from tests.test_distributed import MODES, in_mode
 from tests.test_methods import batch
 dist.init_process_group("gloo")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eval import generate as generate_module
-from eval.models import load
+from eval.backends import load
 from eval.rescore import main as rescore_main
 from eval.rescore import rescore
 from eval.run import evaluate

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import diablo
 from diablo import DiabloConfig, DiabloLinear
-from diablo.blocks import delta_weight
+from diablo.blocks.products import delta_weight
 from tests.test_diablo_tuner import adapted, attach, tiny_llama, tokens, train
 
 Mode = Literal["auto", "adapter", "in_place"]

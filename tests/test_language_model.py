@@ -9,7 +9,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-from eval.models import hf, plain_generation
+from eval.backends import hf, plain_generation
 from eval.run import evaluate
 from experiments.data.prompts import IGNORED, encode, prompt_text
 from experiments.data.rows import load_rows

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from eval.backends import load
 from eval.benchmarks import planned as planned_benchmarks
 from eval.benchmarks import read_benchmark, rows_of
 from eval.likelihood import score_examples, score_likelihood
-from eval.models import load
 from eval.rescore import main as rescore_main
 from eval.rescore import rescore
 from eval.run import check_data, describe, evaluate

@@ -13,8 +13,8 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from diablo.lora_ga import estimate_gradients
-from diablo.residual import initial_factors, save_adapter
+from diablo.methods.lora_ga import estimate_gradients
+from diablo.methods.residual import initial_factors, save_adapter
 from tests.test_milora import attach, tiny_llama, tokens, train
 
 R, ALPHA, GAMMA = 8, 16, 16

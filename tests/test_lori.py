@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from diablo import LoriConfig
-from diablo.lori import choose_entries, largest_entries
-from diablo.residual import save_adapter
+from diablo.methods.lori import choose_entries, largest_entries
+from diablo.methods.residual import save_adapter
 from experiments.plan.compose import plan
 from experiments.plan.counting import count
 from tests.test_milora import COMMON, attach, tiny_llama, tokens, train

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from diablo.quantize import QuantizedLinear, quantized_layers, round_to_nearest
-from diablo.quantize.linear import set_module
+from diablo.quantize.quantized_linear import set_module
 from experiments.errors import UserError
 from experiments.models.shapes import build_config
 from experiments.plan.compose import CONFIGS, options, plan

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diablo import DiabloConfig, MiloraConfig
-from diablo.milora import smallest_triplets
-from diablo.residual import changes_base, initial_factors, save_adapter
+from diablo.methods.milora import smallest_triplets
+from diablo.methods.residual import changes_base, initial_factors, save_adapter
 from tests.test_diablo_tuner import tiny_llama
 
 TARGETS = ["q_proj", "k_proj", "down_proj"]
@@ -147,7 +147,7 @@ def test_a_base_without_plain_weights_is_refused(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match=message):
         attach(base, milora(target_modules=["q_proj"]))
     # bitsandbytes can keep its 4-bit codes in a float tensor: then only PEFT's own list of backends tells
-    monkeypatch.setattr("diablo.milora.resolve_quantization_backend", lambda layer: object())
+    monkeypatch.setattr("diablo.methods.milora.resolve_quantization_backend", lambda layer: object())
     with pytest.raises(ValueError, match=message):
         attach(tiny_llama(), milora(target_modules=["q_proj"]))
     monkeypatch.undo()

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from diablo.lora_ga import estimate_gradients
-from diablo.smt import choose_blocks
+from diablo.methods.lora_ga import estimate_gradients
+from diablo.methods.smt import choose_blocks
 from eval.run import evaluate
 from experiments import ROOT
 from experiments.data.prompts import IGNORED, collate, select_rows

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from eval.models import hf, language_model, load
+from eval.backends import hf, language_model, load
 from eval.run import evaluate
 from experiments.errors import UserError
 from experiments.models.load import load_base

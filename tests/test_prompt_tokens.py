@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from eval.models import hf, plain_generation
+from eval.backends import hf, plain_generation
 from experiments.data.arith import corpus
 from experiments.data.prompts import encode, leading_tokens, prompt_text, prompt_tokens
 from experiments.models.full_precision import load_tokenizer

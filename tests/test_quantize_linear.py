@@ -23,7 +23,7 @@ from diablo.quantize import (
     round_to_nearest,
     sizes,
 )
-from diablo.quantize import linear as linear_module
+from diablo.quantize import quantized_linear as linear_module
 from diablo.quantize.storage import quantized_layers
 from tests.quantized_models import GROUP, LINEARS, decoder_linears, llama, logits, quantized_llama, train_a_little
 

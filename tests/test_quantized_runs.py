@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import diablo.quantize.model
 from diablo.quantize import QuantizedLinear, load_quantized, quantized_layers
-from eval.models import load
+from eval.backends import load
 from eval.run import evaluate
 from experiments.errors import UserError
 from experiments.merge import main as merge_main

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diablo.quantize import QuantizedLinear, quantized_layers, round_to_nearest
-from diablo.quantize.linear import set_module
+from diablo.quantize.quantized_linear import set_module
 from eval.run import evaluate
 from experiments.models.full_precision import load_full_precision
 from experiments.models.load import load_base

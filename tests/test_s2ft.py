@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from diablo import DiabloLinear, S2ftConfig
-from diablo.patterns import draw_distinct, generator_for
+from diablo.blocks.patterns import draw_distinct, generator_for
 from experiments.models.shapes import empty_base
 from experiments.plan.compose import plan
 from tests.test_diablo_tuner import adapted, tiny_llama, tokens, train

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diablo.patterns import PATTERNS
+from diablo.blocks.patterns import PATTERNS
 from experiments import settings
 from experiments.plan.compose import CONFIGS, options, plan, resolve, set_values
 from experiments.plan.overrides import by_name, sweep, value_of

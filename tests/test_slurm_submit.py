@@ -12,9 +12,9 @@ import pytest
 from experiments.plan.compose import plan, write_runs
 from experiments.runs.records import RunPaths
 from slurm import cancel, logs, status
-from slurm.benchmark import measure_sweep
 from slurm.manifest import all_manifests, read_manifest
 from slurm.queue import queued
+from slurm.speed import measure_sweep
 from slurm.submit import Options, _submitter_lock, submit
 from tests.slurm_cluster import SlurmCluster, cluster, running_cluster, wait_for
 from tests.slurm_runs import END, overrides, reference, result, settings

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from diablo import SmtConfig
-from diablo.smt import block_scores, choose_blocks, top_blocks
+from diablo.methods.smt import block_scores, choose_blocks, top_blocks
 from experiments.models.shapes import empty_base
 from experiments.plan.compose import plan
 from experiments.train import methods

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import diablo
 from diablo import DiabloConfig, SparseConfig
-from diablo.patterns import PATTERNS
+from diablo.blocks.patterns import PATTERNS
 from tests.test_diablo_tuner import ALL_SEVEN, adapted, tiny_llama, tokens, train
 from tests.test_in_place import bits
 from tests.test_in_place_state import assert_holds_the_base

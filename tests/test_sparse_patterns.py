@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from diablo import DiabloLinear, SparseConfig, patterns, sparse
-from diablo.blocks import delta_weight as diagonal_weight
-from diablo.patterns import BLOCK_PATTERNS, PATTERNS, draw, draw_distinct, generator_for, pattern_shape
-from diablo.places import Places, delta_weight
+from diablo import DiabloLinear, SparseConfig
+from diablo.blocks import patterns
+from diablo.blocks.patterns import BLOCK_PATTERNS, PATTERNS, draw, draw_distinct, generator_for, pattern_shape
+from diablo.blocks.positions import Places, delta_weight
+from diablo.blocks.products import delta_weight as diagonal_weight
+from diablo.methods import sparse
 
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 

@@ -31,9 +31,9 @@ from diablo import (
     SparseConfig,
     suggest_num_blocks,
 )
-from diablo.lora_ga import estimate_gradients
-from diablo.lori import choose_entries
-from diablo.smt import choose_blocks
+from diablo.methods.lora_ga import estimate_gradients
+from diablo.methods.lori import choose_entries
+from diablo.methods.smt import choose_blocks
 from diablo.targets import check_targets, expert_names
 from experiments.errors import UserError
 from experiments.models.shapes import empty_base

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from diablo import DiabloConfig, LoriConfig, MiloraConfig, SmtConfig, SparseConfig
+from diablo.methods.residual import check_start, initial_factors, save_adapter
 from diablo.quantize import QuantizedLinear, load_quantized, merge_to_grid, round_to_nearest, save_quantized
-from diablo.quantize.linear import set_module
-from diablo.residual import check_start, initial_factors, save_adapter
+from diablo.quantize.quantized_linear import set_module
 from diablo.tied import untie
 from experiments.errors import UserError
 from experiments.merge import merge
@@ -223,7 +223,7 @@ def test_a_quantised_base_with_an_adapted_output_layer_is_merged_and_saved_right
 
 def test_a_run_is_scored_and_merged_as_the_model_it_trained(small: list[str], tmp_path: Path) -> None:
     """`tiny` is tied: LoRA on its output layer, through training, scoring's loading, vLLM's folder and `merge`."""
-    from eval.models import load
+    from eval.backends import load
     from experiments.models.load import load_base
     from experiments.runs.records import read_config, trained_record
     from experiments.train.run import train

@@ -9,10 +9,10 @@ model = get_peft_model(load_quantized(folder), DiabloConfig(num_blocks=64))
 
 from diablo.quantize.gptq import gptq
 from diablo.quantize.grids import QuantizedWeight, normal_float, normal_float_levels, round_to_nearest
-from diablo.quantize.linear import QuantizedLinear, replace_linears
 from diablo.quantize.magr import magr
-from diablo.quantize.merge import GridMerge, dequantize_model, merge_dequantized, merge_to_grid
+from diablo.quantize.merging import GridMerge, dequantize_model, merge_dequantized, merge_to_grid
 from diablo.quantize.model import quantize_model
+from diablo.quantize.quantized_linear import QuantizedLinear, replace_linears
 from diablo.quantize.settings import QuantizationSettings, calibration_windows
 from diablo.quantize.storage import load_quantized, quantized_layers, save_quantized, sizes
 

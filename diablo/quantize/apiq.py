@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diablo.quantize.activations import Factors, first, moved
 from diablo.quantize.grids import SMALLEST_SCALE, QuantizedWeight, check_bits, uniform, width_of_groups, working
-from diablo.quantize.linear import set_module
+from diablo.quantize.quantized_linear import set_module
 
 CLIPPING_START = 4.0  # sigmoid(4) = 0.982 of the range
 RANK, LORA_ALPHA, EPOCHS = 64, 16.0, 20

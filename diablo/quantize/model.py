@@ -23,7 +23,7 @@ from diablo.quantize import storage
 from diablo.quantize.activations import Activations, Factors
 from diablo.quantize.apiq import Block, gets_factors, train_block
 from diablo.quantize.grids import QuantizedWeight, width_of_groups
-from diablo.quantize.linear import QuantizedLinear, replace_linears, set_module
+from diablo.quantize.quantized_linear import QuantizedLinear, replace_linears, set_module
 from diablo.quantize.settings import DATA_FREE, NORMAL_FLOAT, WITH_FACTORS, QuantizationSettings
 
 

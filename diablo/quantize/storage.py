@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from diablo.quantize.linear import QuantizedLinear, replace_linears
+from diablo.quantize.quantized_linear import QuantizedLinear, replace_linears
 
 RECORD, SETTINGS, REST = "quantization.json", "settings.json", "rest.safetensors"
 LAYER = re.compile(r"layers/\d{5}\.safetensors")

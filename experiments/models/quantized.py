@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Config = dict[str, Any]
 WITH_FACTORS = ("loftq", "apiq")  # whose LoRA belongs to the weights
-NOT_THE_WEIGHTS = ("__init__.py", "merge.py")  # files of diablo/quantize that do not decide them
+NOT_THE_WEIGHTS = ("__init__.py", "merging.py")  # files of diablo/quantize that do not decide them
 
 
 def load_quantized_base(

@@ -100,7 +100,7 @@ def _first_layers(architecture: Config, method: Config, depth: int) -> tuple[Con
     architecture, adapter = {**architecture, "num_hidden_layers": depth}, dict(method["adapter"] or {})
     adapter.pop("layers_to_transform", None)
     if (method.get("prepare") or {}).get("_target_") == "diablo.smt.choose_blocks":
-        from diablo.smt import SmtConfig, all_blocks
+        from diablo.methods.smt import SmtConfig, all_blocks
 
         config = methods.peft_config(adapter)
         assert isinstance(config, SmtConfig)

@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from diablo import DiabloConfig, SparseConfig
-from diablo.patterns import PATTERNS
+from diablo.blocks.patterns import PATTERNS
 from experiments.errors import UserError
 from experiments.runs.environment import peak_memory, reset_peak_memory
 from experiments.speed.timing import synchronize

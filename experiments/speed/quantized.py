@@ -177,7 +177,7 @@ def pack_linears(module: nn.Module, options: Any) -> None:
     import torch
 
     from diablo.quantize import QuantizedLinear, round_to_nearest
-    from diablo.quantize.linear import set_module
+    from diablo.quantize.quantized_linear import set_module
 
     for name, linear in list(module.named_modules()):
         if isinstance(linear, torch.nn.Linear) and not isinstance(linear, QuantizedLinear) and "lm_head" not in name:

@@ -14,6 +14,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -51,13 +52,13 @@ def peft_config(adapter: Config) -> PeftConfig:
 def _find(where: str, target: str, what: str) -> Any:
     """The config class or function that a dotted name of `diablo` or `peft` stands for."""
     check_target(f"{where}._target_", target)
-    module, _, name = target.rpartition(".")
+    package, _, name = target.partition(".")
     try:
-        found = getattr(importlib.import_module(module), name)
+        found = attrgetter(name)(importlib.import_module(package))
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{where}._target_={target}: no such {what} ({error})") from None
     # What those modules have imported from elsewhere is found there too.
-    check_target(f"{where}._target_", f"{getattr(found, '__module__', '')}.{name}")
+    check_target(f"{where}._target_", f"{getattr(found, '__module__', '')}.{target.rpartition('.')[2]}")
     if not (dataclasses.is_dataclass(found) if what == "config class" else inspect.isfunction(found)):
         raise UserError(f"{where}._target_={target}: no {what}")
     return found
@@ -85,8 +86,8 @@ def attach(
         return base
     import peft
 
-    from diablo.model import fit_shards
-    from diablo.residual import check_start
+    from diablo.blocks.model import fit_shards
+    from diablo.methods.residual import check_start
     from diablo.targets import check_targets
 
     on_meta = next(base.parameters()).is_meta
@@ -185,7 +186,7 @@ def initial_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What saving needs from the start of training: A and B of methods that take them out of the base, else nothing."""
     from peft import PeftModel
 
-    from diablo.residual import initial_factors
+    from diablo.methods.residual import initial_factors
 
     return initial_factors(model) if isinstance(model, PeftModel) else {}
 
@@ -204,7 +205,7 @@ def save(method: Config, model: torch.nn.Module, folder: Path, initial: dict[str
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from diablo.residual import save_adapter
+    from diablo.methods.residual import save_adapter
 
     if isinstance(model, PeftModel):
         save_adapter(model, folder, initial)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from diablo.quantize.grids import nearest_levels, to_codes
-from diablo.quantize.linear import QuantizedLinear, set_module
+from diablo.quantize.quantized_linear import QuantizedLinear, set_module
 from diablo.tied import untie
 
 

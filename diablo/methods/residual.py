@@ -25,8 +25,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diablo.lori import LoriConfig, dense_factors
-from diablo.milora import MiloraConfig
+from diablo.methods.lori import LoriConfig, dense_factors
+from diablo.methods.milora import MiloraConfig
 from diablo.tied import refuse_shared
 
 ADAPTER = "default"

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from diablo.blocks import BlockShape
-from diablo.in_place import Overwrite
-from diablo.places import Places, add_product_, gather, gradient, is_smaller_gathered
+from diablo.blocks.in_place import Overwrite
+from diablo.blocks.positions import Places, add_product_, gather, gradient, is_smaller_gathered
+from diablo.blocks.products import BlockShape
 
 
 def block_linear(

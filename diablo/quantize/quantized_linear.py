@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from diablo.functional import compute_dtype
+from diablo.blocks.functional import compute_dtype
 from diablo.quantize.grids import QuantizedWeight, check_bits, dequantize, width_of_groups
 from diablo.quantize.packing import pack, packed_words, unpack
 

@@ -3,9 +3,9 @@
 Names follow the paper's Y = X W, where W is (in, out): a row of W is an input feature and so a column of
 `nn.Linear.weight`, which is (out, in); a column of W is an output feature and so a row of `nn.Linear.weight`.
 
-`blocks` is `(n, d_in, d_out)` as in `diablo.blocks`, and block b trains the entries of W where the inputs `inputs[b]`
-meet the outputs `outputs[b]`: k rows are one block of k inputs and all outputs, single entries are blocks of 1 × 1.
-Where `places` is None the blocks lie on the diagonal, which needs no index at all.
+`blocks` is `(n, d_in, d_out)` as in diablo/blocks/products.py, and block b trains the entries of W where the inputs
+`inputs[b]` meet the outputs `outputs[b]`: k rows are one block of k inputs and all outputs, single entries are blocks
+of 1 × 1. Where `places` is None the blocks lie on the diagonal, which needs no index at all.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diablo.blocks import BlockShape, add_block_product_, block_gradient
+from diablo.blocks.products import BlockShape, add_block_product_, block_gradient
 
 # Share of entries below which the CPU is faster without the dense product; 1/8 and 1/64 were measured.
 SAMPLED_BELOW = 1 / 16

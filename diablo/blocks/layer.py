@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from diablo import places as at_places
-from diablo.blocks import BlockShape, block_shape, covered, delta_weight, diagonal_blocks
-from diablo.config import BlockConfig, DiabloConfig
-from diablo.in_place import InPlaceLayer, Overwrite, Part, check_written, local_shard, mark_of, unwatch
-from diablo.places import ChosenEntries, Places
+from diablo.blocks import positions as at_places
+from diablo.blocks.config import BlockConfig, DiabloConfig
+from diablo.blocks.in_place import InPlaceLayer, Overwrite, Part, check_written, local_shard, mark_of, unwatch
+from diablo.blocks.positions import ChosenEntries, Places
+from diablo.blocks.products import BlockShape, block_shape, covered, delta_weight, diagonal_blocks
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SMALLEST_SIDE = 16  # of a block that `auto` trains in place: below it a batched product wastes most of its tiles

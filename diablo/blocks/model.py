@@ -12,11 +12,11 @@ from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from diablo.config import DIABLO, BlockConfig, DiabloConfig
-from diablo.layer import DiabloLayer
-from diablo.linear import DiabloLinear
-from diablo.mixed import MixedBatches
-from diablo.places import Places
+from diablo.blocks.config import DIABLO, BlockConfig, DiabloConfig
+from diablo.blocks.layer import DiabloLayer
+from diablo.blocks.linear import DiabloLinear
+from diablo.blocks.mixed_batches import MixedBatches
+from diablo.blocks.positions import Places
 from diablo.register import register
 from diablo.targets import CheckedTuner
 from diablo.tied import shared_names

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
-from diablo.layer import plain_weight
+from diablo.blocks.layer import plain_weight
 from diablo.register import peft_type, register
 from diablo.targets import CheckedTuner
 from diablo.tied import refuse_shared

@@ -18,7 +18,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diablo.milora import refuse_other_starts
+from diablo.methods.milora import refuse_other_starts
 from diablo.register import peft_type, register
 from diablo.targets import CheckedTuner, check_targets
 

@@ -9,12 +9,12 @@ from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks  # pyright: ignore[reportPrivateUsage]
 
-from diablo.config import BlockConfig
-from diablo.functional import add_blocks, block_linear
-from diablo.in_place import watch
-from diablo.layer import DiabloLayer, obstacle_to_in_place
-from diablo.mixed import rows_by_adapter
-from diablo.places import Places
+from diablo.blocks.config import BlockConfig
+from diablo.blocks.functional import add_blocks, block_linear
+from diablo.blocks.in_place import watch
+from diablo.blocks.layer import DiabloLayer, obstacle_to_in_place
+from diablo.blocks.mixed_batches import rows_by_adapter
+from diablo.blocks.positions import Places
 
 
 class DiabloLinear(nn.Module, DiabloLayer):

@@ -12,11 +12,11 @@ from fractions import Fraction
 import torch
 from torch import nn
 
-from diablo.config import BlockConfig
-from diablo.layer import layer_sides
-from diablo.model import DiabloModel
-from diablo.patterns import BLOCK_PATTERNS, PATTERNS, draw, generator_for, pattern_shape
-from diablo.places import Places
+from diablo.blocks.config import BlockConfig
+from diablo.blocks.layer import layer_sides
+from diablo.blocks.model import DiabloModel
+from diablo.blocks.patterns import BLOCK_PATTERNS, PATTERNS, draw, generator_for, pattern_shape
+from diablo.blocks.positions import Places
 from diablo.register import peft_type, register
 
 SPARSE = peft_type("SPARSE")

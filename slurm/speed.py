@@ -1,6 +1,6 @@
 """What this machinery costs: seconds to plan, submit and look at many runs, and to start and checkpoint one.
 
-    python -m slurm.benchmark --runs 1000
+    python -m slurm.speed --runs 1000
 
 Submits held jobs of tiny runs to the Slurm there is, and cancels them; without Slurm it leaves that out and says so.
 Trains a tiny model on the CPU for a moment, and wants the machine for itself.
@@ -120,7 +120,7 @@ def _python(*arguments: str) -> None:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m slurm.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m slurm.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=1000, metavar="N", help="runs of the sweep (default: 1000)")
     options = parser.parse_args(arguments)

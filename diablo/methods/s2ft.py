@@ -15,11 +15,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
-from diablo.config import BlockConfig
-from diablo.layer import layer_sides
-from diablo.model import DiabloModel
-from diablo.patterns import draw_distinct, generator_for
-from diablo.places import Places
+from diablo.blocks.config import BlockConfig
+from diablo.blocks.layer import layer_sides
+from diablo.blocks.model import DiabloModel
+from diablo.blocks.patterns import draw_distinct, generator_for
+from diablo.blocks.positions import Places
 from diablo.register import peft_type, register
 
 S2FT = peft_type("S2FT")

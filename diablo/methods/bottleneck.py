@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import (
 )
 from torch import Tensor, nn
 
-from diablo.mixed import MixedBatches, rows_by_adapter
+from diablo.blocks.mixed_batches import MixedBatches, rows_by_adapter
 from diablo.register import peft_type, register
 from diablo.targets import CheckedTuner
 

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from diablo.config import BlockConfig
-from diablo.layer import layer_sides
-from diablo.model import DiabloModel
-from diablo.patterns import grid_places
-from diablo.places import Places
-from diablo.quantize.linear import QuantizedLinear
+from diablo.blocks.config import BlockConfig
+from diablo.blocks.layer import layer_sides
+from diablo.blocks.model import DiabloModel
+from diablo.blocks.patterns import grid_places
+from diablo.blocks.positions import Places
+from diablo.quantize.quantized_linear import QuantizedLinear
 from diablo.register import peft_type, register
 from diablo.targets import check_targets
 

@@ -1,8 +1,8 @@
 """Which entries of a weight a sparse pattern trains: their number, and the draw.
 
-Rows and columns are those of the paper's W, which is (in, out): see `diablo.places`. All patterns of one density train
-the same number of entries, density · in · out. With N = 1 / density the grid of blocks has N × N cells, of which a
-pattern of blocks takes N.
+Rows and columns are those of the paper's W, which is (in, out): see `diablo.blocks.positions`. All patterns of one
+density train the same number of entries, density · in · out. With N = 1 / density the grid of blocks has N × N cells,
+of which a pattern of blocks takes N.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from diablo.blocks import BlockShape
-from diablo.places import Places
+from diablo.blocks.positions import Places
+from diablo.blocks.products import BlockShape
 
 BLOCK_PATTERNS = ("diagonal", "random_block", "permuted_block", "shuffled_diagonal")
 PATTERNS = (*BLOCK_PATTERNS, "random_row", "random_column", "random_entry", "banded")
