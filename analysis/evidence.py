@@ -1,6 +1,6 @@
 """The page that answers the questions of docs/evidence.md from its runs, by the tests that were registered there.
 
-    python -m analysis.evidence analysis/results/evidence/runs --out analysis/results/evidence
+    python -m analysis.evidence results/evidence/runs --out results/evidence
 
 Writes evidence.md with its figures, settings.csv and comparisons.csv. What is not finished is named as not run, so that
 the page can be made at any time.

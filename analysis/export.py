@@ -1,7 +1,7 @@
 """Run directories made small enough to commit: what tables, figures and notebooks read, and nothing else.
 
-    python -m analysis.export runs --out analysis/results/quickstart/runs
-    python -m analysis.export runs --out analysis/results/evidence/runs --no-norms      # of many runs
+    python -m analysis.export runs --out results/quickstart/runs
+    python -m analysis.export runs --out results/evidence/runs --no-norms      # of many runs
 
 Of a run it keeps config.yaml (without the paths of `runtime`), train.json or diverged.json, held_out.json,
 learning_rate.json, every score.json and a thinned metrics.jsonl and spectra.jsonl. Adapters, plans, samples and
@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import ROOT
 from experiments.errors import UserError, run_command
 from experiments.runs.records import RunPaths, read_config, read_json, read_lines, write_atomically, write_config
 
-RESULTS = Path(__file__).with_name("results")
+RESULTS = ROOT / "results"
 PATHS = ("runs_dir", "data_root", "cache_dir")  # of `runtime`: they say where, on a machine that the reader lacks
 FIRST = 10  # steps kept from the start, where the gradients of LoRA's A grow from zero
 STEPS = 60  # steps kept in all

@@ -17,7 +17,7 @@ from experiments import ROOT
 from experiments.reproduce.jobs import Job, Jobs, take_in
 from experiments.runs.records import EvalRecord, read_record
 
-RESULTS = ROOT / "analysis" / "results" / "evidence"
+RESULTS = ROOT / "results" / "evidence"
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from experiments import ROOT
 from experiments.errors import UserError
 from experiments.plan import compose as planning
 from experiments.plan.compose import CONFIGS, options, plan, resolve, resolve_with_hydra, sweep, write_runs
@@ -223,7 +224,7 @@ def test_matched_budgets_of_the_quickstart() -> None:
 
 def test_the_quickstart_uses_the_learning_rates_that_were_chosen() -> None:
     """Those with the best held-out accuracy in the committed record; of equal ones the smallest."""
-    with (CONFIGS.parent / "analysis" / "results" / "quickstart_lr.csv").open(encoding="utf-8") as file:
+    with (ROOT / "results" / "quickstart_lr.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for label in {row["label"] for row in rows}:
         tried = [row for row in rows if row["label"] == label]

@@ -17,7 +17,7 @@ from experiments.runs.records import TrainRecord, content_hash, group_hash, read
 
 Config = dict[str, Any]
 Column = tuple[str, Callable[[Config, int], str]]  # its title, and its text of a setting with so many runs
-MEASURED = ROOT / "analysis" / "results" / "gpu_h200" / "peaks.json"
+MEASURED = ROOT / "results" / "gpu_h200" / "peaks.json"
 LEFT_OUT = ("recipe.learning_rate", "seed")  # in which the runs of one line differ
 
 

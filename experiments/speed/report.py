@@ -1,6 +1,6 @@
 """The benchmark's table (Markdown) and picture, from its JSON alone.
 
-python -m experiments.speed.report analysis/results/benchmark_cpu/benchmark.json
+python -m experiments.speed.report results/benchmark_cpu/benchmark.json
 """
 
 from __future__ import annotations
