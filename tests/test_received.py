@@ -104,10 +104,10 @@ def test_a_name_anywhere_in_a_config_is_checked(small: list[str], tmp_path: Path
     ("section", "target", "message"),
     [
         ("adapter", "diablo.lori.load_file", "only names of diablo and peft"),  # safetensors', imported there
-        ("adapter", "diablo.convert.main", "no config class"),
-        ("prepare", "diablo.convert.sys", "only names of diablo and peft"),
+        ("adapter", "diablo.lori.choose_entries", "no config class"),
+        ("prepare", "diablo.lori.torch", "only names of diablo and peft"),
         ("prepare", "diablo.DiabloConfig", "no function"),
-        ("prepare", "diablo.convert.main", "method.prepare: "),
+        ("prepare", "diablo.refresh", "method.prepare: "),
         ("prepare", "peft.utils.nothing.x", "no such function"),
     ],
 )

@@ -252,8 +252,9 @@ MODULES = [
 @pytest.mark.parametrize("module", MODULES)
 def test_help_answers_without_loading_torch(module: str) -> None:
     code = (
-        f"import sys, {module} as module\n"
-        "try: module.main(['--help'])\n"
+        "import runpy, sys\n"
+        "sys.argv[1:] = ['--help']\n"
+        f"try: runpy.run_module('{module}', run_name='__main__', alter_sys=True)\n"
         "except SystemExit: pass\n"
         "assert 'torch' not in sys.modules"
     )

@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+import diablo
 from diablo import SmtConfig
 from diablo.methods.smt import block_scores, choose_blocks, top_blocks
 from experiments.models.shapes import empty_base
@@ -265,7 +266,8 @@ def test_the_method_file_prepares_itself() -> None:
     (run,) = plan(["method=smt", "model.adapter_size.smt_blocks=9", f"model.adapter_size.smt_block_size={SIZE}"])
     method = run["method"]
     prepare = dict(method["prepare"])
-    assert prepare.pop("_target_") == f"{choose_blocks.__module__}.{choose_blocks.__name__}"
+    assert prepare.pop("_target_") == "diablo.smt.choose_blocks"
+    assert diablo.smt.choose_blocks is choose_blocks
     base, settings = frozen_llama(), {**prepare, "steps": 2}
     prepared = choose_blocks(base, methods.peft_config(method["adapter"]), backward(base), None, **settings)
     assert get_peft_model(base, prepared).get_nb_trainable_parameters()[0] == 9 * SIZE * SIZE
