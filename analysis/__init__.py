@@ -1,0 +1,1 @@
+"""Tables and figures. Reads records; needs no torch."""

@@ -1,0 +1,1 @@
+"""Scores: completions, likelihoods, and how answers are read from them."""

@@ -1,11 +1,10 @@
-"""Quantised base models: made once, kept in the cache folder, and loaded by every run that trains on them.
+"""Quantise base models ahead of the runs that train on them.
 
     python -m experiments.quantize runs/<run_id>
     python -m experiments.quantize model=llama2_7b task=math_10k method=diablo quantization=magr quantization.bits=4,2
 
-A run makes its base when it finds none; this makes it ahead, for many runs that then start at once. It goes on after
-the last finished layer when it was stopped. The folder's name is the hash of all that decides the weights: the base's
-files, the settings, the calibration tokens and the code of diablo/quantize.
+A run makes its base when it finds none; with this, many runs start at once. It goes on after the last finished layer
+when it was stopped.
 """
 
 from __future__ import annotations

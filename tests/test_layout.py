@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import runpy
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -99,3 +100,8 @@ def test_each_folder_of_experiments_imports_only_those_before_it() -> None:
         if name in BASE or other in COMMANDS or order[folder(other)] > order[folder(name)]:
             wrong.append(f"{name} imports {other}")
     assert not wrong
+
+
+def test_the_map_of_the_code_is_current() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "code_map.py"))
+    assert page["PAGE"].read_text(encoding="utf-8") == page["page"](), "run `python docs/code_map.py`"

@@ -1,0 +1,1 @@
+"""Rows, prompts and tokens: where they come from and what a protocol makes of them."""

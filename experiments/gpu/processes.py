@@ -1,22 +1,4 @@
-"""What a few minutes on a borrowed GPU are for, in one command.
-
-    python -m experiments.gpu --minutes 8 --out report/gpu
-    python -m experiments.gpu --minutes 8 --queue quickstart    # then runs of that experiment until the time is up
-    python -m experiments.gpu --minutes 8 --device cpu          # every part at the smallest sizes, to try it
-
-Five parts, in this order, each in a process of its own, so that one that dies takes no other along:
-
-correctness  `pytest -m cuda`: gradients, optimizers, merging, checkpointing, compile and bf16 against float64
-methods      every method and every quantiser trained for a few steps and scored, by the real pipeline
-resume       a run that is killed and goes on beside undisturbed ones: how many bits of the adapter differ, and where
-speed        whole models and single layers, every method in turn (experiments/speed/layers.py)
-queue        runs of the experiment that --queue names, in its order
-
-A part writes <out>/<part>.json as it goes: versions, device, commit, and every item with its seconds and result or
-error. An item is begun only if it fits into the time that is left, by the seconds that it took in the last record of
-the part in <out> (which is kept under another name) or else by an estimate. <out>/gpu.json sums up. Written to are
-<out>, with the runs of the queue in <out>/runs, and the cache. No network is used.
-"""
+"""The parts of a few minutes on a GPU, each in a process of its own, so that one that dies takes no other along."""
 
 from __future__ import annotations
 

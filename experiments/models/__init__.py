@@ -1,0 +1,1 @@
+"""Base models: from the hub, a folder, a GGUF file, made here, or quantised."""

@@ -1,8 +1,5 @@
 """GGUF files as base models: converted once into the cache folder and loaded from there like any other folder.
 
-    python -m experiments.gguf model=smollm2_135m
-    python -m experiments.gguf model=llama3_2_1b model.path=Llama-3.2-1B-Q8_0.gguf
-
 `<cache>/base/<name of the file>-<16 hex of its sha256>/` holds the dequantised weights in float32, the config, the
 tokenizer and last `gguf.json`, which names the hash of the GGUF file and of every file beside it. The config of a run
 says in `model.gguf` which file it uses, with its hash, so that its id is not that of a run on the weights of the hub.

@@ -1,10 +1,7 @@
 """Quantised base models: made once, kept in the cache folder, and loaded by every run that trains on them.
 
-    python -m experiments.quantize runs/<run_id>
-    python -m experiments.quantize model=llama2_7b task=math_10k method=diablo quantization=magr quantization.bits=4,2
-
-A run makes its base when it finds none; this makes it ahead, for many runs that then start at once. It goes on after
-the last finished layer when it was stopped. The folder's name is the hash of all that decides the weights: the base's
+A run makes its base when it finds none; `python -m experiments.quantize` makes it ahead. It goes on after the last
+finished layer when it was stopped. The folder's name is the hash of all that decides the weights: the base's
 files, the settings, the calibration tokens and the code of diablo/quantize.
 """
 

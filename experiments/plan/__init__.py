@@ -1,0 +1,1 @@
+"""From configs to runs: compose, sweep, choose learning rates, count, and estimate memory and cost."""

@@ -1,12 +1,7 @@
-"""From configs to runs: compose, sweep, freeze.
-
-    python -m experiments.plan model=llama3_8b method=diablo task=commonsense_170k --dry-run
-    python -m experiments.plan method=lora,diablo seed=0,1,2 recipe.learning_rate=1e-3
-    python -m experiments.plan experiment=quickstart
+"""From configs to runs: compose with Hydra, sweep, resolve, freeze.
 
 Arguments are Hydra overrides, and a comma makes a sweep. An experiment file is a list of such lines, its grids; its
-runs are their union. `plan` writes `config.yaml` into every run's directory, resolved and frozen; `--dry-run` prints
-the runs and their exact parameter counts instead, from the architecture alone.
+runs are their union. A run's `config.yaml` is resolved and frozen.
 """
 
 from __future__ import annotations

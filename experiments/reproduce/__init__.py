@@ -1,0 +1,1 @@
+"""Plan, train, score and report an experiment."""

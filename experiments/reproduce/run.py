@@ -1,14 +1,7 @@
-"""Plan, train, score and report an experiment.
-
-    python -m experiments.reproduce quickstart
-    python -m experiments.reproduce quickstart seed=0,1,2,3,4 --out report/five_seeds
-    python -m experiments.reproduce quickstart --workers 4      # four runs at a time, in four processes
-    python -m experiments.reproduce quickstart --minutes 30     # begins no run that would take longer
-    python -m experiments.reproduce commonsense --paper         # the paper's own cells alone
+"""All stages of an experiment, in this process or with workers, and its report.
 
 Where the experiment chooses learning rates (experiments/plan/choose.py), that is done first, on rows kept out of
-training. Finished runs are skipped and interrupted ones resumed, so the same command is also how an experiment is
-continued.
+training. Finished runs are skipped and interrupted ones resumed.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""The run directory: its records, paths, locks and attempts. Needs no torch."""

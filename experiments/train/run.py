@@ -1,10 +1,7 @@
-"""Train one run.
-
-    python -m experiments.train runs/<run_id>
-    torchrun --nproc_per_node 8 -m experiments.train runs/<run_id>      # one process per GPU
+"""The training of one run: base model, data, adapter, Trainer, record.
 
 The run directory's config decides everything. A finished run is left as it is; an interrupted one goes on from its last
-checkpoint, on the CPU bit for bit as if it had never stopped. SIGTERM and SIGUSR1 make one after the step in progress.
+checkpoint, on the CPU bit for bit as if it had never stopped.
 """
 
 from __future__ import annotations
