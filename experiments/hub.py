@@ -8,10 +8,13 @@ offline, so they take what is in their cache and fail at once otherwise.
 from __future__ import annotations
 
 import os
+import queue
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 SECONDS = 5.0  # for the hub's answer
 REFUSALS = (403, 407)  # of a proxy; the hub answers so for single files alone
@@ -26,18 +29,44 @@ def check() -> bool:
 
 @cache
 def answers() -> bool:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or reached():
+        return True
+    _set_offline(True)
+    return False
+
+
+def reached(seconds: float = SECONDS) -> bool:
+    """Whether the hub answers within so many seconds."""
     from huggingface_hub import constants, get_session
 
-    if constants.HF_HUB_OFFLINE:
-        return True
     try:
-        status = get_session().head(constants.ENDPOINT, timeout=SECONDS).status_code
+        status = within(seconds, lambda: get_session().head(constants.ENDPOINT, timeout=seconds).status_code)
     except Exception:  # every HTTP client raises its own, and a proxy's are others again
-        status = None
-    if status is None or status >= 500 or status in REFUSALS:
-        _set_offline(True)
         return False
-    return True
+    return status < 500 and status not in REFUSALS
+
+
+def within(seconds: float, ask: Callable[[], Any]) -> Any:
+    """What `ask` returns or raises, or TimeoutError. A client's time limits leave out the name server's, and begin
+    again with every redirection."""
+    answer = queue.SimpleQueue[tuple[bool, Any]]()
+
+    def work() -> None:
+        try:
+            answer.put((True, ask()))
+        except BaseException as error:
+            answer.put((False, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        answered, value = answer.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:g} seconds") from None
+    if not answered:
+        raise value
+    return value
 
 
 @contextmanager
