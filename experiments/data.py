@@ -205,7 +205,7 @@ def _from_hub(place: Hub, name: str, split: str) -> list[Row]:
     import datasets
 
     part = SOURCES[name][split]
-    reached, rows = hub.check(), []
+    reached, rows = hub.check(hub.data_file(place.name, place.revision)), []
     for configuration in place.configurations:
         try:
             loaded = datasets.load_dataset(place.name, configuration, split=split, revision=place.revision)

