@@ -70,6 +70,6 @@ def git_id(path: Path) -> str:
 
 
 def _content(path: Path) -> Iterator[bytes]:
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         while block := file.read(1 << 20):
             yield block
