@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants, get_session
 from packaging.version import Version
 from peft import PeftConfig
 from safetensors import SafetensorError
@@ -52,7 +53,7 @@ def from_authors(checkpoint: Path, out: Path, base: str) -> DiabloConfig:
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{checkpoint}: holds a {type(state).__name__}, not a state dict with {THEIRS} tensors")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, local_files_only=not _reached(base)))
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     tensors, asked = {}, {}
     for key, blocks in state.items():
@@ -146,6 +147,17 @@ def _layer_indices(checkpoint: Path, targets: list[str], found: set[str], layers
         if name.rpartition(".")[2] in targets and name not in found and indices.get(name, -1) in {*chosen, -1}:
             raise ValueError(f"{checkpoint}: {name} has no blocks, but others of its layer or name have: not converted")
     return sorted(chosen)
+
+
+def _reached(base: str) -> bool:
+    """Whether the hub answers for this model: transformers retries for half a minute where it does not."""
+    if constants.HF_HUB_OFFLINE or Path(base).is_dir():
+        return False
+    try:
+        url = f"{constants.ENDPOINT}/{base}/resolve/main/config.json"
+        return get_session().head(url, timeout=5).status_code < 500
+    except Exception:  # every HTTP client raises its own, and a proxy's are others again
+        return False
 
 
 def main() -> None:

@@ -105,13 +105,14 @@ def _model(settings: Config, device: str) -> tuple[Any, PreTrainedTokenizerBase]
     from eval.generate import quiet
 
     quiet()
-    hub.check()
     name, revision = settings["model"], settings["revision"]
+    found = Path(name).is_dir() or hub.check(hub.model_file(name, revision))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         context = context_length(AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False))
     except (OSError, ValueError) as error:
-        raise UserError(f"evaluation.judge.model={name}: cannot be loaded ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0] if found else "the hub cannot be reached"
+        raise UserError(f"evaluation.judge.model={name}: cannot be loaded ({reason})") from None
     bos = tokenizer.chat_template is None
     if settings["backend"] == "vllm":
         from eval.backends import vllm

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.data import arith
-from experiments.data.rows import load_rows, main, read_rows, rows_hash
+from experiments.data.__main__ import main
+from experiments.data.rows import load_rows, read_rows, rows_hash
 from experiments.data.sources import SOURCES, llm_adapters
 from experiments.runs.records import content_hash
 
@@ -166,7 +167,8 @@ def no_root(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_root")
 def test_missing_data_says_what_to_do(tmp_path: Path, fails_with: Fails) -> None:
     said = fails_with(lambda: load_rows({"source": "gsm8k"}, "train", str(tmp_path)))
-    assert f"no gsm8k/train.jsonl (nor .gz) in {tmp_path}: save https://raw.githubusercontent.com/openai/" in said
+    assert f"no gsm8k/train.jsonl (nor .gz) in {tmp_path}: `python -m experiments.data fetch source=gsm8k" in said
+    assert f"--data-root {tmp_path}`, or save https://raw.githubusercontent.com/openai/" in said
     assert "point runtime.data_root or DIABLO_DATA_ROOT at a folder that holds it" in said
     assert said.endswith("leave both unset to load openai/gsm8k from the hub")
     said = fails_with(lambda: load_rows({"source": "svamp"}, "test", str(tmp_path)))

@@ -151,7 +151,7 @@ def test_a_hub_that_does_not_answer_is_told_in_seconds(
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    hub.answers.cache_clear()
+    hub.answered.clear()
     common = ["method=diablo", "recipe.learning_rate=1e-3", f"runtime.cache_dir={tmp_path}"]
     started = time.perf_counter()
     try:
@@ -166,7 +166,7 @@ def test_a_hub_that_does_not_answer_is_told_in_seconds(
         assert time.perf_counter() - started < 20  # retries would take 46 s a model
         assert constants.HF_HUB_OFFLINE
     finally:
-        hub.answers.cache_clear()
+        hub.answered.clear()
 
 
 def test_dtypes(fails_with: Fails) -> None:

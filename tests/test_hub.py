@@ -1,20 +1,30 @@
-"""A hub that cannot be reached costs seconds, once, and planning never asks it."""
+"""A hub that cannot be reached costs seconds, once, and neither planning nor saving asks it."""
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import config as datasets_config
 from huggingface_hub import constants
+from peft import LoraConfig, get_peft_model
 
+from diablo.convert import from_authors
+from eval.judge import _model
 from experiments.data import hub
+from experiments.data.__main__ import check
 from experiments.data.rows import load_rows
+from experiments.models.full_precision import base_path, load_tokenizer
 from experiments.plan.compose import plan
 from experiments.plan.cost import rows_trained_on
-from tests.web_server import Server, serving, status
+from experiments.train.methods import save
+from tests.test_diablo_tuner import tiny_llama
+from tests.web_server import Server, serving, silent, status
 
 FailsWith = Callable[[Callable[[], object]], str]
 
@@ -32,10 +42,10 @@ def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable
         monkeypatch.setattr(datasets_config, "HF_ENDPOINT", server.url)
         monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "datasets")
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        hub.answers.cache_clear()
+        hub.answered.clear()
 
     yield point
-    hub.answers.cache_clear()
+    hub.answered.clear()
 
 
 @pytest.mark.parametrize("code", [503, 502, 403, 407])
@@ -51,7 +61,114 @@ def test_a_proxy_that_answers_instead_is_no_hub(
         assert "cannot load meta-math/MetaMathQA from the hub (it cannot be reached)" in said
         assert server.asked == [("HEAD", "/")]
         assert not hub.check()
+        assert not hub.check(hub.model_file("org/model", None))
         assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "http://nowhere.invalid"])
+def test_nobody_listens_or_no_name_server_knows_the_name(
+    url: str, online: Callable[[Server], None], fails_with: FailsWith
+) -> None:
+    online(Server(url))
+    started = time.perf_counter()
+    said = fails_with(lambda: load_rows({"source": "metamathqa", "heldout": 0}, "train", None))
+    assert "cannot load meta-math/MetaMathQA from the hub (it cannot be reached)" in said
+    online(Server(url))
+    assert fails_with(lambda: check([("gsm8k", "test")], None, from_hub=True)) == (
+        "the Hugging Face hub cannot be reached: connect, or leave out --hub"
+    )
+    assert time.perf_counter() - started < 5
+
+
+def test_a_hub_that_stalls_is_left(online: Callable[[Server], None]) -> None:
+    with serving(silent(5)) as server:
+        online(server)
+        started = time.perf_counter()
+        assert not hub.reached(seconds=0.4)
+        assert not hub.reached(hub.model_file("org/some", None), seconds=0.4)
+        assert time.perf_counter() - started < 2
+        assert len(server.asked) == 2
+
+
+def test_a_hub_that_sends_on_and_on_is_left(online: Callable[[Server], None]) -> None:
+    def elsewhere(request: BaseHTTPRequestHandler) -> None:
+        time.sleep(0.3)
+        request.send_response(302)
+        request.send_header("Location", f"{request.path}x")
+        request.end_headers()
+
+    with serving(elsewhere) as server:
+        online(server)
+        started = time.perf_counter()
+        assert not hub.reached(seconds=0.5)
+        assert time.perf_counter() - started < 2
+
+
+def test_a_name_server_that_stalls_is_left(online: Callable[[Server], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client's own limit begins when the address is known."""
+    online(Server("http://hub.test"))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **more: time.sleep(5))
+    started = time.perf_counter()
+    assert not hub.reached(seconds=0.4)
+    assert time.perf_counter() - started < 2
+
+
+def files_fail(request: BaseHTTPRequestHandler) -> None:
+    """A hub whose pages answer and whose files do not."""
+    status(200 if request.path == "/" else 503)(request)
+
+
+def test_a_hub_whose_files_fail_is_left(online: Callable[[Server], None], fails_with: FailsWith) -> None:
+    """Each of these was asked for six times, in half a minute, with two lines each time."""
+    folder, model = "meta-math/MetaMathQA", {"name": "some", "path": "org/some", "revision": "abc"}
+    asked = {
+        f"/datasets/{folder}/resolve/aa4f34d3d2d3231299b5b03d9b3e5a20da45aa18/README.md": lambda: load_rows(
+            {"source": "metamathqa", "heldout": 0}, "train", None
+        ),
+        "/org/some/resolve/abc/config.json": lambda: load_tokenizer(
+            model, base_path({"model": {**model, "pretraining": None}, "runtime": {"cache_dir": "none"}})
+        ),
+        "/org/judge/resolve/main/config.json": lambda: _model({"model": "org/judge", "revision": None}, "cpu"),
+    }
+    for path, load in asked.items():
+        with serving(files_fail) as server:
+            online(server)
+            started = time.perf_counter()
+            assert "cannot be reached" in fails_with(load)
+            assert time.perf_counter() - started < 10
+            assert server.asked == [("HEAD", "/"), ("HEAD", path)]
+
+
+@pytest.mark.parametrize("code", [401, 403, 404])
+def test_a_file_that_is_not_for_everyone_is_an_answer(code: int, online: Callable[[Server], None]) -> None:
+    with serving(lambda request: status(200 if request.path == "/" else code)(request)) as server:
+        online(server)
+        assert hub.check(hub.model_file("org/gated", None))
+        assert hub.check(hub.model_file("org/gated", None))
+        assert server.asked == [("HEAD", "/"), ("HEAD", "/org/gated/resolve/main/config.json")]
+
+
+def test_converting_the_authors_checkpoint_asks_once(online: Callable[[Server], None], tmp_path: Path) -> None:
+    torch.save({"layer.block_A": torch.zeros(2, 2, 2)}, tmp_path / "adapter.chkpt")
+    with serving(status(503)) as server:
+        online(server)
+        started = time.perf_counter()
+        with pytest.raises(OSError, match="couldn't find them in the cached files"):
+            from_authors(tmp_path / "adapter.chkpt", tmp_path / "out", "org/some")
+        assert time.perf_counter() - started < 10
+        assert server.asked == [("HEAD", "/org/some/resolve/main/config.json")]
+
+
+@pytest.mark.filterwarnings("error:Could not find a config file")
+def test_saving_an_adapter_asks_nobody(online: Callable[[Server], None], tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))  # pyright: ignore[reportArgumentType]
+    model.peft_config["default"].base_model_name_or_path = "org/some"
+    with serving(status(503)) as server:
+        online(server)
+        save({"trains": "adapter"}, model, tmp_path / "adapter", {})
+        assert server.asked == []
+        assert not constants.HF_HUB_OFFLINE
+    assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("code", [200, 404])

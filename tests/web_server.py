@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,10 +15,10 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 
 
 class Server:
-    """`asked` are the requests so far: method and path."""
+    """`asked` are the requests so far: method and path; `ranges` the parts of a file that they asked for."""
 
     def __init__(self, url: str) -> None:
-        self.url, self.asked = url, list[tuple[str, str]]()
+        self.url, self.asked, self.ranges = url, list[tuple[str, str]](), list[str | None]()
 
 
 @contextmanager
@@ -28,7 +31,9 @@ def serving(answer: Answer) -> Iterator[Server]:
 
         def do_GET(self) -> None:
             found[0].asked.append((self.command, self.path))
-            answer(self)
+            found[0].ranges.append(self.headers["Range"])
+            with contextlib.suppress(ConnectionError):  # who asked did not wait
+                answer(self)
 
         do_HEAD = do_GET
 
@@ -56,3 +61,49 @@ def status(code: int) -> Answer:
         request.end_headers()
 
     return send
+
+
+def file(
+    content: bytes,
+    cuts: tuple[int, ...] = (),
+    silent: float = 0,
+    every: float = 0,
+    ranges: bool = True,
+    length: bool = True,
+) -> Answer:
+    """A file, or from where a request asks for it.
+
+    Args:
+        cuts: the first answers end after so many bytes each, the later ones are whole.
+        silent: seconds without a byte before an answer that is cut ends.
+        every: seconds between two bytes.
+        ranges: False ignores what part is asked for.
+        length: False does not tell how long the answer is.
+    """
+    left = itertools.chain(cuts, itertools.repeat(None))
+
+    def send(request: BaseHTTPRequestHandler) -> None:
+        asked, cut = request.headers["Range"], next(left)
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and ranges else 0
+        if start >= len(content) > 0 and asked and ranges:
+            return status(416)(request)
+        request.send_response(206 if asked and ranges else 200)
+        if asked and ranges:
+            request.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        if length:
+            request.send_header("Content-Length", str(len(content) - start))
+        request.end_headers()
+        part = content[start:] if cut is None else content[start : start + cut]
+        for block in [part[i : i + 1] for i in range(len(part))] if every else [part]:
+            request.wfile.write(block)
+            time.sleep(every)
+        if cut is not None:
+            time.sleep(silent)
+        return None
+
+    return send
+
+
+def silent(seconds: float) -> Answer:
+    """Nothing at all, and then the connection ends."""
+    return lambda request: time.sleep(seconds)

@@ -1,19 +1,17 @@
 """Training and test rows: from local files under a data root, from the Hugging Face hub, or generated.
 
-    python -m experiments.data check          # which data sets are to be had here, and how to get the others
-
 `experiments.data.sources` has the table of data sets. Every field of every row is checked when a file is read.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import gzip
 import hashlib
 import json
 import os
 import random
+import shlex
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import Any, cast
 
 from experiments.data import arith, hub
 from experiments.data.sources import HUBS, SOURCES, Hub, Maker, Row, Split
-from experiments.errors import UserError, nearest, run_command
+from experiments.errors import UserError, nearest
 
 
 def load_rows(data: dict[str, Any], split: str, data_root: str | None) -> list[Row]:
@@ -62,7 +60,7 @@ def _of_sources(data: dict[str, Any], split: str, data_root: str | None) -> list
     names = [data["source"]] if isinstance(data["source"], str) else data["source"]
     if "arith" in names:
         raise UserError("task.data.source: arith is generated and cannot be joined with other data sets")
-    return [row for name in names for row in _load(name, split, data_root)]
+    return [row for name in names for row in load_split(name, split, data_root)]
 
 
 def _hold_out(rows: list[Row], count: int) -> tuple[list[Row], list[Row]]:
@@ -90,55 +88,67 @@ def rows_hash(rows: list[Row]) -> str:
 
 def read_rows(path: Path, make: Maker, columns: tuple[str, ...] | None = None) -> list[Row]:
     """The rows that `make` makes of a file's records. `columns` are those of a CSV file without a header."""
-    return _made(((f"{path}, {place}", record) for place, record in _records(path, columns)), make)
+    return _made(((f"{path}, {place}", record) for place, record in read_records(path, columns)), make)
 
 
-def _load(name: str, split: str, data_root: str | None) -> list[Row]:
+def load_split(name: str, split: str, data_root: str | None) -> list[Row]:
     if name not in SOURCES:
         raise UserError(f"task.data.source={name}: no such data set: {nearest(name, [*SOURCES, 'arith'])}")
     if split not in SOURCES[name]:
         raise UserError(f"{name} has no split {split!r}: {nearest(split, SOURCES[name])}")
-    part = SOURCES[name][split]
     if data_root:
-        path = _local_file(part, data_root)
+        path = local_file(SOURCES[name][split], data_root)
         if path is None:
             raise UserError(_missing(name, split, data_root))
-        rows = read_rows(path, part.make, part.columns)
-    elif name in HUBS:
-        path = HUBS[name].name
-        rows = _from_hub(HUBS[name], name, split)
-    else:
-        raise UserError(_missing(name, split, None))
-    if len(rows) not in part.rows:
-        expected = " or ".join(f"{count:,}" for count in part.rows)
-        raise UserError(f"{name} {split}: {len(rows):,} rows, there must be {expected}: {path} is not whole")
+        return read_split(name, split, path)
+    if name in HUBS:
+        return _whole(name, split, _from_hub(HUBS[name], name, split), HUBS[name].name)
+    raise UserError(_missing(name, split, None))
+
+
+def read_split(name: str, split: str, path: Path) -> list[Row]:
+    """The rows of a data set's file, which must be as many as the table says."""
+    part = SOURCES[name][split]
+    return _whole(name, split, read_rows(path, part.make, part.columns), path)
+
+
+def _whole(name: str, split: str, rows: list[Row], place: Path | str) -> list[Row]:
+    if len(rows) not in (counts := SOURCES[name][split].rows):
+        expected = " or ".join(f"{count:,}" for count in counts)
+        raise UserError(f"{name} {split}: {len(rows):,} rows, there must be {expected}: {place} is not whole")
     return rows
 
 
-def _local_file(part: Split, data_root: str) -> Path | None:
+def local_file(part: Split, data_root: str | Path) -> Path | None:
     path = Path(data_root) / part.file
     return next((file for file in (path, path.with_name(f"{path.name}.gz")) if file.is_file()), None)
 
 
 def _missing(name: str, split: str, data_root: str | None) -> str:
     part = SOURCES[name][split]
+    folder = "FOLDER" if data_root is None else shlex.quote(data_root)
+    fetch = "" if part.how else f"`python -m experiments.data fetch source={name} --data-root {folder}`, or "
     if data_root is None:
         return (
             f"{name} {split} is not on the hub in this form: point runtime.data_root or DIABLO_DATA_ROOT at a folder "
-            f"with {part.file} (or .gz): {_how(part)}"
+            f"with {part.file} (or .gz): {fetch}{how(part)}"
         )
     hub = f", or leave both unset to load {HUBS[name].name} from the hub" if name in HUBS else ""
     return (
-        f"{name} {split}: no {part.file} (nor .gz) in {data_root}: {_how(part)}, or point runtime.data_root or "
+        f"{name} {split}: no {part.file} (nor .gz) in {data_root}: {fetch}{how(part)}, or point runtime.data_root or "
         f"DIABLO_DATA_ROOT at a folder that holds it{hub}"
     )
 
 
-def _how(part: Split) -> str:
-    return part.how.format(url=part.url, file=part.file)
+def how(part: Split) -> str:
+    """How to get a file by hand."""
+    if part.rebuild:
+        return f"make {part.file} of the records of {part.url}"
+    packed = ".gz" if part.url.endswith(".gz") else ""
+    return (part.how or "save {url} as {file}").format(url=part.url, file=part.file + packed)
 
 
-def _records(path: Path, columns: tuple[str, ...] | None) -> Iterator[tuple[str, Any]]:
+def read_records(path: Path, columns: tuple[str, ...] | None) -> Iterator[tuple[str, Any]]:
     """The records of a file, each with its place. Of JSON lines and CSV one is in memory at a time."""
     form = path.name.removesuffix(".gz").rpartition(".")[2]
     opener = gzip.open if path.suffix == ".gz" else open
@@ -187,7 +197,7 @@ def _from_hub(place: Hub, name: str, split: str) -> list[Row]:
     import datasets
 
     part = SOURCES[name][split]
-    reached, rows = hub.check(), []
+    reached, rows = hub.check(hub.data_file(place.name, place.revision)), []
     for configuration in place.configurations:
         try:
             loaded = datasets.load_dataset(place.name, configuration, split=split, revision=place.revision)
@@ -200,46 +210,3 @@ def _from_hub(place: Hub, name: str, split: str) -> list[Row]:
         records = enumerate(cast(Iterable[Any], loaded), start=1)
         rows += _made(((f"{place.name} {configuration} {split}, row {n}", record) for n, record in records), part.make)
     return rows
-
-
-def check(data_root: str | None, from_hub: bool) -> int:
-    """Print what every data set has here, and how to get what is missing. 1 if a file that is there is broken."""
-    line = "{:16}  {:5}  {:>7}  {:16}  {}".format
-    print(line("data set", "split", "rows", "sha256 of rows", "place"))
-    print(line("arith", "any", "", "", "generated"))
-    absent, broken = [], []
-    for name, split in ((name, split) for name, splits in SOURCES.items() for split in splits):
-        part = SOURCES[name][split]
-        path = _local_file(part, data_root) if data_root else None
-        if path is None and not (from_hub and name in HUBS):
-            print(line(name, split, "", "", "not local"))
-            online = f"; without a data root a run loads {HUBS[name].name} from the hub" if name in HUBS else ""
-            absent.append(f"  {name} {split}: {_how(part)}{online}")
-            continue
-        try:
-            rows = _load(name, split, data_root if path else None)
-        except UserError as error:
-            print(line(name, split, "", "", "broken" if path else "not to be had from the hub"))
-            (broken if path else absent).append(f"  {error}")
-            continue
-        place = path.relative_to(data_root or "") if path else f"hub: {HUBS[name].name}"
-        print(line(name, split, f"{len(rows):,}", rows_hash(rows)[:16], place))
-    if broken:
-        print("\nbroken:", *broken, sep="\n")
-    if absent:
-        print(f"\nnot here; files belong under the data root ({data_root or 'DIABLO_DATA_ROOT, not set'}):")
-        print(*absent, sep="\n")
-    return 1 if broken else 0
-
-
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.data", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("command", nargs="?", choices=["check"], default="check", help="list every data set (default)")
-    parser.add_argument("--data-root", default=os.environ.get("DIABLO_DATA_ROOT"), help="default: $DIABLO_DATA_ROOT")
-    parser.add_argument("--hub", action="store_true", help="also load what is not local from the Hugging Face hub")
-    options = parser.parse_intermixed_args(arguments)
-    return check(options.data_root, options.hub)
-
-
-if __name__ == "__main__":
-    run_command(main)

