@@ -24,7 +24,8 @@ PACKAGES = (
 TRAINING_CODE = (
     *("diablo/**/*.py", "experiments/train.py", "experiments/trainer.py", "experiments/loss.py"),
     *("experiments/methods.py", "experiments/models.py", "experiments/preparation.py", "experiments/prompts.py"),
-    *("experiments/tokens.py", "experiments/data.py", "experiments/sources.py", "experiments/arith.py"),
+    *("experiments/sampler.py", "experiments/tokens.py", "experiments/data.py", "experiments/sources.py"),
+    "experiments/arith.py",
 )
 
 

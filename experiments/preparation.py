@@ -15,9 +15,9 @@ from torch import Tensor
 
 from experiments.loss import TargetForward
 from experiments.prompts import IGNORED
+from experiments.sampler import EpochSampler
 from experiments.sharding import shard_layers
 from experiments.tokens import Examples
-from experiments.trainer import EpochSampler
 
 Batch = dict[str, Tensor]  # input_ids, attention_mask and labels, as in training
 

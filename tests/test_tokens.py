@@ -21,9 +21,9 @@ from experiments import prompts, token_benchmark
 from experiments.data import load_rows
 from experiments.plan import plan
 from experiments.records import read_json
+from experiments.sampler import EpochSampler
 from experiments.token_benchmark import padding, trained_tokenizer
 from experiments.tokens import tokenised
-from experiments.trainer import EpochSampler
 
 Rows = list[dict[str, str]]
 Fails = Callable[[Callable[[], object]], str]
