@@ -44,7 +44,13 @@ def memory_table(
         label = f"{config['model']['name']} {config['method']['label']}"
         label += f" {config['task']['name']}" if several else ""
         parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.peak)
-        row = [label, str(count), str(gpus(config)), f"{config['recipe']['micro_batch_size']} × {memory.length}"]
+        sharded = " sharded" if config["runtime"].get("sharding") == "full" else ""
+        row = [
+            label,
+            str(count),
+            f"{gpus(config)}{sharded}",
+            f"{config['recipe']['micro_batch_size']} × {memory.length}",
+        ]
         row += [f"{part / 2**30:.{1 if part >= 0.95 * 2**30 else 2}f}" for part in parts]
         row[-1] += "*" if memory.preparation > memory.training else ""
         rows.append([*row, *(text(config, count) for _, text in more), differ.get(config["run_id"], "")])
