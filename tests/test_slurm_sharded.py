@@ -1,4 +1,4 @@
-"""Full fine-tuning of real weights that do not fit one GPU: the submission shards it, and preemption changes nothing."""
+"""Full fine-tuning of real weights that do not fit one GPU: submission shards it, preemption changes nothing."""
 
 from __future__ import annotations
 
