@@ -200,6 +200,7 @@ SETTINGS = {
     "runtime.data_root": MAYBE_TEXT,
     "runtime.cache_dir": TEXT,
     "runtime.checkpoint_every": COUNT,
+    "runtime.sharding": _words("auto", "none", "full"),
     "runtime.wandb": _words("off", "offline", "online"),
     "model.name": NAMED,
     "model.path": MAYBE_TEXT,

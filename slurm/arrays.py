@@ -53,7 +53,8 @@ class Array:
     def __str__(self) -> str:
         return (
             f"{' and '.join(self.stages)} of {sum(map(len, self.tasks))} runs in {len(self.tasks)} tasks"
-            f"{f', {self.parallel} at a time' if self.parallel else ''}; each {self.resources.gpus} GPUs for at most "
+            f"{f', {self.parallel} at a time' if self.parallel else ''}; each {self.resources.gpus} GPUs"
+            f"{', which share the model,' if self.resources.sharding == 'full' else ''} for at most "
             f"{self.resources.time}, together at most {self.gpu_hours:,.1f} GPU-hours"
         )
 

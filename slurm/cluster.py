@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from experiments.errors import UserError, nearest
-from experiments.plan.sizes import read_bytes
+from experiments.runs.sizes import read_bytes
 
 Config = dict[str, Any]
 FOLDER = Path(__file__).resolve().parent
@@ -53,6 +53,7 @@ class Resources:
     time: str
     memory: str | None
     cpus: int
+    sharding: str = "none"  # full: its GPUs share the model, which does not fit each of them
 
     @property
     def processes(self) -> int:
@@ -100,7 +101,8 @@ class Cluster:
             asked["gpus"] = self._gpus_needed(config) if stage == "train" else 1
         elif stage == "train" and isinstance(gpus, int) and gpus > 0:
             self._check_gpus(config, gpus)
-        return self._resources(asked, f"{method} on {model}")
+        found = self._resources(asked, f"{method} on {model}")
+        return dataclasses.replace(found, sharding=self._sharding(config, found.gpus)) if stage == "train" else found
 
     def follow_up_resources(self) -> Resources:
         """Of the small job that plans a second stage and writes the report."""
@@ -127,6 +129,13 @@ class Cluster:
             check_divides(config, gpus)
         else:
             check_fits(config, gpus, self.gpu_bytes, self.largest)
+
+    def _sharding(self, config: Config, gpus: int) -> str:
+        if gpus < 2 and config["runtime"]["sharding"] != "full":
+            return "none"
+        from experiments.plan.fit import sharding_on
+
+        return sharding_on(config, gpus, self.gpu_bytes)
 
     @property
     def largest(self) -> int:

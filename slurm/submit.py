@@ -30,6 +30,7 @@ from experiments.plan.cost import gpu_hours
 from experiments.plan.selection import EVERYTHING, Selection, add_options, read_options, select
 from experiments.runs.differences import differing
 from experiments.runs.records import RunPaths, group_hash, read_config
+from experiments.train.checkpoint import MANIFEST, check_layout
 from slurm.arrays import Array, Options, arrays, submit_array
 from slurm.cluster import Cluster, Resources, read_cluster, sbatch_lines
 from slurm.follow_up import submit_follow_up
@@ -72,8 +73,12 @@ def submit(
         todo = _missing(title, wanted, waiting, options)
         submits = bool(todo) or options.second_stage
         parts = list(arrays(todo, cluster, options, max_array_size())) if todo else []
+        sharded = {config["run_id"]: _with_sharding(config, cluster) for config, _ in todo}
+        for config in sharded.values():
+            _check_checkpoint(config, cluster)
         code = take_snapshot(submissions(runs_dir) / "code") if submits else {}
-        write_runs(config for config, _ in wanted)
+        # A queued run's config stays: its job refuses one that was edited.
+        write_runs(sharded.get(name, config) for config, _ in wanted if (name := config["run_id"]) not in waiting)
         if not submits:
             return []
         apart = differing([config for config, _ in wanted])
@@ -142,7 +147,7 @@ def show(todo: list[tuple[Config, bool]], cluster: Cluster, options: Options, se
             cluster.resources(config)
         except UserError as error:
             refused[group_hash(config)] = str(error)
-    kept = [(config, scored) for config, scored in todo if group_hash(config) not in refused]
+    kept = [(_with_sharding(config, cluster), scored) for config, scored in todo if group_hash(config) not in refused]
     on_gpus = [config for config, _ in kept if cluster.resources(config).gpus]
     if on_gpus:
         from experiments.plan.overview import memory_table, off_by
@@ -176,6 +181,19 @@ def _with_frozen_evaluation(config: Config) -> Config:
     """A planned config. Of a run that is there the job reads its own: the evaluation alone may be another."""
     run = run_paths(config)
     return {**config, "evaluation": read_config(run)["evaluation"]} if run.config.is_file() else config
+
+
+def _with_sharding(config: Config, cluster: Cluster) -> Config:
+    """A config that says how the run trains on the GPUs that it gets."""
+    return {**config, "runtime": {**config["runtime"], "sharding": cluster.resources(config).sharding}}
+
+
+def _check_checkpoint(config: Config, cluster: Cluster) -> None:
+    """UserError where the run's training could not go on from its checkpoint, which the job would find hours later."""
+    manifests = sorted(run_paths(config).checkpoints.glob(f"step-*/{MANIFEST}"))
+    if manifests:
+        resources = cluster.resources(config)
+        check_layout(manifests[-1].parent, {"processes": resources.processes, "sharding": resources.sharding})
 
 
 def _missing(

@@ -21,7 +21,7 @@ from experiments.plan.cost import longest_row
 from experiments.plan.fake_pass import Allocations, held, make_fake, pass_bytes
 from experiments.plan.memory import Memory, base_dtype, estimate
 from experiments.plan.overview import MEASURED, memory_table, off_by
-from experiments.plan.sizes import read_bytes
+from experiments.runs.sizes import read_bytes
 from experiments.speed.cases import AUTHORS, DORA, DROPOUT, FLOOR, IN_PLACE, LORA, attach, peak_bytes
 from experiments.speed.layers import TARGETS, architecture
 from experiments.speed.timing import forward_backward
@@ -143,13 +143,20 @@ def test_weights_gradients_and_state_are_sums_over_tensors() -> None:
 
 
 def test_shards_are_equal_parts() -> None:
-    alone, four = (estimate(real("llama3_8b", "full"), gpus) for gpus in (1, 4))
+    alone, four = (estimate(real("llama3_8b", "full", "runtime.sharding=full"), gpus) for gpus in (1, 4))
     assert (four.weights, four.gradients, four.optimizer) == (
         *(-(-getattr(alone, part) // 4) for part in ("weights", "gradients", "optimizer")),
     )
     assert four.accumulates is False  # 16 rows, 4 on each of 4
     assert alone.accumulates is True
     assert four.peak < alone.peak / 3
+
+
+def test_without_sharding_each_gpu_holds_everything() -> None:
+    """And gradients twice: DDP adds them up in buckets of its own."""
+    alone, four = (estimate(real("llama2_7b", "lora"), gpus) for gpus in (1, 4))
+    assert (four.weights, four.optimizer, four.activations) == (alone.weights, alone.optimizer, alone.activations)
+    assert four.gradients == 2 * alone.gradients
 
 
 def test_the_peak_of_a_step() -> None:
@@ -215,8 +222,35 @@ def test_what_does_not_fit_is_refused_with_what_would(fails_with: FailsWith) -> 
     assert "give GPUs with more memory" in small_gpu
     fitting.check_fits(full, 4, GPU, 8)
     fitting.check_fits(real("llama3_8b", "base"), 1, GPU, 8)
+    whole = real("llama3_8b", "full", "runtime.sharding=none")
+    for check in (lambda: fitting.gpus_needed(whole, GPU, 8), lambda: fitting.check_fits(whole, 4, GPU, 8)):
+        assert ": give 2 GPUs, sharded" in (said := fails_with(check)) or ": give 4 GPUs, sharded" in said
     said = fails_with(lambda: fitting.check_fits(full, 3, GPU, 8))
     assert said.endswith("micro_batch_size=4 × 3 GPUs: give 1, 2, 4 GPUs, or another recipe.micro_batch_size")
+
+
+def test_what_is_sharded(fails_with: FailsWith) -> None:
+    """What fits each of its GPUs whole is not, unless it was asked for."""
+    full, lora = real("llama2_7b", "full"), real("llama2_7b", "lora")
+    assert [fitting.sharding_on(config, 2, GPU) for config in (full, lora)] == ["full", "none"]
+    assert fitting.sharding_on(full, 2, None) == "none"
+    assert fitting.sharding_on(real("llama2_7b", "lora", "runtime.sharding=full"), 2, GPU) == "full"
+    assert fitting.gpus_needed(real("llama2_7b", "lora", "runtime.sharding=full"), GPU, 8) == 2
+    assert fitting.sharding_on(real("llama2_7b", "base", "runtime.sharding=full"), 2, GPU) == "none"
+    assert "gets 1 GPU: give more, or runtime.sharding=auto" in fails_with(
+        lambda: fitting.sharding_on(real("llama2_7b", "lora", "runtime.sharding=full"), 1, GPU)
+    )
+
+
+def test_what_cannot_be_sharded_is_not_given_more_gpus(fails_with: FailsWith) -> None:
+    """A quantised base is whole on every GPU."""
+    config = run("model=llama_13b", "method=lora", "task=math_10k", "quantization=nf")
+    assert fitting.gpus_needed(config, GPU, 8) == 1
+    said = fails_with(lambda: fitting.gpus_needed(config, read_bytes("8G"), 8))
+    assert "does not fit" in said
+    assert "sharded" not in said
+    measured = real("llama2_13b", "lora", "spectra.every=8")
+    assert "sharded" not in fails_with(lambda: fitting.check_fits(measured, 2, read_bytes("24G"), 8))
 
 
 # What is printed

@@ -205,7 +205,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(small: list[str], monkeypatch: py
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("recipe.micro_batch_size=3", "recipe.batch_size=8 is not a multiple of micro_batch_size 3"),
+        ("recipe.micro_batch_size=3", "recipe.batch_size=8 is not a multiple of recipe.micro_batch_size=3"),
         ("recipe.batch_size=80", "64 training rows do not fill one batch of 80"),
         ("runtime.device=cuda", "no CUDA device is visible"),
         ("task.data.train=100000", "problems are too many"),

@@ -220,7 +220,8 @@ def test_a_checkpoint_of_another_sharding_is_refused(
     step = preempt(tmp_path, run, 2, steps=1)
     again = planned([*arguments, f"runtime.runs_dir={tmp_path}"])
     assert again.root == run.root
-    assert read_config(run)["runtime"]["sharding"] == "none"  # planning it again chooses anew
+    assert read_config(run)["runtime"]["sharding"] == "full"  # planning it again leaves that
+    planned([*arguments, f"runtime.runs_dir={tmp_path}", "runtime.sharding=none"])
     line = fails_with(lambda: train(again))
     assert "was written by 2 processes with runtime.sharding=full, and these are 1 processes with" in line
     assert f"step-{step:08d}" in line
@@ -242,7 +243,7 @@ def test_what_cannot_be_sharded_is_refused(
     def line(*arguments: str) -> str:
         return fails_with(lambda: sharding_of(read_config(planned([*small, *arguments]))))
 
-    assert line("method=full", "runtime.sharding=ful", "seed=1") == "runtime.sharding=ful: did you mean full?"
+    assert "it must be one of auto, none, full" in line("method=full", "runtime.sharding=ful", "seed=1")
     assert "quantised base" in line("method=lora", "runtime.sharding=full", "quantization=rtn")
     assert "spectra" in line("method=lora", "runtime.sharding=full", "spectra.every=2")
 

@@ -14,6 +14,7 @@ import pytest
 from experiments.plan.compose import plan, write_runs
 from experiments.runs.evaluations import evaluation_paths
 from experiments.runs.records import read_config
+from experiments.runs.sizes import read_bytes
 from slurm import retry
 from slurm.arrays import Options, job_script
 from slurm.cluster import FOLDER, Cluster, minutes, read_cluster, sbatch_lines
@@ -65,6 +66,76 @@ def test_resources_by_model_and_method() -> None:
     two_nodes = settings("gpus=4").resources(run("tiny", "diablo", "recipe.micro_batch_size=4"))  # of 2 GPUs each
     assert (two_nodes.nodes, two_nodes.processes) == (2, 4)
     assert "--ntasks-per-node=2" in sbatch_lines(settings("gpus=4"), two_nodes)
+
+
+def test_the_a100_file_has_host_memory_for_every_process() -> None:
+    """Each loads the base, in float32 where all of it trains, and SMT's warm-up copies it in float32."""
+    cluster = read_cluster("a100")
+    for model, parameters in (
+        ("llama2_7b", 6.74e9),
+        ("llama3_8b", 8.03e9),
+        ("llama_13b", 13.02e9),
+        ("llama2_13b", 13.02e9),
+    ):
+        for method, size in (("full", 4), ("smt", 2 + 4)):
+            resources = cluster.resources(run(model, method))
+            assert resources.memory is not None
+            per_node = resources.processes // resources.nodes
+            assert read_bytes(resources.memory) > per_node * size * parameters, (model, method)
+
+
+def test_a_run_that_does_not_fit_one_gpu_is_sharded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without anyone asking for it; and one that fits is not, whatever it is given."""
+    monkeypatch.setenv("PATH", "/nonexistent")
+    a100 = ["gpus_per_node=8", "gpu_memory=80G", "gpus={default: auto, lora: 2}"]
+    found = {method: settings(*a100).resources(run("llama2_7b", method)) for method in ("full", "lora")}
+    assert {method: (each.gpus, each.sharding) for method, each in found.items()} == {
+        "full": (2, "full"),
+        "lora": (2, "none"),
+    }
+    assert settings("gpus=2").resources(run("llama2_7b", "full")).sharding == "none"  # GPUs of unknown memory
+    arguments = ["model=llama2_7b", "method=full,lora", "task=commonsense_170k", f"runtime.runs_dir={tmp_path}"]
+    submit(arguments, settings(*a100), Options(dry_run=True))
+    shown = capsys.readouterr().out
+    (full,), (lora,) = (
+        [line for line in shown.splitlines() if f"llama2_7b {name}" in line] for name in ("full", "lora")
+    )
+    assert " 2 sharded " in full
+    assert "sharded" not in lora
+    assert "each 2 GPUs, which share the model, for at most" in shown
+    assert "each 2 GPUs for at most" in shown
+
+
+def test_a_submission_writes_how_a_run_is_sharded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_with: FailsWith
+) -> None:
+    """Planning it again leaves that; a checkpoint of other processes is refused before anything is queued."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, script in {"sbatch": "echo 7", "squeue": "true", "scontrol": "echo MaxArraySize = 1001"}.items():
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    arguments = ["model=llama2_7b", "method=full", "task=commonsense_170k", f"runtime.runs_dir={tmp_path / 'runs'}"]
+    a100 = ["gpus_per_node=8", "gpu_memory=80G", "gpus=auto"]
+    (planned,) = write_runs(plan(arguments))
+    assert read_config(planned)["runtime"]["sharding"] == "auto"
+    submit(arguments, settings(*a100), Options())
+    assert read_config(planned)["runtime"]["sharding"] == "full"
+    write_runs(plan(arguments))
+    assert read_config(planned)["runtime"]["sharding"] == "full"
+    write_runs(plan([*arguments, "runtime.sharding=none"]))
+    assert read_config(planned)["runtime"]["sharding"] == "none"
+
+    checkpoint = planned.checkpoints / "step-00000008"
+    checkpoint.mkdir(parents=True)
+    layout = {"processes": 2, "sharding": "full"}
+    (checkpoint / "manifest.json").write_text(json.dumps(layout), encoding="utf-8")
+    submit(arguments, settings(*a100), Options())
+    said = fails_with(lambda: submit(arguments, settings(*a100, "gpus=4"), Options()))
+    assert "was written by 2 processes with runtime.sharding=full, and these are 4 processes with" in said
 
 
 def test_any_option_of_sbatch_is_passed_through() -> None:

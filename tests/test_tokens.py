@@ -24,7 +24,7 @@ from experiments.plan.compose import plan
 from experiments.runs.records import read_json
 from experiments.speed import tokens as token_benchmark
 from experiments.speed.tokens import padding, trained_tokenizer
-from experiments.train.trainer import EpochSampler
+from experiments.train.sampler import EpochSampler
 
 Rows = list[dict[str, str]]
 Fails = Callable[[Callable[[], object]], str]

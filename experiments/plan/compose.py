@@ -299,7 +299,10 @@ def run_paths(config: Config) -> RunPaths:
 
 
 def write_runs(configs: Iterable[Config]) -> list[RunPaths]:
-    """Make the run directories. A config that is already there is checked and stays, but for `MEMORY_SETTINGS`."""
+    """Make the run directories. A config that is already there is checked and stays, but for `MEMORY_SETTINGS`.
+
+    What a submission chose where `auto` left it the choice stays too.
+    """
     runs = []
     for config in configs:
         run = run_paths(config)
@@ -307,7 +310,8 @@ def write_runs(configs: Iterable[Config]) -> list[RunPaths]:
             frozen = read_config(run)
             renewed = copy.deepcopy(frozen)
             for part, key in MEMORY_SETTINGS:
-                renewed[part][key] = config[part][key]
+                if config[part][key] != "auto":
+                    renewed[part][key] = config[part][key]
             if renewed != frozen:
                 write_config(run, renewed)
         else:

@@ -8,18 +8,24 @@ from typing import Any
 from experiments.errors import UserError
 from experiments.plan.choose import named
 from experiments.plan.memory import Memory, estimate
-from experiments.plan.sizes import gibibytes
+from experiments.runs.sizes import gibibytes
+from experiments.train.sharding import not_shardable
 
 Config = dict[str, Any]
 USABLE = 0.92  # of a GPU's memory: CUDA's context, NCCL's buffers and fragmentation take the rest
 
 
 def gpus_needed(config: Config, gpu_bytes: int, largest: int) -> int:
-    """The fewest GPUs that a run fits, of those numbers that divide its batch; UserError if it fits none."""
+    """The fewest GPUs that a run fits, of those numbers that divide its batch; UserError if it fits none.
+
+    On several it is sharded: what does not fit one GPU whole does not fit several.
+    """
     if config["method"]["trains"] == "nothing":
         return 1
-    counts = list(_counts(config, largest))
-    found = next((gpus for gpus in counts if fits(estimate(config, gpus), gpu_bytes)), None)
+    asked = config["runtime"].get("sharding")
+    least, most = (2 if asked == "full" else 1), (1 if asked == "none" or not_shardable(config) else largest)
+    counts = [gpus for gpus in _counts(config, most) if gpus >= least]
+    found = next((gpus for gpus in counts if fits(estimate(_settled(config, gpus), gpus), gpu_bytes)), None)
     if found is None:
         raise UserError(does_not_fit(config, counts[-1] if counts else 1, gpu_bytes, largest))
     return found
@@ -30,8 +36,42 @@ def check_fits(config: Config, gpus: int, gpu_bytes: int, largest: int) -> None:
     if config["method"]["trains"] == "nothing" or not gpus:
         return
     check_divides(config, gpus)
-    if not fits(estimate(config, gpus), gpu_bytes):
+    if not any(fits(estimate(with_sharding(config, each), gpus), gpu_bytes) for each in _shardings(config, gpus)):
         raise UserError(does_not_fit(config, gpus, gpu_bytes, largest))
+
+
+def sharding_on(config: Config, gpus: int, gpu_bytes: int | None) -> str:
+    """How a run trains on so many GPUs: `runtime.sharding`, and for `auto` `none` (DDP) where each has room for all.
+
+    Args:
+        gpu_bytes: of one GPU; None where they are not known, and nothing is sharded unasked.
+    """
+    first, *others = _shardings(config, gpus)
+    if others and gpu_bytes is not None and not fits(estimate(with_sharding(config, first), gpus), gpu_bytes):
+        return others[0]
+    return first
+
+
+def _shardings(config: Config, gpus: int) -> list[str]:
+    """What `runtime.sharding` leaves open, the fastest first."""
+    asked = config["runtime"].get("sharding", "none")
+    if config["method"]["trains"] == "nothing":
+        return ["none"]
+    if asked == "full":
+        if (reason := not_shardable(config)) or gpus < 2:
+            why = reason or f"{named(config)} gets {max(1, gpus)} GPU: give more"
+            raise UserError(f"runtime.sharding=full: {why}, or runtime.sharding=auto")
+        return ["full"]
+    return ["none"] if asked == "none" or gpus < 2 or not_shardable(config) else ["none", "full"]
+
+
+def with_sharding(config: Config, sharding: str) -> Config:
+    return {**config, "runtime": {**config["runtime"], "sharding": sharding}}
+
+
+def _settled(config: Config, gpus: int) -> Config:
+    """The config with the sharding that needs least memory of those it leaves open."""
+    return with_sharding(config, _shardings(config, gpus)[-1])
 
 
 def check_divides(config: Config, gpus: int) -> None:
@@ -53,7 +93,7 @@ def fits(memory: Memory, gpu_bytes: int) -> bool:
 
 def does_not_fit(config: Config, gpus: int, gpu_bytes: int, largest: int) -> str:
     """One line: what is needed, what there is, and the smallest changes that would do."""
-    needs = estimate(config, gpus)
+    needs = estimate(_settled(config, gpus), gpus)
     where = f"each of {gpus} GPUs" if gpus > 1 else "one GPU"
     why = " while it chooses what to train" if needs.preparation > needs.training else ""
     single = [_first(kind, gpu_bytes) for kind in _single_changes(config, gpus, largest)]
@@ -72,7 +112,11 @@ def _first(changes: Iterator[tuple[str, Memory]], gpu_bytes: int) -> str | None:
 
 def _single_changes(config: Config, gpus: int, largest: int) -> Iterator[Iterator[tuple[str, Memory]]]:
     """Of each kind of change the smallest first."""
-    yield ((f"{count} GPUs, sharded", estimate(config, count)) for count in _counts(config, largest) if count > gpus)
+    if not not_shardable(config):
+        whole = _shardings(config, gpus)[-1] == "none"
+        counts = [count for count in _counts(config, largest) if count > (1 if whole else gpus)]
+        yield ((f"{count} GPUs, sharded", estimate(with_sharding(config, "full"), count)) for count in counts)
+    config = _settled(config, gpus)
     if _can_checkpoint(config):
         yield iter([("runtime.gradient_checkpointing=true", estimate(_checkpointed(config), gpus))])
     sizes = range(config["recipe"]["micro_batch_size"] - 1, 0, -1)
@@ -85,8 +129,8 @@ def _several_changes(config: Config, largest: int) -> Iterator[tuple[str, Memory
     small, text = _with_micro_batch(config, 1), "recipe.micro_batch_size=1"
     if _can_checkpoint(config):
         small, text = _checkpointed(small), f"runtime.gradient_checkpointing=true and {text}"
-    for gpus in _counts(small, largest):
-        yield f"{text} on {gpus} GPUs", estimate(small, gpus)
+    for gpus in _counts(small, 1 if not_shardable(small) else largest):
+        yield f"{text} on {gpus} GPUs", estimate(with_sharding(small, "full" if gpus > 1 else "none"), gpus)
 
 
 def _counts(config: Config, largest: int) -> Iterator[int]:

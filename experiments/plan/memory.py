@@ -53,9 +53,13 @@ class Memory:
 
 
 def estimate(config: Config, gpus: int = 1) -> Memory:
-    """The memory of a run that is sharded over so many GPUs."""
+    """The memory of a run on each of so many GPUs.
+
+    With `runtime.sharding=full` they share all but activations; else each holds everything (DDP), and gradients twice.
+    """
     from experiments.plan.fake_pass import held, pass_bytes
 
+    shards = gpus if config["runtime"].get("sharding") == "full" else 1
     recipe, method, checkpointing = config["recipe"], config["method"], config["runtime"]["gradient_checkpointing"]
     rows, length = recipe["micro_batch_size"], longest_row(config) or LENGTH
     dtype, autocast = base_dtype(config), _name_of_dtype(config) == "bfloat16"
@@ -74,18 +78,18 @@ def estimate(config: Config, gpus: int = 1) -> Memory:
         activations += size * found.linear  # one layer's weight, dequantised
     if trained:
         # Sharded weights are gathered in the dtype of the computation, where autocast would keep casts of all of them.
-        computes = "bfloat16" if gpus > 1 and autocast else dtype
+        computes = "bfloat16" if shards > 1 and autocast else dtype
         activations += pass_bytes(*shapes, computes, autocast, rows, length, checkpointing)
-        activations += _gathered(found, gpus, method["trains"] == "all")
+        activations += _gathered(found, shards, method["trains"] == "all")
     return Memory(
         gpus=gpus,
         length=length,
-        weights=-(-weights // gpus),
-        gradients=-(-4 * trained // gpus),
-        optimizer=-(-_state_bytes(recipe["optimizer"]) * trained // gpus),
+        weights=-(-weights // shards),
+        gradients=-(-4 * trained // shards) * (2 if gpus > shards else 1),  # DDP adds them up in buckets of its own
+        optimizer=-(-_state_bytes(recipe["optimizer"]) * trained // shards),
         activations=activations,
         accumulates=recipe["batch_size"] > rows * gpus,
-        preparation=_preparation(config, found, rows, length, gpus),
+        preparation=_preparation(config, found, rows, length, shards),
     )
 
 
@@ -105,15 +109,15 @@ def _state_bytes(optimizer: str) -> int:
     return 0 if optimizer == "sgd" else 8
 
 
-def _gathered(found: Held, gpus: int, all_trained: bool) -> int:
+def _gathered(found: Held, shards: int, all_trained: bool) -> int:
     """What a GPU holds of the others' shards: two layers and what is outside of them, and gradients not yet reduced."""
-    if gpus == 1:
+    if shards == 1:
         return 0
     weights = 2 * (PREFETCHED * found.layer + found.root)
     return weights + (4 * (found.layer + found.root) if all_trained else 0)
 
 
-def _preparation(config: Config, found: Held, rows: int, length: int, gpus: int) -> int:
+def _preparation(config: Config, found: Held, rows: int, length: int, shards: int) -> int:
     """The peak while `method.prepare` runs; 0 if it needs no gradients."""
     from experiments.plan.fake_pass import pass_bytes
 
@@ -126,6 +130,6 @@ def _preparation(config: Config, found: Held, rows: int, length: int, gpus: int)
         return 0
     everything = json.dumps({"name": "full", "label": "full", "trains": "all", "adapter": None})
     autocast = _name_of_dtype(config) == "bfloat16"
-    dtype = "bfloat16" if gpus > 1 and autocast else dtype
+    dtype = "bfloat16" if shards > 1 and autocast else dtype
     passes = pass_bytes(json.dumps(config["model"]["architecture"]), everything, dtype, autocast, rows, length, False)
-    return -(-total // gpus) + passes + _gathered(found, gpus, True)
+    return -(-total // shards) + passes + _gathered(found, shards, True)

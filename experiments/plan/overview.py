@@ -11,9 +11,9 @@ from experiments import ROOT
 from experiments.plan.choose import named
 from experiments.plan.compose import plan, run_paths
 from experiments.plan.memory import estimate
-from experiments.plan.sizes import gibibytes
 from experiments.runs.differences import differing
 from experiments.runs.records import TrainRecord, content_hash, group_hash, read_record
+from experiments.runs.sizes import gibibytes
 
 Config = dict[str, Any]
 Column = tuple[str, Callable[[Config, int], str]]  # its title, and its text of a setting with so many runs
@@ -44,7 +44,13 @@ def memory_table(
         label = f"{config['model']['name']} {config['method']['label']}"
         label += f" {config['task']['name']}" if several else ""
         parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.peak)
-        row = [label, str(count), str(gpus(config)), f"{config['recipe']['micro_batch_size']} × {memory.length}"]
+        sharded = " sharded" if config["runtime"].get("sharding") == "full" else ""
+        row = [
+            label,
+            str(count),
+            f"{gpus(config)}{sharded}",
+            f"{config['recipe']['micro_batch_size']} × {memory.length}",
+        ]
         row += [f"{part / 2**30:.{1 if part >= 0.95 * 2**30 else 2}f}" for part in parts]
         row[-1] += "*" if memory.preparation > memory.training else ""
         rows.append([*row, *(text(config, count) for _, text in more), differ.get(config["run_id"], "")])

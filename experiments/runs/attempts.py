@@ -29,7 +29,8 @@ INTERVAL = 1.0  # seconds between two beats
 # What makes a stage smaller and may change in a run that is planned. recipe.micro_batch_size decides which rows share
 # a batch, and so is part of the run id.
 LESS_MEMORY = {
-    "train": "plan it again with runtime.gradient_checkpointing=true and it goes on, or plan another run with a "
+    "train": "plan it again with runtime.gradient_checkpointing=true and it goes on, or share the model among more "
+    "GPUs (runtime.sharding=full and torchrun --nproc_per_node N, or cluster.gpus=N), or plan another run with a "
     "smaller recipe.micro_batch_size; with --workers, give fewer",
     "eval": "give a smaller evaluation.batch_size; with --workers, give fewer",
 }

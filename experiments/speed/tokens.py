@@ -70,7 +70,7 @@ def measure(rows: list[Row], tokenizer: PreTrainedTokenizerBase, protocol: dict[
 
 def padding(lengths: np.ndarray, micro_batch_size: int, group_by_length: bool) -> float:
     """The share of padding among all tokens of an epoch, each micro-batch padded to its longest row."""
-    from experiments.train.trainer import EpochSampler
+    from experiments.train.sampler import EpochSampler
 
     sampler = EpochSampler(
         lengths,

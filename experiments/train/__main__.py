@@ -17,14 +17,7 @@ from experiments.errors import Preempted, run_command
 from experiments.models.shapes import leave_out_sklearn
 from experiments.runs import preemption
 from experiments.runs.records import RunPaths
-
-
-def _leave_the_others() -> None:
-    """At the end of the process: a second training goes on in the group of the first."""
-    import torch.distributed
-
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+from experiments.train.processes import leave
 
 
 def main(arguments: list[str]) -> None:
@@ -38,9 +31,9 @@ def main(arguments: list[str]) -> None:
     try:
         record = train(run, progress=run.root.name)
     except Preempted:
-        _leave_the_others()
+        leave()
         raise
-    _leave_the_others()
+    leave()
     if os.environ.get("RANK", "0") == "0":
         loss = "" if record.final_loss is None else f", loss {record.final_loss:.4f}"
         print(f"{run.root}: {record.steps} steps{loss}, {record.trainable_parameters:,} parameters trained")

@@ -16,8 +16,8 @@ from torch import Tensor
 from experiments.data.prompts import IGNORED
 from experiments.data.tokens import Examples
 from experiments.train.loss import TargetForward
+from experiments.train.sampler import EpochSampler
 from experiments.train.sharding import shard_layers
-from experiments.train.trainer import EpochSampler
 
 Batch = dict[str, Tensor]  # input_ids, attention_mask and labels, as in training
 

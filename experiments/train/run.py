@@ -34,8 +34,10 @@ from experiments.runs.records import (
     write_atomically,
     write_record,
 )
+from experiments.train.processes import accumulation_steps, join, wait_for_everyone, world_size
 
 if TYPE_CHECKING:
+    import torch
     from transformers import TrainingArguments
 
 Config = dict[str, Any]
@@ -58,7 +60,7 @@ def train(run: RunPaths, progress: str = "", beside_living: bool = False) -> Tra
     _check_not_diverged(run)
     first = first_run(run, config)
     if first is not None:  # several runs share it; processes that train together cannot wait for one of others
-        train(first, progress and first.root.name, beside_living=os.environ.get("WORLD_SIZE", "1") == "1")
+        train(first, progress and first.root.name, beside_living=world_size() == 1)
         gc.collect()  # Trainer and its model refer to each other
     with attempt(run, "train", beside_living) as heartbeat:
         if run.train_record.is_file():  # by the process whose lock was waited for
@@ -101,7 +103,7 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
     run_hash, config = config_hash(config), with_dtype(config, str(device))
     sharded = sharding_of(config) == "full"
     reset_peak_memory(str(device))
-    arguments = training_arguments(config, run, device.type)
+    arguments = training_arguments(config, run, device)
     trains = config["method"]["trains"] != "nothing"
     with arguments.main_process_first(local=False):  # one process makes or downloads what the others then find
         source = (config["task"]["data"], config["runtime"]["data_root"])
@@ -164,7 +166,7 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
         with _wandb(config, run, arguments.should_save):
             trainer.resume()
         if trainer.state.global_step < trainer.state.max_steps:
-            _wait_for_everyone()
+            wait_for_everyone()
             raise Preempted
         steps, tokens = trainer.state.global_step, int(trainer.state.num_input_tokens_seen)
         seconds, tensors, resumed_at = trainer.train_seconds(), list(trainer.trained), trainer.resumed_at
@@ -175,7 +177,7 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
     if sharded:
         gather(model)
     if not arguments.should_save:  # the other processes of a distributed run wait for the record
-        _wait_for_everyone()
+        wait_for_everyone()
         return read_record(run.train_record, TrainRecord)
     _save(config, model, run, initial)
     lines = list(read_lines(run.metrics)) if steps else []
@@ -208,28 +210,23 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
     )
     write_record(run.train_record, record)
     shutil.rmtree(run.checkpoints, ignore_errors=True)
-    _wait_for_everyone()
+    wait_for_everyone()
     return record
 
 
-def training_arguments(config: Config, run: RunPaths, device: str) -> TrainingArguments:
+def training_arguments(config: Config, run: RunPaths, device: torch.device) -> TrainingArguments:
     """Trainer's settings for a run. The batch is the config's, however many processes share it."""
     from transformers import TrainingArguments
 
     from experiments.train.sharding import sharding_of, trainer_settings
 
     recipe, runtime = config["recipe"], config["runtime"]
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    accumulation, rest = divmod(recipe["batch_size"], recipe["micro_batch_size"] * world)
-    if rest or not accumulation:
-        raise UserError(
-            f"recipe.batch_size={recipe['batch_size']} is not a multiple of micro_batch_size "
-            f"{recipe['micro_batch_size']} × {world} processes: change recipe.micro_batch_size"
-        )
+    accumulation = accumulation_steps(recipe)
+    join(device)  # before TrainingArguments, which starts torch's group of them
     return TrainingArguments(
         output_dir=str(run.root),
-        use_cpu=device == "cpu",
-        ddp_backend="gloo" if device == "cpu" and world > 1 else None,
+        use_cpu=device.type == "cpu",
+        ddp_backend="gloo" if device.type == "cpu" and world_size() > 1 else None,
         seed=config["seed"],
         num_train_epochs=recipe["epochs"],
         max_steps=recipe["max_steps"] or -1,
@@ -313,10 +310,3 @@ def _save(config: Config, model: Any, run: RunPaths, initial: Any) -> None:
     methods.save(config["method"], model, aside, initial)
     shutil.rmtree(run.adapter, ignore_errors=True)
     os.rename(aside, run.adapter)
-
-
-def _wait_for_everyone() -> None:
-    import torch.distributed
-
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()

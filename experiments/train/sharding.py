@@ -7,42 +7,40 @@ the master copy; with `model.dtype=bfloat16` they are gathered, and computed wit
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from experiments.errors import UserError, nearest
+from experiments.errors import UserError
+from experiments.train.processes import world_size
 
 if TYPE_CHECKING:
     import torch
 
 Config = dict[str, Any]
-SHARDINGS = ("none", "full")
 
 
 def sharding_of(config: Config) -> str:
-    """`runtime.sharding`, checked against what the run is and how many processes it was started with."""
+    """`none` or `full`: `runtime.sharding`, checked against what the run is and how many processes it has."""
     sharding = config["runtime"].get("sharding", "none")  # configs of earlier versions have none
-    if sharding not in SHARDINGS:
-        raise UserError(f"runtime.sharding={sharding}: {nearest(str(sharding), SHARDINGS)}")
-    if sharding == "none" or config["method"]["trains"] == "nothing":
+    if sharding != "full" or config["method"]["trains"] == "nothing":
         return "none"
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if world_size() == 1:
         raise UserError(
             "runtime.sharding=full shares a model among processes, and this is the only one: start the training with "
             "torchrun --nproc_per_node N, or plan it again with runtime.sharding=none"
         )
-    if "quantization" in config:
-        raise UserError(
-            "runtime.sharding=full: every process would hold all of a quantised base, whose weights are not "
-            "parameters: plan it with runtime.sharding=none"
-        )
-    if "spectra" in config:
-        raise UserError(
-            "runtime.sharding=full: spectra are measured where a process has whole weights: plan it with "
-            "runtime.sharding=none or spectra.every=null"
-        )
+    if (reason := not_shardable(config)) is not None:
+        raise UserError(f"runtime.sharding=full: {reason}: plan it with runtime.sharding=none")
     return sharding
+
+
+def not_shardable(config: Config) -> str | None:
+    """Why a run cannot be sharded; None if it can."""
+    if "quantization" in config:
+        return "every process would hold all of a quantised base, whose weights are not parameters"
+    if "spectra" in config:
+        return "spectra (spectra.every) are measured where a process has whole weights"
+    return None
 
 
 def trainer_settings() -> dict[str, Any]:

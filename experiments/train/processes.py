@@ -1,0 +1,165 @@
+"""The processes of one distributed training: that all of them have started, on which devices, and barriers."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from experiments.errors import Preempted, UserError
+from experiments.runs import preemption
+from experiments.runs.sizes import gibibytes
+
+if TYPE_CHECKING:
+    import torch
+    from torch._C._distributed_c10d import TCPStore
+
+# Seconds until a process gives up on those that have not started. The first one may wait for the lock of an attempt
+# before for 600, and a node may import from a slow disk.
+JOIN = 900.0
+NOTE = 30.0  # seconds between two notes of what is waited for
+POLL = 0.1
+_stores: list[TCPStore] = []  # the first process serves it, also to torch, which finds it by its port
+
+
+@dataclass(frozen=True)
+class Member:
+    """A process, by where it runs."""
+
+    host: str
+    device: str
+    memory: int  # bytes of its GPU; 0 on a CPU
+
+
+def world_size() -> int:
+    """How many processes this training was started with."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def accumulation_steps(recipe: dict[str, Any]) -> int:
+    """The micro-batches of a step on each process. The batch is the recipe's, however many processes share it."""
+    batch, micro_batch, world = recipe["batch_size"], recipe["micro_batch_size"], world_size()
+    steps, rest = divmod(batch, micro_batch * world)
+    if rest or not steps:
+        parts = batch // micro_batch if batch % micro_batch == 0 else 0
+        known = " or ".join(str(count) for count in range(1, parts + 1) if parts % count == 0)
+        told = f"start {known} processes, or plan it" if known else "plan it"
+        raise UserError(
+            f"recipe.batch_size={batch} is not a multiple of recipe.micro_batch_size={micro_batch} × {world} "
+            f"processes: {told} with another recipe.micro_batch_size"
+        )
+    return steps
+
+
+def join(device: torch.device) -> None:
+    """Wait for all processes of the training to start, and note it where their GPUs differ in memory.
+
+    torch itself would wait in silence, for as long as its collectives may take: hours.
+
+    Raises:
+        UserError: one of them did not start within `JOIN` seconds.
+    """
+    import torch.distributed
+
+    rank, world = int(os.environ.get("RANK", "0")), world_size()
+    if world == 1 or torch.distributed.is_initialized():
+        return
+    deadline = time.monotonic() + JOIN
+    store = _connect(rank, world, deadline)
+    store.set(f"started/{rank}", json.dumps(asdict(_member(device))))
+    keys = [f"started/{other}" for other in range(world)]
+    noted = time.monotonic()
+    while not store.check(keys):
+        if preemption.asked():
+            raise Preempted
+        missing = [str(other) for other, key in enumerate(keys) if not store.check([key])]
+        if missing and time.monotonic() > deadline:
+            raise UserError(
+                f"process {', '.join(missing)} of {world} did not start within {JOIN:.0f} seconds: look at the log of "
+                f"its node, and start the training again"
+            )
+        if missing and time.monotonic() > noted + NOTE:
+            noted = time.monotonic()
+            if rank == 0:
+                print(f"waiting for process {', '.join(missing)} of {world} to start", file=sys.stderr, flush=True)
+        time.sleep(POLL)
+    _stores.append(store)
+    if rank == 0 and (note := mixed_memory([Member(**json.loads(store.get(key))) for key in keys])):
+        print(f"note: {note}", file=sys.stderr, flush=True)
+
+
+def _connect(rank: int, world: int, deadline: float) -> TCPStore:
+    """The store through which the processes meet. torchrun serves it, else the first process does."""
+    from torch._C._distributed_c10d import TCPStore
+    from torch.distributed import DistNetworkError
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    noted = time.monotonic()
+    while not serves and not _is_there(host, port):  # torch's own attempts print a stack each
+        if preemption.asked():
+            raise Preempted
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"process {rank} of {world} found no process 0 at {host}, port {port}, within {JOIN:.0f} seconds: look "
+                f"at the log of that node, and start the training again"
+            )
+        if time.monotonic() > noted + NOTE:
+            noted = time.monotonic()
+            print(f"process {rank} of {world} is waiting for process 0", file=sys.stderr, flush=True)
+        time.sleep(POLL)
+    try:
+        return TCPStore(host, port, world, serves, timedelta(seconds=JOIN), wait_for_workers=False, multi_tenant=True)
+    except DistNetworkError as error:
+        what = "listen on" if serves else "be reached at"
+        reason = str(error).splitlines()[0]
+        raise UserError(f"process 0 cannot {what} port {port} of {host}: set another MASTER_PORT ({reason})") from None
+
+
+def _is_there(host: str, port: int) -> bool:
+    """Whether something listens."""
+    try:
+        with socket.create_connection((host, port), timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def _member(device: torch.device) -> Member:
+    import torch
+
+    if device.type != "cuda":
+        return Member(socket.gethostname(), device.type, 0)
+    about = torch.cuda.get_device_properties(device)
+    return Member(socket.gethostname(), about.name, about.total_memory)
+
+
+def mixed_memory(members: list[Member]) -> str | None:
+    """What to say of GPUs that differ in memory, of which each gets an equal part of the work; None if they do not."""
+    ranked = sorted(members, key=lambda member: member.memory)
+    least, most = ranked[0], ranked[-1]
+    if least.memory >= 0.95 * most.memory:
+        return None
+    told = [f"{gibibytes(member.memory)} ({member.device} on {member.host})" for member in (least, most)]
+    return f"the GPUs of this training differ in memory, from {told[0]} to {told[1]}: what fits is decided by the least"
+
+
+def wait_for_everyone() -> None:
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def leave() -> None:
+    """At the end of the process: a second training goes on in the group of the first."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    _stores.clear()
