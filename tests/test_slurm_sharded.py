@@ -13,7 +13,7 @@ from tests.slurm_runs import Running
 from tests.test_preemption import content
 
 __all__ = ["cluster", "running_cluster"]
-pytestmark = [pytest.mark.slurm, pytest.mark.real]
+pytestmark = pytest.mark.slurm
 
 
 def test_a_sharded_run_of_real_weights_is_preempted_and_equals_an_undisturbed_one(
