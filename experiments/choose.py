@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.errors import UserError, nearest
+from experiments.experiment_files import read_experiment, split_experiment
 from experiments.follows import check_training
-from experiments.plan import plan, read_experiment, run_paths, split_experiment
+from experiments.plan import plan, run_paths
 from experiments.records import TrainRecord, group_hash, read_record, write_atomically
 
 Config = dict[str, Any]

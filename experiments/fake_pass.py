@@ -200,6 +200,8 @@ class Allocations(TorchDispatchMode):
         self._start, self.peak = self.held, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # two thirds of all calls, and nothing is allocated
+            return args[0].fake_device
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, Tensor):

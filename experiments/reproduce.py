@@ -24,8 +24,9 @@ from typing import Any
 from experiments import preemption
 from experiments.choose import Stages, follow, to_csv, write_choices
 from experiments.errors import UserError, run_command
+from experiments.experiment_files import read_experiment
 from experiments.jobs import Job, Jobs, finished_outcome, forget_unscorable, outcome, take_in, train_and_score
-from experiments.plan import read_experiment, run_paths, write_runs
+from experiments.plan import run_paths, write_runs
 from experiments.records import write_atomically
 from experiments.selection import EVERYTHING, Selection, add_options, read_options
 from experiments.workers import Stopped, Worker

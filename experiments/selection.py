@@ -10,7 +10,8 @@ from typing import Any
 from experiments.choose import named, rule
 from experiments.cost import Speed, known_hours, read_budget, read_speed
 from experiments.errors import UserError
-from experiments.plan import PAPER, plan
+from experiments.experiment_files import PAPER
+from experiments.plan import plan
 from experiments.records import group_hash
 
 Config = dict[str, Any]

@@ -27,7 +27,8 @@ from experiments.choose import Stages, follow, stages_of
 from experiments.cost import gpu_hours
 from experiments.differences import differing
 from experiments.errors import UserError, run_command
-from experiments.plan import run_paths, split_experiment, write_runs
+from experiments.experiment_files import split_experiment
+from experiments.plan import run_paths, write_runs
 from experiments.records import RunPaths, group_hash, read_config
 from experiments.selection import EVERYTHING, Selection, add_options, read_options, select
 from slurm.arrays import Array, Options, arrays, submit_array

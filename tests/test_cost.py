@@ -10,7 +10,8 @@ import pytest
 
 from experiments.choose import stages, stages_of
 from experiments.cost import Speed, gpu_hours, read_budget, read_speed, rows_trained_on, tokens
-from experiments.plan import PAPER, main, plan
+from experiments.experiment_files import PAPER
+from experiments.plan import main, plan
 from experiments.selection import Selection, select
 
 FailsWith = Callable[[Callable[[], object]], str]
