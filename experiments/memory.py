@@ -75,8 +75,10 @@ def estimate(config: Config, gpus: int = 1) -> Memory:
     if trained:
         # Sharded weights are gathered in the dtype of the computation, where autocast would keep casts of all of them.
         computes = "bfloat16" if gpus > 1 and autocast else dtype
-        activations += pass_bytes(*shapes, computes, autocast, rows, length, checkpointing)
-        activations += _gathered(found, gpus, method["trains"] == "all")
+        peaks = pass_bytes(*shapes, computes, autocast, rows, length, checkpointing)
+        activations += _with_gathered(
+            peaks, found, gpus, method["trains"] == "all", 2 if computes == "bfloat16" else size
+        )
     return Memory(
         gpus=gpus,
         length=length,
@@ -105,12 +107,20 @@ def _state_bytes(optimizer: str) -> int:
     return 0 if optimizer == "sgd" else 8
 
 
-def _gathered(found: Held, gpus: int, all_trained: bool) -> int:
-    """What a GPU holds of the others' shards: two layers and what is outside of them, and gradients not yet reduced."""
+def _with_gathered(peaks: tuple[int, int], found: Held, gpus: int, all_trained: bool, size: int) -> int:
+    """The larger of a pass's peaks, with what a GPU holds of the others' shards.
+
+    These are the weights of `PREFETCHED` layers and of what is outside the layers. Where everything is trained, the
+    later part of the backward pass also holds gradients that are not reduced yet, one layer's with a float32 copy.
+
+    Args:
+        size: bytes of an entry in the computation.
+    """
+    early, late = peaks
     if gpus == 1:
-        return 0
-    weights = 2 * (PREFETCHED * found.layer + found.root)
-    return weights + (4 * (found.layer + found.root) if all_trained else 0)
+        return max(peaks)
+    gradients = size * (found.layer + found.root) + 4 * found.layer if all_trained else 0
+    return size * (PREFETCHED * found.layer + found.root) + max(early, late + gradients)
 
 
 def _preparation(config: Config, found: Held, rows: int, length: int, gpus: int) -> int:
@@ -127,5 +137,5 @@ def _preparation(config: Config, found: Held, rows: int, length: int, gpus: int)
     everything = json.dumps({"name": "full", "label": "full", "trains": "all", "adapter": None})
     autocast = _name_of_dtype(config) == "bfloat16"
     dtype = "bfloat16" if gpus > 1 and autocast else dtype
-    passes = pass_bytes(json.dumps(config["model"]["architecture"]), everything, dtype, autocast, rows, length, False)
-    return -(-total // gpus) + passes + _gathered(found, gpus, True)
+    peaks = pass_bytes(json.dumps(config["model"]["architecture"]), everything, dtype, autocast, rows, length, False)
+    return -(-total // gpus) + _with_gathered(peaks, found, gpus, True, 2 if dtype == "bfloat16" else 4)

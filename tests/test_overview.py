@@ -119,14 +119,15 @@ def test_without_a_speed_submit_counts_time_limits(capsys: pytest.CaptureFixture
 
 def test_what_fits_no_gpu_is_one_line_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["model=llama2_7b", "task=commonsense_170k", "method=lora,full", "seed=0,1", "--dry-run"]
-    arguments += [f"runtime.runs_dir={tmp_path}", cluster_file(tmp_path, gpu_memory="16G", gpus_per_node=1)]
+    arguments += [f"runtime.runs_dir={tmp_path}", cluster_file(tmp_path, gpu_memory="20G", gpus=1)]
     submit_from(parse([*arguments, "recipe.learning_rate=1e-4"]))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cannot be submitted: ")]
     assert len(lines) == 2
-    assert all("does not fit: it needs" in line and "14.7 GiB are usable on" in line for line in lines)
-    assert "give runtime.gradient_checkpointing=true (" in lines[0]
+    assert all("does not fit: it needs" in line and "18.4 GiB are usable on" in line for line in lines)
+    assert ": give 2 GPUs, sharded (" in lines[0]
+    assert ", or runtime.gradient_checkpointing=true (" in lines[0]
     assert "lora-r32 on llama2_7b" in lines[0]
-    assert lines[1].endswith(": give GPUs with more memory")
+    assert ": give runtime.gradient_checkpointing=true and recipe.micro_batch_size=1 on 8 GPUs (" in lines[1]
 
 
 def test_micro_batches_that_do_not_divide_are_one_line(tmp_path: Path, fails_with: FailsWith) -> None:
