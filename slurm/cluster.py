@@ -77,7 +77,7 @@ class Cluster:
     gres: str = "gpu"
     cpus: Any = 8
     memory: Any = None
-    time: Any = field(default_factory=lambda: {"default": "1-00:00:00", "tiny": "1:00:00"})
+    time: Any = field(default_factory=lambda: {"default": "1-00:00:00", "tiny": "0:20:00"})
     max_parallel: int | None = None
     max_requeues: int = 100
     signal: str = "USR1@120"

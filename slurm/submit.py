@@ -25,9 +25,10 @@ from typing import Any
 
 from experiments.errors import UserError, run_command
 from experiments.plan.choose import Stages, follow, stages_of
-from experiments.plan.compose import run_paths, split_experiment, write_runs
-from experiments.plan.cost import gpu_hours
-from experiments.plan.selection import EVERYTHING, Selection, add_options, read_options, select
+from experiments.plan.compose import run_paths, write_runs
+from experiments.plan.cost import gpu_hours, reasons
+from experiments.plan.experiment_files import split_experiment
+from experiments.plan.selection import EVERYTHING, Selected, Selection, add_options, read_options, select
 from experiments.runs.differences import differing
 from experiments.runs.records import RunPaths, group_hash, read_config
 from experiments.train.checkpoint import MANIFEST, check_layout
@@ -49,8 +50,8 @@ def submit(
     name, overrides = split_experiment(arguments)
     title = name or " ".join(arguments)
     selected = select(arguments, selection, partial(_hours, cluster=cluster, selection=selection))
-    if selection.budget is not None and not selection.speed.tokens_per_second:
-        print("the budget counts every run's whole time limit: --tokens-per-second MODEL=N gives measured hours")
+    if selection.budget is not None and reasons(selected.configs, selection.speed):
+        print("the budget counts the whole time limit of runs whose GPU-hours are unknown")
     found = stages_of(selected.configs, selected.by)
     first = {} if options.second_stage else {config["run_id"]: (config, False) for config in found.first}
     planned = {**first, **{config["run_id"]: (config, True) for config in found.final}}
@@ -63,8 +64,8 @@ def submit(
     runs_dir = Path(folders.pop()).resolve()
     if options.dry_run:
         todo = _missing(title, wanted, queued_if_known(runs_dir) or {}, options)
-        show(todo, cluster, options, selection)
-        _say_what_comes(found, selected.left_out)
+        show(todo, found.following(), cluster, options, selection)
+        _say_what_comes(found, selected)
         return []
     slurm("sbatch", "--version")  # before anything is written
     with _submitter_lock(runs_dir):
@@ -103,7 +104,7 @@ def submit(
             after = [*sorted(earlier), *jobs]
             job = submit_follow_up(name, overrides, runs_dir, code, cluster, options, selection.flags, after, more)
             print(f"job {job}: {'chooses learning rates and submits the second stage' if more else 'the report'}")
-    _say_what_comes(found, selected.left_out)
+    _say_what_comes(found, selected)
     return jobs
 
 
@@ -139,8 +140,16 @@ def _hours(config: Config, cluster: Cluster, selection: Selection) -> float:
     return cluster.resources(config).gpu_hours if known is None else known
 
 
-def show(todo: list[tuple[Config, bool]], cluster: Cluster, options: Options, selection: Selection) -> None:
+def show(
+    todo: list[tuple[Config, bool]],
+    following: list[Config],
+    cluster: Cluster,
+    options: Options,
+    selection: Selection,
+) -> None:
     """What would be submitted: a line for each setting, then the arrays; and what cannot be, with the reason."""
+    from experiments.plan.overview import memory_table, settings
+
     refused: dict[str, str] = {}
     for config, _ in todo:
         try:
@@ -148,33 +157,45 @@ def show(todo: list[tuple[Config, bool]], cluster: Cluster, options: Options, se
         except UserError as error:
             refused[group_hash(config)] = str(error)
     kept = [(_with_sharding(config, cluster), scored) for config, scored in todo if group_hash(config) not in refused]
-    on_gpus = [config for config, _ in kept if cluster.resources(config).gpus]
-    if on_gpus:
-        from experiments.plan.overview import memory_table, off_by
+    configs = [config for config, _ in kept]
+    unknown = reasons([config for config in configs if cluster.resources(config).gpus], selection.speed)
 
-        def hours(config: Config, count: int) -> str:
-            known = gpu_hours(config, selection.speed)
-            bound = "≤ " if known is None else ""
-            return f"{bound}{count * _hours(config, cluster, selection):,.0f}"
+    def hours(runs: Sequence[Config]) -> str:
+        limited = any(gpu_hours(run, selection.speed) is None and cluster.resources(run).gpus for run in runs)
+        return f"{'≤ ' if limited else ''}{sum(_hours(run, cluster, selection) for run in runs):,.0f}"
 
-        print(*memory_table(on_gpus, lambda config: cluster.resources(config).gpus, [("GPU-h", hours)]), sep="\n")
-        print(*off_by(on_gpus), sep="\n", end="")
-    parts = list(arrays(kept, cluster, options, 1001))
-    for array in parts:
-        print(f"would submit {array}\n  sbatch {' '.join(sbatch_lines(cluster, array.resources))}")
-    if len(parts) > 1:
-        print(f"in all at most {sum(array.gpu_hours for array in parts):,.1f} GPU-hours by the time limits")
+    if settings(configs):
+        gpus = [("GPU-h", lambda config, count: hours([config] * count))]
+        print(*memory_table(configs, lambda config: cluster.resources(config).gpus, gpus), sep="\n")
+    for line in unknown:
+        print(f"unknown: {line}; ≤ is the time limit" if line.startswith("GPU-hours") else f"unknown: {line}")
+    _show_arrays(list(arrays(kept, cluster, options, 1001)), cluster)
+    more = [config for config in following if group_hash(config) not in refused]
+    then = f"; with the {len(more)} that follow {hours([*configs, *more])} GPU-hours" if more else ""
+    if configs:
+        print(f"{len(configs)} runs: {hours(configs)} GPU-hours{then}")
     for reason in refused.values():
         print(f"cannot be submitted: {reason}")
 
 
-def _say_what_comes(found: Stages, left_out: list[str]) -> None:
+def _show_arrays(parts: list[Array], cluster: Cluster) -> None:
+    """Each array with those options of sbatch that not all of them have, then the options of all."""
+    lines = [sbatch_lines(cluster, array.resources) for array in parts]
+    common = [option for option in lines[0] if all(option in line for line in lines)] if lines else []
+    for array, line in zip(parts, lines, strict=True):
+        own = " ".join(option for option in line if option not in common)
+        print(f"would submit {array}" + (f"\n  {own}" if own else ""))
+    if common:
+        print(f"{'all with ' if len(parts) > 1 else ''}sbatch {' '.join(common)}")
+
+
+def _say_what_comes(found: Stages, selected: Selected) -> None:
     for line in found.chosen():
         print(line)
     if following := found.following():
         print(follow(len(following)))
-    if left_out:
-        print("left out by the budget:", *left_out, sep="\n  ")
+    for line in selected.lines():
+        print(line)
 
 
 def _with_frozen_evaluation(config: Config) -> Config:
@@ -215,7 +236,7 @@ def _missing(
     counts = Counter(kinds.values())
     order = ("new", "to resume", "to resume after a failure", "already queued", "finished")
     short = title if len(title) <= 80 else f"{title[:79]}…"
-    print(f"{short}: {len(wanted)} runs: {', '.join(f'{counts[kind]} {kind}' for kind in order)}", flush=True)
+    print(f"{short}: {len(wanted)} runs: {', '.join(f'{counts[k]} {k}' for k in order if counts[k])}", flush=True)
     chosen = order[2:3] if options.only_failed else order[:3]
     return [(config, scored) for config, scored in wanted if kinds[config["run_id"]] in chosen]
 

@@ -10,8 +10,9 @@ import pytest
 
 from experiments.plan.__main__ import main
 from experiments.plan.choose import stages, stages_of
-from experiments.plan.compose import PAPER, plan
+from experiments.plan.compose import plan
 from experiments.plan.cost import Speed, gpu_hours, read_budget, read_speed, rows_trained_on, tokens
+from experiments.plan.experiment_files import PAPER
 from experiments.plan.selection import Selection, select
 
 FailsWith = Callable[[Callable[[], object]], str]
@@ -80,7 +81,7 @@ def test_a_budget_gives_every_setting_one_seed_before_any_gets_two(cells: str, f
     def kept(budget: float) -> tuple[list[tuple[int, int]], list[tuple[int, int]], list[str]]:
         selected = select([cells], Selection(budget=budget * hour, speed=speed))
         chosen = stages_of(selected.configs, selected.by)
-        return sizes(chosen.known()), sizes(chosen.following()), selected.left_out
+        return sizes(chosen.known()), sizes(chosen.following()), selected.lines()[1:]
 
     def sizes(runs: list[dict[str, Any]]) -> list[tuple[int, int]]:
         return [(run["method"]["adapter"]["num_blocks"], run["seed"]) for run in runs]
@@ -89,12 +90,12 @@ def test_a_budget_gives_every_setting_one_seed_before_any_gets_two(cells: str, f
     assert kept(3.01) == (
         [(8, 0), (8, 0), (4, 0)],
         [],
-        ["diablo-N8 on tiny and arith: 1 of 3 runs", "diablo-N4 on tiny and arith: 1 of 2 runs"],
+        ["  diablo-N8 on tiny and arith: 1 of 3 runs", "  diablo-N4 on tiny and arith: 1 of 2 runs"],
     )
     assert kept(1.01) == (
         [(4, 0)],
         [],
-        ["diablo-N8 on tiny and arith: 3 of 3 runs", "diablo-N4 on tiny and arith: 1 of 2 runs"],
+        ["  diablo-N8 on tiny and arith: 3 of 3 runs", "  diablo-N4 on tiny and arith: 1 of 2 runs"],
     )
     said = fails_with(lambda: kept(0.99))
     assert "gpuh pays for no setting: the cheapest, diablo-N4 on tiny and arith, takes" in said
@@ -114,12 +115,12 @@ def test_the_command(cells: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     shown = capsys.readouterr()
     assert "\n4 runs, " in shown.out
     assert "GPU-hours of training of all 5" in shown.out
-    assert shown.err == "1 more runs follow when their learning rates are chosen\n"
+    assert shown.out.endswith("\n1 more runs follow when their learning rates are chosen\n")
     assert "unknown" not in shown.out
     main([cells, "--dry-run", "--paper"])
     shown = capsys.readouterr().out
     assert "\n2 runs, " in shown
-    assert "unknown: GPU-hours of tiny: no speed was given: --tokens-per-second tiny=N" in shown
+    assert "unknown: GPU-hours of tiny: no speed was given: give --tokens-per-second tiny=N" in shown
     main([cells, "--tokens-per-second", "1e6", "--budget", "0.00016gpuh", f"runtime.runs_dir={tmp_path / 'runs'}"])
     assert "left out by the budget:" in capsys.readouterr().err
     assert len(list((tmp_path / "runs").iterdir())) == 3

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from experiments.plan.__main__ import main as plan_main
 from experiments.plan.compose import plan, write_runs
+from experiments.plan.selection import read_options
 from experiments.runs.records import RunPaths
 from slurm import cancel, logs, status
 from slurm.manifest import all_manifests, read_manifest
 from slurm.queue import queued
 from slurm.speed import measure_sweep
-from slurm.submit import Options, _submitter_lock, submit
+from slurm.submit import Options, _submitter_lock, parse, submit
 from tests.slurm_cluster import SlurmCluster, cluster, running_cluster, wait_for
 from tests.slurm_runs import END, overrides, reference, result, settings
 
@@ -39,7 +41,7 @@ def test_an_array_of_eight_from_dry_run_to_finished(
     assert "would submit train of 8 runs in 8 tasks" in capsys.readouterr().out
     training, evaluation = submit(arguments, settings(), options)
     shown = capsys.readouterr().out
-    assert "8 runs: 8 new, 0 to resume" in shown
+    assert "8 runs: 8 new\n" in shown
     assert "8 tasks, 2 at a time; each 1 GPUs for at most 10, together at most 1.3 GPU-hours" in shown
     assert submit(arguments, settings(), options) == []
     assert "8 already queued" in capsys.readouterr().out
@@ -66,6 +68,35 @@ def test_an_array_of_eight_from_dry_run_to_finished(
         assert "16 steps" in logs.log_of(run.root).read_text(encoding="utf-8")
 
 
+def test_a_budget_submits_the_runs_that_plan_writes(
+    cluster: SlurmCluster, tmp_path: Path, cache_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of three learning rates and two seeds those that four runs' hours pay for; status counts the same runs."""
+    experiment = tmp_path / "cells.yaml"
+    experiment.write_text(
+        "title: Cells\nlearning_rate_by: loss\ncommon: seed=0,1\npaper:\n"
+        "  - method=lora recipe.learning_rate=0.01,0.02,0.03\n  - method=dora recipe.learning_rate=0.01\n",
+        encoding="utf-8",
+    )
+    flags = ["--paper", "--tokens-per-second=1000", "--budget=0.0087gpuh"]
+    plan_main([f"experiment={experiment}", *overrides(tmp_path / "planned", cache_dir), *flags])
+    shown = capsys.readouterr()
+    names = {Path(line).name for line in shown.out.splitlines()}
+    left_out = [line for line in shown.err.splitlines() if "out by" in line or line.startswith("  ")]
+    assert (len(names), len(left_out)) == (4, 3)
+    runs_dir = tmp_path / "runs"
+    arguments = [f"experiment={experiment}", *overrides(runs_dir, cache_dir)]
+    jobs = submit(arguments, settings(), Options(), read_options(parse([*arguments, *flags])))
+    shown = capsys.readouterr().out.splitlines()
+    assert f"{experiment}: 4 runs: 4 new" in shown[0] or "…: 4 runs: 4 new" in shown[0]
+    assert shown[-3:] == left_out
+    assert {name for _, manifest in all_manifests(runs_dir) for name in manifest.runs} == names
+    status.main([f"runs_dir={runs_dir}"])
+    assert capsys.readouterr().out.startswith("4 runs: ")
+    cluster.output("scancel", "--me")
+    assert jobs
+
+
 def test_a_failing_run_harms_no_other(
     cluster: SlurmCluster, tmp_path: Path, cache_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -78,7 +109,7 @@ def test_a_failing_run_harms_no_other(
     assert "do not fill one batch of 4096" in failed.detail
     capsys.readouterr()
     submit(arguments, settings(), Options(only_failed=True))
-    assert "1 to resume after a failure, 0 already queued, 1 finished" in capsys.readouterr().out
+    assert "1 to resume after a failure, 1 finished" in capsys.readouterr().out
     assert list(queued(runs_dir)) == [failed.name]
     cancel.main([f"runs_dir={runs_dir}", failed.name])
     wait_for(lambda: not queued(runs_dir), "the cancelled job", 30)

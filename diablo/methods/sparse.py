@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 
 import torch
 from torch import nn
@@ -80,7 +81,8 @@ class SparseModel(DiabloModel):
         if all(tensor.is_meta for tensor in (*base_layer.parameters(), *base_layer.buffers())):
             # Only the number of parameters is wanted, and a draw takes a second per large layer.
             inputs, outputs = ((shape.num_blocks, side) for side in (shape.d_in, shape.d_out))
-            return Places(torch.empty(inputs, device="meta"), torch.empty(outputs, device="meta"))
+            on_meta = partial(torch.empty, dtype=torch.int32, device="meta")
+            return Places(on_meta(inputs), on_meta(outputs))
         return draw(config.pattern, shape, in_features, out_features, generator_for(config.seed, name))
 
 

@@ -46,7 +46,7 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     if options.minutes <= 0:
         raise UserError(f"--minutes {options.minutes:g}: give more than 0")
     if options.queue is not None:
-        from experiments.plan.compose import read_experiment
+        from experiments.plan.experiment_files import read_experiment
 
         read_experiment(options.queue)  # a misspelt name is told before the first part
     return options

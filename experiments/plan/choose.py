@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.errors import UserError, nearest
-from experiments.plan.compose import plan, read_experiment, run_paths, split_experiment
+from experiments.plan.compose import plan, run_paths
+from experiments.plan.experiment_files import read_experiment, split_experiment
 from experiments.runs.follows import check_training
 from experiments.runs.records import TrainRecord, group_hash, read_record, write_atomically
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import re
-import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -22,20 +21,18 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments import ROOT
 from experiments.data.sources import SOURCES
 from experiments.errors import UserError, nearest
 from experiments.models.gguf import settle_weights
+from experiments.plan.experiment_files import CONFIGS, expand_experiment, options
 from experiments.plan.overrides import by_name, by_name_resolved, checked, set_value, settle, sweep
 from experiments.plan.quantization import name_quantized
 from experiments.runs.evaluations import kind_of
 from experiments.runs.prerequisite import freeze_first
 from experiments.runs.records import RunPaths, read_config, run_id, write_config
 
-CONFIGS = ROOT / "configs"
 GROUPS = ("model", "method", "quantization", "task", "protocol")
 TOP = (*GROUPS, "experiment")  # what may be said beside settings
-PAPER = "cells=paper"  # beside experiment=…: only the paper's own cells
 CHOSEN_LEARNING_RATE = "${method.learning_rate.${task.name}}"  # what run.yaml says where nobody gives one
 ONLY_TO_CHOOSE = {"method": ("learning_rate", "contract"), "model": ("adapter_size",), "task": ("benchmarks",)}
 # They change no result, and a run that ran out of memory goes on with others.
@@ -53,61 +50,6 @@ def plan(arguments: Sequence[str]) -> list[Config]:
             config = resolve(overrides)
             runs.setdefault(config["run_id"], config)
     return list(runs.values())
-
-
-def expand_experiment(arguments: Sequence[str]) -> list[list[str]]:
-    """The grids named by `experiment=…`, each followed by the other arguments; without one, the arguments alone."""
-    name, others = split_experiment(arguments)
-    experiment = read_experiment(name) if name else {}
-    grids = [*experiment.get("paper", []), *experiment.get("grids", [])]
-    if PAPER in others:
-        others.remove(PAPER)
-        grids = experiment.get("paper")
-        if not grids:
-            raise UserError(f"{PAPER}: experiment {name or '…'} has no cells of the paper, no `paper`")
-    if not name:
-        return [others]
-    common = _split(name, experiment.get("common", ""))
-    return [[*common, *_split(name, grid), *others] for grid in grids]
-
-
-def _split(experiment: str, line: Any) -> list[str]:
-    try:
-        return shlex.split(line)
-    except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"experiment {experiment}: {line!r} is no line of key=value ({error})") from None
-
-
-def split_experiment(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """What `experiment=…` names, if it is there, and the other arguments."""
-    names = [argument.removeprefix("experiment=") for argument in arguments if argument.startswith("experiment=")]
-    if len(names) > 1:
-        raise UserError(f"experiment is given {len(names)} times ({', '.join(names)}): plan one at a time")
-    return next(iter(names), None), [argument for argument in arguments if not argument.startswith("experiment=")]
-
-
-def read_experiment(name: str) -> Config:
-    """The content of `configs/experiment/<name>.yaml`, or of the file whose path, ending in .yaml, `name` is.
-
-    `title`, `common` (overrides of all runs), `grids`, `paper` (those grids that are the paper's own cells, before the
-    others), `learning_rate_by` (see experiments/plan/choose.py), `notes`, and `reference`, the label to compare with.
-    """
-    path = Path(name) if name.endswith(".yaml") else CONFIGS / "experiment" / f"{name}.yaml"
-    if not path.is_file():
-        raise UserError(f"no experiment {name!r}: {nearest(name, options('experiment'))}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: an experiment is a map with title and grids")
-    unknown = set(content) - {"title", "common", "grids", "paper", "notes", "learning_rate_by", "reference"}
-    if unknown or not (content.get("grids") or content.get("paper")):
-        raise UserError(
-            f"{path}: an experiment has title, common, paper, grids, learning_rate_by, reference and notes, "
-            f"not {sorted(unknown) or 'no grids'}"
-        )
-    return content
 
 
 def resolve(overrides: Iterable[Override]) -> Config:
@@ -156,12 +98,6 @@ def set_values(config: Config, overrides: Iterable[str]) -> Config:
     for override in checked(choices, by_name(config)):
         set_value(changed, override, TOP)
     return changed
-
-
-def options(group: str) -> list[str]:
-    """The names a group offers: its files. Those of a protocol are `<family>/<protocol>`."""
-    folder = CONFIGS / group
-    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
 @lru_cache

@@ -112,17 +112,25 @@ def known_hours(config: Config, speed: Speed) -> float:
 
 def reasons(configs: Sequence[Config], speed: Speed) -> list[str]:
     """Why tokens or GPU-hours of some runs are unknown, and what to give, a line each."""
-    lines: dict[str, None] = {}
+    uncounted: dict[tuple[str, str], dict[str, None]] = {}
+    without_speed: dict[str, None] = {}
     for config in configs:
         model, task = config["model"]["name"], config["task"]["name"]
         if not rows_trained_on(config):
             continue
         if tokens(config, speed) is None:
-            lacking = "its tokenizer is" if _tokenizer(config) is None else "the rows are"
-            lines[f"tokens of {model} on {task}: {lacking} not on this machine: give --tokens-per-row N"] = None
+            lacking = "no tokenizer" if _tokenizer(config) is None else "no rows"
+            uncounted.setdefault((task, lacking), {})[model] = None
         if _speed_of(config, speed) is None:
-            lines[f"GPU-hours of {model}: no speed was given: --tokens-per-second {model}=N"] = None
-    return list(lines)
+            without_speed[model] = None
+    lines = [
+        f"tokens of {', '.join(models)} on {task}: {lacking} on this machine: give --tokens-per-row N"
+        for (task, lacking), models in uncounted.items()
+    ]
+    if without_speed:
+        names, one = list(without_speed), next(iter(without_speed)) if len(without_speed) == 1 else "MODEL"
+        lines.append(f"GPU-hours of {', '.join(names)}: no speed was given: give --tokens-per-second {one}=N")
+    return lines
 
 
 def _speed_of(config: Config, speed: Speed) -> float | None:

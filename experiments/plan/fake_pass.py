@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from diablo.quantize.storage import decoder_layers
 from experiments.models.shapes import empty_base
 from experiments.train import methods
 from experiments.train.loss import LOGITS, ChunkedLoss
@@ -47,8 +48,6 @@ def held(architecture: str, method: str, dtype: str) -> Held:
     """Both as JSON; `dtype` is the base's."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    from diablo.quantize.storage import decoder_layers
-
     settings = json.loads(method)
     base_numbers = empty_base(json.loads(architecture)).num_parameters()
     model, base = _attached(json.loads(architecture), settings, dtype)
@@ -75,13 +74,18 @@ def held(architecture: str, method: str, dtype: str) -> Held:
 @functools.cache
 def pass_bytes(
     architecture: str, method: str, dtype: str, autocast: bool, rows: int, length: int, checkpointing: bool
-) -> int:
-    """The most that a forward and backward pass holds beyond the model's tensors, their gradients not kept."""
+) -> tuple[int, int]:
+    """The most that a forward and backward pass holds beyond the model's tensors, their gradients not kept.
+
+    Two peaks: until the backward pass of the last decoder layer has ended, and after that.
+    """
     shapes, settings = json.loads(architecture), json.loads(method)
     depth = shapes["num_hidden_layers"]
     depths = DEPTHS if depth > max(DEPTHS) else (depth,)
-    peaks = [_peak(shapes, settings, dtype, autocast, rows, length, checkpointing, count) for count in depths]
-    return peaks[-1] + (depth - depths[-1]) * (peaks[-1] - peaks[0])
+    peaks = [_peaks(shapes, settings, dtype, autocast, rows, length, checkpointing, count) for count in depths]
+    # Each on its own: the later one may be that of the embedding's gradient, which no number of layers changes.
+    early, late = (few[-1] + (depth - depths[-1]) * (few[-1] - few[0]) for few in zip(*peaks, strict=True))
+    return early, late
 
 
 def _attached(architecture: Config, method: Config, dtype: str) -> tuple[Any, Any]:
@@ -108,7 +112,7 @@ def _first_layers(architecture: Config, method: Config, depth: int) -> tuple[Con
     return architecture, {**method, "adapter": adapter or None}
 
 
-def _peak(
+def _peaks(
     architecture: Config,
     method: Config,
     dtype: str,
@@ -117,7 +121,7 @@ def _peak(
     length: int,
     checkpointing: bool,
     depth: int,
-) -> int:
+) -> tuple[int, int]:
     model, base = _attached(*_first_layers(architecture, method, depth), dtype)
     base.config.use_cache = False
     if checkpointing:
@@ -126,8 +130,20 @@ def _peak(
         make_fake(model)
         tokens = torch.zeros(rows, length, dtype=torch.int64)
         allocations.begin()
+        early: list[int] = []
+
+        def begin_late(gradient: Tensor) -> None:
+            if not early:  # with checkpointing the layer is entered twice
+                early.append(allocations.peak)
+                allocations.peak = 0
+
+        def entered(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if inputs[0].requires_grad:
+                inputs[0].register_hook(begin_late)
+
+        decoder_layers(base)[1][-1].register_forward_pre_hook(entered)
         forward_backward(model.train(), tokens, autocast)
-    return allocations.peak
+    return (early or [allocations.peak])[0], allocations.peak
 
 
 def forward_backward(model: Any, tokens: Tensor, autocast: bool) -> None:
@@ -200,6 +216,8 @@ class Allocations(TorchDispatchMode):
         self._start, self.peak = self.held, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # two thirds of all calls, and nothing is allocated
+            return args[0].fake_device
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, Tensor):

@@ -98,7 +98,10 @@ def does_not_fit(config: Config, gpus: int, gpu_bytes: int, largest: int) -> str
     why = " while it chooses what to train" if needs.preparation > needs.training else ""
     single = [_first(kind, gpu_bytes) for kind in _single_changes(config, gpus, largest)]
     changes = list(filter(None, single)) or list(filter(None, [_first(_several_changes(config, largest), gpu_bytes)]))
-    mend = f"give {', or '.join(changes)}" if changes else "give GPUs with more memory, or quantization=nf"
+    quantised = (
+        ", or quantization=nf" if config["method"]["trains"] == "adapter" and "quantization" not in config else ""
+    )
+    mend = f"give {', or '.join(changes)}" if changes else f"give GPUs with more memory{quantised}"
     return (
         f"{named(config)} does not fit: it needs {gibibytes(needs.peak)}{why}, and "
         f"{gibibytes(int(USABLE * gpu_bytes))} are usable on {where}: {mend}"

@@ -79,8 +79,10 @@ def estimate(config: Config, gpus: int = 1) -> Memory:
     if trained:
         # Sharded weights are gathered in the dtype of the computation, where autocast would keep casts of all of them.
         computes = "bfloat16" if shards > 1 and autocast else dtype
-        activations += pass_bytes(*shapes, computes, autocast, rows, length, checkpointing)
-        activations += _gathered(found, shards, method["trains"] == "all")
+        peaks = pass_bytes(*shapes, computes, autocast, rows, length, checkpointing)
+        activations += _with_gathered(
+            peaks, found, shards, method["trains"] == "all", 2 if computes == "bfloat16" else size
+        )
     return Memory(
         gpus=gpus,
         length=length,
@@ -109,12 +111,20 @@ def _state_bytes(optimizer: str) -> int:
     return 0 if optimizer == "sgd" else 8
 
 
-def _gathered(found: Held, shards: int, all_trained: bool) -> int:
-    """What a GPU holds of the others' shards: two layers and what is outside of them, and gradients not yet reduced."""
+def _with_gathered(peaks: tuple[int, int], found: Held, shards: int, all_trained: bool, size: int) -> int:
+    """The larger of a pass's peaks, with what a GPU holds of the others' shards.
+
+    These are the weights of `PREFETCHED` layers and of what is outside the layers. Where everything is trained, the
+    later part of the backward pass also holds gradients that are not reduced yet, one layer's with a float32 copy.
+
+    Args:
+        size: bytes of an entry in the computation.
+    """
+    early, late = peaks
     if shards == 1:
-        return 0
-    weights = 2 * (PREFETCHED * found.layer + found.root)
-    return weights + (4 * (found.layer + found.root) if all_trained else 0)
+        return max(peaks)
+    gradients = size * (found.layer + found.root) + 4 * found.layer if all_trained else 0
+    return size * (PREFETCHED * found.layer + found.root) + max(early, late + gradients)
 
 
 def _preparation(config: Config, found: Held, rows: int, length: int, shards: int) -> int:
@@ -131,5 +141,5 @@ def _preparation(config: Config, found: Held, rows: int, length: int, shards: in
     everything = json.dumps({"name": "full", "label": "full", "trains": "all", "adapter": None})
     autocast = _name_of_dtype(config) == "bfloat16"
     dtype = "bfloat16" if shards > 1 and autocast else dtype
-    passes = pass_bytes(json.dumps(config["model"]["architecture"]), everything, dtype, autocast, rows, length, False)
-    return -(-total // shards) + passes + _gathered(found, shards, True)
+    peaks = pass_bytes(json.dumps(config["model"]["architecture"]), everything, dtype, autocast, rows, length, False)
+    return -(-total // shards) + _with_gathered(peaks, found, shards, True, 2 if dtype == "bfloat16" else 4)

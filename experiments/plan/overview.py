@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from experiments import ROOT
-from experiments.plan.choose import named
+from experiments.plan.choose import follow, named, stages_of
 from experiments.plan.compose import plan, run_paths
 from experiments.plan.memory import estimate
+from experiments.plan.selection import Selection, select
 from experiments.runs.differences import differing
 from experiments.runs.records import TrainRecord, content_hash, group_hash, read_record
 from experiments.runs.sizes import gibibytes
@@ -33,14 +34,24 @@ def settings(configs: Sequence[Config]) -> list[tuple[Config, int]]:
 def memory_table(
     configs: Sequence[Config], gpus: Callable[[Config], int] = lambda config: 1, more: Sequence[Column] = ()
 ) -> list[str]:
-    """A line per setting: runs, GPUs of each, GiB per GPU, and further columns."""
-    found = settings(configs)
-    differ = differing([config for config, _ in found], LEFT_OUT)
-    several = len({config["task"]["name"] for config, _ in found}) > 1
-    titles = ["GiB per GPU", "runs", "GPUs", "micro-batch", "weights", "gradients", "optimizer", "activations", "peak"]
+    """A line per setting: runs, GPUs of each, memory per GPU, and further columns."""
+    found = [(config, count, estimate(config, max(1, gpus(config)))) for config, count in settings(configs)]
+    differ = differing([config for config, _, _ in found], LEFT_OUT)
+    several = len({config["task"]["name"] for config, _, _ in found}) > 1
+    unit, size = ("GiB", 2**30) if any(memory.peak >= 2**30 for *_, memory in found) else ("MiB", 2**20)
+    titles = [
+        f"{unit} per GPU",
+        "runs",
+        "GPUs",
+        "micro-batch",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "peak",
+    ]
     rows = [[*titles, *(title for title, _ in more)]]
-    for config, count in found:
-        memory = estimate(config, max(1, gpus(config)))
+    for config, count, memory in found:
         label = f"{config['model']['name']} {config['method']['label']}"
         label += f" {config['task']['name']}" if several else ""
         parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.peak)
@@ -51,8 +62,8 @@ def memory_table(
             f"{gpus(config)}{sharded}",
             f"{config['recipe']['micro_batch_size']} × {memory.length}",
         ]
-        row += [f"{part / 2**30:.{1 if part >= 0.95 * 2**30 else 2}f}" for part in parts]
-        row[-1] += "*" if memory.preparation > memory.training else ""
+        row += [f"{part / size:.1f}" if part >= 0.05 * size or not part else f"{part / size:.2f}" for part in parts]
+        row[-1] += "*" if memory.preparation > memory.training else " "
         rows.append([*row, *(text(config, count) for _, text in more), differ.get(config["run_id"], "")])
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
     lines = [
@@ -60,30 +71,53 @@ def memory_table(
         + ("  " + row[-1] if len(row) > len(widths) and row[-1] else "")
         for row in rows
     ]
-    if any("*" in line for line in lines[1:]):
-        lines.append("* while gradients of the whole base are looked at, before the adapter is attached")
-    return lines
+    if any(memory.preparation > memory.training for *_, memory in found):
+        lines.append("* while gradients of the whole base are taken, before the adapter is attached")
+    return [*(line.rstrip() for line in lines), *off_by(configs)]
 
 
-def print_memory(configs: Sequence[Config]) -> None:
-    """For a run on one GPU each, with the measured peaks that are on record."""
+def dry_run(arguments: Sequence[str], selection: Selection) -> None:
+    """Print what a plan amounts to: runs, parameters, tokens, GPU-hours, and the memory of a run on one GPU."""
+    from experiments.plan.counting import print_counts
+
+    selected = select(arguments, selection)
+    found = stages_of(selected.configs, selected.by)
+    configs, following = found.known(), found.following()
+    print_counts(configs, following, selection.speed)
     if settings(configs):
-        print(*memory_table(configs), *off_by(configs), sep="\n")
+        print(*memory_table(configs), sep="\n")
+    if following:
+        print(follow(len(following)))
+    print(*selected.lines(), sep="\n", end="\n" if selected.lines() else "")
 
 
-def off_by(configs: Sequence[Config]) -> Iterator[str]:
-    """A line for every setting whose peak was measured: how far off the estimate is."""
+def off_by(configs: Sequence[Config]) -> list[str]:
+    """How far off the estimates are: of every setting whose peak was measured, else of the runs on record."""
+    lines = []
     for config, _ in settings(configs):
         for where, count, peak in _measured(config, configs):
             guess = estimate(config, count).peak
-            yield (
+            lines.append(
                 f"measured: {named(config)}: {gibibytes(peak)} on {where}, estimated {gibibytes(guess)} "
                 f"({100 * guess / peak - 100:+.1f} %)"
             )
+    return lines or _off_by_on_record()
+
+
+def _off_by_on_record() -> list[str]:
+    if not MEASURED.is_file():
+        return []
+    entries = json.loads(MEASURED.read_text(encoding="utf-8"))["runs"]
+    off = [100 * entry["estimated_bytes"] / entry["peak_bytes"] - 100 for entry in entries]
+    models = ", ".join(dict.fromkeys(f"{entry['model']} on one {entry['device']}" for entry in entries))
+    return [
+        f"estimates: {min(off):+.1f} to {max(off):+.1f} % off the measured peaks of {len(off)} runs of {models}; "
+        "sharded memory was measured on CPUs alone"
+    ]
 
 
 def _measured(config: Config, configs: Sequence[Config]) -> Iterator[tuple[str, int, int]]:
-    """Device, number of GPUs and peak bytes: of a finished run of the setting, else of those that came along."""
+    """Device, number of GPUs and peak bytes: of a finished run of the setting, else of the runs on record."""
     for run in (run_paths(other) for other in configs if group_hash(other) == group_hash(config)):
         if run.train_record.is_file():
             record = read_record(run.train_record, TrainRecord)
@@ -91,12 +125,12 @@ def _measured(config: Config, configs: Sequence[Config]) -> Iterator[tuple[str, 
             if not device.endswith("threads"):  # of a CPU: the peak is that of the process
                 yield device, record.world_size, record.peak_memory_bytes
                 return
-    if (known := _came_along().get(_memory_hash(config))) is not None:
+    if (known := _on_record().get(_memory_hash(config))) is not None:
         yield known["device"], 1, known["peak_bytes"]
 
 
 @functools.cache
-def _came_along() -> dict[str, Any]:
+def _on_record() -> dict[str, Any]:
     if not MEASURED.is_file():
         return {}
     entries = json.loads(MEASURED.read_text(encoding="utf-8"))["runs"]

@@ -1,4 +1,4 @@
-"""Which runs of an experiment are wanted, in the same words for plan, submit and reproduce: --paper and --budget."""
+"""Which runs of an experiment to plan: --paper and --budget, with the same meaning in plan, submit and reproduce."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 from experiments.errors import UserError
 from experiments.plan.choose import named, rule
-from experiments.plan.compose import PAPER, plan
+from experiments.plan.compose import plan
 from experiments.plan.cost import Speed, known_hours, read_budget, read_speed
+from experiments.plan.experiment_files import PAPER
 from experiments.runs.records import group_hash
 
 Config = dict[str, Any]
@@ -32,11 +33,22 @@ EVERYTHING = Selection()
 
 @dataclass(frozen=True)
 class Selected:
-    """The runs, how their learning rates are chosen, and a line for each setting that lacks some by the budget."""
+    """The runs, the rule that chooses their learning rates, and how many runs of which settings the budget leaves out.
+
+    `left_out` has the runs of a setting that are left out, and all it has. Of the runs that only try a learning rate
+    for a later seed none are counted: the choice takes one of them.
+    """
 
     configs: list[Config]
     by: str | None
-    left_out: list[str]
+    left_out: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        """What to print of `left_out`."""
+        if not self.left_out:
+            return []
+        lines = [f"left out by the budget: {sum(count for count, _ in self.left_out.values())} runs"]
+        return [*lines, *(f"  {name}: {count} of {total} runs" for name, (count, total) in self.left_out.items())]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -62,26 +74,24 @@ def read_options(options: argparse.Namespace) -> Selection:
 
 
 def select(arguments: Sequence[str], selection: Selection, hours: Hours | None = None) -> Selected:
-    """What the arguments plan, as far as it is wanted.
+    """The runs that the arguments plan and the selection keeps.
 
     Args:
-        hours: GPU-hours of a run for the budget, in the place of those at the selection's speed.
+        hours: GPU-hours that the budget counts for a run; by default those at the selection's speed.
     """
     configs, by = plan([*arguments, *([PAPER] if selection.paper else [])]), rule(arguments)
     if selection.budget is None:
-        return Selected(configs, by, [])
+        return Selected(configs, by)
     cost = hours or (lambda config: known_hours(config, selection.speed))
-    return Selected(*within(configs, by, selection.budget, cost))
+    return within(configs, by, selection.budget, cost)
 
 
-def within(
-    configs: list[Config], by: str | None, budget: float, hours: Hours
-) -> tuple[list[Config], str | None, list[str]]:
-    """The runs that a budget pays for, `by`, and a line for each setting that lacks some.
+def within(configs: list[Config], by: str | None, budget: float, hours: Hours) -> Selected:
+    """The runs that a budget pays for.
 
-    Settings come in the experiment's order, which is that of their weight: first all of them get their learning rate
-    and one seed, then a second seed, and so on. What does not fit is left out, and smaller things after it may fit. Of
-    a seed whose learning rate is not chosen yet one run is paid for, and all rates are kept to choose from.
+    In the experiment's order every setting first gets the search of its learning rate and one seed, then a second seed,
+    and so on. A setting that the rest of the budget does not pay for gets no more; cheaper ones after it may. For a
+    later seed whose learning rate is not chosen yet, the budget counts one run and all its learning rates are kept.
     """
     groups: dict[str, list[Config]] = {}
     for config in configs:
@@ -93,11 +103,11 @@ def within(
         for name, parts in rounds.items():
             if number >= len(parts) or name in lacks:
                 continue
-            paid, wanted = parts[number]
+            paid, keep = parts[number]
             cost = sum(map(hours, paid))
             if cost <= left:
                 left -= cost
-                kept |= {config["run_id"] for config in wanted}
+                kept |= {config["run_id"] for config in keep}
             else:
                 lacks[name] = sum(len(paid) for paid, _ in parts[number:])
     if configs and not kept:
@@ -107,15 +117,14 @@ def within(
             f"--budget {budget:g}gpuh pays for no setting: the cheapest, {named(groups[name][0])}, takes {cost:.3g} "
             f"GPU-hours for {len(parts[0][0])} runs"
         )
-    lines = [
-        f"{named(groups[name][0])}: {count} of {sum(len(paid) for paid, _ in rounds[name])} runs"
-        for name, count in lacks.items()
-    ]
-    return [config for config in configs if config["run_id"] in kept], by, lines
+    left_out = {
+        named(groups[name][0]): (count, sum(len(paid) for paid, _ in rounds[name])) for name, count in lacks.items()
+    }
+    return Selected([config for config in configs if config["run_id"] in kept], by, left_out)
 
 
 def _rounds(group: list[Config], by: str | None) -> list[tuple[list[Config], list[Config]]]:
-    """Of a setting's rounds the runs to pay for and the runs to keep, of which the choice will take its own."""
+    """A setting's rounds: the runs that the budget counts, and the runs to keep if it pays for them."""
     if by is None or len({config["recipe"]["learning_rate"] for config in group}) == 1:
         return [([config], [config]) for config in group]
     seeds: dict[int, list[Config]] = {}

@@ -4,7 +4,8 @@
     python -m experiments.reproduce quickstart seed=0,1,2,3,4 --out report/five_seeds
     python -m experiments.reproduce quickstart --workers 4      # four runs at a time, in four processes
     python -m experiments.reproduce quickstart --minutes 30     # begins no run that would take longer
-    python -m experiments.reproduce commonsense --paper         # the paper's own cells alone
+    python -m experiments.reproduce commonsense --paper         # the paper's own cells
+    python -m experiments.reproduce commonsense --dry-run       # what it would run, and the memory it needs
 
 Where the experiment chooses learning rates (experiments/plan/choose.py), that is done first, on rows kept out of
 training. Finished runs are skipped and interrupted ones resumed, so the same command is also how an experiment is
@@ -41,8 +42,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--results", type=Path, metavar="DIR", help="exported runs (analysis.export) that count as finished"
     )
+    parser.add_argument("--dry-run", action="store_true", help="print runs, parameters, tokens and memory; run nothing")
     add_options(parser)
     options = parser.parse_intermixed_args(arguments)
+    selection = read_options(options)
+    if options.dry_run:
+        from experiments.plan.overview import dry_run
+
+        dry_run([f"experiment={options.experiment}", *options.overrides], selection)
+        return
     reproduce(
         options.experiment,
         options.overrides,
@@ -51,7 +59,7 @@ def main(arguments: list[str]) -> None:
         options.report_only,
         options.minutes,
         options.results,
-        read_options(options),
+        selection,
     )
 
 

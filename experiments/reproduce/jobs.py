@@ -60,7 +60,7 @@ class Jobs:
         arguments: what `plan` plans.
         deadline: `time.time()` after which nothing may run: a job that would take longer, by the longest finished one
             of its kind, is not begun.
-        selection: which of them are wanted; `unpaid` says what a budget leaves out.
+        selection: which of them to do; `unpaid` are lines that say what a budget leaves out.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Jobs:
     ) -> None:
         selected = select(arguments, selection)
         self.configs, self.by, self.deadline = selected.configs, selected.by, deadline
-        self.unpaid = selected.left_out
+        self.unpaid = selected.lines()
         self.failed: dict[tuple[str, bool], str] = {}
         self.left_out: dict[tuple[str, bool], float] = {}  # -> the seconds it was thought to take
         self._place = {group_hash(config): number for number, config in reversed(list(enumerate(self.configs)))}

@@ -16,7 +16,8 @@ from typing import Any
 
 from experiments.errors import UserError
 from experiments.plan.choose import Stages, follow, to_csv, write_choices
-from experiments.plan.compose import read_experiment, run_paths, write_runs
+from experiments.plan.compose import run_paths, write_runs
+from experiments.plan.experiment_files import read_experiment
 from experiments.plan.selection import EVERYTHING, Selection
 from experiments.reproduce.jobs import Job, Jobs, finished_outcome, forget_unscorable, outcome, take_in, train_and_score
 from experiments.reproduce.workers import Stopped, Worker
@@ -42,7 +43,7 @@ def reproduce(
         report_only: report what is finished, run nothing.
         minutes: begin no run that would take longer than what is left of them, and stop cleanly.
         results: a folder of exported runs (analysis/export.py) that count as finished.
-        selection: which of the experiment's runs are wanted.
+        selection: which of the experiment's runs to do.
     """
     if workers < 1:
         raise UserError(f"--workers {workers}: give one or more")
@@ -52,7 +53,7 @@ def reproduce(
     deadline = None if minutes is None else time.time() + 60 * minutes
     jobs = Jobs([f"experiment={name}", *overrides], deadline, selection)
     if jobs.unpaid:
-        print("left out by the budget:", *jobs.unpaid, sep="\n  ", flush=True)
+        print(*jobs.unpaid, sep="\n", flush=True)
     out = out or Path("report") / Path(name).stem
     if results is not None and (taken := take_in(jobs.configs, results)):
         print(f"{taken} runs were taken from {results}", flush=True)

@@ -24,13 +24,27 @@ def differing(configs: Sequence[Config], leave_out: Sequence[str] = ()) -> dict[
         flat = [_flat({key: value for key, value in config.items() if key not in NOT_IN_THE_ID}) for config in group]
         keys = [key for key in {key: None for settings in flat for key in settings} if key not in leave_out]
         apart = [key for key in keys if len({repr(settings.get(key)) for settings in flat}) > 1]
+        apart = _by_protocol(flat, apart)
         # A setting that others refer to (the dropout of a recipe, of an adapter) is shown once.
         shown = list({tuple(repr(settings.get(key)) for settings in flat): key for key in reversed(apart)}.values())
         for config, settings in zip(group, flat, strict=True):
-            text = " ".join(f"{key}={settings.get(key)}" for key in reversed(shown))
+            text = " ".join(f"{key}={_short(settings.get(key))}" for key in reversed(shown))
             if text:
                 found[config["run_id"]] = text
     return found
+
+
+def _by_protocol(flat: list[dict[str, Any]], apart: list[str]) -> list[str]:
+    """Of a protocol its name alone, where that tells the runs apart as well as all of its settings."""
+    named = [key for key in apart if not key.startswith("protocol.") or key == "protocol.name"]
+    different = [len({tuple(repr(settings.get(key)) for key in keys) for settings in flat}) for keys in (named, apart)]
+    return named if different[0] == different[1] else apart
+
+
+def _short(value: Any) -> str:
+    """On one line, and not longer than a name."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 40 else f"{text[:39]}…"
 
 
 def _flat(value: Any, *path: str) -> dict[str, Any]:
