@@ -20,7 +20,7 @@ from experiments.data.prompts import prompt_text, prompt_tokens
 from experiments.errors import UserError
 from experiments.runs.attempts import Heartbeat
 from experiments.runs.follows import read_score
-from experiments.runs.preemption import uninterrupted
+from experiments.runs.preemption import deferred
 from experiments.runs.records import EvalPaths, TrainRecord, content_hash, read_json, read_lines, write_atomically
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def generate(
             path = paths.chunks / f"{number:05}.jsonl"
             heartbeat.at(number, len(chunks))
             if not path.is_file():
-                with uninterrupted():
+                with deferred():
                     started = time.perf_counter()
                     part = {index: rows[index] for index in indices}
                     lines = _complete(plan, number, benchmark, part, lm, tokenizer)

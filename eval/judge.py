@@ -17,7 +17,7 @@ from experiments.data import hub
 from experiments.data.prompts import fill
 from experiments.errors import UserError
 from experiments.models.shapes import context_length
-from experiments.runs.preemption import uninterrupted
+from experiments.runs.preemption import deferred
 from experiments.runs.records import EvalPaths, file_hash, read_lines, write_atomically
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def judge(settings: Config, paths: EvalPaths, device: str) -> None:
         path = folder / f"{number:05}.jsonl"
         if not path.is_file() or next(read_lines(path), None) != about:
             lm, tokenizer = model()
-            with uninterrupted():
+            with deferred():
                 words = _ask(settings, lm, tokenizer, lines[start : start + CHUNK])
                 _write(path, [about, *({"words": text} for text in words)])
         judgements += list(read_lines(path))[1:]

@@ -30,7 +30,7 @@ from eval.sandbox import check_sandbox
 from experiments.data.prompts import prompt_text
 from experiments.data.rows import rows_hash
 from experiments.errors import UserError, run_command
-from experiments.models.shapes import leave_out_sklearn, resolve_device
+from experiments.models.shapes import block_sklearn_import, resolve_device
 from experiments.runs import preemption
 from experiments.runs.attempts import Heartbeat, attempt
 from experiments.runs.environment import environment
@@ -211,7 +211,7 @@ def describe(record: EvalRecord) -> str:
 
 def main(arguments: list[str]) -> None:
     preemption.listen()
-    leave_out_sklearn()
+    block_sklearn_import()
     parser = argparse.ArgumentParser(
         prog="python -m eval.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -133,16 +133,16 @@ EQUALITIES: dict[str, Callable[[str, str], bool]] = {
 
 def check_rules(rules: Rules) -> None:
     """UserError unless all three names are known."""
-    _named("searched", rules.searched, SEARCHED)
-    _named("parser", rules.parser, PARSERS)
-    _named("equality", rules.equality, EQUALITIES)
+    _lookup("searched", rules.searched, SEARCHED)
+    _lookup("parser", rules.parser, PARSERS)
+    _lookup("equality", rules.equality, EQUALITIES)
 
 
 def score(rules: Rules, samples: Sequence[Sample]) -> Score:
     """Every sample read and judged. What cannot be read is wrong, whatever the right answer."""
-    searched = _named("searched", rules.searched, SEARCHED)
-    parser = _named("parser", rules.parser, PARSERS)
-    _named("equality", rules.equality, EQUALITIES)
+    searched = _lookup("searched", rules.searched, SEARCHED)
+    parser = _lookup("parser", rules.parser, PARSERS)
+    _lookup("equality", rules.equality, EQUALITIES)
     readings = [parser(searched(sample.prompt, sample.completion), rules.options) for sample in samples]
     pairs = {
         number: (reading.answer, sample.answer)
@@ -165,7 +165,7 @@ def verdicts_on(equality: str, pairs: Sequence[tuple[str, str]]) -> list[bool | 
     return [EQUALITIES[equality](answer, gold) for answer, gold in pairs]
 
 
-def _named(setting: str, name: str, known: Mapping[str, Named]) -> Named:
+def _lookup(setting: str, name: str, known: Mapping[str, Named]) -> Named:
     if name not in known:
         raise UserError(f"evaluation.{setting}={name}: {nearest(name, known)}")
     return known[name]

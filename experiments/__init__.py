@@ -3,3 +3,4 @@
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # of the clone, in which commands run
+CONFIGS = ROOT / "configs"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from experiments.errors import UserError, run_command
 from experiments.models.gguf import converted
-from experiments.models.shapes import leave_out_sklearn
+from experiments.models.shapes import block_sklearn_import
 from experiments.plan.compose import plan
 
 
@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> None:
     )
     overrides = parser.parse_intermixed_args(arguments).overrides
 
-    leave_out_sklearn()
+    block_sklearn_import()
     (config,) = plan(["method=base", "task=arith", *overrides])
     gguf = config["model"].get("gguf")
     if gguf is None:

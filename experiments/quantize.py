@@ -14,7 +14,7 @@ from pathlib import Path
 
 from experiments.errors import UserError, run_command
 from experiments.models.quantized import make_quantized
-from experiments.models.shapes import leave_out_sklearn, resolve_device
+from experiments.models.shapes import block_sklearn_import, resolve_device
 from experiments.plan.compose import plan
 from experiments.runs.records import RunPaths, content_hash, read_config
 
@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_intermixed_args(arguments).overrides
     from diablo.quantize.storage import read_record
 
-    leave_out_sklearn()
+    block_sklearn_import()
     if all(Path(text).is_dir() for text in given):
         configs = [read_config(RunPaths(Path(text).resolve())) for text in given]
     else:

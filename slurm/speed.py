@@ -83,9 +83,8 @@ def measure_start(folder: Path) -> Iterator[tuple[str, float]]:
     yield f"a step of it; {every} of them and a checkpoint: {(after - plain) / (every * plain):.2%} more", plain
     _train(folder, "method=diablo", "recipe.max_steps=1", seed=0)  # makes what later runs find
     modules = "; ".join(f"import experiments.{name}" for name in MODULES)
-    command = (
-        f"from experiments.models.shapes import leave_out_sklearn; leave_out_sklearn(); {modules}; import os, peft"
-    )
+    command = "from experiments.models.shapes import block_sklearn_import; block_sklearn_import()"
+    command += f"; {modules}; import os, peft"
     command += "; os._exit(0)"  # the end of a process takes time of its own
     imports, first, whole = [], [], []
     for seed in range(1, 4):

@@ -108,14 +108,14 @@ def test_a_copy_of_a_layer_in_training_compiles() -> None:
 
 
 @pytest.mark.parametrize("old", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("places", [False, True])
-def test_a_base_that_is_cast_through_data_is_written_in_its_new_dtype(old: torch.dtype, places: bool) -> None:
+@pytest.mark.parametrize("positions", [False, True])
+def test_a_base_that_is_cast_through_data_is_written_in_its_new_dtype(old: torch.dtype, positions: bool) -> None:
     """It went on rounding to the old one."""
     new = torch.float32 if old is torch.bfloat16 else torch.bfloat16
     base: Any = nn.Sequential(nn.Linear(64, 64, dtype=old))
     original = base[0].weight.detach().clone()
     config = SparseConfig(pattern="random_block", density="1/4", target_modules=["0"], mode="in_place")
-    if not places:
+    if not positions:
         config = DiabloConfig(num_blocks=4, target_modules=["0"], mode="in_place")
     get_peft_model(base, config)
     layer = base[0]

@@ -24,9 +24,10 @@ from transformers import PreTrainedModel, set_seed
 
 from diablo.quantize import QuantizedLinear, quantized_layers, round_to_nearest
 from diablo.quantize.quantized_linear import set_module
+from experiments import CONFIGS
 from experiments.errors import UserError
 from experiments.models.shapes import build_config
-from experiments.plan.compose import CONFIGS, options, plan
+from experiments.plan.compose import options, plan
 from experiments.plan.counting import count
 from experiments.train import methods
 from experiments.train.preparation import Backward

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments import ROOT
+from experiments import CONFIGS, ROOT
 from experiments.errors import UserError
 from experiments.plan import compose as planning
-from experiments.plan.compose import CONFIGS, options, plan, resolve, resolve_with_hydra, sweep, write_runs
+from experiments.plan.compose import options, plan, resolve, resolve_with_hydra, sweep, write_runs
 from experiments.plan.counting import count
 from experiments.runs.records import RunPaths, read_config
 

@@ -243,7 +243,7 @@ def test_a_library_that_chokes_on_the_signal_is_preempted_and_a_mistake_is_not(t
 
     def stage(error: Exception) -> None:
         with attempt(run, "eval"):
-            preemption.raise_at_once(False)
+            preemption.raise_immediately(False)
             signal.raise_signal(signal.SIGTERM)
             raise error
 
@@ -251,7 +251,7 @@ def test_a_library_that_chokes_on_the_signal_is_preempted_and_a_mistake_is_not(t
         stage(RuntimeError("a worker died"))
     with pytest.raises(UserError):
         stage(UserError("no such file"))
-    preemption.answered()
+    preemption.acknowledge()
     assert [entry["how"] for entry in json.loads(run.attempts.read_text(encoding="utf-8"))] == ["preempted", "failed"]
 
 
@@ -259,7 +259,7 @@ def test_a_signal_after_the_last_step_leaves_the_run_finished(tmp_path: Path) ->
     """It is left to the next stage of the process."""
     run = RunPaths(tmp_path)
     with attempt(run, "train"):
-        preemption.raise_at_once(False)
+        preemption.raise_immediately(False)
         signal.raise_signal(signal.SIGTERM)
     assert not run.preempted.exists()
     reached: list[str] = []

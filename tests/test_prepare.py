@@ -27,7 +27,7 @@ from experiments.data.rows import load_rows
 from experiments.data.tokens import Examples, tokenised
 from experiments.models.load import load_base
 from experiments.plan.compose import plan, resolve, resolve_with_hydra, sweep
-from experiments.runs.prerequisite import first_config, first_run
+from experiments.runs.prerequisite import prerequisite_config, prerequisite_run
 from experiments.runs.records import RunPaths, file_hash, read_config, read_json, read_lines
 from experiments.train import methods
 from experiments.train.preparation import Backward, row_steps
@@ -42,7 +42,7 @@ LORI_S = ["method=lori_s", "method.adapter.sparsity=0.8"]
 
 
 def before(run: RunPaths) -> RunPaths:
-    first = first_run(run, read_config(run))
+    first = prerequisite_run(run, read_config(run))
     assert first is not None
     return first
 
@@ -210,8 +210,8 @@ def test_the_method_before_is_frozen_with_its_own_learning_rate(arguments: list[
     assert config["recipe"]["learning_rate"] != config["method"]["first"]["learning_rate"]
     shared = [line for line in arguments if not line.startswith(("method", "recipe.learning_rate"))]
     (alone,) = plan([*shared, "method=lori_d"])
-    assert first_config(config) == alone
-    assert first_config(alone) is None
+    assert prerequisite_config(config) == alone
+    assert prerequisite_config(alone) is None
 
 
 def test_a_method_before_without_a_learning_rate_is_refused(

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from analysis.load import load_runs
+from experiments import CONFIGS
 from experiments.plan.choose import stages
-from experiments.plan.compose import CONFIGS, plan, run_paths
+from experiments.plan.compose import plan, run_paths
 from experiments.reproduce.run import reproduce
 from tests.conftest import first_layers
 

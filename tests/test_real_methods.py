@@ -17,11 +17,11 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from experiments import CONFIGS
 from experiments.data.prompts import encode
 from experiments.errors import UserError
 from experiments.models.load import load_base
 from experiments.models.shapes import weights_hash
-from experiments.plan.compose import CONFIGS
 from experiments.plan.counting import count
 from experiments.runs.records import RunPaths, TrainRecord, read_config, read_lines
 from experiments.train import methods

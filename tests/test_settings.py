@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diablo.blocks.patterns import PATTERNS
-from experiments import settings
-from experiments.plan.compose import CONFIGS, options, plan, resolve, set_values
+from experiments import CONFIGS, settings
+from experiments.plan.compose import options, plan, resolve, set_values
 from experiments.plan.overrides import by_name, sweep, value_of
 from experiments.runs.records import RunPaths, read_config, write_config
 

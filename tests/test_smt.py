@@ -86,7 +86,7 @@ def test_the_blocks_of_the_largest_summed_gradients_are_chosen(score: str) -> No
     settings: dict[str, Any] = {"steps": 4, "learning_rate": 1e-2, "max_grad_norm": MAX_NORM, "score": score}
     prepared = choose_blocks(model, config(), backward(model), **settings)
     assert prepared.blocks is not None
-    assert {(name, *place) for name, places in prepared.blocks.items() for place in places} == set(best)
+    assert {(name, *place) for name, positions in prepared.blocks.items() for place in positions} == set(best)
 
 
 def test_a_score_is_of_the_block_in_that_place() -> None:
@@ -141,7 +141,7 @@ def test_the_config_that_was_given_is_left_alone() -> None:
     assert given.blocks is None
     assert prepared.target_modules is None
     assert prepared.blocks is not None
-    assert sum(len(places) for places in prepared.blocks.values()) == 9
+    assert sum(len(positions) for positions in prepared.blocks.values()) == 9
 
 
 @pytest.mark.parametrize(
@@ -231,8 +231,8 @@ def test_gradients_are_those_of_full_fine_tuning_in_the_blocks() -> None:
     for name, layer in adapted(model).items():
         weight: Any = full.get_submodule(name.removeprefix("base_model.model.")).weight
         gradient: Any = layer.diablo_blocks["default"].grad
-        places = model.peft_config["default"].blocks[name.removeprefix("base_model.model.")]
-        for (row, column), block in zip(places, gradient, strict=True):
+        positions = model.peft_config["default"].blocks[name.removeprefix("base_model.model.")]
+        for (row, column), block in zip(positions, gradient, strict=True):
             expected = weight.grad.T[row * SIZE : (row + 1) * SIZE, column * SIZE : (column + 1) * SIZE]
             torch.testing.assert_close(block, expected)
 

@@ -1,4 +1,4 @@
-"""Sparse patterns in a model: W0 never lost, saved and loaded with their places, as any of PEFT's adapters."""
+"""Sparse patterns in a model: W0 never lost, saved and loaded with their positions, as any of PEFT's adapters."""
 
 from __future__ import annotations
 

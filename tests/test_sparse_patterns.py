@@ -17,22 +17,22 @@ from torch import Tensor, nn
 from diablo import DiabloLinear, SparseConfig
 from diablo.blocks import patterns
 from diablo.blocks.patterns import BLOCK_PATTERNS, PATTERNS, draw, draw_distinct, generator_for, pattern_shape
-from diablo.blocks.positions import Places, delta_weight
+from diablo.blocks.positions import Positions, delta_weight
 from diablo.blocks.products import delta_weight as diagonal_weight
 from diablo.methods import sparse
 
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 
 
-def places_of(pattern: str, in_features: int, out_features: int, n: int, seed: int = 0, name: str = "q") -> Places:
+def places_of(pattern: str, in_features: int, out_features: int, n: int, seed: int = 0, name: str = "q") -> Positions:
     shape = pattern_shape(pattern, in_features, out_features, Fraction(1, n))
     return draw(pattern, shape, in_features, out_features, generator_for(seed, name))
 
 
-def mask_of(places: Places, in_features: int, out_features: int) -> Tensor:
+def mask_of(positions: Positions, in_features: int, out_features: int) -> Tensor:
     """`(in, out)`, as the paper's W: how often an entry is chosen."""
     mask = torch.zeros(in_features, out_features, dtype=torch.int64)
-    for inputs, outputs in zip(places.inputs.tolist(), places.outputs.tolist(), strict=True):
+    for inputs, outputs in zip(positions.inputs.tolist(), positions.outputs.tolist(), strict=True):
         for i in inputs:
             for j in outputs:
                 mask[i, j] += 1
@@ -40,9 +40,9 @@ def mask_of(places: Places, in_features: int, out_features: int) -> Tensor:
 
 
 def layer_of(pattern: str, base: nn.Linear, mode: Literal["adapter", "in_place"], n: int, **more: Any) -> DiabloLinear:
-    places = places_of(pattern, base.in_features, base.out_features, n)
+    positions = places_of(pattern, base.in_features, base.out_features, n)
     config = SparseConfig(pattern=pattern, density=f"1/{n}", mode=mode, **more)
-    return DiabloLinear(copy.deepcopy(base), "default", config, places=places)
+    return DiabloLinear(copy.deepcopy(base), "default", config, positions=positions)
 
 
 # Which entries
@@ -59,13 +59,13 @@ def test_a_pattern_chooses_its_share_once_each_and_has_its_form(
     pattern: str, n: int, d_in: int, d_out: int, seed: int
 ) -> None:
     in_features, out_features = n * d_in, n * d_out
-    places = places_of(pattern, in_features, out_features, n, seed)
-    mask = mask_of(places, in_features, out_features)
+    positions = places_of(pattern, in_features, out_features, n, seed)
+    mask = mask_of(positions, in_features, out_features)
     assert mask.max() == 1
     assert mask.sum() * n == in_features * out_features
-    assert places.shape == pattern_shape(pattern, in_features, out_features, Fraction(1, n))
-    assert torch.equal(places.inputs, places.inputs.sort(1).values)
-    assert torch.equal(places.outputs, places.outputs.sort(1).values)
+    assert positions.shape == pattern_shape(pattern, in_features, out_features, Fraction(1, n))
+    assert torch.equal(positions.inputs, positions.inputs.sort(1).values)
+    assert torch.equal(positions.outputs, positions.outputs.sort(1).values)
 
     cells = mask.view(n, d_in, n, d_out).sum((1, 3)) // (d_in * d_out)  # 1 where all of a block is chosen
     if pattern == "random_row":
@@ -93,9 +93,9 @@ def test_a_pattern_chooses_its_share_once_each_and_has_its_form(
 
 
 def test_a_dense_update_holds_every_block_at_its_place() -> None:
-    places = Places(torch.tensor([[0, 2], [1, 3]]), torch.tensor([[1], [0]]))  # columns 1 and 0 of a 4 × 2 matrix
+    positions = Positions(torch.tensor([[0, 2], [1, 3]]), torch.tensor([[1], [0]]))  # columns 1 and 0 of a 4 × 2 matrix
     blocks = torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]])
-    assert delta_weight(blocks, places, 4, 2).tolist() == [[0, 3, 0, 4], [1, 0, 2, 0]]
+    assert delta_weight(blocks, positions, 4, 2).tolist() == [[0, 3, 0, 4], [1, 0, 2, 0]]
 
 
 def test_numbers_are_drawn_alike() -> None:
@@ -213,9 +213,9 @@ def test_gradients_and_steps_are_those_of_full_fine_tuning_at_the_chosen_entries
     layer = layer_of(pattern, full, mode, n).double()
     x = torch.randn(2, 7, 96, dtype=torch.float64, requires_grad=True)
     layer_x = x.detach().clone().requires_grad_()
-    places = layer.places("default")
-    assert places is not None
-    mask = mask_of(places, 96, 64).T
+    positions = layer.positions("default")
+    assert positions is not None
+    mask = mask_of(positions, 96, 64).T
     original = full.weight.detach().clone()
     sgd = torch.optim.SGD(layer.diablo_blocks.parameters(), lr=0.1)
     for _ in range(2):  # the second time with values that are not zero
@@ -228,7 +228,7 @@ def test_gradients_and_steps_are_those_of_full_fine_tuning_at_the_chosen_entries
         torch.testing.assert_close(layer_x.grad, x.grad)
         gradient = layer.diablo_blocks["default"].grad
         assert gradient is not None
-        torch.testing.assert_close(delta_weight(gradient, places, 96, 64), full.weight.grad * mask)
+        torch.testing.assert_close(delta_weight(gradient, positions, 96, 64), full.weight.grad * mask)
         sgd.step()
         with torch.no_grad():
             full.weight -= 0.1 * full.weight.grad * mask
@@ -258,9 +258,9 @@ def test_dropout_drops_inputs_of_the_entries_only() -> None:
     base.weight.data.copy_(torch.eye(16))
     layer = layer_of("random_entry", base, "adapter", 1, dropout=0.5).train()
     layer.diablo_blocks["default"].data.fill_(0)
-    places = layer.places("default")
-    assert places is not None
-    diagonal = places.inputs == places.outputs
+    positions = layer.positions("default")
+    assert positions is not None
+    diagonal = positions.inputs == positions.outputs
     layer.diablo_blocks["default"].data[diagonal.flatten()] = -1.0
     y = layer(torch.ones(40, 16))
     assert set(y.unique().tolist()) == {1.0, -1.0}

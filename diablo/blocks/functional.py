@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from diablo.blocks.in_place import Overwrite
-from diablo.blocks.positions import Places, add_product_, gather, gradient, is_smaller_gathered
+from diablo.blocks.positions import Positions, add_product_, gather, gradient, is_smaller_gathered
 from diablo.blocks.products import BlockShape
 
 
@@ -27,7 +27,7 @@ def block_linear(
     blocks: Tensor,
     in_weight: Overwrite | None = None,
     dropout: float = 0.0,
-    places: Places | None = None,
+    positions: Positions | None = None,
 ) -> Tensor:
     """`x @ (W0 + D)`, with the gradient of x and of the blocks; weight and bias are frozen.
 
@@ -39,7 +39,7 @@ def block_linear(
         blocks: `(num_blocks, d_in, d_out)`.
         in_weight: what put the blocks into the weight.
         dropout: probability with which an input of the side branch is dropped; 0 with `in_weight`.
-        places: of the blocks; None for the diagonal.
+        positions: of the blocks; None for the diagonal.
 
     Returns:
         `(..., out_features)`.
@@ -48,13 +48,15 @@ def block_linear(
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)  # the error that the frozen layer gives
     bias = None if bias is None else bias.to(dtype)
-    where = places or (None, None)
+    where = positions or (None, None)
     return _BlockLinear.apply(  # pyright: ignore
         x, weight.to(dtype), bias, blocks, *where, in_weight, dropout, _seed(dropout)
     )
 
 
-def add_blocks(result: Tensor, x: Tensor, blocks: Tensor, dropout: float = 0.0, places: Places | None = None) -> Tensor:
+def add_blocks(
+    result: Tensor, x: Tensor, blocks: Tensor, dropout: float = 0.0, positions: Positions | None = None
+) -> Tensor:
     """`result + dropout(x) @ D` for a layer that has computed `result` from `x` itself.
 
     Args:
@@ -65,7 +67,7 @@ def add_blocks(result: Tensor, x: Tensor, blocks: Tensor, dropout: float = 0.0, 
         result = result.clone(memory_format=torch.contiguous_format)  # a view, or somebody's own tensor
     elif not result.is_contiguous():
         result = result.contiguous()  # whose rows are a view of it
-    return _AddBlocks.apply(result, x, blocks, *(places or (None, None)), dropout, _seed(dropout))  # pyright: ignore
+    return _AddBlocks.apply(result, x, blocks, *(positions or (None, None)), dropout, _seed(dropout))  # pyright: ignore
 
 
 def compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -90,7 +92,7 @@ class _BlockLinear(torch.autograd.Function):
         dropout: float,
         seed: int,
     ) -> Tensor:
-        places = _places(inputs, outputs)
+        positions = _positions(inputs, outputs)
         with torch.autocast(x.device.type, enabled=False):
             # x is kept as it came, so that layers with one input (q, k and v) keep one x, also where it is cast here.
             narrow = x.to(weight.dtype)
@@ -98,12 +100,12 @@ class _BlockLinear(torch.autograd.Function):
             if in_weight is None:
                 rows, shape = _rows(narrow), y.shape
                 y = _rows(y)  # a copy where y is not contiguous, so that the sum must not be looked for in y itself
-                add_product_(y, _drop(rows, _mask(rows, dropout, seed), dropout), blocks.to(y.dtype), places)
+                add_product_(y, _drop(rows, _mask(rows, dropout, seed), dropout), blocks.to(y.dtype), positions)
                 y = y.view(shape)
         ctx.dropout, ctx.seed, ctx.in_weight, ctx.x_dtype = dropout, seed, in_weight, x.dtype
         ctx.gathered = False
-        if in_weight is not None and places is not None and is_smaller_gathered(places, x.shape[-1]):
-            x, ctx.gathered = gather(_rows(x), places.inputs), True
+        if in_weight is not None and positions is not None and is_smaller_gathered(positions, x.shape[-1]):
+            x, ctx.gathered = gather(_rows(x), positions.inputs), True
         if in_weight is None or torch.compiler.is_compiling():
             ctx.save_for_backward(x, blocks, inputs, outputs, weight)
         else:
@@ -121,7 +123,7 @@ class _BlockLinear(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         (grad_y,) = grad_outputs
         x, blocks, inputs, outputs, *saved = ctx.saved_tensors
-        places = _places(inputs, outputs)
+        positions = _positions(inputs, outputs)
         weight = saved[0] if saved else ctx.weight
         if not saved and not (ctx.in_weight.is_written and ctx.in_weight.version == ctx.version):
             raise RuntimeError(
@@ -135,7 +137,7 @@ class _BlockLinear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad_x = grad_rows @ weight
                 if ctx.in_weight is None:
-                    transposed, back = blocks.to(weight.dtype).transpose(1, 2), places and places.transposed
+                    transposed, back = blocks.to(weight.dtype).transpose(1, 2), positions and positions.transposed
                     if mask is None:
                         add_product_(grad_x, grad_rows, transposed, back)
                     else:
@@ -143,7 +145,7 @@ class _BlockLinear(torch.autograd.Function):
                         grad_x += _drop(branch, mask, ctx.dropout)
                 grad_x = grad_x.view(*grad_y.shape[:-1], weight.shape[1]).to(ctx.x_dtype)
             if ctx.needs_input_grad[3]:
-                grad_blocks = _grad_blocks(ctx, rows, grad_rows, mask, blocks, places, ctx.gathered)
+                grad_blocks = _grad_blocks(ctx, rows, grad_rows, mask, blocks, positions, ctx.gathered)
         return grad_x, None, None, grad_blocks, None, None, None, None, None
 
 
@@ -162,7 +164,7 @@ class _AddBlocks(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             rows = _rows(x).to(result.dtype)
             dropped = _drop(rows, _mask(rows, dropout, seed), dropout)
-            add_product_(_rows(result), dropped, blocks.to(result.dtype), _places(inputs, outputs))
+            add_product_(_rows(result), dropped, blocks.to(result.dtype), _positions(inputs, outputs))
         ctx.dropout, ctx.seed = dropout, seed
         ctx.save_for_backward(x, blocks, inputs, outputs)
         ctx.mark_dirty(result)
@@ -175,17 +177,17 @@ class _AddBlocks(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         (grad_y,) = grad_outputs
         x, blocks, inputs, outputs = ctx.saved_tensors
-        places = _places(inputs, outputs)
+        positions = _positions(inputs, outputs)
         rows, grad_rows = _rows(x).to(grad_y.dtype), _rows(grad_y)
         mask = _mask(rows, ctx.dropout, ctx.seed)
         grad_x = grad_blocks = None
         with torch.autocast(x.device.type, enabled=False):
             if ctx.needs_input_grad[1]:
                 transposed = blocks.to(grad_y.dtype).transpose(1, 2)
-                branch = add_product_(torch.zeros_like(rows), grad_rows, transposed, places and places.transposed)
+                branch = add_product_(torch.zeros_like(rows), grad_rows, transposed, positions and positions.transposed)
                 grad_x = _drop(branch, mask, ctx.dropout).view(x.shape).to(x.dtype)
             if ctx.needs_input_grad[2]:
-                grad_blocks = _grad_blocks(ctx, rows, grad_rows, mask, blocks, places)
+                grad_blocks = _grad_blocks(ctx, rows, grad_rows, mask, blocks, positions)
         return grad_y, grad_x, grad_blocks, None, None, None, None
 
 
@@ -195,16 +197,16 @@ def _grad_blocks(
     grad_rows: Tensor,
     mask: Tensor | None,
     blocks: Tensor,
-    places: Places | None,
+    positions: Positions | None,
     gathered: bool = False,
 ) -> Tensor:
     """dD, of what the forward pass left of x."""
     dropped, shape = _drop(rows, mask, ctx.dropout), BlockShape(*blocks.shape)
-    return gradient(dropped, grad_rows, shape, places, blocks.dtype, gathered)
+    return gradient(dropped, grad_rows, shape, positions, blocks.dtype, gathered)
 
 
-def _places(inputs: Tensor | None, outputs: Tensor | None) -> Places | None:
-    return None if inputs is None or outputs is None else Places(inputs, outputs)
+def _positions(inputs: Tensor | None, outputs: Tensor | None) -> Positions | None:
+    return None if inputs is None or outputs is None else Positions(inputs, outputs)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from diablo.blocks import positions as at_places
+from diablo.blocks import positions as at_positions
 from diablo.blocks.config import BlockConfig, DiabloConfig
 from diablo.blocks.in_place import InPlaceLayer, Overwrite, Part, check_written, local_shard, mark_of, unwatch
-from diablo.blocks.positions import ChosenEntries, Places
+from diablo.blocks.positions import ChosenEntries, Positions
 from diablo.blocks.products import BlockShape, block_shape, covered, delta_weight, diagonal_blocks
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -73,7 +73,7 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
     """The adapters of one layer, keyed by adapter name; `DiabloLinear` adds the forward pass.
 
     `diablo_blocks[name]` is the paper's 𝒟: `(num_blocks, d_in, d_out)`, zero at the start. Blocks that are not on the
-    diagonal have their places in `diablo_inputs[name]` and `diablo_outputs[name]`, which are saved with them.
+    diagonal have their positions in `diablo_inputs[name]` and `diablo_outputs[name]`, which are saved with them.
     `forward_mode[name]` is "in_place" or "adapter". The base weight holds W0, or W0 plus the update of the adapter
     named by `in_weight`, or of the merged adapters.
     """
@@ -107,21 +107,21 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         config: BlockConfig,
         name: str = "",
         weight_is_shared: bool = False,
-        places: Places | None = None,
+        positions: Positions | None = None,
     ) -> None:
         """Adds an adapter, or replaces the one of this name.
 
         Args:
             name: of the layer in the model; it decides N where `config.num_blocks` gives several.
             weight_is_shared: another module of the model uses the same weight, so that it must not be changed.
-            places: of the blocks; None puts them on the diagonal, and `config` is a `DiabloConfig` then.
+            positions: of the blocks; None puts them on the diagonal, and `config` is a `DiabloConfig` then.
 
         Raises:
             ValueError: N does not divide the layer's sides, or `config.mode` is "in_place" where that cannot be done.
         """
         self._leave_weight()
         self.weight_is_shared = weight_is_shared
-        shape, suits = self._diagonal(config, name) if places is None else (places.shape, True)
+        shape, suits = self._diagonal(config, name) if positions is None else (positions.shape, True)
         obstacle = obstacle_to_in_place(self.base_layer, config.dropout)
         obstacle = obstacle or ("a base weight that other modules share" if weight_is_shared else None)
         if config.mode == "in_place" and obstacle:
@@ -139,8 +139,8 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         for index in (self.diablo_inputs, self.diablo_outputs):
             if adapter_name in index:
                 del index[adapter_name]
-        if places is not None:
-            self.diablo_inputs[adapter_name], self.diablo_outputs[adapter_name] = places
+        if positions is not None:
+            self.diablo_inputs[adapter_name], self.diablo_outputs[adapter_name] = positions
         self.diablo_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -152,20 +152,20 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         even = shape.num_blocks * shape.d_in == self.in_features and shape.num_blocks * shape.d_out == self.out_features
         return shape, even and min(shape.d_in, shape.d_out) >= SMALLEST_SIDE
 
-    def places(self, adapter_name: str) -> Places | None:
+    def positions(self, adapter_name: str) -> Positions | None:
         """Where the adapter's blocks are; None for the diagonal."""
         if adapter_name not in self.diablo_inputs:
             return None
         inputs, outputs = self.diablo_inputs[adapter_name], self.diablo_outputs[adapter_name]
-        return Places(inputs, outputs)  # pyright: ignore[reportArgumentType]
+        return Positions(inputs, outputs)  # pyright: ignore[reportArgumentType]
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The adapter's update in the layout of the base layer's weight: `(out, in)`; `(in, out)` for Conv1D."""
-        blocks, places = self.diablo_blocks[adapter_name], self.places(adapter_name)
-        if places is None:
+        blocks, positions = self.diablo_blocks[adapter_name], self.positions(adapter_name)
+        if positions is None:
             delta = delta_weight(blocks, self.in_features, self.out_features)
         else:
-            delta = at_places.delta_weight(blocks, places, self.in_features, self.out_features)
+            delta = at_positions.delta_weight(blocks, positions, self.in_features, self.out_features)
         return delta.T.contiguous() if self.fan_in_fan_out else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -308,11 +308,11 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
     def _weight_parts(self, adapter_name: str, weight: Tensor | None = None) -> Sequence[Part]:
         """Where this adapter adds to the base weight (or a copy of it): on the diagonal views, as `covered` gives."""
         weight = plain_weight(self.get_base_layer()) if weight is None else weight
-        shape, places = self._shape(adapter_name), self.places(adapter_name)
-        if places is not None:
+        shape, positions = self._shape(adapter_name), self.positions(adapter_name)
+        if positions is not None:
             if isinstance(weight, DTensor):
                 raise RuntimeError("blocks off the diagonal cannot be in a sharded weight: use mode='adapter'")
-            return [ChosenEntries(weight.T if self.fan_in_fan_out else weight, places)]
+            return [ChosenEntries(weight.T if self.fan_in_fan_out else weight, positions)]
         if not isinstance(weight, DTensor):
             return diagonal_blocks(weight.T if self.fan_in_fan_out else weight, shape)
         rows, first, count = local_shard(weight, shape.num_blocks)

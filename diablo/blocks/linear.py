@@ -14,13 +14,13 @@ from diablo.blocks.functional import add_blocks, block_linear
 from diablo.blocks.in_place import watch
 from diablo.blocks.layer import DiabloLayer, obstacle_to_in_place
 from diablo.blocks.mixed_batches import rows_by_adapter
-from diablo.blocks.positions import Places
+from diablo.blocks.positions import Positions
 
 
 class DiabloLinear(nn.Module, DiabloLayer):
     """`y = x W0 + dropout(x) diag(D_1 … D_N)` (arXiv 2506.03230, section 3), without a scaling factor.
 
-    With `places` the blocks are there instead of on the diagonal. Mode "in_place" computes it as one product with a
+    With `positions` the blocks are there instead of on the diagonal. Mode "in_place" computes it as one product with a
     weight that holds W0 + D, "adapter" as two. What is saved, copied or moved is always W0 and D.
     """
 
@@ -31,13 +31,13 @@ class DiabloLinear(nn.Module, DiabloLayer):
         config: BlockConfig,
         name: str = "",
         weight_is_shared: bool = False,
-        places: Places | None = None,
+        positions: Positions | None = None,
         **quantization: Any,
     ) -> None:
         super().__init__()
         DiabloLayer.__init__(self, base_layer, **quantization)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, name, weight_is_shared, places)
+        self.update_layer(adapter_name, config, name, weight_is_shared, positions)
         self.register_load_state_dict_post_hook(_after_loading)
         watch(self)
 
@@ -56,24 +56,24 @@ class DiabloLinear(nn.Module, DiabloLayer):
             return self.base_layer(x, *args, **kwargs)
         first, *others = names
         base: Any = self.base_layer
-        blocks, dropout, places = self.diablo_blocks[first], self._dropout(first), self.places(first)
+        blocks, dropout, positions = self.diablo_blocks[first], self._dropout(first), self.positions(first)
         if blocks.is_meta and not x.is_meta:
             raise RuntimeError(
                 "the adapter's blocks are on the meta device: offload the base model before attaching it"
             )
         if self.in_weight is not None:
-            return block_linear(x, base.weight, base.bias, blocks, self._overwrites[first], 0.0, places)
+            return block_linear(x, base.weight, base.bias, blocks, self._overwrites[first], 0.0, positions)
         if obstacle_to_in_place(base, 0.0) is None:
-            result = block_linear(x, base.weight, base.bias, blocks, None, dropout, places)
+            result = block_linear(x, base.weight, base.bias, blocks, None, dropout, positions)
         else:
             result = base(x, *args, **kwargs)
             if self.quantization_backend is not None:
                 result = self.quantization_backend.maybe_clone_base_result(result)
             if _is_seen(base):
                 result = result.clone()
-            result = add_blocks(result, x, blocks, dropout, places)
+            result = add_blocks(result, x, blocks, dropout, positions)
         for name in others:
-            result = add_blocks(result, x, self.diablo_blocks[name], self._dropout(name), self.places(name))
+            result = add_blocks(result, x, self.diablo_blocks[name], self._dropout(name), self.positions(name))
         return result
 
     def _mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
@@ -88,8 +88,8 @@ class DiabloLinear(nn.Module, DiabloLayer):
                 self.refresh(changed=False)
         for name, rows in rows_of.items():
             if name in self.diablo_blocks:
-                blocks, places = self.diablo_blocks[name], self.places(name)
-                result = result.index_copy(0, rows, add_blocks(result[rows], x[rows], blocks, 0.0, places))
+                blocks, positions = self.diablo_blocks[name], self.positions(name)
+                result = result.index_copy(0, rows, add_blocks(result[rows], x[rows], blocks, 0.0, positions))
         return result
 
     def _dropout(self, adapter_name: str) -> float:

@@ -16,7 +16,7 @@ from diablo.blocks.config import DIABLO, BlockConfig, DiabloConfig
 from diablo.blocks.layer import DiabloLayer
 from diablo.blocks.linear import DiabloLinear
 from diablo.blocks.mixed_batches import MixedBatches
-from diablo.blocks.positions import Places
+from diablo.blocks.positions import Positions
 from diablo.register import register
 from diablo.targets import CheckedTuner
 from diablo.tied import shared_names
@@ -55,19 +55,19 @@ class DiabloModel(CheckedTuner, MixedBatches, BaseTuner):
                 raise ValueError(
                     f"DiaBlo adapts linear layers, not {type(base_layer).__name__}: take it out of target_modules"
                 )
-            places = self._places(peft_config, current_key, base_layer)
-            if places is not None and 0 in places.shape:
+            positions = self._positions(peft_config, current_key, base_layer)
+            if positions is not None and 0 in positions.shape:
                 return  # nothing of this layer is trained
             is_shared = bool(shared_names(self.model, target))
             if isinstance(target, DiabloLayer):
-                target.update_layer(adapter_name, peft_config, current_key, is_shared, places)
+                target.update_layer(adapter_name, peft_config, current_key, is_shared, positions)
                 return
-            layer = DiabloLinear(target, adapter_name, peft_config, current_key, is_shared, places, **quantization)
+            layer = DiabloLinear(target, adapter_name, peft_config, current_key, is_shared, positions, **quantization)
         except ValueError as error:
             raise ValueError(f"{current_key}: {error}") from None
         self._replace_module(parent, target_name, layer, target)
 
-    def _places(self, config: BlockConfig, name: str, base_layer: nn.Module) -> Places | None:
+    def _positions(self, config: BlockConfig, name: str, base_layer: nn.Module) -> Positions | None:
         """Where the blocks of the layer of this name are to be: on the diagonal."""
         return None
 
@@ -122,7 +122,7 @@ def _weighted_sum(name: str, layer: DiabloLayer, adapters: list[str], weights: l
     same = all(one in layer.diablo_blocks for one in adapters)
     if same:
         shapes = {layer.diablo_blocks[one].shape for one in adapters}
-        first, *others = (layer.places(one) for one in adapters)
+        first, *others = (layer.positions(one) for one in adapters)
         same = len(shapes) == 1 and all(
             (other is None) == (first is None)
             and (other is None or all(torch.equal(*pair) for pair in zip(first or (), other, strict=True)))
@@ -151,7 +151,7 @@ def fit_shards(model: nn.Module, shards: int) -> None:
         for adapter, mode in layer.forward_mode.items():
             count, d_in, d_out = layer.diablo_blocks[adapter].shape
             even = (count * d_in, count * d_out) == (layer.in_features, layer.out_features)
-            if mode == "adapter" or (layer.places(adapter) is None and even and count % shards == 0):
+            if mode == "adapter" or (layer.positions(adapter) is None and even and count % shards == 0):
                 continue
             config: Any = getattr(model, "peft_config", {}).get(adapter)
             if config is not None and config.mode == "in_place":

@@ -13,7 +13,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from diablo.blocks.positions import Places
+from diablo.blocks.positions import Positions
 from diablo.blocks.products import BlockShape
 
 BLOCK_PATTERNS = ("diagonal", "random_block", "permuted_block", "shuffled_diagonal")
@@ -61,10 +61,10 @@ def pattern_shape(
     return BlockShape(density.denominator, d_in, d_out)
 
 
-def draw(pattern: str, shape: BlockShape, in_features: int, out_features: int, generator: torch.Generator) -> Places:
+def draw(pattern: str, shape: BlockShape, in_features: int, out_features: int, generator: torch.Generator) -> Positions:
     """Where the blocks of this shape are.
 
-    - `diagonal`: DiaBlo's own places.
+    - `diagonal`: DiaBlo's own positions.
     - `random_block`: distinct cells of the grid, each equally likely.
     - `permuted_block`: one block in each row and column of blocks, a random permutation.
     - `shuffled_diagonal`: diagonal blocks of a W whose rows were permuted at random.
@@ -77,29 +77,29 @@ def draw(pattern: str, shape: BlockShape, in_features: int, out_features: int, g
     """
     num_blocks, d_in, d_out = shape
     if pattern == "random_row":
-        return _places(draw_distinct(in_features, d_in, generator)[None], _all(out_features)[None])
+        return _positions(draw_distinct(in_features, d_in, generator)[None], _all(out_features)[None])
     if pattern == "random_column":
-        return _places(_all(in_features)[None], draw_distinct(out_features, d_out, generator)[None])
+        return _positions(_all(in_features)[None], draw_distinct(out_features, d_out, generator)[None])
     if pattern == "random_entry":
         entries = draw_distinct(in_features * out_features, num_blocks, generator)[:, None]
-        return _places(entries // out_features, entries % out_features)
+        return _positions(entries // out_features, entries % out_features)
     if pattern == "banded":
         width = num_blocks // in_features
         middle = (2 * _all(in_features) + 1) * out_features // (2 * in_features)
         start = (middle - width // 2).clamp(0, out_features - width)
         outputs = start[:, None] + _all(width)
-        return _places(_all(in_features)[:, None].expand_as(outputs).reshape(-1, 1), outputs.reshape(-1, 1))
+        return _positions(_all(in_features)[:, None].expand_as(outputs).reshape(-1, 1), outputs.reshape(-1, 1))
     if pattern == "shuffled_diagonal":
         shuffled = torch.randperm(in_features, generator=generator, device="cpu").view(num_blocks, d_in)
-        return _places(shuffled.sort(1).values, _all(out_features).view(num_blocks, d_out))
+        return _positions(shuffled.sort(1).values, _all(out_features).view(num_blocks, d_out))
     if pattern == "random_block":
         cells = draw_distinct(num_blocks**2, num_blocks, generator)
-        return grid_places(cells // num_blocks, cells % num_blocks, d_in, d_out)
+        return grid_positions(cells // num_blocks, cells % num_blocks, d_in, d_out)
     if pattern == "permuted_block":
         columns = torch.randperm(num_blocks, generator=generator, device="cpu")
-        return grid_places(_all(num_blocks), columns, d_in, d_out)
+        return grid_positions(_all(num_blocks), columns, d_in, d_out)
     if pattern == "diagonal":
-        return grid_places(_all(num_blocks), _all(num_blocks), d_in, d_out)
+        return grid_positions(_all(num_blocks), _all(num_blocks), d_in, d_out)
     raise _unknown(pattern)
 
 
@@ -107,9 +107,9 @@ def _unknown(pattern: str) -> ValueError:
     return ValueError(f"pattern={pattern!r} is unknown to diablo.patterns: choose one of {', '.join(PATTERNS)}")
 
 
-def grid_places(rows: Tensor, columns: Tensor, d_in: int, d_out: int) -> Places:
+def grid_positions(rows: Tensor, columns: Tensor, d_in: int, d_out: int) -> Positions:
     """Blocks of `d_in` × `d_out` in the cells `(rows[b], columns[b])` of a grid."""
-    return _places(rows[:, None] * d_in + _all(d_in), columns[:, None] * d_out + _all(d_out))
+    return _positions(rows[:, None] * d_in + _all(d_in), columns[:, None] * d_out + _all(d_out))
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
@@ -132,5 +132,5 @@ def _all(number: int) -> Tensor:
     return torch.arange(number, device="cpu")
 
 
-def _places(inputs: Tensor, outputs: Tensor) -> Places:
-    return Places(inputs.to(torch.int32), outputs.to(torch.int32))
+def _positions(inputs: Tensor, outputs: Tensor) -> Positions:
+    return Positions(inputs.to(torch.int32), outputs.to(torch.int32))

@@ -1,11 +1,11 @@
-"""The maths of blocks at chosen places of a weight: rows, columns, blocks or single entries, all in one form.
+"""The maths of blocks at chosen positions of a weight: rows, columns, blocks or single entries, all in one form.
 
 Names follow the paper's Y = X W, where W is (in, out): a row of W is an input feature and so a column of
 `nn.Linear.weight`, which is (out, in); a column of W is an output feature and so a row of `nn.Linear.weight`.
 
 `blocks` is `(n, d_in, d_out)` as in diablo/blocks/products.py, and block b trains the entries of W where the inputs
 `inputs[b]` meet the outputs `outputs[b]`: k rows are one block of k inputs and all outputs, single entries are blocks
-of 1 × 1. Where `places` is None the blocks lie on the diagonal, which needs no index at all.
+of 1 × 1. Where `positions` is None the blocks lie on the diagonal, which needs no index at all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SAMPLED_BELOW = 1 / 16
 CHUNK = 1024  # entries whose products over all tokens are held at once
 
 
-class Places(NamedTuple):
+class Positions(NamedTuple):
     """Which inputs and outputs each block trains, as int32. Within a block both ascend; no entry occurs twice."""
 
     inputs: Tensor  # (n, d_in)
@@ -34,33 +34,38 @@ class Places(NamedTuple):
         return BlockShape(num_blocks, d_in, self.outputs.shape[1])
 
     @property
-    def transposed(self) -> Places:
-        return Places(self.outputs, self.inputs)
+    def transposed(self) -> Positions:
+        return Positions(self.outputs, self.inputs)
 
 
-def add_product_(y: Tensor, x: Tensor, blocks: Tensor, places: Places | None) -> Tensor:
-    """`y += x @ S` in place, where S holds the blocks at their places and is zero elsewhere.
+def add_product_(y: Tensor, x: Tensor, blocks: Tensor, positions: Positions | None) -> Tensor:
+    """`y += x @ S` in place, where S holds the blocks at their positions and is zero elsewhere.
 
     Args:
         y: `(tokens, out_features)`.
         x: `(tokens, in_features)`, of the dtype of `y`.
         blocks: `(n, d_in, d_out)`, of the dtype of `y`.
     """
-    if places is None:
+    if positions is None:
         return add_block_product_(y, x, blocks)
     if blocks.shape[1:] == (1, 1):  # a dense product is faster than any sparse one at these densities
-        return y.addmm_(x, delta_weight(blocks, places, x.shape[1], y.shape[1]).T)
-    x = gather(x, places.inputs)
-    if _is_all(places.outputs, y.shape[1]):
+        return y.addmm_(x, delta_weight(blocks, positions, x.shape[1], y.shape[1]).T)
+    x = gather(x, positions.inputs)
+    if _is_all(positions.outputs, y.shape[1]):
         return add_block_product_(y, x, blocks)
-    product = add_block_product_(y.new_zeros(y.shape[0], places.outputs.numel()), x, blocks)
-    return y.index_add_(1, places.outputs.flatten(), product)
+    product = add_block_product_(y.new_zeros(y.shape[0], positions.outputs.numel()), x, blocks)
+    return y.index_add_(1, positions.outputs.flatten(), product)
 
 
 def gradient(
-    x: Tensor, grad_y: Tensor, shape: BlockShape, places: Places | None, dtype: torch.dtype, gathered: bool = False
+    x: Tensor,
+    grad_y: Tensor,
+    shape: BlockShape,
+    positions: Positions | None,
+    dtype: torch.dtype,
+    gathered: bool = False,
 ) -> Tensor:
-    """The gradient of the blocks: that of W at their places, and no other entry of it where the blocks are not 1 × 1.
+    """The gradient of the blocks: that of W at their positions, and of no other entry unless the blocks are 1 × 1.
 
     Args:
         x: `(tokens, in_features)`, or what `gather` makes of it if `gathered`.
@@ -70,12 +75,12 @@ def gradient(
     Returns:
         `(n, d_in, d_out)`.
     """
-    if places is None:
+    if positions is None:
         return block_gradient(x, grad_y, shape, dtype)
     if (shape.d_in, shape.d_out) == (1, 1) and not gathered:
-        return _entries_gradient(x, grad_y, places, dtype).view(shape)
-    x = x if gathered else gather(x, places.inputs)
-    return block_gradient(x, gather(grad_y, places.outputs), shape, dtype)
+        return _entries_gradient(x, grad_y, positions, dtype).view(shape)
+    x = x if gathered else gather(x, positions.inputs)
+    return block_gradient(x, gather(grad_y, positions.outputs), shape, dtype)
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
@@ -83,28 +88,28 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     return x if _is_all(index, x.shape[1]) else x.index_select(1, index.flatten())
 
 
-def is_smaller_gathered(places: Places, in_features: int) -> bool:
+def is_smaller_gathered(positions: Positions, in_features: int) -> bool:
     """Whether a forward pass keeps less for the backward pass if it keeps only the inputs of the blocks."""
-    return places.inputs.numel() < in_features
+    return positions.inputs.numel() < in_features
 
 
-def delta_weight(blocks: Tensor, places: Places, in_features: int, out_features: int) -> Tensor:
+def delta_weight(blocks: Tensor, positions: Positions, in_features: int, out_features: int) -> Tensor:
     """S as a dense matrix in the layout of `nn.Linear.weight`, `(out_features, in_features)`."""
     delta = blocks.new_zeros(out_features, in_features)
-    delta[places.outputs[:, None, :], places.inputs[:, :, None]] = blocks
+    delta[positions.outputs[:, None, :], positions.inputs[:, :, None]] = blocks
     return delta
 
 
 class ChosenEntries:
-    """The entries of a weight at chosen places, with as much of a tensor's interface as `Overwrite` needs of a part.
+    """The entries of a weight at chosen positions, with as much of a tensor's interface as `Overwrite` needs of a part.
 
     Args:
         weight: `(out_features, in_features)`, with any strides.
     """
 
-    def __init__(self, weight: Tensor, places: Places) -> None:
+    def __init__(self, weight: Tensor, positions: Positions) -> None:
         self.weight = weight
-        self.index = (places.outputs[:, None, :], places.inputs[:, :, None])
+        self.index = (positions.outputs[:, None, :], positions.inputs[:, :, None])
 
     def clone(self) -> Tensor:
         """`(n, d_in, d_out)`."""
@@ -122,8 +127,11 @@ def _is_all(index: Tensor, features: int) -> bool:
     return index.shape == (1, features)  # a block's features ascend and are distinct
 
 
-def _entries_gradient(x: Tensor, grad_y: Tensor, places: Places, dtype: torch.dtype) -> Tensor:
-    (in_features, out_features), (inputs, outputs) = (x.shape[1], grad_y.shape[1]), (part.flatten() for part in places)
+def _entries_gradient(x: Tensor, grad_y: Tensor, positions: Positions, dtype: torch.dtype) -> Tensor:
+    (in_features, out_features), (inputs, outputs) = (
+        (x.shape[1], grad_y.shape[1]),
+        (part.flatten() for part in positions),
+    )
     if x.device.type != "cpu" or inputs.numel() > SAMPLED_BELOW * in_features * out_features:
         return block_gradient(x, grad_y, BlockShape(1, in_features, out_features), dtype)[0][inputs, outputs]
     if x.dtype in (torch.float16, torch.bfloat16):

@@ -19,7 +19,7 @@ from diablo.blocks.config import BlockConfig
 from diablo.blocks.layer import layer_sides
 from diablo.blocks.model import DiabloModel
 from diablo.blocks.patterns import draw_distinct, generator_for
-from diablo.blocks.positions import Places
+from diablo.blocks.positions import Positions
 from diablo.register import peft_type, register
 
 S2FT = peft_type("S2FT")
@@ -72,7 +72,7 @@ class S2ftConfig(BlockConfig):
 class S2ftModel(DiabloModel):
     """A model in which the chosen channels are trained. A layer that got none stays as it is."""
 
-    def _places(self, config: BlockConfig, name: str, base_layer: nn.Module) -> Places:
+    def _positions(self, config: BlockConfig, name: str, base_layer: nn.Module) -> Positions:
         assert isinstance(config, S2ftConfig)
         in_features, out_features = layer_sides(base_layer)
         projection = name.rpartition(".")[2]
@@ -80,7 +80,7 @@ class S2ftModel(DiabloModel):
         side, size = CHANNELS[projection].side, self._channel_size(projection)
         features = (chosen[:, None] * size + torch.arange(size, device="cpu")).view(1, -1).to(torch.int32)
         every = torch.arange(out_features if side == "inputs" else in_features, dtype=torch.int32, device="cpu")[None]
-        return Places(features, every) if side == "inputs" else Places(every, features)
+        return Positions(features, every) if side == "inputs" else Positions(every, features)
 
     def _chosen(self, config: S2ftConfig, projection: str) -> dict[str, torch.Tensor]:
         """The chosen neurons or heads of every layer, drawn over all pairs of a layer and a neuron or head."""

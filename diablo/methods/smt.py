@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from diablo.blocks.config import BlockConfig
 from diablo.blocks.layer import layer_sides
 from diablo.blocks.model import DiabloModel
-from diablo.blocks.patterns import grid_places
-from diablo.blocks.positions import Places
+from diablo.blocks.patterns import grid_positions
+from diablo.blocks.positions import Positions
 from diablo.quantize.quantized_linear import QuantizedLinear
 from diablo.register import peft_type, register
 from diablo.targets import check_targets
@@ -68,7 +68,7 @@ class SmtModel(DiabloModel):
 
     target_module_mapping = dict.fromkeys(DiabloModel.target_module_mapping, ATTENTION)
 
-    def _places(self, config: BlockConfig, name: str, base_layer: nn.Module) -> Places:
+    def _positions(self, config: BlockConfig, name: str, base_layer: nn.Module) -> Positions:
         assert isinstance(config, SmtConfig)
         if config.blocks is None:
             raise ValueError("the blocks are not chosen yet: attach what diablo.smt.choose_blocks returns")
@@ -79,7 +79,7 @@ class SmtModel(DiabloModel):
             raise ValueError(
                 f"blocks {chosen[outside.any(1)].tolist()} are not in the layer's grid of {rows} × {columns}"
             )
-        return grid_places(chosen[:, 0], chosen[:, 1], config.block_size, config.block_size)
+        return grid_positions(chosen[:, 0], chosen[:, 1], config.block_size, config.block_size)
 
 
 def choose_blocks(

@@ -17,7 +17,7 @@ from diablo.blocks.config import BlockConfig
 from diablo.blocks.layer import layer_sides
 from diablo.blocks.model import DiabloModel
 from diablo.blocks.patterns import BLOCK_PATTERNS, PATTERNS, draw, generator_for, pattern_shape
-from diablo.blocks.positions import Places
+from diablo.blocks.positions import Positions
 from diablo.register import peft_type, register
 
 SPARSE = peft_type("SPARSE")
@@ -74,7 +74,7 @@ class SparseConfig(BlockConfig):
 class SparseModel(DiabloModel):
     """A model whose target layers train the entries that a pattern chooses."""
 
-    def _places(self, config: BlockConfig, name: str, base_layer: nn.Module) -> Places:
+    def _positions(self, config: BlockConfig, name: str, base_layer: nn.Module) -> Positions:
         assert isinstance(config, SparseConfig)
         in_features, out_features = layer_sides(base_layer)
         shape = pattern_shape(config.pattern, in_features, out_features, config.fraction, config.count)
@@ -82,7 +82,7 @@ class SparseModel(DiabloModel):
             # Only the number of parameters is wanted, and a draw takes a second per large layer.
             inputs, outputs = ((shape.num_blocks, side) for side in (shape.d_in, shape.d_out))
             on_meta = partial(torch.empty, dtype=torch.int32, device="meta")
-            return Places(on_meta(inputs), on_meta(outputs))
+            return Positions(on_meta(inputs), on_meta(outputs))
         return draw(config.pattern, shape, in_features, out_features, generator_for(config.seed, name))
 
 

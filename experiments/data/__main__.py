@@ -12,12 +12,13 @@ import os
 
 import yaml
 
+from experiments import CONFIGS
 from experiments.data import hub
 from experiments.data.pinned import not_pinned
 from experiments.data.rows import how, load_split, local_file, rows_hash
 from experiments.data.sources import HUBS, SOURCES
 from experiments.errors import UserError, nearest, run_command
-from experiments.plan.compose import CONFIGS, options
+from experiments.plan.compose import options
 from experiments.runs.evaluations import task_of
 
 

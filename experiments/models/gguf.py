@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from experiments import ROOT
+from experiments import CONFIGS
 from experiments.errors import UserError
 from experiments.runs.received import check_file_names
 from experiments.runs.records import file_hash, write_atomically
@@ -45,7 +45,7 @@ def settle_weights(model: Config, cache: Path) -> None:
 
 def is_packaged(model: Config) -> bool:
     """Whether the model's file in configs/model names a Python package with its weights."""
-    path = ROOT / "configs" / "model" / f"{model['name']}.yaml"
+    path = CONFIGS / "model" / f"{model['name']}.yaml"
     return path.is_file() and "gguf" in yaml.safe_load(path.read_text(encoding="utf-8"))
 
 

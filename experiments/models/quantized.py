@@ -233,7 +233,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
     folder.mkdir(parents=True, exist_ok=True)
     home = RunPaths(folder)
-    with locked(home, beside_living=True) as lock:
+    with locked(home, wait_for_holder=True) as lock:
         heart = Heartbeat(home, "quantize")
         heart.start(lock)
         try:

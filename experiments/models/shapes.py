@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Config = dict[str, Any]
 
 
-def leave_out_sklearn() -> None:
+def block_sklearn_import() -> None:
     """For a command's start: it is not there for this process.
 
     transformers imports it where it is installed, and pandas and scipy with it, for a way of generating that is not

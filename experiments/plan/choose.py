@@ -63,7 +63,7 @@ class Stages:
         """A line per choice; it names model and task where there are several."""
         several = len({(tried.config["model"]["name"], tried.config["task"]["name"]) for tried in self.tried}) > 1
         return [
-            f"{named(tried.config) if several else tried.config['method']['label']}: "
+            f"{setting_label(tried.config) if several else tried.config['method']['label']}: "
             f"learning rate {tried.config['recipe']['learning_rate']:g}"
             + (", the smallest or largest that was tried" if tried.at_edge else "")
             for tried in self.tried
@@ -91,7 +91,7 @@ def stages_of(configs: list[Config], by: str | None) -> Stages:
             continue
         if not group[0]["task"]["data"]["heldout"]:
             raise UserError(
-                f"{named(group[0])}: learning rates are chosen on held-out rows: give task.data.heldout=1000"
+                f"{setting_label(group[0])}: learning rates are chosen on held-out rows: give task.data.heldout=1000"
             )
         first = [config for config in group if config["seed"] == group[0]["seed"]]
         scores = [_held_out(config) for config in first]
@@ -105,7 +105,7 @@ def stages_of(configs: list[Config], by: str | None) -> Stages:
         ]
         found.final += [config for config in group if _rate(config) == best]
         if waiting:
-            found.undecided.append(f"{named(first[0])} waits for {', '.join(waiting)}")
+            found.undecided.append(f"{setting_label(first[0])} waits for {', '.join(waiting)}")
             found.to_come += [config for config in group if _rate(config) == _rate(first[0])]
     return found
 
@@ -184,9 +184,9 @@ def _best(first: list[Config], scores: Sequence[Config | None], by: str) -> floa
         if score is not None and score["loss"] is not None
     ]
     if not candidates:
-        raise UserError(f"{named(first[0])}: all learning rates diverged: give smaller ones")
+        raise UserError(f"{setting_label(first[0])}: all learning rates diverged: give smaller ones")
     return min(candidates)[1]
 
 
-def named(config: Config) -> str:
+def setting_label(config: Config) -> str:
     return f"{config['method']['label']} on {config['model']['name']} and {config['task']['name']}"

@@ -21,14 +21,15 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments import CONFIGS
 from experiments.data.sources import SOURCES
 from experiments.errors import UserError, nearest
 from experiments.models.gguf import settle_weights
-from experiments.plan.experiment_files import CONFIGS, expand_experiment, options
+from experiments.plan.experiment_files import expand_experiment, options
 from experiments.plan.overrides import by_name, by_name_resolved, checked, set_value, settle, sweep
 from experiments.plan.quantization import name_quantized
 from experiments.runs.evaluations import kind_of
-from experiments.runs.prerequisite import freeze_first
+from experiments.runs.prerequisite import freeze_prerequisite
 from experiments.runs.records import RunPaths, read_config, run_id, write_config
 
 GROUPS = ("model", "method", "quantization", "task", "protocol")
@@ -67,7 +68,7 @@ def resolve(overrides: Iterable[Override]) -> Config:
     resolved = copy.deepcopy(_resolved(lines, settled, keys))
     for override in values[last:]:
         set_value(resolved, override, TOP)
-    return _named(freeze_first(resolved, overrides, resolve))
+    return _finalize(freeze_prerequisite(resolved, overrides, resolve))
 
 
 def resolve_with_hydra(overrides: Iterable[Override]) -> Config:
@@ -77,7 +78,7 @@ def resolve_with_hydra(overrides: Iterable[Override]) -> Config:
     overrides = [*groups, *checked(values, _files(_lines(groups)))]
     resolved = _resolve_references(_compose.__wrapped__(_lines(overrides)))
     settle(resolved, _files(_lines(groups)))
-    return _named(freeze_first(resolved, overrides, resolve_with_hydra))
+    return _finalize(freeze_prerequisite(resolved, overrides, resolve_with_hydra))
 
 
 def protocol_evaluation(task: str, protocol: str) -> Config:
@@ -208,7 +209,7 @@ def _resolve_references(composed: Config) -> Config:
         raise UserError(f"cannot resolve the config of {method['name']} on {task['name']}: {error}") from None
 
 
-def _named(settings: Config) -> Config:
+def _finalize(settings: Config) -> Config:
     """Drop the tables that only served to choose a value, and name the run."""
     _check_data(settings)
     settle_weights(settings["model"], Path(settings["runtime"]["cache_dir"]))

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
+from experiments import CONFIGS
 from experiments.errors import UserError, nearest
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PAPER = "cells=paper"  # beside experiment=…: only the paper's own cells
 Config = dict[str, Any]
 

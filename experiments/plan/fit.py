@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from experiments.errors import UserError
-from experiments.plan.choose import named
+from experiments.plan.choose import setting_label
 from experiments.plan.memory import Memory, estimate
 from experiments.runs.sizes import gibibytes
 from experiments.train.sharding import not_shardable
@@ -59,7 +59,7 @@ def _shardings(config: Config, gpus: int) -> list[str]:
         return ["none"]
     if asked == "full":
         if (reason := not_shardable(config)) or gpus < 2:
-            why = reason or f"{named(config)} gets {max(1, gpus)} GPU: give more"
+            why = reason or f"{setting_label(config)} gets {max(1, gpus)} GPU: give more"
             raise UserError(f"runtime.sharding=full: {why}, or runtime.sharding=auto")
         return ["full"]
     return ["none"] if asked == "none" or gpus < 2 or not_shardable(config) else ["none", "full"]
@@ -80,8 +80,8 @@ def check_divides(config: Config, gpus: int) -> None:
     if recipe["batch_size"] % (recipe["micro_batch_size"] * gpus):
         known = ", ".join(map(str, _counts(config, recipe["batch_size"])))
         raise UserError(
-            f"{named(config)}: recipe.batch_size={recipe['batch_size']} is not a multiple of recipe.micro_batch_size="
-            f"{recipe['micro_batch_size']} × {gpus} GPUs: give "
+            f"{setting_label(config)}: recipe.batch_size={recipe['batch_size']} is not a multiple of "
+            f"recipe.micro_batch_size={recipe['micro_batch_size']} × {gpus} GPUs: give "
             + (f"{known} GPUs, or " if known else "")
             + "another recipe.micro_batch_size"
         )
@@ -103,7 +103,7 @@ def does_not_fit(config: Config, gpus: int, gpu_bytes: int, largest: int) -> str
     )
     mend = f"give {', or '.join(changes)}" if changes else f"give GPUs with more memory{quantised}"
     return (
-        f"{named(config)} does not fit: it needs {gibibytes(needs.peak)}{why}, and "
+        f"{setting_label(config)} does not fit: it needs {gibibytes(needs.peak)}{why}, and "
         f"{gibibytes(int(USABLE * gpu_bytes))} are usable on {where}: {mend}"
     )
 

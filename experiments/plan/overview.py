@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from experiments import ROOT
-from experiments.plan.choose import follow, named, stages_of
+from experiments.plan.choose import follow, setting_label, stages_of
 from experiments.plan.compose import plan, run_paths
 from experiments.plan.memory import estimate
 from experiments.plan.selection import Selection, select
@@ -98,7 +98,7 @@ def off_by(configs: Sequence[Config]) -> list[str]:
         for where, count, peak in _measured(config, configs):
             guess = estimate(config, count).peak
             lines.append(
-                f"measured: {named(config)}: {gibibytes(peak)} on {where}, estimated {gibibytes(guess)} "
+                f"measured: {setting_label(config)}: {gibibytes(peak)} on {where}, estimated {gibibytes(guess)} "
                 f"({100 * guess / peak - 100:+.1f} %)"
             )
     return lines or _off_by_on_record()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.errors import UserError
-from experiments.plan.choose import named, rule
+from experiments.plan.choose import rule, setting_label
 from experiments.plan.compose import plan
 from experiments.plan.cost import Speed, known_hours, read_budget, read_speed
 from experiments.plan.experiment_files import PAPER
@@ -114,11 +114,12 @@ def within(configs: list[Config], by: str | None, budget: float, hours: Hours) -
         name, parts = min(rounds.items(), key=lambda item: sum(map(hours, item[1][0][0])))
         cost = sum(map(hours, parts[0][0]))
         raise UserError(
-            f"--budget {budget:g}gpuh pays for no setting: the cheapest, {named(groups[name][0])}, takes {cost:.3g} "
-            f"GPU-hours for {len(parts[0][0])} runs"
+            f"--budget {budget:g}gpuh pays for no setting: the cheapest, {setting_label(groups[name][0])}, takes "
+            f"{cost:.3g} GPU-hours for {len(parts[0][0])} runs"
         )
     left_out = {
-        named(groups[name][0]): (count, sum(len(paid) for paid, _ in rounds[name])) for name, count in lacks.items()
+        setting_label(groups[name][0]): (count, sum(len(paid) for paid, _ in rounds[name]))
+        for name, count in lacks.items()
     }
     return Selected([config for config in configs if config["run_id"] in kept], by, left_out)
 

@@ -191,12 +191,12 @@ def _work_in_processes(work: Callable[[Worker], None], count: int, deadline: flo
     pool = ThreadPoolExecutor(count)
     with preemption.listening():
         try:
-            preemption.raise_at_once(True)
+            preemption.raise_immediately(True)
             futures = [pool.submit(work, worker) for worker in workers]
             left = None if deadline is None else max(0.0, deadline - time.time())
             wait(futures, left, return_when=FIRST_EXCEPTION)
         finally:
-            preemption.raise_at_once(False)
+            preemption.raise_immediately(False)
             for worker in workers:
                 worker.stop()
             pool.shutdown()

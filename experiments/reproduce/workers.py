@@ -133,9 +133,9 @@ def main(arguments: list[str]) -> None:
     preemption.listen()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no answer
-    from experiments.models.shapes import leave_out_sklearn
+    from experiments.models.shapes import block_sklearn_import
 
-    leave_out_sklearn()
+    block_sklearn_import()
     for name in ("experiments.train", "eval.run"):  # before the first job, so that a job's time is its own
         import_module(name)
 
@@ -144,7 +144,7 @@ def main(arguments: list[str]) -> None:
         found = answer(json.loads(line))
         with suppress(BrokenPipeError):
             print(json.dumps(found), file=answers, flush=True)
-        if "preempted" in found or preemption.asked():
+        if "preempted" in found or preemption.pending_signal():
             break
 
 

@@ -88,34 +88,34 @@ class Heartbeat:
 
 
 @contextmanager
-def attempt(run: RunPaths, stage: str, beside_living: bool = False) -> Iterator[Heartbeat]:
+def attempt(run: RunPaths, stage: str, wait_for_holder: bool = False) -> Iterator[Heartbeat]:
     """The body is an attempt at a stage. Asked to stop by a signal, it ends with `Preempted` and leaves a marker.
 
     Of several processes the first alone writes; loading is not interrupted there, for the others would wait for ever.
-    `beside_living`: another process that is at the run is waited for, instead of failing.
+    `wait_for_holder`: another process that is at the run is waited for, instead of failing.
     """
     heart, writes = Heartbeat(run, stage), os.environ.get("RANK", "0") == "0"
     with preemption.listening():
         try:
             if writes:
-                with locked(run, beside_living=beside_living) as lock, _recorded(run, heart):
+                with locked(run, wait_for_holder=wait_for_holder) as lock, _recorded(run, heart):
                     heart.start(lock)
                     try:
-                        preemption.raise_at_once(os.environ.get("WORLD_SIZE", "1") == "1")
+                        preemption.raise_immediately(os.environ.get("WORLD_SIZE", "1") == "1")
                         with _memory_errors_explained(run, stage):
                             yield heart
                     finally:
-                        preemption.raise_at_once(False)
+                        preemption.raise_immediately(False)
                         heart.stop()
             else:
                 with _memory_errors_explained(run, stage):
                     yield heart
         except (Exception, Preempted) as error:
-            preemption.raise_at_once(False)
+            preemption.raise_immediately(False)
             if not _is_preemption(error):
                 raise
-            signal = preemption.asked()
-            preemption.answered()
+            signal = preemption.pending_signal()
+            preemption.acknowledge()
             if writes:
                 count = sum(entry["how"] == "preempted" for entry in _read_attempts(run))
                 marker = {"count": count, "stage": stage, "step": heart.step, "signal": signal, "time": time.time()}
@@ -162,7 +162,9 @@ def _recorded(run: RunPaths, heart: Heartbeat) -> Iterator[None]:
 
 def _is_preemption(error: BaseException) -> bool:
     """A library that is interrupted may end otherwise, as a server whose workers got the signal too."""
-    return isinstance(error, Preempted) or (preemption.asked() is not None and not isinstance(error, UserError))
+    return isinstance(error, Preempted) or (
+        preemption.pending_signal() is not None and not isinstance(error, UserError)
+    )
 
 
 def _read_attempts(run: RunPaths) -> list[dict[str, Any]]:

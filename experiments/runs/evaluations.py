@@ -11,13 +11,13 @@ from typing import Any
 
 import yaml
 
-from experiments import ROOT
+from experiments import CONFIGS, ROOT
 from experiments.errors import UserError, nearest
 from experiments.runs.records import EvalPaths, RunPaths
 from experiments.settings import NAME
 
 Config = dict[str, Any]
-TASKS, CONFIGS = ROOT / "eval" / "tasks", ROOT / "configs"
+TASKS = ROOT / "eval" / "tasks"
 ASKED = ("prompt", "prompt_with_input", "strip_prompt", "bos", "limit", "merge", "backend")
 READ = ("searched", "full_batches_of")
 LIKELIHOOD = "likelihood"  # the kind of benchmarks that score given targets instead of completions

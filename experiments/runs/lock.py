@@ -41,15 +41,15 @@ def identity() -> Holder:
 
 
 @contextmanager
-def locked(run: RunPaths, patience: float | None = None, beside_living: bool = False) -> Iterator[str]:
+def locked(run: RunPaths, patience: float | None = None, wait_for_holder: bool = False) -> Iterator[str]:
     """Hold the run's lock, and give its text. Waits for a holder that shows no life, refuses beside one that does.
 
-    `beside_living`: wait for that one too, until it has ended.
+    `wait_for_holder`: wait for that one too, until it has ended.
     """
     beat = _read_json(_read(run.heartbeat)).get("beat", -1) + 1  # makes the lock another than any before it
     text = json.dumps({**identity(), "processes": _processes(), "beat": beat})
     try:
-        _acquire(run, text, PATIENCE if patience is None else patience, beside_living)
+        _acquire(run, text, PATIENCE if patience is None else patience, wait_for_holder)
     except OSError as error:
         raise UserError(
             f"{run.root}: cannot be written to ({error.strerror}): mend its permissions, or plan the run elsewhere "
@@ -80,7 +80,7 @@ def describe(holder: Holder) -> str:
     return f"{job}process {holder.get('pid')} on {holder.get('host')}"
 
 
-def _acquire(run: RunPaths, text: str, patience: float, beside_living: bool) -> None:
+def _acquire(run: RunPaths, text: str, patience: float, wait_for_holder: bool) -> None:
     me = json.loads(text)
     seen: tuple[str, str] | None = None
     since = asked_queue = -float("inf")
@@ -105,10 +105,10 @@ def _acquire(run: RunPaths, text: str, patience: float, beside_living: bool) -> 
             earlier_self = holder.get("job") is not None and holder.get("job") == me["job"]
             if seen is None:
                 print(f"{run.root}: waiting for {describe(holder)}, which holds its lock", file=sys.stderr, flush=True)
-            elif seen[0] == content and holder and not earlier_self and not beside_living:
+            elif seen[0] == content and holder and not earlier_self and not wait_for_holder:
                 raise UserError(f"{run.root}: is being written by {describe(holder)}: wait for it, or stop it first")
             seen, since = state, now
-        if preemption.asked():
+        if preemption.pending_signal():
             raise Preempted
         time.sleep(POLL)
 

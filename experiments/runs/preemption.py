@@ -29,17 +29,17 @@ def listen() -> None:
             signal.signal(number, _note)
 
 
-def asked() -> str | None:
+def pending_signal() -> str | None:
     """The name of the signal that came."""
     return signal.Signals(_Request.signal).name if _Request.signal else None
 
 
-def answered() -> None:
+def acknowledge() -> None:
     """The request was met. One that came too late to be is left to the next stage of this process."""
     _Request.signal = 0
 
 
-def raise_at_once(raises: bool) -> None:
+def raise_immediately(raises: bool) -> None:
     """Whether a signal is raised where it meets the program; one that was noted before is raised here."""
     _Request.raises = raises
     if raises and _Request.signal:
@@ -48,12 +48,12 @@ def raise_at_once(raises: bool) -> None:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
+def deferred() -> Iterator[None]:
     """What is begun is finished; signals are raised before and after it."""
-    raise_at_once(True)
+    raise_immediately(True)
     _Request.raises = False
     yield
-    raise_at_once(True)
+    raise_immediately(True)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Config = dict[str, Any]
 
 
-def freeze_first(
+def freeze_prerequisite(
     settings: Config, overrides: Iterable[Override], resolve: Callable[[Iterable[Override]], Config]
 ) -> Config:
     """The settings with `method.first`, a name, replaced by that method and its learning rate.
@@ -45,7 +45,7 @@ def _of_the_method(key: str) -> bool:
     return key in ("method", "recipe.learning_rate") or key.startswith("method.")
 
 
-def first_config(config: Config) -> Config | None:
+def prerequisite_config(config: Config) -> Config | None:
     """The config of the run that comes before; None where there is none."""
     first = config["method"].get("first")
     if first is None:
@@ -55,9 +55,9 @@ def first_config(config: Config) -> Config | None:
     return {**settings, "run_id": run_id(settings)}
 
 
-def first_run(run: RunPaths, config: Config) -> RunPaths | None:
+def prerequisite_run(run: RunPaths, config: Config) -> RunPaths | None:
     """The directory of the run that comes before, planned if it is not there; None where there is none."""
-    settings = first_config(config)
+    settings = prerequisite_config(config)
     if settings is None:
         return None
     first = RunPaths(run.root.parent / settings["run_id"])

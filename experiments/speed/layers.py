@@ -165,7 +165,7 @@ def architecture(name: str) -> dict[str, Any]:
     """The `model.architecture` of a file in configs/model, or the CPU's model."""
     import yaml
 
-    from experiments.plan.compose import CONFIGS
+    from experiments import CONFIGS
 
     if name == "llama_100m":
         return dict(LLAMA_100M)

@@ -212,10 +212,10 @@ def _draw_cases(axes: Any, cases: Sequence[dict[str, Any]], names: list[str], ti
     for number, label in enumerate(labels):
         colour, marker = STYLES[label]
         points = np.array([ratio(case, label) for case in cases])
-        places = np.arange(len(cases)) + (number - len(labels) / 2) * 0.06
+        positions = np.arange(len(cases)) + (number - len(labels) / 2) * 0.06
         spread = [points[:, 0] - points[:, 1], points[:, 2] - points[:, 0]]
         axes.errorbar(
-            places, points[:, 0], spread, color=colour, marker=marker, markersize=5, linestyle="", label=label
+            positions, points[:, 0], spread, color=colour, marker=marker, markersize=5, linestyle="", label=label
         )
     axes.set_xticks(range(len(cases)), names)
     axes.set_title(title, fontsize=9)

@@ -78,12 +78,12 @@ def _attached(config: Config, tokens: Any) -> Any:
     import torch
 
     from experiments.models.load import load_base
-    from experiments.runs.prerequisite import first_config
+    from experiments.runs.prerequisite import prerequisite_config
     from experiments.train import methods
     from experiments.train.preparation import Backward
 
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
-    before = first_config(config)
+    before = prerequisite_config(config)
     with tempfile.TemporaryDirectory() as folder:
         if before is not None:
             model = _attached(before, tokens)

@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 
 from experiments.errors import Preempted, run_command
-from experiments.models.shapes import leave_out_sklearn
+from experiments.models.shapes import block_sklearn_import
 from experiments.runs import preemption
 from experiments.runs.records import RunPaths
 from experiments.train.processes import leave
@@ -22,7 +22,7 @@ from experiments.train.processes import leave
 
 def main(arguments: list[str]) -> None:
     preemption.listen()
-    leave_out_sklearn()
+    block_sklearn_import()
     parser = argparse.ArgumentParser(prog="python -m experiments.train", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="a run directory made by `python -m experiments.plan`")
     run = RunPaths(parser.parse_intermixed_args(arguments).run.resolve())

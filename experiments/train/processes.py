@@ -75,7 +75,7 @@ def join(device: torch.device) -> None:
     keys = [f"started/{other}" for other in range(world)]
     noted = time.monotonic()
     while not store.check(keys):
-        if preemption.asked():
+        if preemption.pending_signal():
             raise Preempted
         missing = [str(other) for other, key in enumerate(keys) if not store.check([key])]
         if missing and time.monotonic() > deadline:
@@ -102,7 +102,7 @@ def _connect(rank: int, world: int, deadline: float) -> TCPStore:
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     noted = time.monotonic()
     while not serves and not _is_there(host, port):  # torch's own attempts print a stack each
-        if preemption.asked():
+        if preemption.pending_signal():
             raise Preempted
         if time.monotonic() > deadline:
             raise UserError(

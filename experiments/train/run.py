@@ -32,7 +32,7 @@ from experiments.models.shapes import count_parameters, resolve_device, weights_
 from experiments.runs import preemption
 from experiments.runs.attempts import Heartbeat, attempt
 from experiments.runs.environment import environment, peak_memory, reset_peak_memory
-from experiments.runs.prerequisite import check_base, first_run
+from experiments.runs.prerequisite import check_base, prerequisite_run
 from experiments.runs.records import (
     RunPaths,
     TrainRecord,
@@ -105,23 +105,23 @@ class Fitted:
     held_out: dict[str, Any] | None = None
 
 
-def train(run: RunPaths, progress: str = "", beside_living: bool = False) -> TrainRecord:
+def train(run: RunPaths, progress: str = "", wait_for_holder: bool = False) -> TrainRecord:
     """Train the run, or read its record if it is finished. The run that its method needs first is trained before.
 
     Args:
         progress: the title of the progress bar, if any.
-        beside_living: wait for another process that is training the run, instead of failing.
+        wait_for_holder: wait for another process that is training the run, instead of failing.
     """
     config = read_config(run)
     if run.train_record.is_file():
         run.preempted.unlink(missing_ok=True)
         return read_record(run.train_record, TrainRecord)
     _check_not_diverged(run)
-    first = first_run(run, config)
+    first = prerequisite_run(run, config)
     if first is not None:  # several runs share it; processes that train together cannot wait for one of others
-        train(first, progress and first.root.name, beside_living=world_size() == 1)
+        train(first, progress and first.root.name, wait_for_holder=world_size() == 1)
         gc.collect()  # Trainer and its model refer to each other
-    with attempt(run, "train", beside_living) as heartbeat:
+    with attempt(run, "train", wait_for_holder) as heartbeat:
         if run.train_record.is_file():  # by the process whose lock was waited for
             return read_record(run.train_record, TrainRecord)
         _check_not_diverged(run)
@@ -251,7 +251,7 @@ def _fit(
     )
     if "spectra" in config and arguments.should_save:
         trainer.add_callback(MeasureSpectra(attached.model, run.spectra, config["spectra"]))
-    preemption.raise_at_once(False)  # from here on the steps look, and what follows the last one is short
+    preemption.raise_immediately(False)  # from here on the steps look, and what follows the last one is short
     if preemption.agreed(arguments.device):
         raise Preempted
     with _wandb(config, run, arguments.should_save):

@@ -93,9 +93,9 @@ class MeasureSpectra(TrainerCallback):
         if not self.layers:
             raise UserError("spectra.every: no linear layer is trained, so there is nothing to measure: set it to null")
         self.handles: list[RemovableHandle] = []
-        self.places = torch.empty(0, dtype=torch.long)  # of the tokens that are measured
+        self.token_index = torch.empty(0, dtype=torch.long)  # of the tokens that are measured
         self.seen: dict[str, dict[str, Tensor]] = {}
-        self.last: tuple[Callable[[], Tensor | None], Tensor] = (lambda: None, self.places)
+        self.last: tuple[Callable[[], Tensor | None], Tensor] = (lambda: None, self.token_index)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         cut_lines(self.path, state.global_step)
@@ -116,7 +116,9 @@ class MeasureSpectra(TrainerCallback):
     def _choose_tokens(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Evenly over the micro-batch, without its padding."""
         found = kwargs["attention_mask"].flatten().nonzero().flatten()
-        self.places = found[torch.linspace(0, len(found) - 1, min(self.tokens, len(found)), device=found.device).long()]
+        self.token_index = found[
+            torch.linspace(0, len(found) - 1, min(self.tokens, len(found)), device=found.device).long()
+        ]
 
     def _keep(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if self.last[0]() is not inputs[0]:  # q, k and v share theirs
@@ -129,7 +131,7 @@ class MeasureSpectra(TrainerCallback):
         self.seen[name]["g_Y"] = self._rows(gradient)
 
     def _rows(self, x: Tensor) -> Tensor:
-        return x.detach().flatten(0, -2)[self.places]
+        return x.detach().flatten(0, -2)[self.token_index]
 
     def _measure(self, step: int) -> None:
         if not self.handles:
@@ -151,7 +153,7 @@ class MeasureSpectra(TrainerCallback):
                         ) from None
                 lines.setdefault(name, {})[side] = known[id(matrix)]
         self.seen = {}
-        record = {"step": step, "tokens": len(self.places), "seconds": round(time.perf_counter() - started, 4)}
+        record = {"step": step, "tokens": len(self.token_index), "seconds": round(time.perf_counter() - started, 4)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**record, "layers": lines}) + "\n")
 
@@ -159,11 +161,11 @@ class MeasureSpectra(TrainerCallback):
 def trained_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Layers with an adapter, by the names they have in the base; without any, the linear layers that are trained."""
 
-    def named(chosen: Callable[[str, Any], bool]) -> dict[str, nn.Module]:
+    def setting_label(chosen: Callable[[str, Any], bool]) -> dict[str, nn.Module]:
         found = [(name, module) for name, module in model.named_modules() if chosen(name, module)]
         return {name.removeprefix("base_model.model."): module for name, module in found}
 
-    return named(lambda _, module: isinstance(module, BaseTunerLayer)) or named(
+    return setting_label(lambda _, module: isinstance(module, BaseTunerLayer)) or setting_label(
         lambda name, module: isinstance(module, nn.Linear) and module.weight.requires_grad and ".layers." in name
     )
 
