@@ -80,7 +80,7 @@ def test_a_run_takes_what_is_estimated(
     told = subprocess.run(
         [*start, str(script), str(run.root), str(out)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        cwd=ROOT, capture_output=True, text=True, timeout=500,
+        cwd=ROOT, capture_output=True, encoding="utf-8", timeout=500,
     )  # fmt: skip
     assert told.returncode == 0, told.stderr[-3000:]
     peaks = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.iterdir())]

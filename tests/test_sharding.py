@@ -60,7 +60,7 @@ def start(folder: Path, runs: list[RunPaths], processes: int) -> subprocess.Pope
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
     )
 
 
