@@ -272,7 +272,6 @@ def command(*arguments: str, **environment: str) -> tuple[int, str, str, float]:
     done = subprocess.run(
         [sys.executable, "-m", "experiments.data", *arguments],
         capture_output=True,
-        text=True,
         encoding="utf-8",
         env={**os.environ, **environment},
     )

@@ -118,7 +118,7 @@ def test_gits_own_id_is_the_same(tmp_path: Path) -> None:
     path = tmp_path / "file"
     for content in (b"", b"a line\n" * 300_000):
         path.write_bytes(content)
-        said = subprocess.run(["git", "hash-object", str(path)], capture_output=True, encoding="utf-8", encoding="utf-8")
+        said = subprocess.run(["git", "hash-object", str(path)], capture_output=True, encoding="utf-8")
         assert git_id(path) == said.stdout.strip()
 
 
