@@ -79,7 +79,7 @@ def submit(
             _check_checkpoint(config, cluster)
         code = take_snapshot(submissions(runs_dir) / "code") if submits else {}
         # A queued run's config stays: its job refuses one that was edited.
-        write_runs(sharded.get(name, config) for config, _ in wanted if (name := config["run_id"]) not in waiting)
+        write_runs(sharded.get(config["run_id"], config) for config, _ in wanted if config["run_id"] not in waiting)
         if not submits:
             return []
         apart = differing([config for config, _ in wanted])
