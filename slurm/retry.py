@@ -12,7 +12,7 @@ from slurm.submit import parse, submit_from
 
 
 def main(arguments: list[str]) -> None:
-    options = parse(arguments, lambda parser: parser.add_argument("--failed", action="store_true", help="required"))
+    options = parse(arguments, "slurm.retry", __doc__, failed=True)
     if not options.failed:
         raise UserError("say what to retry: --failed; all that is missing is submitted by slurm.submit")
     submit_from(options, only_failed=True)

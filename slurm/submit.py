@@ -262,9 +262,12 @@ def _submitter_lock(runs_dir: Path) -> Iterator[None]:
         yield
 
 
-def parse(arguments: list[str], add: Callable[[argparse.ArgumentParser], object] | None = None) -> argparse.Namespace:
+def parse(
+    arguments: list[str], command: str = "slurm.submit", about: str | None = __doc__, failed: bool = False
+) -> argparse.Namespace:
+    """The options of this command, or of another that submits, whose `--failed` is an option of its own."""
     parser = argparse.ArgumentParser(
-        prog="python -m slurm.submit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m {command}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("overrides", nargs="+", help="experiment=…, key=a,b,c, cluster=NAME or PATH, cluster.key=value")
     parser.add_argument("--dry-run", action="store_true", help="say what would be submitted, write nothing")
@@ -276,8 +279,8 @@ def parse(arguments: list[str], add: Callable[[argparse.ArgumentParser], object]
         "--second-stage", action="store_true", help="leave the runs that choose learning rates as they are"
     )
     add_options(parser)
-    if add is not None:
-        add(parser)
+    if failed:
+        parser.add_argument("--failed", action="store_true", help="required")
     options = parser.parse_intermixed_args(arguments)
     if options.pack < 1 or (options.max_parallel is not None and options.max_parallel < 1):
         raise UserError("--pack and --max-parallel are numbers from 1")

@@ -244,9 +244,13 @@ def test_command_lines_print_one_line_and_status_one(small: list[str], tmp_path:
         assert "Traceback" in debugged.stderr
 
 
-MODULES = [
-    *("experiments.plan", "experiments.train", "experiments.reproduce", "experiments.data", "eval.run", "eval.rescore")
-]
+COMMANDS = {
+    "experiments": "data gguf gpu merge plan quantize reproduce speed.layers speed.quantized speed.tokens train",
+    "eval": "rescore run",
+    "analysis": "evidence export paper_tables report",
+    "slurm": "cancel logs retry speed status submit",
+}
+MODULES = [f"{package}.{name}" for package, names in COMMANDS.items() for name in names.split()]
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -260,4 +264,4 @@ def test_help_answers_without_loading_torch(module: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("usage: python -m")
+    assert done.stdout.startswith(f"usage: python -m {module} ")
