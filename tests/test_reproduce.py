@@ -116,16 +116,6 @@ def test_readme_plans_are_real(
     assert "trainable" in capsys.readouterr().out
 
 
-def test_readme_maps_every_file() -> None:
-    """One line per file: what the tree of README names is what is there."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    tree = text[text.index("## Where things are") :]
-    for folder in ("diablo", "experiments", "eval", "analysis", "slurm"):
-        for path in (ROOT / folder).glob("*.py"):
-            if path.name != "__init__.py":
-                assert re.search(rf"\b{re.escape(path.name)}\b", tree), f"{path.name} is not in README's map"
-
-
 @pytest.mark.slow
 def test_a_fresh_install_of_the_package_needs_no_hydra(tmp_path: Path) -> None:
     """`pip install .` gives `import diablo`, which sees neither Hydra nor the rest of this repository."""

@@ -178,7 +178,7 @@ def preempt(folder: Path, run: RunPaths, processes: int, steps: int) -> int:
     try:
         while process.poll() is None and not after(steps)(run):
             time.sleep(0.001)
-        os.kill(json.loads(run.lock.read_text())["pid"], signal.SIGUSR1)
+        os.kill(json.loads(run.lock.read_text(encoding="utf-8"))["pid"], signal.SIGUSR1)
         told, _ = process.communicate(timeout=400)
     finally:
         process.kill()
