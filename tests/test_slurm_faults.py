@@ -74,7 +74,7 @@ def test_warned_with_a_time_of_grace_and_before_the_time_limit(
     """Slurm warns and waits, so the task has to put itself back; leaving would count as finished."""
     arguments = ["method=lora", "seed=0", "recipe.epochs=20"]  # 160 steps
     everywhere = overrides(tmp_path / "runs", cache_dir)
-    changes = ("partition=grace", 'time="1"', "signal=USR1@50")
+    changes = ("partition=grace", 'time="10"', "signal=USR1@50")
     running = Running(cluster, tmp_path / "runs", [*everywhere, *arguments], *changes)
 
     cluster.output("sbatch", *ALL_NODES, "--wrap", "sleep 1")
@@ -83,15 +83,18 @@ def test_warned_with_a_time_of_grace_and_before_the_time_limit(
     running.wait_for_steps()
 
     # Slurm looks at limits every half minute and may warn a minute early; it never requeues at a limit itself. The
-    # training stands still until it is warned, so that it is in the middle however fast the machine is.
+    # training stands still until it is warned, so that it is in the middle however fast the machine is; and the limit
+    # is near only while it stands still, so that it is warned once however slow the machine is.
     pid = running.pid()
     os.kill(pid, signal.SIGSTOP)
     try:
-        wait_for(lambda: _is_told(pid, signal.SIGUSR1), "the warning", 90)
+        minutes = int(cluster.job(running.task)["RunTime"].split(":")[1])
+        cluster.output("scontrol", "update", f"jobid={running.task}", f"timelimit={minutes + 2}")
+        wait_for(lambda: _is_told(pid, signal.SIGUSR1), "the warning", 120)
+        cluster.output("scontrol", "update", f"jobid={running.task}", "timelimit=10")
     finally:
         os.kill(pid, signal.SIGCONT)
     running.wait_for_restarts(2)
-    cluster.output("scontrol", "update", f"jobid={running.task}", "timelimit=10")  # enough of that
     assert running.log().count(f"requeued {running.task}") == 2
 
     running.finish()
