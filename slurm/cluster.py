@@ -117,7 +117,7 @@ class Cluster:
         if self.gpu_bytes is None:
             return 1
         from experiments.plan.fit import (
-            gpus_needed,  # torch, which a cluster without gpu_memory is submitted to without
+            gpus_needed,  # needs torch; a cluster without gpu_memory is submitted to without
         )
 
         return gpus_needed(config, self.gpu_bytes, self.largest)

@@ -47,7 +47,9 @@ def submit_follow_up(
         command += [f"--max-parallel={options.max_parallel}"] if options.max_parallel else []
         command += ["--eval-separately"] if options.eval_separately else []
     else:
-        command = ["experiments.reproduce", name, *overrides, *flags, "--report-only"]
+        # Without the budget: it may count time limits of the cluster, and what it left out has no runs to report.
+        paper = [flag for flag in flags if flag == "--paper"]
+        command = ["experiments.reproduce", name, *overrides, *paper, "--report-only"]
     folder = submission_folder(runs_dir)
     # A job that submits jobs must not hand them its own size.
     forget = 'for name in "${!SLURM_@}"; do [ "$name" = SLURM_CONF ] || unset "$name"; done'

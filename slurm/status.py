@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from experiments.errors import UserError, nearest, run_command
-from experiments.plan.choose import follow
 from experiments.runs.records import RunPaths
 from slurm.manifest import all_manifests, is_finished
 from slurm.queue import Task, queued_if_known
@@ -229,6 +228,8 @@ def main(arguments: list[str]) -> None:
     while True:
         text = table(statuses(runs_dir, experiment))
         if more := following(runs_dir, experiment):
+            from experiments.plan.choose import follow  # needs hydra, which slurm.job is to say is lacking
+
             text += f"\n{follow(more)}"
         if options.watch is None:
             print(text)

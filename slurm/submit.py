@@ -81,6 +81,7 @@ def submit(
         # A queued run's config stays: its job refuses one that was edited.
         write_runs(sharded.get(config["run_id"], config) for config, _ in wanted if config["run_id"] not in waiting)
         if not submits:
+            _say_what_comes(found, selected)
             return []
         apart = differing([config for config, _ in wanted])
         about = {
@@ -135,9 +136,24 @@ def _submit_arrays(
 
 
 def _hours(config: Config, cluster: Cluster, selection: Selection) -> float:
-    """GPU-hours of a run: at the speed that was measured, or all that its time limit allows."""
+    """GPU-hours of a run: at the speed that was measured, or all that its time limit allows. 0 of what is refused."""
+    try:
+        resources = cluster.resources(config)
+    except UserError:
+        return 0.0
     known = gpu_hours(config, selection.speed)
-    return cluster.resources(config).gpu_hours if known is None else known
+    return resources.gpu_hours if known is None else known
+
+
+def _refused(configs: Sequence[Config], cluster: Cluster) -> dict[str, str]:
+    """Why settings cannot be submitted, by `group_hash`: no GPUs fit them, or a checkpoint is of other processes."""
+    refused: dict[str, str] = {}
+    for config in configs:
+        try:
+            _check_checkpoint(_with_sharding(config, cluster), cluster)
+        except UserError as error:
+            refused[group_hash(config)] = str(error)
+    return refused
 
 
 def show(
@@ -150,12 +166,7 @@ def show(
     """What would be submitted: a line for each setting, then the arrays; and what cannot be, with the reason."""
     from experiments.plan.overview import memory_table, settings
 
-    refused: dict[str, str] = {}
-    for config, _ in todo:
-        try:
-            cluster.resources(config)
-        except UserError as error:
-            refused[group_hash(config)] = str(error)
+    refused = _refused([*(config for config, _ in todo), *following], cluster)
     kept = [(_with_sharding(config, cluster), scored) for config, scored in todo if group_hash(config) not in refused]
     configs = [config for config, _ in kept]
     unknown = reasons([config for config in configs if cluster.resources(config).gpus], selection.speed)
@@ -214,7 +225,8 @@ def _check_checkpoint(config: Config, cluster: Cluster) -> None:
     manifests = sorted(run_paths(config).checkpoints.glob(f"step-*/{MANIFEST}"))
     if manifests:
         resources = cluster.resources(config)
-        check_layout(manifests[-1].parent, {"processes": resources.processes, "sharding": resources.sharding})
+        with contextlib.suppress(ValueError):  # a damaged one, which training passes over
+            check_layout(manifests[-1].parent, {"processes": resources.processes, "sharding": resources.sharding})
 
 
 def _missing(

@@ -28,9 +28,9 @@ def test_the_training_code_is_there_and_hashed(tmp_path: Path) -> None:
         return done.stdout.strip()
 
     assert hashed() == training_code()
-    with (tmp_path / "experiments" / "reproduce.py").open("a", encoding="utf-8") as file:
-        file.write("# nothing that decides a result\n")
+    with (tmp_path / "experiments" / "reproduce" / "run.py").open("r+", encoding="utf-8") as file:
+        file.write("# nothing that decides a result\n" + file.read())
     assert hashed() == training_code()
-    with (tmp_path / "diablo" / "layer.py").open("a", encoding="utf-8") as file:
-        file.write("# something\n")
+    with (tmp_path / "diablo" / "blocks" / "layer.py").open("r+", encoding="utf-8") as file:
+        file.write("# something\n" + file.read())
     assert hashed() != training_code()

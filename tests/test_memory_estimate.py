@@ -286,3 +286,13 @@ def test_settings_of_one_label_are_told_apart() -> None:
     _, *lines, _ = memory_table(configs)
     assert [line.split()[-1] for line in lines] == ["protocol.train_on_prompt=True", "protocol.train_on_prompt=False"]
     assert [line.split()[2] for line in lines] == ["2", "2"]
+
+
+def test_a_quantised_base_is_estimated_for_the_gpu_wherever_it_is_planned() -> None:
+    """`auto` is bfloat16 there, whatever it is on the machine that plans."""
+    auto, named = (
+        estimate(run("model=llama3_2_1b", "method=lora", "task=math_10k", "quantization=nf", f"model.dtype={dtype}"))
+        for dtype in ("auto", "bfloat16")
+    )
+    assert auto == named
+    assert auto.weights > 0

@@ -122,6 +122,9 @@ def test_what_fits_no_gpu_is_one_line_a_setting(tmp_path: Path, capsys: pytest.C
     arguments += [f"runtime.runs_dir={tmp_path}", cluster_file(tmp_path, gpu_memory="20G", gpus=1)]
     submit_from(parse([*arguments, "recipe.learning_rate=1e-4"]))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cannot be submitted: ")]
+    submit_from(parse([*arguments, "recipe.learning_rate=1e-4", "--budget=100gpuh"]))  # takes nothing of a budget
+    budgeted = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cannot be submitted: ")]
+    assert budgeted == lines
     assert len(lines) == 2
     assert all("does not fit: it needs" in line and "18.4 GiB are usable on" in line for line in lines)
     assert ": give 2 GPUs, sharded (" in lines[0]
@@ -137,6 +140,13 @@ def test_micro_batches_that_do_not_divide_are_one_line(tmp_path: Path, fails_wit
     config = plan([a for a in arguments if not a.startswith("cluster=")])[0]
     said = fails_with(lambda: read_cluster(arguments[-2].removeprefix("cluster=")).resources(config))
     assert "recipe.batch_size=12 is not a multiple of recipe.micro_batch_size=4 × 2 GPUs: give 1, 3 GPUs, or" in said
+    divided = {**config["recipe"], "batch_size": 13}
+    for settings in ({"gpus": "auto"}, {"gpus": 1}):
+        cluster = read_cluster(cluster_file(tmp_path, gpu_memory="80G", **settings).removeprefix("cluster="))
+        for method in (config["method"], plan(["method=base"])[0]["method"]):  # the process of a base checks it too
+            odd = {**config, "recipe": divided, "method": method}
+            said = fails_with(lambda cluster=cluster, odd=odd: cluster.resources(odd))
+            assert "recipe.batch_size=13 is not a multiple of recipe.micro_batch_size=4 × 1 GPUs" in said
 
 
 def test_the_shipped_settings_fit_every_long_row_of_the_paper() -> None:

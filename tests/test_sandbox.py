@@ -33,7 +33,7 @@ def run(program: str, sandbox: str = "bwrap", timeout: float = 3.0) -> Outcome:
     return outcome
 
 
-def setting_label(name: str) -> str:
+def named(name: str) -> str:
     """Program text that gives its process and the children after it a name that `alive` finds."""
     return f"import ctypes, os, time\nassert ctypes.CDLL(None).prctl(15, b'{name}') == 0\n"
 
@@ -239,7 +239,7 @@ def test_a_program_is_one_process(fork: str) -> None:
 @BWRAP
 def test_a_fork_bomb_stays_alone() -> None:
     name = f"bomb{os.getpid()}"
-    bomb = setting_label(name) + "import posix\nwhile True:\n    try: posix.fork()\n    except OSError: pass\n"
+    bomb = named(name) + "import posix\nwhile True:\n    try: posix.fork()\n    except OSError: pass\n"
     outcomes: list[Outcome] = []
     thread = threading.Thread(target=lambda: outcomes.extend(run_programs([bomb], sandbox="bwrap", timeout=0.5)))
     thread.start()
@@ -281,7 +281,7 @@ def test_a_background_child_ends_with_its_program() -> None:
     """Where there may be one: without the sandbox."""
     name = f"child{os.getpid()}"
     started = time.monotonic()
-    program = setting_label(name) + "import posix\nif posix.fork() == 0:\n    time.sleep(60)\n"
+    program = named(name) + "import posix\nif posix.fork() == 0:\n    time.sleep(60)\n"
     assert run(program, sandbox="none") == Outcome("passed")
     assert ends(name)
     assert time.monotonic() - started < 20

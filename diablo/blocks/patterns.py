@@ -104,7 +104,7 @@ def draw(pattern: str, shape: BlockShape, in_features: int, out_features: int, g
 
 
 def _unknown(pattern: str) -> ValueError:
-    return ValueError(f"pattern={pattern!r} is unknown to diablo.patterns: choose one of {', '.join(PATTERNS)}")
+    return ValueError(f"pattern={pattern!r} is unknown to diablo.blocks.patterns: choose one of {', '.join(PATTERNS)}")
 
 
 def grid_positions(rows: Tensor, columns: Tensor, d_in: int, d_out: int) -> Positions:

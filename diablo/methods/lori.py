@@ -182,7 +182,7 @@ def _trained_factors(first: Path, shapes: dict[str, tuple[int, int]]) -> dict[st
 class LoriModel(CheckedTuner, LoraModel):
     """PEFT's LoRA with A frozen and, where entries were chosen, a sparse B.
 
-    `save_pretrained` writes the trained values and where they lie; `diablo.residual.save_adapter` an ordinary LoRA,
+    `save_pretrained` writes the trained values and where they lie, `diablo.methods.residual.save_adapter` a plain LoRA,
     which needs no DiaBlo to be loaded.
     """
 

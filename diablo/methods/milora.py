@@ -83,7 +83,7 @@ class MiloraModel(CheckedTuner, LoraModel):
     """PEFT's LoRA with MiLoRA's start.
 
     Attaching changes the base weights to W - s B A, as PiSSA does, so unloading does not give W back. Save with
-    `diablo.residual.save_adapter`: the file then holds an ordinary LoRA for the unchanged W.
+    `diablo.methods.residual.save_adapter`: the file then holds an ordinary LoRA for the unchanged W.
     """
 
     def _create_and_replace(

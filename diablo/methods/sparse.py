@@ -38,7 +38,7 @@ class SparseConfig(BlockConfig):
 
     pattern: str = field(
         default="random_entry",
-        metadata={"help": f"One of {', '.join(PATTERNS)}; see diablo.patterns.draw. Rows are input features."},
+        metadata={"help": f"One of {', '.join(PATTERNS)}; see diablo.blocks.patterns.draw. Rows are input features."},
     )
     density: float | str = field(
         default="1/64",

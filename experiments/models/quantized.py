@@ -18,6 +18,7 @@ from experiments.runs.received import check_folder
 from experiments.runs.records import RunPaths, content_hash, file_hash
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -108,8 +109,12 @@ def start_from(model: Any, folder: Path, label: str) -> None:
         raise UserError(f"{label}: {folder} has factors for other modules ({differ}): leave target_modules as it is")
 
 
-def planned_sizes(config: Config) -> dict[str, float]:
-    """`diablo.quantize.sizes` of a run's base and `full_bytes` of it in full precision, from shapes alone."""
+def planned_sizes(config: Config, dtype: torch.dtype | None = None) -> dict[str, float]:
+    """`diablo.quantize.sizes` of a run's base and `full_bytes` of it in full precision, from shapes alone.
+
+    Args:
+        dtype: of what is not quantised; default: that of a run on this machine.
+    """
     import torch
 
     from diablo.quantize import replace_linears, sizes
@@ -119,7 +124,7 @@ def planned_sizes(config: Config) -> dict[str, float]:
 
     settings = _settings(config)
     base: Any = empty_base(config["model"]["architecture"])
-    base = base.to(weights_dtype(config["model"], str(resolve_device(config["runtime"]["device"]))))
+    base = base.to(dtype or weights_dtype(config["model"], str(resolve_device(config["runtime"]["device"]))))
     full_bytes = sizes(base)["other_bytes"]
     prefix, layers = decoder_layers(base)
     names = [f"{prefix}.{name}" for name, module in layers.named_modules() if isinstance(module, torch.nn.Linear)]

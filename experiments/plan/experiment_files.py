@@ -28,7 +28,7 @@ def expand_experiment(arguments: Sequence[str]) -> list[list[str]]:
     experiment = read_experiment(name) if name else {}
     grids = [*experiment.get("paper", []), *experiment.get("grids", [])]
     if PAPER in others:
-        others.remove(PAPER)
+        others = [argument for argument in others if argument != PAPER]
         grids = experiment.get("paper")
         if not grids:
             raise UserError(f"{PAPER}: experiment {name or '…'} has no cells of the paper, no `paper`")

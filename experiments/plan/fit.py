@@ -18,12 +18,13 @@ USABLE = 0.92  # of a GPU's memory: CUDA's context, NCCL's buffers and fragmenta
 def gpus_needed(config: Config, gpu_bytes: int, largest: int) -> int:
     """The fewest GPUs that a run fits, of those numbers that divide its batch; UserError if it fits none.
 
-    On several it is sharded: what does not fit one GPU whole does not fit several.
+    On several it is sharded, unless `runtime.sharding=none` is given.
     """
+    check_divides(config, 1)
     if config["method"]["trains"] == "nothing":
         return 1
-    asked = config["runtime"].get("sharding")
-    least, most = (2 if asked == "full" else 1), (1 if asked == "none" or not_shardable(config) else largest)
+    least = 2 if config["runtime"].get("sharding") == "full" else 1
+    most = 1 if not_shardable(config) else largest
     counts = [gpus for gpus in _counts(config, most) if gpus >= least]
     found = next((gpus for gpus in counts if fits(estimate(_settled(config, gpus), gpus), gpu_bytes)), None)
     if found is None:
@@ -33,9 +34,11 @@ def gpus_needed(config: Config, gpu_bytes: int, largest: int) -> int:
 
 def check_fits(config: Config, gpus: int, gpu_bytes: int, largest: int) -> None:
     """UserError if a run does not fit so many GPUs, or if its batch does not divide over them."""
-    if config["method"]["trains"] == "nothing" or not gpus:
+    if not gpus:
         return
-    check_divides(config, gpus)
+    check_divides(config, gpus)  # also of runs that train nothing: their process checks it too
+    if config["method"]["trains"] == "nothing":
+        return
     if not any(fits(estimate(with_sharding(config, each), gpus), gpu_bytes) for each in _shardings(config, gpus)):
         raise UserError(does_not_fit(config, gpus, gpu_bytes, largest))
 

@@ -71,9 +71,11 @@ def estimate(config: Config, gpus: int = 1) -> Memory:
     weights = found.frozen_bytes + max(4, size) * trained + size * found.in_place
     activations = 0
     if "quantization" in config:
+        import torch
+
         from experiments.models.quantized import planned_sizes
 
-        base = planned_sizes(config)
+        base = planned_sizes(config, getattr(torch, dtype))  # of the GPU that is planned for, not of this machine
         weights += int(base["quantized_bytes"] + base["other_bytes"] - base["full_bytes"])
         activations += size * found.linear  # one layer's weight, dequantised
     if trained:

@@ -10,10 +10,11 @@ from typing import Any
 from experiments import ROOT
 from experiments.plan.choose import follow, setting_label, stages_of
 from experiments.plan.compose import plan, run_paths
+from experiments.plan.fit import with_sharding
 from experiments.plan.memory import estimate
 from experiments.plan.selection import Selection, select
 from experiments.runs.differences import differing
-from experiments.runs.records import TrainRecord, content_hash, group_hash, read_record
+from experiments.runs.records import TrainRecord, content_hash, group_hash, read_config, read_record
 from experiments.runs.sizes import gibibytes
 
 Config = dict[str, Any]
@@ -95,8 +96,8 @@ def off_by(configs: Sequence[Config]) -> list[str]:
     """How far off the estimates are: of every setting whose peak was measured, else of the runs on record."""
     lines = []
     for config, _ in settings(configs):
-        for where, count, peak in _measured(config, configs):
-            guess = estimate(config, count).peak
+        for where, count, peak, trained in _measured(config, configs):
+            guess = estimate(trained, count).peak
             lines.append(
                 f"measured: {setting_label(config)}: {gibibytes(peak)} on {where}, estimated {gibibytes(guess)} "
                 f"({100 * guess / peak - 100:+.1f} %)"
@@ -116,17 +117,18 @@ def _off_by_on_record() -> list[str]:
     ]
 
 
-def _measured(config: Config, configs: Sequence[Config]) -> Iterator[tuple[str, int, int]]:
-    """Device, number of GPUs and peak bytes: of a finished run of the setting, else of the runs on record."""
+def _measured(config: Config, configs: Sequence[Config]) -> Iterator[tuple[str, int, int, Config]]:
+    """Device, number of GPUs, peak bytes and config: of a finished run of the setting, else of the runs on record."""
     for run in (run_paths(other) for other in configs if group_hash(other) == group_hash(config)):
         if run.train_record.is_file():
             record = read_record(run.train_record, TrainRecord)
             device = str(record.environment.get("device", ""))
             if not device.endswith("threads"):  # of a CPU: the peak is that of the process
-                yield device, record.world_size, record.peak_memory_bytes
+                trained = with_sharding(read_config(run), record.sharding)
+                yield device, record.world_size, record.peak_memory_bytes, trained
                 return
     if (known := _on_record().get(_memory_hash(config))) is not None:
-        yield known["device"], 1, known["peak_bytes"]
+        yield known["device"], 1, known["peak_bytes"], config
 
 
 @functools.cache

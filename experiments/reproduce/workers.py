@@ -136,7 +136,7 @@ def main(arguments: list[str]) -> None:
     from experiments.models.shapes import block_sklearn_import
 
     block_sklearn_import()
-    for name in ("experiments.train", "eval.run"):  # before the first job, so that a job's time is its own
+    for name in ("experiments.train.run", "eval.run"):  # before the first job, so that a job's time is its own
         import_module(name)
 
     print(READY, file=answers, flush=True)

@@ -22,7 +22,8 @@ PACKAGES = (
 )
 
 
-# What decides the result of a training, beside its config, data, base weights and the versions of libraries.
+# What decides the result of a training, beside its config, data, base weights and the versions of libraries; whole
+# folders, so that nothing of it is forgotten, though not every change in them changes a result.
 TRAINING_CODE = (
     "diablo/**/*.py",
     "experiments/data/*.py",

@@ -1,6 +1,6 @@
 """The signals that ask a run to stop: SIGTERM, and SIGUSR1, which Slurm sends ahead of a time limit.
 
-Where nothing is lost (imports, loading, tokenising, scoring: files are written aside and renamed) the request is raised
+Where nothing is lost (loading, tokenising, scoring: files are written aside and renamed) the request is raised
 as `Preempted` at once. A training and a chunk of a generation finish their step first, and then look.
 """
 

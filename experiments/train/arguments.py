@@ -39,7 +39,7 @@ def training_arguments(config: Config, run: RunPaths, device: torch.device) -> T
         adam_beta2=recipe["betas"][1],
         weight_decay=recipe["weight_decay"],
         max_grad_norm=recipe["max_grad_norm"],
-        bf16=config["model"]["dtype"] == "bfloat16",  # `auto` is settled: experiments.models.with_dtype
+        bf16=config["model"]["dtype"] == "bfloat16",  # `auto` is settled: experiments.models.shapes.with_dtype
         gradient_checkpointing=runtime["gradient_checkpointing"],
         gradient_checkpointing_kwargs={"use_reentrant": False},
         ddp_find_unused_parameters=False,

@@ -13,7 +13,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -54,6 +54,8 @@ def _find(where: str, target: str, what: str) -> Any:
     """The config class or function that a dotted name of `diablo` or `peft` stands for."""
     check_target(f"{where}._target_", target)
     package, _, name = target.partition(".")
+    with suppress(ImportError):  # of a short name, such as diablo.smt, which is no module of its own
+        importlib.import_module(target.rpartition(".")[0])
     try:
         found = attrgetter(name)(importlib.import_module(package))
     except (ImportError, AttributeError, ValueError) as error:

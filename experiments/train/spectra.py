@@ -161,11 +161,11 @@ class MeasureSpectra(TrainerCallback):
 def trained_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Layers with an adapter, by the names they have in the base; without any, the linear layers that are trained."""
 
-    def setting_label(chosen: Callable[[str, Any], bool]) -> dict[str, nn.Module]:
+    def named(chosen: Callable[[str, Any], bool]) -> dict[str, nn.Module]:
         found = [(name, module) for name, module in model.named_modules() if chosen(name, module)]
         return {name.removeprefix("base_model.model."): module for name, module in found}
 
-    return setting_label(lambda _, module: isinstance(module, BaseTunerLayer)) or setting_label(
+    return named(lambda _, module: isinstance(module, BaseTunerLayer)) or named(
         lambda name, module: isinstance(module, nn.Linear) and module.weight.requires_grad and ".layers." in name
     )
 
