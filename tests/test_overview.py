@@ -109,7 +109,7 @@ def test_without_a_speed_submit_counts_time_limits(capsys: pytest.CaptureFixture
     submitted(arguments)
     shown = capsys.readouterr().out
     assert "the budget counts the whole time limit of runs whose GPU-hours are unknown" in shown
-    assert "one.yaml: 4 runs: 4 new\n" in shown
+    assert ": 4 runs: 4 new\n" in shown  # the title, a path here, may be cut
     assert (
         "unknown: GPU-hours of llama2_7b: no speed was given: give --tokens-per-second llama2_7b=N; ≤ is the" in shown
     )
