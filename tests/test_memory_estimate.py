@@ -168,13 +168,15 @@ def test_without_sharding_each_gpu_holds_everything() -> None:
     """And gradients twice: DDP adds them up in buckets of its own."""
     alone, four = (estimate(real("llama2_7b", "lora"), gpus) for gpus in (1, 4))
     assert (four.weights, four.optimizer, four.activations) == (alone.weights, alone.optimizer, alone.activations)
-    assert four.gradients == 2 * alone.gradients
+    assert (four.gradients, four.buckets) == (alone.gradients, alone.gradients)
 
 
 def test_the_peak_of_a_step() -> None:
     parts: dict[str, Any] = {"gpus": 1, "length": 8, "weights": 100, "gradients": 10, "optimizer": 20, "activations": 7}
+    parts["buckets"] = 0
     assert Memory(**parts, accumulates=True).peak == 137
     assert Memory(**parts, accumulates=False).peak == 130  # gradients come as activations go
+    assert Memory(**{**parts, "buckets": 10}, accumulates=False).peak == 140  # which DDP keeps
     assert Memory(**parts, accumulates=False, preparation=150).peak == 150
 
 

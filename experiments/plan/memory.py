@@ -38,6 +38,7 @@ class Memory:
     gradients: int
     optimizer: int
     activations: int
+    buckets: int  # in which DDP adds up the gradients of all GPUs, from the first step on
     accumulates: bool  # the gradients of earlier micro-batches are there during a forward pass
     preparation: int = 0
 
@@ -45,7 +46,8 @@ class Memory:
     def training(self) -> int:
         """The peak of a step. Without accumulation gradients come into being as activations go."""
         both = self.gradients + self.activations
-        return self.weights + self.optimizer + (both if self.accumulates else max(self.gradients, self.activations))
+        passes = both if self.accumulates else max(self.gradients, self.activations)
+        return self.weights + self.optimizer + self.buckets + passes
 
     @property
     def peak(self) -> int:
@@ -89,9 +91,10 @@ def estimate(config: Config, gpus: int = 1) -> Memory:
         gpus=gpus,
         length=length,
         weights=-(-weights // shards),
-        gradients=-(-4 * trained // shards) * (2 if gpus > shards else 1),  # DDP adds them up in buckets of its own
+        gradients=-(-4 * trained // shards),
         optimizer=-(-_state_bytes(recipe["optimizer"]) * trained // shards),
         activations=activations,
+        buckets=4 * trained if gpus > shards else 0,
         accumulates=recipe["batch_size"] > rows * gpus,
         preparation=_preparation(config, found, rows, length, shards),
     )

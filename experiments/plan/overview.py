@@ -55,7 +55,7 @@ def memory_table(
     for config, count, memory in found:
         label = f"{config['model']['name']} {config['method']['label']}"
         label += f" {config['task']['name']}" if several else ""
-        parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.peak)
+        parts = (memory.weights, memory.gradients + memory.buckets, memory.optimizer, memory.activations, memory.peak)
         sharded = " sharded" if config["runtime"].get("sharding") == "full" else ""
         row = [
             label,
