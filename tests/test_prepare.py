@@ -76,6 +76,14 @@ def test_the_run_before_is_shared_and_trained_once(small: list[str]) -> None:
     assert load_lines(one) != load_lines(other)
 
 
+def test_the_run_before_takes_the_memory_settings_of_the_run_after(small: list[str]) -> None:
+    """It is trained by the same processes, so a sharding of earlier days would not fit them."""
+    run = planned([*small, *LORI_S, "runtime.sharding=none"])
+    planned([*small, "method=lori_d", "runtime.gradient_checkpointing=true", "runtime.sharding=full"])
+    first = read_config(before(run))
+    assert (first["runtime"]["gradient_checkpointing"], first["runtime"]["sharding"]) == (False, "none")
+
+
 def load_lines(run: RunPaths) -> list[float]:
     return [line["loss"] for line in read_lines(run.metrics)]
 

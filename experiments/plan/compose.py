@@ -30,14 +30,12 @@ from experiments.plan.overrides import by_name, by_name_resolved, checked, set_v
 from experiments.plan.quantization import name_quantized
 from experiments.runs.evaluations import kind_of
 from experiments.runs.prerequisite import freeze_prerequisite
-from experiments.runs.records import RunPaths, read_config, run_id, write_config
+from experiments.runs.records import RunPaths, freeze_config, run_id
 
 GROUPS = ("model", "method", "quantization", "task", "protocol")
 TOP = (*GROUPS, "experiment")  # what may be said beside settings
 CHOSEN_LEARNING_RATE = "${method.learning_rate.${task.name}}"  # what run.yaml says where nobody gives one
 ONLY_TO_CHOOSE = {"method": ("learning_rate", "contract"), "model": ("adapter_size",), "task": ("benchmarks",)}
-# They change no result, and a run that ran out of memory goes on with others.
-MEMORY_SETTINGS = (("runtime", "gradient_checkpointing"), ("runtime", "sharding"), ("evaluation", "batch_size"))
 Config = dict[str, Any]
 
 OmegaConf.register_new_resolver("times", lambda factor, value: factor * value, replace=True)
@@ -236,22 +234,10 @@ def run_paths(config: Config) -> RunPaths:
 
 
 def write_runs(configs: Iterable[Config]) -> list[RunPaths]:
-    """Make the run directories. A config that is already there is checked and stays, but for `MEMORY_SETTINGS`.
-
-    What a submission chose where `auto` left it the choice stays too.
-    """
+    """Make the run directories, or check those that are there (`freeze_config`)."""
     runs = []
     for config in configs:
         run = run_paths(config)
-        if run.config.is_file():
-            frozen = read_config(run)
-            renewed = copy.deepcopy(frozen)
-            for part, key in MEMORY_SETTINGS:
-                if config[part][key] != "auto":
-                    renewed[part][key] = config[part][key]
-            if renewed != frozen:
-                write_config(run, renewed)
-        else:
-            write_config(run, config)
+        freeze_config(run, config)
         runs.append(run)
     return runs

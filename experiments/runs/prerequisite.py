@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from experiments.errors import UserError
-from experiments.runs.records import RunPaths, read_config, run_id, trained_record, write_config
+from experiments.runs.records import RunPaths, freeze_config, run_id, trained_record
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -61,10 +61,7 @@ def prerequisite_run(run: RunPaths, config: Config) -> RunPaths | None:
     if settings is None:
         return None
     first = RunPaths(run.root.parent / settings["run_id"])
-    if first.config.is_file():
-        read_config(first)
-    else:
-        write_config(first, settings)
+    freeze_config(first, settings)
     return first
 
 

@@ -7,6 +7,7 @@ A stage is finished when its record (`train.json`, `score.json`) is there, and t
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -24,6 +25,8 @@ from experiments.settings import check
 SCHEMA = 4  # raised when a record changes its meaning
 NLL = "nll"  # the metric of likelihood benchmarks
 NOT_IN_THE_ID = ("run_id", "runtime", "evaluation")  # settings that cannot change what is trained
+# They change no result, and a run that ran out of memory goes on with others.
+MEMORY_SETTINGS = (("runtime", "gradient_checkpointing"), ("runtime", "sharding"), ("evaluation", "batch_size"))
 
 
 @dataclass(frozen=True)
@@ -361,6 +364,23 @@ def write_config(run: RunPaths, config: dict[str, Any]) -> None:
 
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the same values, ten times sooner
     write_atomically(run.config, yaml.dump(config, Dumper=dumper, sort_keys=False, allow_unicode=True))
+
+
+def freeze_config(run: RunPaths, config: dict[str, Any]) -> None:
+    """Write a run's config. One that is already there is checked and stays, but for `MEMORY_SETTINGS`.
+
+    What a submission chose where `auto` left it the choice stays too.
+    """
+    if not run.config.is_file():
+        write_config(run, config)
+        return
+    frozen = read_config(run)
+    renewed = copy.deepcopy(frozen)
+    for part, key in MEMORY_SETTINGS:
+        if config[part][key] != "auto":
+            renewed[part][key] = config[part][key]
+    if renewed != frozen:
+        write_config(run, renewed)
 
 
 def _umask() -> int:
