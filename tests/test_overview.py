@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from experiments import ROOT
 from experiments.plan import __main__ as planning
 from experiments.plan.compose import plan
 from experiments.plan.experiment_files import PAPER, options
@@ -30,6 +31,10 @@ grids:
   - method=diablo method.adapter.num_blocks=4 recipe.learning_rate=0.03
 """
 SPEED = "--tokens-per-second=1000"
+# All but those on the tiny or the real small model alone.
+SMALL = {"evidence", "evidence_pilot", "quickstart", "quickstart_lr", "real_data_tiny", "real_smoke"}
+SMALL |= {"all_methods_tiny", "quantized_tiny", "spectra_tiny"}
+OF_THE_PAPER = sorted(set(options("experiment")) - SMALL)
 HOUR = 0.00217  # GPU-hours of a run of the cells at that speed
 
 
@@ -52,11 +57,19 @@ def cluster_file(tmp_path: Path, **settings: object) -> str:
 
 
 def test_every_experiment_of_the_paper_has_its_cells() -> None:
-    """Those that are not on the tiny or the real small model alone."""
-    small = {"evidence", "evidence_pilot", "quickstart", "quickstart_lr", "real_data_tiny", "real_smoke"}
-    small |= {"all_methods_tiny", "quantized_tiny", "spectra_tiny"}
-    for name in set(options("experiment")) - small:
+    for name in OF_THE_PAPER:
         assert plan([f"experiment={name}", PAPER]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_THE_PAPER)
+def test_the_shipped_cluster_file_has_gpus_for_every_run_of_the_paper(name: str) -> None:
+    """What fits on no number of GPUs would be an error; full fine-tuning and SMT of 7B and more are sharded."""
+    cluster = read_cluster(str(ROOT / "slurm" / "a100.yaml"))
+    for config in plan([f"experiment={name}", PAPER]):
+        model, method = config["model"], config["method"]
+        several = method["name"] in ("full", "smt") and model["name"] != "tiny"
+        assert (cluster.resources(config).gpus > 1) == several, (model["name"], method["label"])
 
 
 def test_plan_reproduce_and_submit_count_the_same_runs(

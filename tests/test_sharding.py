@@ -77,7 +77,7 @@ def sharded(arguments: list[str], folder: Path) -> RunPaths:
     return planned([*arguments, "runtime.sharding=full", f"runtime.runs_dir={folder}"])
 
 
-def assert_equal(one: RunPaths, two: RunPaths, relative: float) -> None:
+def assert_equal(one: RunPaths, two: RunPaths, relative: float, sharding: str = "full") -> None:
     """Losses and gradient norms at every step, every file that was saved, and the loss on the held-out rows."""
     steps = list(zip(read_lines(one.metrics), read_lines(two.metrics), strict=True))
     assert steps
@@ -95,7 +95,7 @@ def assert_equal(one: RunPaths, two: RunPaths, relative: float) -> None:
             assert others[name].dtype == tensor.dtype
             assert (others[name] - tensor).abs().max() <= relative, (two.root, name)
     first, second = read_record(one.train_record, TrainRecord), read_record(two.train_record, TrainRecord)
-    assert second.sharding == "full"
+    assert second.sharding == sharding
     assert first.sharding == "none"
     assert second.changed
     for key in ("tokens", "steps", "trainable_parameters", "base_parameters", "base_hash", "tensors"):
@@ -270,13 +270,21 @@ def test_full_fine_tuning_of_real_weights_over_two_and_four_processes(
     arguments = [
         *smollm2_slice, *settings(tmp_path, data_root), "method=full", "recipe.learning_rate=1e-4",
         *("recipe.max_steps=3", "task.data.source=mawps", "model.dtype=float64", "recipe.micro_batch_size=1"),
+        "evaluation.limit=4",
     ]  # fmt: skip
     one = planned(arguments)
     train(one)
+    evaluate(one)
     for processes in (2, 4):
-        run = sharded(arguments, tmp_path / str(processes))
-        train_over(tmp_path, [run], processes)
-        assert_equal(one, run, 1e-10)
+        for sharding in ("full", "none"):
+            folder = tmp_path / f"{sharding}{processes}"
+            run = planned([*arguments, f"runtime.sharding={sharding}", f"runtime.runs_dir={folder}"])
+            train_over(tmp_path, [run], processes)
+            assert_equal(one, run, 1e-10, sharding)
+            evaluate(run)
+            for name in ("accuracy", "loss"):
+                assert content(run)["score.json"].get(name) == content(one)["score.json"].get(name)
+            assert content(run)["samples.jsonl"] == content(one)["samples.jsonl"]
 
 
 @pytest.mark.real

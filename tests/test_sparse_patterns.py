@@ -142,7 +142,7 @@ def test_a_pattern_that_is_named_and_not_written_is_an_error(
         if known_as_blocks:
             monkeypatch.setattr(module, "BLOCK_PATTERNS", (*BLOCK_PATTERNS, "spiral"))
     config = SparseConfig(pattern="spiral", density="1/8", target_modules=["0"])
-    with pytest.raises(ValueError, match=r"pattern='spiral' is unknown to diablo\.patterns"):
+    with pytest.raises(ValueError, match=r"pattern='spiral' is unknown to diablo\.blocks\.patterns"):
         get_peft_model(nn.Sequential(nn.Linear(48, 32)), config)  # pyright: ignore[reportArgumentType]
 
 
