@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 
-JSON_COLUMNS = ["environment", "eval_environment", "beside", "commits", "problems"]
+JSON_COLUMNS = ["environment", "eval_environment", "extra_metrics", "commits", "problems"]
 EVALUATION = ("score.json", "plan.json", "samples.jsonl", "judgements.jsonl")
 LENGTHS = "item_lengths"  # of `items`: one number for one benchmark, several for a mean over benchmarks
 

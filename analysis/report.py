@@ -269,7 +269,7 @@ def _facts(frame: pd.DataFrame) -> list[tuple[str, str]]:
     models = records(frame.dropna(subset=["base_parameters"]).drop_duplicates(["model", "base_parameters"]))
     evaluations = records(scored.drop_duplicates(["evaluation", "test_data_hash"]))
     completions = (scored["n"] * scored["samples"]).sum()
-    unanswered = f"{scored['no_match'].sum():,} of {completions:,}, counted as wrong" if len(scored) else ""
+    unanswered = f"{scored['unparsed'].sum():,} of {completions:,}, counted as wrong" if len(scored) else ""
     return [
         ("Base model", "; ".join(f"{row['model']}, {row['base_parameters']:,} parameters" for row in models)),
         ("Trained on", ", ".join(sorted(set(frame["task"])))),

@@ -47,10 +47,10 @@ TRAIN_COLUMNS = (
 HASH_COLUMNS = ("base_hash", "train_data_hash", "environment")
 EVAL_COLUMNS = (
     *("benchmark", "place", "metric", "protocol", "protocol_version", "evaluation", "n", "accuracy"),
-    *("standard_error", "beside", "commits", "limit"),
+    *("standard_error", "extra_metrics", "commits", "limit"),
 )
 COUNT_COLUMNS = (
-    "no_match",
+    "unparsed",
     "fallback",
     "dropped",
     "cut_prompts",
@@ -262,12 +262,12 @@ def _evaluations(
             "n": record.n,
             "accuracy": record.accuracy,
             "standard_error": record.standard_error,
-            "beside": record.beside,
+            "extra_metrics": record.extra_metrics,
             "commits": _commits(record, *([trained] if trained else [])),
             "asked": record.generation,
             "limit": record.generation["limit"],
             "searched": record.searched,
-            "no_match": record.no_match,
+            "unparsed": record.unparsed,
             "fallback": record.fallback,
             "dropped": record.dropped,
             "cut_prompts": record.cut_prompts,
@@ -312,7 +312,7 @@ def _mean(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "n": sum(row["n"] for row in parts),
         "accuracy": float(np.mean([row["accuracy"] for row in parts])),
         "standard_error": float(np.sqrt(sum(row["standard_error"] ** 2 for row in parts))) / len(parts),
-        "beside": {},
+        "extra_metrics": {},
         "place": len(parts),
         "limit": parts[0]["limit"],
         "commits": sorted({commit for row in parts for commit in row["commits"]}),

@@ -105,7 +105,7 @@ def score_examples(
 
 
 def score_likelihood(lines: list[Config]) -> tuple[list[float], dict[str, float], dict[str, int], float]:
-    """Items, figures beside, counts and the standard error of `score.json` from the lines of `samples.jsonl`.
+    """Items, `extra_metrics`, counts and the standard error of `score.json` from the lines of `samples.jsonl`.
 
     An item is a row's NLL over the mean number of targets of a row, so that the mean over items is the NLL per target
     token and runs are compared row by row. The error is of that quotient of two means over rows: by the rows'
@@ -116,6 +116,6 @@ def score_likelihood(lines: list[Config]) -> tuple[list[float], dict[str, float]
     per_token = sum(line["nll"] for line in lines) / targets
     squares = math.fsum((line["nll"] - per_token * line["targets"]) ** 2 for line in lines)
     error = math.sqrt(squares / (n - 1) / n) / mean if n > 1 else 0.0
-    beside = {"exact": fmean(line["exact"] and line["targets"] > 0 for line in lines), "targets": float(targets)}
+    extra_metrics = {"exact": fmean(line["exact"] and line["targets"] > 0 for line in lines), "targets": float(targets)}
     without = sum(line["targets"] == 0 for line in lines)
-    return [line["nll"] / mean for line in lines], beside, {"no_match": without, "fallback": 0}, error
+    return [line["nll"] / mean for line in lines], extra_metrics, {"unparsed": without, "fallback": 0}, error

@@ -49,11 +49,11 @@ def score_samples(paths: EvalPaths, sandbox: str = "bwrap") -> EvalRecord:
         )
     error = None
     if benchmark.kind == LIKELIHOOD:
-        items, beside, counts, error = score_likelihood(lines)
+        items, extra_metrics, counts, error = score_likelihood(lines)
     elif benchmark.kind == "program":
-        items, beside, counts = _score_programs(lines, asked["generation"]["stop"], sandbox)
+        items, extra_metrics, counts = _score_programs(lines, asked["generation"]["stop"], sandbox)
     else:
-        items, beside, counts = _score_answers(paths, lines, read, benchmark.options, benchmark.kind)
+        items, extra_metrics, counts = _score_answers(paths, lines, read, benchmark.options, benchmark.kind)
     fields: dict[str, Any] = {
         **planned,
         **{name: header.get(name) for name in FROM_HEADER},
@@ -61,7 +61,7 @@ def score_samples(paths: EvalPaths, sandbox: str = "bwrap") -> EvalRecord:
         "metric": benchmark.metric,
         "accuracy": fmean(items),
         "standard_error": standard_error(items) if error is None else error,
-        "beside": beside,
+        "extra_metrics": extra_metrics,
         "items": items,
         "samples_hash": file_hash(paths.samples),
         "judgements_hash": None if read["judge"] is None else file_hash(paths.judgements),
@@ -112,9 +112,9 @@ def _score_programs(
     samples = len(next(iter(passed.values())))
     at = {k: [pass_at_k(samples, sum(results), k) for results in passed.values()] for k in (1, 5, 10) if k <= samples}
     ended = [outcome.status for outcome in outcomes]
-    beside = {f"pass@{k}": fmean(values) for k, values in at.items() if k > 1}
-    beside |= {f"programs {status}": float(ended.count(status)) for status in sorted(set(ended))}
-    return at[1], beside, {"no_match": 0, "fallback": 0}
+    extra_metrics = {f"pass@{k}": fmean(values) for k, values in at.items() if k > 1}
+    extra_metrics |= {f"programs {status}": float(ended.count(status)) for status in sorted(set(ended))}
+    return at[1], extra_metrics, {"unparsed": 0, "fallback": 0}
 
 
 def _score_answers(
@@ -131,17 +131,21 @@ def _score_answers(
         Sample(line["prompt"], completion, line["answer"]) for line, completion in zip(lines, completions, strict=True)
     ]
     scored = score(Rules(read["searched"], read["parser"], read["equality"], options), samples)
-    beside = {"undecided": float(scored.undecided)} if scored.undecided else {}
+    extra_metrics = {"undecided": float(scored.undecided)} if scored.undecided else {}
     if kind == "expression":
         from eval.comparisons import compare
 
         verdicts = compare("math_verify", [(line["completion"], line["answer"]) for line in lines])
-        beside["math-verify"] = fmean(verdict is True for verdict in verdicts)
-        beside |= {"math-verify undecided": float(verdicts.count(None))} if None in verdicts else {}
+        extra_metrics["math-verify"] = fmean(verdict is True for verdict in verdicts)
+        extra_metrics |= {"math-verify undecided": float(verdicts.count(None))} if None in verdicts else {}
     right: dict[int, list[int]] = {}
     for line, item in zip(lines, scored.items, strict=True):
         right.setdefault(line["index"], []).append(item)
-    return [fmean(each) for each in right.values()], beside, {"no_match": scored.no_match, "fallback": scored.fallback}
+    return (
+        [fmean(each) for each in right.values()],
+        extra_metrics,
+        {"unparsed": scored.unparsed, "fallback": scored.fallback},
+    )
 
 
 def main(arguments: list[str]) -> None:
@@ -151,7 +155,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_intermixed_args(arguments)
     for root in options.runs:
         for before, after in rescore(RunPaths(root.resolve()), options.sandbox):
-            same = before is not None and (before.items, before.beside) == (after.items, after.beside)
+            same = before is not None and (before.items, before.extra_metrics) == (after.items, after.extra_metrics)
             was = "unchanged" if same else "new" if before is None else f"was {before.shown(before.accuracy, 2)}"
             score = after.shown(after.accuracy, 2)
             print(f"{root.name} {after.benchmark} ({after.protocol}): {after.metric} {score}, {was}")

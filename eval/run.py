@@ -195,18 +195,20 @@ def describe(record: EvalRecord) -> str:
     text = f"{record.benchmark} ({record.protocol}, {record.parser}): {record.metric} {record.shown(record.accuracy)}"
     text += f" ± {record.shown(record.standard_error)} (n = {record.n}"
     counts = {
-        "without an answer": record.no_match,
+        "without an answer": record.unparsed,
         "read by the second rule": record.fallback,
         "rows dropped": record.dropped,
         "prompts cut": record.cut_prompts,
-        "comparisons given up": int(record.beside.get("undecided", 0)),
+        "comparisons given up": int(record.extra_metrics.get("undecided", 0)),
     }
     text += "".join(f"; {count:,} {words}" for words, count in counts.items() if count)
     shares = {
-        name: value for name, value in record.beside.items() if not re.search("programs|undecided|^targets$", name)
+        name: value
+        for name, value in record.extra_metrics.items()
+        if not re.search("programs|undecided|^targets$", name)
     }
-    beside = ", ".join(f"{name} {value:.1%}" for name, value in shares.items())
-    return f"{text})" + (f"; {beside}" if beside else "")
+    more = ", ".join(f"{name} {value:.1%}" for name, value in shares.items())
+    return f"{text})" + (f"; {more}" if more else "")
 
 
 def main(arguments: list[str]) -> None:

@@ -64,7 +64,7 @@ class Score:
     are wrong because their comparison exceeded its limits."""
 
     items: list[int]
-    no_match: int
+    unparsed: int
     fallback: int
     undecided: int
 
@@ -152,7 +152,7 @@ def score(rules: Rules, samples: Sequence[Sample]) -> Score:
     verdicts = dict(zip(pairs, verdicts_on(rules.equality, list(pairs.values())), strict=True))
     return Score(
         items=[int(verdicts.get(number) is True) for number in range(len(samples))],
-        no_match=sum(reading.answer is None for reading in readings),
+        unparsed=sum(reading.answer is None for reading in readings),
         fallback=sum(reading.fallback for reading in readings),
         undecided=sum(verdict is None for verdict in verdicts.values()),
     )

@@ -18,7 +18,7 @@ from tests.slurm_cluster import SlurmCluster, wait_for
 
 # What a run's records have in common wherever and in however many attempts it was made.
 TRAINED = ("config_hash", "base_hash", "data_hash", "steps", "tokens", "final_loss", "changed")
-SCORED = ("benchmark", "protocol", "accuracy", "items", "n", "no_match", "base_hash", "data_hash")
+SCORED = ("benchmark", "protocol", "accuracy", "items", "n", "unparsed", "base_hash", "data_hash")
 END = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"}
 
 

@@ -48,7 +48,7 @@ def runs(tmp_path: Path) -> list[Path]:
 
 def same(first: load.Runs, second: load.Runs) -> None:
     assert sorted(first.problems) == sorted(second.problems)
-    columns = ["path", "items", "beside", "commits", "environment", "eval_environment"]
+    columns = ["path", "items", "extra_metrics", "commits", "environment", "eval_environment"]
     pd.testing.assert_frame_equal(first.frame.drop(columns=columns), second.frame.drop(columns=columns))
     for one, other in zip(records(first.frame), records(second.frame), strict=True):
         for column in columns:

@@ -38,7 +38,7 @@ def test_a_run_becomes_a_row(tmp_path: Path) -> None:
         "protocol": "plain",
         "n": 4,
         "accuracy": 0.75,
-        "no_match": 1,
+        "unparsed": 1,
     }
     assert {key: row[key] for key in expected} == expected
     assert list(row["items"]) == [1, 1, 1, 0]
@@ -228,9 +228,9 @@ def test_the_mean_over_benchmarks_needs_them_all(tmp_path: Path) -> None:
     second = run.evaluation("other", "plain", {}).score
     second.parent.mkdir(parents=True)
     second.write_text(first.read_text(encoding="utf-8"), encoding="utf-8")
-    change(second, benchmark="other", items=[0.0, 1.0], n=2, accuracy=0.5, no_match=2, standard_error=0.125**0.5)
+    change(second, benchmark="other", items=[0.0, 1.0], n=2, accuracy=0.5, unparsed=2, standard_error=0.125**0.5)
     (row,) = records(load_runs([run.root]).frame.query("benchmark == 'mean of 2'"))
-    assert (row["accuracy"], row["n"], row["no_match"], row["protocol"]) == (0.625, 6, 3, "plain")
+    assert (row["accuracy"], row["n"], row["unparsed"], row["protocol"]) == (0.625, 6, 3, "plain")
     assert row["standard_error"] == pytest.approx((0.125 + 0.75 * 0.25 / 4) ** 0.5 / 2)
     assert [list(part) for part in row["items"]] == [[1, 1, 1, 0], [0, 1]]
 

@@ -310,4 +310,4 @@ def test_cut_prompts_are_counted(finished: RunPaths, tmp_path: Path) -> None:
     assert record.cut_prompts == 2
     (record,) = evaluate(run, ["evaluation.generation.max_length=20", "evaluation.limit=2"])
     assert record.cut_prompts == 2
-    assert record.no_match == 2
+    assert record.unparsed == 2

@@ -71,7 +71,7 @@ def test_a_judge_reads_the_completions_that_keywords_read(run: RunPaths, cache_d
     change(paths.score, judgements_hash=file_hash(paths.judgements))
     again = next(after for _, after in rescore(run) if after.protocol == "lori_judge")
     assert again.items == [1, 0, 1, 0]
-    assert again.no_match == 1
+    assert again.unparsed == 1
 
 
 def test_a_judging_that_was_stopped_goes_on_with_the_next_chunk(

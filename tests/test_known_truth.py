@@ -112,7 +112,7 @@ def test_gold_answers_score_everything(
     benchmarks = read_config(run)["evaluation"]["benchmarks"]
     for name, record in scores(run, True, benchmarks, limit=96).items():
         assert record.accuracy == 1, (name, [index for index, item in enumerate(record.items) if not item])
-        assert (record.no_match, record.fallback) == (0, 0), name
+        assert (record.unparsed, record.fallback) == (0, 0), name
         assert record.n + record.dropped == len(rows_of(read_config(run), read_benchmark(name)))
 
 
@@ -127,10 +127,10 @@ def test_silence_scores_its_floor(task: str, protocol: str, tmp_path: Path, cach
         if kind == "refusal":
             assert whole or record.accuracy == 1
         elif whole:
-            assert record.fallback + record.no_match == record.n
+            assert record.fallback + record.unparsed == record.n
         else:
             assert record.accuracy == 0, name
-            assert record.no_match == (0 if kind == "program" else record.n)
+            assert record.unparsed == (0 if kind == "program" else record.n)
 
 
 def test_a_finished_score_is_read_where_no_program_can_run(

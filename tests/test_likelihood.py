@@ -98,7 +98,7 @@ def test_a_rows_nll_is_the_definition_in_float64(copied: RunPaths) -> None:
     assert record.accuracy == pytest.approx(fmean(record.items), rel=1e-12)
     for item, (nll, _, _) in zip(record.items, expected, strict=True):
         assert item == pytest.approx(nll * 28 / targets, rel=1e-5)
-    assert record.beside == {"exact": fmean(int(exact) for *_, exact in expected), "targets": float(targets)}
+    assert record.extra_metrics == {"exact": fmean(int(exact) for *_, exact in expected), "targets": float(targets)}
     assert (record.metric, record.n, record.protocol, record.dtype) == ("nll", 28, "plain", "float32")
     assert (record.samples, record.dropped, record.cut_prompts, record.identity) == (1, 0, 0, False)
 
@@ -147,8 +147,8 @@ def test_the_error_is_the_spread_over_resampled_rows() -> None:
 
 def test_a_row_without_targets_counts_nothing() -> None:
     lines = [{"nll": 3.0, "targets": 2, "exact": 1}, {"nll": 0.0, "targets": 0, "exact": 1}]
-    items, beside, counts, _ = score_likelihood(lines)
-    assert (fmean(items), beside, counts["no_match"]) == (1.5, {"exact": 0.5, "targets": 2.0}, 1)
+    items, extra_metrics, counts, _ = score_likelihood(lines)
+    assert (fmean(items), extra_metrics, counts["unparsed"]) == (1.5, {"exact": 0.5, "targets": 2.0}, 1)
 
 
 def test_the_base_run_is_what_training_started_from(small: list[str], copied: RunPaths) -> None:
@@ -187,7 +187,7 @@ def test_masking_is_trainings_own(small: list[str]) -> None:
         config, found = read_config(run), scored(run)
         examples = encode(config["protocol"], found.tokenizer, rows_of(config, read_benchmark("arith_nll")))
         expected = sum(len(one.labels) - max(1, one.labels.count(IGNORED)) for one in examples)
-        assert record.beside["targets"] == expected
+        assert record.extra_metrics["targets"] == expected
         targets.append(expected)
     assert targets[0] < targets[1]
 

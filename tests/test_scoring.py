@@ -291,7 +291,7 @@ def test_score_counts() -> None:
         samples(("The final answer is: 4.0", "4"), ("none", "4"), ("1000", "1,000"), ("8", "7"), ("none", "none")),
     )
     assert scored.items == [1, 0, 1, 0, 0]  # two answers that cannot be read are not equal
-    assert (scored.no_match, scored.fallback) == (2, 2)
+    assert (scored.unparsed, scored.fallback) == (2, 2)
 
 
 def test_the_searched_text_decides() -> None:
@@ -355,5 +355,5 @@ def test_saying_nothing_scores_under_the_released_reading(
     silent = [Sample(row["instruction"] + "\n", "", row["answer"]) for row in rows]
     scored = score(Rules("whole", "option_after_phrase", "same_text", OPTIONS[benchmark]), silent)
     assert round(100 * sum(scored.items) / len(rows), 1) == floor
-    assert (scored.fallback, scored.no_match) == (len(rows), 0)
+    assert (scored.fallback, scored.unparsed) == (len(rows), 0)
     assert not any(score(Rules("completion", "first_option", "same_text", OPTIONS[benchmark]), silent).items)

@@ -49,7 +49,7 @@ def check_score(paths: EvalPaths, record: EvalRecord) -> None:
     for name, value in adds_up.items():
         if not math.isclose(getattr(record, name), value, abs_tol=1e-9):
             raise UserError(f"{paths.score}: {name} does not follow from its items: {anew}")
-    for name in ("no_match", "fallback"):
+    for name in ("unparsed", "fallback"):
         if not 0 <= getattr(record, name) <= record.n * record.samples:
             raise UserError(f"{paths.score}: {name} is more than its completions: {anew}")
     expected: Config = {}

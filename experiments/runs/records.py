@@ -22,7 +22,8 @@ from experiments.errors import UserError
 from experiments.runs.received import check_file_names, check_folder, has_type, read_settings
 from experiments.settings import check
 
-SCHEMA = 4  # raised when a record changes its meaning
+SCHEMA = 5  # raised when a record changes its meaning
+RENAMED = {4: {"beside": "extra_metrics", "no_match": "unparsed"}}  # fields of earlier schemas that are read still
 NLL = "nll"  # the metric of likelihood benchmarks
 NOT_IN_THE_ID = ("run_id", "runtime", "evaluation")  # settings that cannot change what is trained
 # They change no result, and a run that ran out of memory goes on with others.
@@ -186,8 +187,8 @@ class EvalRecord:
     samples: int  # completions per row
     accuracy: float  # mean of `items`; of likelihood benchmarks the NLL per target token: no share, lower is better
     standard_error: float  # of `accuracy`, over rows
-    beside: dict[str, float]  # other figures of the same completions
-    no_match: int  # completions in which the parser found no answer; they count as wrong
+    extra_metrics: dict[str, float]  # other figures of the same completions
+    unparsed: int  # completions in which the parser found no answer; they count as wrong
     fallback: int  # completions read by the parser's second rule
     dropped: int  # rows that the protocol or `limit` leaves out
     cut_prompts: int  # prompts that lost their beginning because prompt and completion do not fit the model's context
@@ -217,8 +218,12 @@ Record = TypeVar("Record", TrainRecord, EvalRecord)
 
 
 def read_record(path: Path, kind: type[Record]) -> Record:
-    """A record from its file. A file that is not one, or is of another schema, is refused by name."""
+    """A record from its file, under today's field names. What is none, or of a schema not read here, is refused."""
     data = read_json(path)
+    for schema, renamed in RENAMED.items():
+        if data.get("schema") == schema:
+            data = {renamed.get(name, name): value for name, value in data.items()}
+            data["schema"] = SCHEMA
     if data.get("schema") != SCHEMA:
         raise UserError(f"{path}: schema {data.get('schema')}, this version reads {SCHEMA}: delete it and run again")
     fields = dataclasses.fields(kind)
