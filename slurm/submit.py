@@ -64,8 +64,10 @@ def submit(
     runs_dir = Path(folders.pop()).resolve()
     if options.dry_run:
         todo = _missing(title, wanted, queued_if_known(runs_dir) or {}, options)
-        show(todo, found.following(), cluster, options, selection)
+        refused = show(todo, found.following(), cluster, options, selection)
         _say_what_comes(found, selected)
+        if refused:
+            raise UserError(f"{refused} settings cannot be submitted, for the reasons above")
         return []
     slurm("sbatch", "--version")  # before anything is written
     with _submitter_lock(runs_dir):
@@ -162,8 +164,11 @@ def show(
     cluster: Cluster,
     options: Options,
     selection: Selection,
-) -> None:
-    """What would be submitted: a line for each setting, then the arrays; and what cannot be, with the reason."""
+) -> int:
+    """What would be submitted: a line for each setting, then the arrays; and what cannot be, with the reason.
+
+    Gives the number of settings that cannot.
+    """
     from experiments.plan.overview import memory_table, settings
 
     refused = _refused([*(config for config, _ in todo), *following], cluster)
@@ -187,6 +192,7 @@ def show(
         print(f"{len(configs)} runs: {hours(configs)} GPU-hours{then}")
     for reason in refused.values():
         print(f"cannot be submitted: {reason}")
+    return len(refused)
 
 
 def _show_arrays(parts: list[Array], cluster: Cluster) -> None:

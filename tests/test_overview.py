@@ -130,12 +130,16 @@ def test_without_a_speed_submit_counts_time_limits(capsys: pytest.CaptureFixture
     assert "4 runs: ≤ 96 GPU-hours\n" in shown
 
 
-def test_what_fits_no_gpu_is_one_line_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_fits_no_gpu_is_one_line_a_setting(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fails_with: FailsWith
+) -> None:
     arguments = ["model=llama2_7b", "task=commonsense_170k", "method=lora,full", "seed=0,1", "--dry-run"]
     arguments += [f"runtime.runs_dir={tmp_path}", cluster_file(tmp_path, gpu_memory="20G", gpus=1)]
-    submit_from(parse([*arguments, "recipe.learning_rate=1e-4"]))
+    fails_with(lambda: submit_from(parse([*arguments, "recipe.learning_rate=1e-4"])))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cannot be submitted: ")]
-    submit_from(parse([*arguments, "recipe.learning_rate=1e-4", "--budget=100gpuh"]))  # takes nothing of a budget
+    budget = "--budget=100gpuh"  # of which they take nothing
+    said = fails_with(lambda: submit_from(parse([*arguments, "recipe.learning_rate=1e-4", budget])))
+    assert said == "2 settings cannot be submitted, for the reasons above"
     budgeted = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cannot be submitted: ")]
     assert budgeted == lines
     assert len(lines) == 2
@@ -144,6 +148,13 @@ def test_what_fits_no_gpu_is_one_line_a_setting(tmp_path: Path, capsys: pytest.C
     assert ", or runtime.gradient_checkpointing=true (" in lines[0]
     assert "lora-r32 on llama2_7b" in lines[0]
     assert ": give runtime.gradient_checkpointing=true and recipe.micro_batch_size=1 on 8 GPUs (" in lines[1]
+
+
+def test_what_fits_only_sharded_is_told_so_where_that_was_switched_off(fails_with: FailsWith) -> None:
+    asked = ["model=llama2_7b", "task=math_10k", "method=full", "recipe.learning_rate=1e-5", "runtime.sharding=none"]
+    (config,) = plan(asked)
+    said = fails_with(lambda: read_cluster(str(ROOT / "slurm" / "a100.yaml")).resources(config))
+    assert "are usable on one GPU: give runtime.sharding=auto and 2 GPUs, sharded (" in said
 
 
 def test_micro_batches_that_do_not_divide_are_one_line(tmp_path: Path, fails_with: FailsWith) -> None:

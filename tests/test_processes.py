@@ -110,6 +110,8 @@ def test_a_number_of_processes_that_does_not_divide_the_batch(
     run = planned([*small, "method=lora", "recipe.micro_batch_size=4"])
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert fails_with(lambda: train(run)) == (
-        "recipe.batch_size=8 is not a multiple of recipe.micro_batch_size=4 × 3 processes: start 1 or 2 processes, or "
-        "plan it with another recipe.micro_batch_size"
+        "recipe.batch_size=8 is not a multiple of recipe.micro_batch_size=4 × 3 processes: start 2 processes, or "
+        "plan it with another recipe.batch_size"
     )
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert fails_with(lambda: train(run)).endswith(": start 2 processes, or plan it with recipe.micro_batch_size=2")

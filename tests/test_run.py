@@ -220,8 +220,7 @@ def test_bad_settings_say_what_and_how(override: str, message: str, small: list[
     if "cuda" in override and torch.cuda.is_available():
         pytest.skip("a CUDA device is visible")
     arguments = small + ["recipe.micro_batch_size=80"] * override.startswith("recipe.batch_size")
-    run = planned([*arguments, override])
-    assert message in fails_with(lambda: train(run))
+    assert message in fails_with(lambda: train(planned([*arguments, override])))
 
 
 def test_command_lines_print_one_line_and_status_one(small: list[str], tmp_path: Path) -> None:

@@ -210,6 +210,7 @@ def _resolve_references(composed: Config) -> Config:
 def _finalize(settings: Config) -> Config:
     """Drop the tables that only served to choose a value, and name the run."""
     _check_data(settings)
+    _check_batch(settings["recipe"])
     settle_weights(settings["model"], Path(settings["runtime"]["cache_dir"]))
     name_quantized(settings)
     if settings["spectra"]["every"] is None:
@@ -218,6 +219,16 @@ def _finalize(settings: Config) -> Config:
         for table in tables:
             del settings[section][table]
     return {"run_id": run_id(settings), **settings}
+
+
+def _check_batch(recipe: Config) -> None:
+    """Of a micro-batch that does not divide it training would say so, on a GPU and hours later."""
+    batch, micro_batch = recipe["batch_size"], recipe["micro_batch_size"]
+    if batch % micro_batch:
+        known = ", ".join(str(size) for size in range(1, batch + 1) if batch % size == 0)
+        raise UserError(
+            f"recipe.batch_size={batch} is not a multiple of recipe.micro_batch_size={micro_batch}: give one of {known}"
+        )
 
 
 def _check_data(settings: Config) -> None:

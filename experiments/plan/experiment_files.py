@@ -31,7 +31,7 @@ def expand_experiment(arguments: Sequence[str]) -> list[list[str]]:
         others = [argument for argument in others if argument != PAPER]
         grids = experiment.get("paper")
         if not grids:
-            raise UserError(f"{PAPER}: experiment {name or '…'} has no cells of the paper, no `paper`")
+            raise UserError(f"--paper ({PAPER}): experiment {name or '…'} has no cells of the paper, no `paper`")
     if not name:
         return [others]
     common = _split(name, experiment.get("common", ""))

@@ -24,7 +24,7 @@ def gpus_needed(config: Config, gpu_bytes: int, largest: int) -> int:
     if config["method"]["trains"] == "nothing":
         return 1
     least = 2 if config["runtime"].get("sharding") == "full" else 1
-    most = 1 if not_shardable(config) else largest
+    most = largest if "full" in _shardings(config, largest) else 1  # without shards more GPUs save nothing
     counts = [gpus for gpus in _counts(config, most) if gpus >= least]
     found = next((gpus for gpus in counts if fits(estimate(_settled(config, gpus), gpus), gpu_bytes)), None)
     if found is None:
@@ -121,7 +121,8 @@ def _single_changes(config: Config, gpus: int, largest: int) -> Iterator[Iterato
     if not not_shardable(config):
         whole = _shardings(config, gpus)[-1] == "none"
         counts = [count for count in _counts(config, largest) if count > (1 if whole else gpus)]
-        yield ((f"{count} GPUs, sharded", estimate(with_sharding(config, "full"), count)) for count in counts)
+        asked = "runtime.sharding=auto and " if config["runtime"].get("sharding") == "none" else ""
+        yield ((f"{asked}{count} GPUs, sharded", estimate(with_sharding(config, "full"), count)) for count in counts)
     config = _settled(config, gpus)
     if _can_checkpoint(config):
         yield iter([("runtime.gradient_checkpointing=true", estimate(_checkpointed(config), gpus))])

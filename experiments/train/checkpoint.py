@@ -76,7 +76,8 @@ def check_layout(checkpoint: Path, layout: dict[str, Any]) -> None:
     if written != layout:
         told = [f"{each['processes']} processes with runtime.sharding={each['sharding']}" for each in (written, layout)]
         raise UserError(
-            f"{checkpoint} was written by {told[0]}, and these are {told[1]}: start it as before, or delete "
+            f"{checkpoint} was written by {told[0]}, and these are {told[1]}: plan the run again with "
+            f"runtime.sharding={written['sharding']} and start it with {written['processes']} processes, or delete "
             f"{checkpoint.parent} to train from the start"
         )
 

@@ -47,11 +47,12 @@ def accumulation_steps(recipe: dict[str, Any]) -> int:
     steps, rest = divmod(batch, micro_batch * world)
     if rest or not steps:
         parts = batch // micro_batch if batch % micro_batch == 0 else 0
-        known = " or ".join(str(count) for count in range(1, parts + 1) if parts % count == 0)
+        known = " or ".join(str(count) for count in range(2, parts + 1) if parts % count == 0)
         told = f"start {known} processes, or plan it" if known else "plan it"
+        most = max((size for size in range(1, batch + 1) if batch % (size * world) == 0), default=None)
         raise UserError(
             f"recipe.batch_size={batch} is not a multiple of recipe.micro_batch_size={micro_batch} × {world} "
-            f"processes: {told} with another recipe.micro_batch_size"
+            f"processes: {told} with " + (f"recipe.micro_batch_size={most}" if most else "another recipe.batch_size")
         )
     return steps
 
