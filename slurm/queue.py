@@ -38,7 +38,9 @@ def slurm(*command: str, seconds: float = 120) -> str:
     if result is None:
         raise UserError(f"{command[0]} gave no answer in {seconds:g} s: the controller is down or busy, try again")
     if result.returncode:
-        lines = [line.removeprefix(f"{command[0]}: error: ") for line in result.stderr.splitlines()]
+        said = [line.removeprefix(f"{command[0]}: ") for line in result.stderr.splitlines()]
+        fatal = [line.removeprefix("fatal: ") for line in said if line.startswith("fatal: ")]  # the reason, if there
+        lines = fatal or [line.removeprefix("error: ") for line in said]
         raise UserError(f"{command[0]}: {shortened(lines) or f'exit status {result.returncode}'}")
     return result.stdout
 

@@ -14,7 +14,7 @@ import pytest
 from experiments.runs.records import RunPaths
 from slurm.job import _note_given_up
 from slurm.manifest import write_manifest
-from slurm.queue import Task, queued
+from slurm.queue import Task, queued, slurm
 from slurm.status import NEVER_STARTED, failed_before, run_state, statuses, table
 from tests.slurm_runs import attempt_entry, planned_manifest
 
@@ -200,3 +200,16 @@ def test_status_names_what_it_knows(tmp_path: Path, fails_with: FailsWith) -> No
     assert "nothing was submitted from" in fails_with(lambda: statuses(tmp_path))
     write_manifest(tmp_path / ".slurm" / "a" / "manifest.json", planned_manifest(tmp_path, {"run": {}}, [["run"]]))
     assert "did you mean sweep?" in fails_with(lambda: statuses(tmp_path, "swep"))
+
+
+def test_a_squeue_without_a_cluster_says_why_and_not_how_it_looked(
+    squeue: Callable[[str], None], fails_with: Callable[[Callable[[], object]], str]
+) -> None:
+    """Slurm's tools print a line for each place where they looked for a configuration, the reason last."""
+    errors = [
+        "error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host",
+        "error: fetch_config: DNS SRV failed",
+    ]
+    errors.append("fatal: Could not establish a configuration source")
+    squeue("; ".join(f"echo 'squeue: {error}' >&2" for error in errors) + "; exit 1")
+    assert fails_with(lambda: slurm("squeue", "--me")) == "squeue: Could not establish a configuration source"

@@ -1,0 +1,130 @@
+"""A method, a task with its protocol and a benchmark of one's own, added to a copy of the clone as README says it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import ROOT
+from experiments.runs.records import EvalRecord, RunPaths, TrainRecord, read_config, read_record
+from tests.conftest import SMALL
+
+FILES = {
+    # A method is a PEFT config class and a YAML file. This is rank-stabilised LoRA on attention alone.
+    "diablo/methods/toy.py": '''
+"""Rank-stabilised LoRA (2312.03732) as a class of its own."""
+
+from dataclasses import dataclass
+
+from peft import LoraConfig
+
+
+@dataclass
+class ToyConfig(LoraConfig):
+    def __post_init__(self) -> None:
+        self.use_rslora = True
+        super().__post_init__()
+''',
+    "configs/method/toy.yaml": """
+name: toy
+label: toy-r${.adapter.r}
+trains: adapter
+adapter:
+  _target_: diablo.methods.toy.ToyConfig
+  task_type: CAUSAL_LM
+  r: 3
+  target_modules: [q_proj, v_proj]
+learning_rate: {arith: 1.0e-2, toy: 1.0e-2}
+contract: {starts_at_base: true, merges: true, changes_base_at_start: false}
+""",
+    "configs/task/toy.yaml": """
+# @package _global_
+defaults:
+  - override /protocol: toy/plain
+task:
+  name: toy
+  data: {source: arith, seed: 1, train: 64, heldout: 14, test: 28}
+  benchmarks: [toy]
+  target_modules: [q_proj, k_proj, v_proj, up_proj, down_proj]
+recipe: {epochs: 1}
+""",
+    "configs/protocol/toy/plain.yaml": """
+# @package _global_
+protocol: {name: plain, version: 1, prompt: "Question: {instruction}\\nAnswer: ", bos: true, max_length: 256}
+evaluation:
+  parser: {number: last_number}
+  equality: {number: same_number}
+  generation: {num_beams: 1, max_new_tokens: 12, stop: []}
+""",
+    "eval/tasks/toy.yaml": """
+task: toy
+test_split: test
+output_type: generate_until
+doc_to_target: "{{answer}}"
+metadata: {version: 1.0, source: arith, kind: number}
+""",
+}
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    folder = tmp_path / "clone"
+    for name in ("diablo", "configs", "experiments", "eval", "slurm", "analysis", "tests", "results/gpu_h200"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    for name, text in FILES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text.lstrip(), encoding="utf-8")
+    return folder
+
+
+def python(clone: Path, *arguments: str) -> str:
+    told = subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=clone, env={**os.environ, "PYTHONPATH": str(clone)}, capture_output=True, encoding="utf-8", timeout=500,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stdout[-2000:] + told.stderr[-2000:]
+    return told.stdout
+
+
+@pytest.mark.slow
+def test_a_method_a_task_and_a_benchmark_of_ones_own(clone: Path, tmp_path: Path, cache_dir: Path) -> None:
+    folders = [f"runtime.runs_dir={tmp_path / 'runs'}", f"runtime.cache_dir={cache_dir}"]
+    sizes = [setting for setting in SMALL if setting.startswith("model.pretraining")]
+    python(
+        clone,
+        "experiments.plan",
+        "model=tiny",
+        "task=toy",
+        "method=toy",
+        "recipe.batch_size=8",
+        "recipe.micro_batch_size=8",
+        *sizes,
+        *folders,
+    )
+    (root,) = (tmp_path / "runs").glob("tiny-toy-r3-toy-s0-*")
+    python(clone, "experiments.train", str(root))
+    python(clone, "eval.run", str(root))
+    run = RunPaths(root)
+    assert read_config(run)["method"]["adapter"]["_target_"] == "diablo.methods.toy.ToyConfig"
+    trained = read_record(run.train_record, TrainRecord)
+    assert trained.changed
+    assert trained.steps == 8
+    (evaluation,) = run.evaluations()
+    score = read_record(evaluation.score, EvalRecord)
+    assert (score.benchmark, score.protocol, score.n) == ("toy", "plain", 28)
+    assert not score.identity
+
+
+@pytest.mark.slow
+def test_the_contract_tests_find_a_method_of_ones_own(clone: Path) -> None:
+    told = python(clone, "pytest", "-v", "-p", "no:cacheprovider", "-n", "0", "tests/test_methods.py", "-k", "toy")
+    for name in ("merged_equals_unmerged", "saved_and_loaded", "only_what_is_trained", "trainable_parameters_equal"):
+        assert re.search(rf"test_{name}\w*\[.*toy\] PASSED", told), name
+    assert " failed" not in told
