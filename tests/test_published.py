@@ -175,7 +175,7 @@ def test_pass_at_10_comes_from_the_share_of_right_completions_of_each_problem(tm
         samples=20,
         accuracy=fmean(shares),
         standard_error=standard_error(shares),
-        beside={},
+        extra_metrics={},
     )
     numbers = code_safety(frame_of(tmp_path)).numbers
     found = {name: row_of(numbers, method="lora", benchmark=f"human_eval {name}") for name in ("pass@1", "pass@10")}
