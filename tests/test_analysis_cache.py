@@ -36,7 +36,15 @@ def runs(tmp_path: Path) -> list[Path]:
     other = several.evaluation("other", "plain", {}).score
     other.parent.mkdir(parents=True)
     other.write_text(score_file(several.root).read_text(encoding="utf-8"), encoding="utf-8")
-    change(other, benchmark="other", items=[0.5, 1.0], n=2, accuracy=0.75, standard_error=0.25, extra_metrics={"pass@5": 0.5})
+    change(
+        other,
+        benchmark="other",
+        items=[0.5, 1.0],
+        n=2,
+        accuracy=0.75,
+        standard_error=0.25,
+        extra_metrics={"pass@5": 0.5},
+    )
     write_run(folder, "sparse", pattern="banded", items=[1, 0])
     write_run(folder, "pissa")
     RunPaths(write_run(folder, "milora", items=[0, 1])).train_record.unlink()
