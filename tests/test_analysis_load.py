@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 
 from analysis.load import find_runs, load_metrics, load_runs, load_step_times, records
+from experiments import ROOT
 from experiments.errors import UserError
 from experiments.plan.compose import plan, write_runs
-from experiments.runs.records import RunPaths
+from experiments.runs.records import SCHEMA, EvalRecord, RunPaths, read_json, read_record, write_record
 from tests.analysis_runs import LAYERS, MODULES, change, score_file, step_times_file, write_run
 
 
@@ -270,3 +271,15 @@ def test_a_method_that_cannot_be_merged_stands_in_the_table_of_those_that_can(tm
     frame = load_runs([run.root for run in runs]).frame
     assert list(frame["method"]) == ["lora", "bottleneck"]
     assert len(set(frame["evaluation"])) == 1
+
+
+def test_a_record_of_the_schema_before_is_read_under_todays_names(tmp_path: Path) -> None:
+    """A score of the time when `extra_metrics` was `beside` and `unparsed` was `no_match`."""
+    (old,) = (ROOT / "results" / "quickstart" / "runs").glob("tiny-lora-*s0-*/eval/arith/*/score.json")
+    written = read_json(old)
+    assert written["schema"] == 4
+    record = read_record(old, EvalRecord)
+    assert (record.extra_metrics, record.unparsed, record.schema) == (written["beside"], written["no_match"], SCHEMA)
+    write_record(tmp_path / "score.json", record)
+    assert read_record(tmp_path / "score.json", EvalRecord) == record
+    assert "no_match" not in read_json(tmp_path / "score.json")

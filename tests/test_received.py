@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from diablo.quantize.storage import RECORD, load_quantized
 from diablo.quantize.storage import read_record as read_quantized
 from eval.run import evaluate
-from experiments import ROOT
 from experiments.data.prompts import prompt_text
 from experiments.models.gguf import converted
 from experiments.models.load import load_base
@@ -26,17 +25,13 @@ from experiments.models.quantized import make_quantized
 from experiments.plan.compose import plan
 from experiments.runs.evaluations import kind_of
 from experiments.runs.records import (
-    SCHEMA,
-    EvalRecord,
     RunPaths,
     TrainRecord,
     read_config,
-    read_json,
     read_record,
     run_id,
     trained_record,
     write_config,
-    write_record,
 )
 from experiments.train import checkpoint as checkpoints
 from experiments.train import methods
@@ -390,15 +385,3 @@ def test_our_own_configs_pass(tmp_path: Path) -> None:
     for method in ("smt", "lora_ga", "lori_s", "prefix", "full", "base"):
         run = received([f"method={method}", "recipe.learning_rate=1e-3"], tmp_path, lambda config: None)
         assert read_config(run) == yaml.safe_load(run.config.read_text("utf-8"))
-
-
-def test_a_record_of_the_schema_before_is_read_under_todays_names(tmp_path: Path) -> None:
-    """A score of the time when `extra_metrics` was `beside` and `unparsed` was `no_match`."""
-    (old,) = (ROOT / "results" / "quickstart" / "runs").glob("tiny-lora-*s0-*/eval/arith/*/score.json")
-    written = read_json(old)
-    assert written["schema"] == 4
-    record = read_record(old, EvalRecord)
-    assert (record.extra_metrics, record.unparsed, record.schema) == (written["beside"], written["no_match"], SCHEMA)
-    write_record(tmp_path / "score.json", record)
-    assert read_record(tmp_path / "score.json", EvalRecord) == record
-    assert "no_match" not in read_json(tmp_path / "score.json")
