@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import errno
 import io
+import logging
 import os
 import re
 import signal
@@ -90,6 +91,8 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
     75, sysexits.h's EX_TEMPFAIL, when it was asked to stop by a signal: the same command goes on from there.
     """
     arguments = _text_is_utf8()
+    # When peft imports it on a CPU with bf16 instructions, bitsandbytes warns that an optional kernel is not installed.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     debug = "--debug" in arguments
     try:
         status = main([argument for argument in arguments if argument != "--debug"])
