@@ -9,12 +9,13 @@ from typing import Any, cast
 
 import numpy as np
 import pandas as pd
-import yaml
 from statsmodels.stats.multitest import multipletests
 
 from analysis.load import Runs, records
 from analysis.nll import Difference, Items, nll_difference, verdict
 from experiments.errors import UserError
+from experiments.runs.config_files import read_config
+from experiments.runs.records import RunPaths
 
 PRIMARY = "gsm8k_nll"
 RETENTION = ("alpaca_nll", "arc_easy_nll", "code_alpaca_nll")
@@ -174,12 +175,12 @@ def settings_of(runs: Runs) -> dict[str, Setting]:
 
 def _name(row: dict[str, Any]) -> str:
     """A setting's label with what it does not share with the other settings."""
-    config = yaml.safe_load((row["path"] / "config.yaml").read_text(encoding="utf-8"))
-    name, modules = row["label"], config["task"]["target_modules"]
+    config = read_config(RunPaths(row["path"]))
+    name, modules = row["label"], list(config.task.target_modules or ())
     if row["method"] not in (BASE, "full", "smt") and modules != MODULES:
         name += ", " + " ".join(module.removesuffix("_proj") for module in modules)
-    if config["recipe"]["batch_size"] != BATCH:
-        name += f", batch {config['recipe']['batch_size']}"
+    if config.recipe.batch_size != BATCH:
+        name += f", batch {config.recipe.batch_size}"
     if row["loss_on"] != "answer":
         name += MASKED
     return name

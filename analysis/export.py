@@ -19,7 +19,9 @@ from typing import Any
 
 from experiments import ROOT
 from experiments.errors import UserError, run_command
-from experiments.runs.records import RunPaths, read_config, read_json, read_lines, write_atomically, write_config
+from experiments.runs.config_files import read_config, write_config
+from experiments.runs.records import RunPaths, read_json, read_lines, write_atomically
+from experiments.settings import with_values
 
 RESULTS = ROOT / "results"
 PATHS = ("runs_dir", "data_root", "cache_dir")  # of `runtime`: they say where, on a machine that the reader lacks
@@ -35,8 +37,7 @@ def export_run(source: Path, out: Path, norms: bool = True) -> Path:
     """
     old, new = RunPaths(source), RunPaths(out / source.name)
     config = read_config(old)
-    config["runtime"] = {key: None if key in PATHS else value for key, value in config["runtime"].items()}
-    write_config(new, config)
+    write_config(new, with_values(config, {f"runtime.{key}": None for key in PATHS}).mapping)
     records = (old.train_record, old.held_out, old.diverged, old.learning_rate)
     for path in (*records, *sorted(source.glob("eval/*/*/score.json"))):
         if path.is_file():

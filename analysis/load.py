@@ -27,15 +27,7 @@ from experiments.errors import UserError
 from experiments.runs import evaluations
 from experiments.runs import records as run_records
 from experiments.runs.received import read_settings
-from experiments.runs.records import (
-    RunPaths,
-    TrainRecord,
-    content_hash,
-    file_hash,
-    read_json,
-    read_lines,
-    read_record,
-)
+from experiments.runs.records import RunPaths, TrainRecord, content_hash, file_hash, read_json, read_lines, read_record
 
 SCALARS = dict.fromkeys(("loss", "learning_rate", "gradient_norm", "seconds"), "float64")  # of metrics.jsonl
 MANY = 200  # runs from which reading is shared between processors and kept for the next time

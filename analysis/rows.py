@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from experiments.config import RunConfig
 from experiments.errors import UserError
+from experiments.runs.config_files import group_hash, read_config, setting_hash
 from experiments.runs.evaluations import LIKELIHOOD, evaluation_paths, kind_of, name_of
 from experiments.runs.follows import check_score, check_training
 from experiments.runs.records import (
@@ -23,12 +25,10 @@ from experiments.runs.records import (
     RunPaths,
     TrainRecord,
     content_hash,
-    group_hash,
-    read_config,
     read_json,
     read_record,
-    setting_hash,
 )
+from experiments.settings import with_values
 
 UNREADABLE = (UserError, OSError, ValueError, KeyError, TypeError, AttributeError)  # what a damaged file can raise
 SIZES = {  # the setting that sizes an adapter -> what the literature calls it; PaCA's rank is a count of rows
@@ -109,7 +109,7 @@ def _read_run(run: RunPaths) -> list[dict[str, Any]]:
     problems: list[str] = []
     config = read_config(run)
     about_run = _about_run(run, config)
-    planned = [name_of(name) for name in (config.get("evaluation") or {}).get("benchmarks") or []]
+    planned = [name_of(name) for name in config.evaluation.benchmarks]
     about_run |= _rate_choice(run, problems)
     trained, training = _training(run, config, problems)
     scores = list(_evaluations(run, config, trained, problems))
@@ -117,7 +117,7 @@ def _read_run(run: RunPaths) -> list[dict[str, Any]]:
     evaluations = [score for score in scores if score["metric"] != NLL]
     scored = {score["benchmark"] for score in scores}
     every, planned = planned, [name for name in planned if not _is_likelihood(name)]
-    if (config.get("evaluation") or {}).get("mean"):
+    if config.evaluation.mean:
         evaluations += list(_means(run, evaluations, planned, problems))
     for evaluation in evaluations:
         if evaluation["benchmark"] in planned:
@@ -141,32 +141,31 @@ def _is_likelihood(benchmark: str) -> bool:
         return False
 
 
-def _about_run(run: RunPaths, config: dict[str, Any]) -> dict[str, Any]:
-    method = config["method"]
-    adapter = method["adapter"] or {}
-    quantization = config.get("quantization") or {}
+def _about_run(run: RunPaths, config: RunConfig) -> dict[str, Any]:
+    method, quantization = config.method, config.quantization
+    adapter = method.adapter or {}
     size = next((key for key in SIZES if adapter.get(key) is not None), None)
-    letter = "blocks" if method["name"] == "smt" else SIZES[size] if size else ""  # SMT's are a number, not a cut
+    letter = "blocks" if method.name == "smt" else SIZES[size] if size else ""  # SMT's are a number, not a cut
     pattern = None if size else adapter.get("pattern")
     density = f" {Fraction(adapter['density']).limit_denominator(DENOMINATOR)}" if adapter.get("density") else ""
     return {
         "run_id": run.root.name,
         "path": run.root,
-        "model": config["model"]["name"],
-        "method": method["name"],
-        "label": method["label"],
+        "model": config.model.name,
+        "method": method.name,
+        "label": method.label,
         "size": f"{letter}={adapter[size]}" if size else f"{pattern}{density}" if pattern else "",
         "size_number": adapter[size] if size else None,
-        "task": config["task"]["name"],
-        "seed": config["seed"],
-        "learning_rate": None if method["trains"] == "nothing" else config["recipe"]["learning_rate"],
-        "train_protocol": config["protocol"]["name"],
-        "loss_on": "prompt and answer" if config["protocol"].get("train_on_prompt") else "answer",
+        "task": config.task.name,
+        "seed": config.seed,
+        "learning_rate": None if method.trains == "nothing" else config.recipe.learning_rate,
+        "train_protocol": config.protocol.name,
+        "loss_on": "prompt and answer" if config.protocol.train_on_prompt else "answer",
         "pattern": pattern,
-        "quantizer": quantization.get("method"),
-        "bits": quantization.get("bits"),
-        "setting": setting_hash(config),
-        "group": group_hash(config),
+        "quantizer": quantization and quantization.method,
+        "bits": quantization and quantization.bits,
+        "setting": setting_hash(config.mapping),
+        "group": group_hash(config.mapping),
     }
 
 
@@ -184,7 +183,7 @@ def _rate_choice(run: RunPaths, problems: list[str]) -> dict[str, Any]:
     return {"rate_chosen": words, "rate_by": by}
 
 
-def _training(run: RunPaths, config: dict[str, Any], problems: list[str]) -> tuple[TrainRecord | None, dict[str, Any]]:
+def _training(run: RunPaths, config: RunConfig, problems: list[str]) -> tuple[TrainRecord | None, dict[str, Any]]:
     """The training record, and what the frame takes from it; (None, {}) when there is none to trust."""
     if run.diverged.is_file():
         try:
@@ -219,17 +218,16 @@ def _training(run: RunPaths, config: dict[str, Any], problems: list[str]) -> tup
         return None, {}
 
 
-def _as_merged(run: RunPaths, config: dict[str, Any]) -> dict[Path, str]:
+def _as_merged(run: RunPaths, config: RunConfig) -> dict[Path, str]:
     """Of a run that cannot be merged, or was planned not to be: its evaluations' folders as a merged one's are named.
 
     Merging is no part of a protocol, so that both stand in one table.
     """
-    evaluation = config.get("evaluation") or {}
-    if evaluation.get("merge", True):
+    if config.evaluation.merge:
         return {}
     try:
         own = evaluation_paths(run, config)
-        merged = evaluation_paths(run, {**config, "evaluation": {**evaluation, "merge": True}})
+        merged = evaluation_paths(run, with_values(config, {"evaluation.merge": True}))
     except UNREADABLE:  # of another version: its folders keep their names
         return {}
     pairs = [(paths.root, other.root) for paths, other in zip(own, merged, strict=True)]
@@ -241,7 +239,7 @@ def _name(run: RunPaths, folder: Path) -> str:
 
 
 def _evaluations(
-    run: RunPaths, config: dict[str, Any], trained: TrainRecord | None, problems: list[str]
+    run: RunPaths, config: RunConfig, trained: TrainRecord | None, problems: list[str]
 ) -> Iterator[dict[str, Any]]:
     """What the frame takes from every evaluation of a run that can be read and belongs to its weights."""
     names = _as_merged(run, config)

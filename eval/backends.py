@@ -12,6 +12,7 @@ from functools import partial
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, cast
 
+from experiments.config import RunConfig
 from experiments.data.prompts import prompt_tokens
 from experiments.errors import UserError
 from experiments.models.shapes import context_length
@@ -41,7 +42,7 @@ class Scored:
         return context_length(self.model.config) - _virtual_tokens(self.model)
 
 
-def load(config: Config, run: RunPaths, trained: TrainRecord, allow_identity: bool) -> Scored:
+def load(config: RunConfig, run: RunPaths, trained: TrainRecord, allow_identity: bool) -> Scored:
     """The base with what was trained on it. Refused: another base, and, unless allowed, an adapter without effect."""
     import torch
     from peft import PeftModel
@@ -53,7 +54,7 @@ def load(config: Config, run: RunPaths, trained: TrainRecord, allow_identity: bo
     probe = torch.arange(16, device=base.device).unsqueeze(0) % base.config.vocab_size
     with torch.no_grad():
         before = base(input_ids=probe).logits
-        model = methods.load(config["method"], base, run.adapter, merge=config["evaluation"]["merge"]).eval()
+        model = methods.load(config.method, base, run.adapter, merge=config.evaluation.merge).eval()
         # What moves the base when it is attached (PiSSA) computes it to rounding, so its tensors are asked too.
         after = model(input_ids=probe).logits[:, -probe.shape[1] :]  # prompt tuning's begin with its virtual tokens'
         identity = torch.equal(before, after) or not trained.changed
@@ -62,7 +63,7 @@ def load(config: Config, run: RunPaths, trained: TrainRecord, allow_identity: bo
             f"{run.root.name}: with {run.adapter} the model computes NaN in {str(model.dtype).removeprefix('torch.')}: "
             f"a larger model.dtype, or evaluation.merge=false, may help"
         )
-    if identity and config["method"]["trains"] != "nothing" and not allow_identity:
+    if identity and config.method.trains != "nothing" and not allow_identity:
         raise UserError(
             f"{run.root.name}: after loading {run.adapter} the model still computes what its base does: the adapter "
             f"was not applied, or its {trained.steps} steps changed nothing; --allow-identity scores it all the same"
@@ -121,13 +122,13 @@ def plain_generation(model: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 @contextmanager
-def language_model(config: Config, run: RunPaths, scored: Scored) -> Iterator[Any]:
+def language_model(config: RunConfig, run: RunPaths, scored: Scored) -> Iterator[Any]:
     """The model behind lm-eval's interface, by the run's `evaluation.backend`."""
     import torch
 
-    evaluation = config["evaluation"]
-    if evaluation["backend"] == "hf":
-        yield hf(scored.model, scored.tokenizer, evaluation["batch_size"], evaluation["bos"], scored.context)
+    evaluation = config.evaluation
+    if evaluation.backend == "hf":
+        yield hf(scored.model, scored.tokenizer, evaluation.batch_size, evaluation.bos, scored.context)
         return
     # vLLM reads a folder; it knows no adapters but LoRA's, so what it gets is the merged model.
     with tempfile.TemporaryDirectory(dir=run.root, prefix=".merged-") as folder:
@@ -135,7 +136,7 @@ def language_model(config: Config, run: RunPaths, scored: Scored) -> Iterator[An
         scored.tokenizer.save_pretrained(folder)
         cast(Any, scored.model).to("cpu")  # vLLM takes nearly all of a GPU
         torch.cuda.empty_cache()
-        yield vllm(folder, scored.tokenizer, scored.dtype, scored.context, evaluation["bos"])
+        yield vllm(folder, scored.tokenizer, scored.dtype, scored.context, evaluation.bos)
 
 
 def hf(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, bos: bool, context: int | None = None) -> Any:

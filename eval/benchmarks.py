@@ -8,12 +8,14 @@ protocol by which the rows become tokens, null for the run's own, and of fixed s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eval.scoring import Rules, check_rules
 from eval.text import text_rows
+from experiments.config import Data, Evaluation, RunConfig
 from experiments.errors import UserError
 from experiments.runs import evaluations
 
@@ -52,52 +54,52 @@ def read_benchmark(name: str) -> Benchmark:
     )
 
 
-def rows_of(config: Config, benchmark: Benchmark) -> list[Row]:
+def rows_of(config: RunConfig, benchmark: Benchmark) -> list[Row]:
     """A benchmark's rows: made as the run's own task makes them, if it is the same data."""
     from experiments.data.rows import load_rows
 
     if benchmark.source.endswith(evaluations.TEXT):
         return text_rows(Path(benchmark.source))
-    own = config["task"]["data"]
-    data = own if own["source"] == benchmark.source else {"source": benchmark.source}
-    return load_rows(data, benchmark.split, config["runtime"]["data_root"])
+    own = config.task.data
+    data = own if own.source == benchmark.source else Data(benchmark.source)
+    return load_rows(data, benchmark.split, config.runtime.data_root)
 
 
-def planned(config: Config) -> list[tuple[Benchmark, Config]]:
+def planned(config: RunConfig) -> list[tuple[Benchmark, Config]]:
     """The benchmarks of a run's config with the settings of each, all checked."""
-    evaluation = config["evaluation"]
-    if not evaluation["benchmarks"]:
-        raise UserError(f"{config['run_id']}: no benchmark is named: name some with evaluation.benchmarks=[…]")
-    found = []
-    names = [evaluations.name_of(name) for name in evaluation["benchmarks"]]
-    for name in evaluation["benchmarks"]:
+    evaluation = config.evaluation
+    if not evaluation.benchmarks:
+        raise UserError(f"{config.run_id}: no benchmark is named: name some with evaluation.benchmarks=[…]")
+    found: list[tuple[Benchmark, Config]] = []
+    names = [evaluations.name_of(name) for name in evaluation.benchmarks]
+    for name in evaluation.benchmarks:
         if names.count(evaluations.name_of(name)) > 1:
             raise UserError(f"evaluation.benchmarks: two are called {evaluations.name_of(name)}: name it once")
         benchmark = read_benchmark(name)
         if benchmark.kind == evaluations.LIKELIHOOD:
             settings = evaluations.likelihood_settings(config, name)
         else:
-            settings = settings_of(evaluation, benchmark)
+            settings = settings_of(evaluation, benchmark, config.mapping["evaluation"])
         found.append((benchmark, settings))
     return found
 
 
-def settings_of(evaluation: Config, benchmark: Benchmark) -> Config:
+def settings_of(evaluation: Evaluation, benchmark: Benchmark, mapping: Mapping[str, Any]) -> Config:
     """What a run's `evaluation` section says for a benchmark, checked: `asked` decides completions, `read` scores."""
-    settings = evaluations.settings_of(evaluation, benchmark.name, benchmark.kind)
+    settings = evaluations.settings_of(mapping, benchmark.name, benchmark.kind)
     read = settings["read"]
     if benchmark.kind != "program":
         check_rules(Rules(**{key: read[key] for key in ("searched", "parser", "equality")}))
     if read["judge"] is not None and read["judge"]["model"] is None:
         raise UserError(
-            f"protocol {evaluation['protocol']} has completions read by a chat model: name one with "
+            f"protocol {evaluation.protocol} has completions read by a chat model: name one with "
             f"evaluation.judge.model=…"
         )
     _check_generation(settings["asked"]["generation"], evaluation)
     return settings
 
 
-def _check_generation(generation: Config, evaluation: Config) -> None:
+def _check_generation(generation: Config, evaluation: Evaluation) -> None:
     samples, beams = generation["samples"], generation["num_beams"]
     if samples > 1 and beams > 1:
         raise UserError(f"evaluation.generation: {samples} samples and {beams} beams: choose one of the two")
@@ -109,10 +111,10 @@ def _check_generation(generation: Config, evaluation: Config) -> None:
                 f"evaluation.generation.{key}={generation[key]}: one sample is not sampled but the likeliest: give "
                 f"evaluation.generation.samples of two or more, or {key}=null"
             )
-    if evaluation["backend"] == "vllm" and beams > 1:
+    if evaluation.backend == "vllm" and beams > 1:
         raise UserError(
             f"evaluation.generation.num_beams={beams}: vLLM's beam search is not transformers', so its scores would "
             f"not be this protocol's: use evaluation.backend=hf, or a protocol without beams such as metamath"
         )
-    if evaluation["backend"] == "vllm" and not evaluation["merge"]:
+    if evaluation.backend == "vllm" and not evaluation.merge:
         raise UserError("evaluation.merge=false: vLLM serves the exported merged model: use evaluation.backend=hf")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.benchmarks import Benchmark, Row
-from experiments.data.prompts import prompt_text, prompt_tokens
+from experiments.data.prompts import Asked, prompt_text, prompt_tokens
 from experiments.errors import UserError
 from experiments.runs.attempts import Heartbeat
 from experiments.runs.follows import read_score
@@ -59,6 +59,12 @@ def check_weights(paths: EvalPaths, trained: TrainRecord) -> None:
         plan = read_json(paths.plan)
         if (plan.get("adapter_files"), plan.get("base_hash")) != (trained.adapter_files, trained.base_hash):
             raise UserError(f"{paths.root}: made with other weights than {trained.run_id} has now: delete it")
+
+
+def asked_of(plan: Config) -> Asked:
+    """How the rows of a plan are asked."""
+    asked = plan["settings"]["asked"]
+    return Asked(plan["protocol"], asked["prompt"], asked["prompt_with_input"], asked["strip_prompt"])
 
 
 def generate(
@@ -110,7 +116,7 @@ def _complete(
     generation = asked["generation"]
     docs, lines = [], []
     for index, row in rows.items():
-        prompt = prompt_text(asked, row)
+        prompt = prompt_text(asked_of(plan), row)
         room = generation["max_new_tokens"]
         if generation["max_length"] is not None:
             (tokens,) = prompt_tokens(tokenizer, [prompt], asked["bos"])

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from eval.benchmarks import Row
 from eval.text import Windows
+from experiments.config import Protocol, RunConfig
 from experiments.errors import UserError
 from experiments.models.shapes import resolve_device
 from experiments.runs.attempts import Heartbeat
 from experiments.runs.environment import environment
 from experiments.runs.records import EvalPaths, write_atomically
+from experiments.settings import section
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +39,7 @@ Config = dict[str, Any]
 def measure(
     about: Config,
     rows: list[Row],
-    config: Config,
+    config: RunConfig,
     scored: Scored,
     paths: EvalPaths,
     progress: bool,
@@ -46,14 +48,14 @@ def measure(
     """Write `plan.json` and `samples.jsonl` of one likelihood benchmark. `about` is what the plan says of it."""
     from experiments.data.tokens import tokenised
 
-    size, name = config["evaluation"]["batch_size"], about["benchmark"]
+    size, name = config.evaluation.batch_size, about["benchmark"]
     plan = {**about, "batch_size": size, "order": list(range(len(rows)))}
     write_atomically(paths.plan, json.dumps(plan) + "\n")
     protocol = about["settings"]["asked"]["protocol"]
     if protocol["name"] == "text":
         examples = Windows(scored.tokenizer, rows)
     else:
-        examples = tokenised(protocol, scored.tokenizer, rows, Path(config["runtime"]["cache_dir"]))
+        examples = tokenised(section(Protocol, protocol), scored.tokenizer, rows, Path(config.runtime.cache_dir))
     longest = int(examples.lengths.max())
     if longest > scored.context:
         raise UserError(
@@ -68,7 +70,7 @@ def measure(
         "dtype": scored.dtype,
         "identity": scored.identity,
         "cut_prompts": examples.truncated,
-        "environment": environment(str(resolve_device(config["runtime"]["device"]))),
+        "environment": environment(str(resolve_device(config.runtime.device))),
         "seconds": time.perf_counter() - started,
     }
     lines = []

@@ -22,21 +22,24 @@ from typing import Any
 
 from eval.backends import Scored, language_model, load
 from eval.benchmarks import Benchmark, Row, planned, read_benchmark, rows_of
-from eval.generate import begin, check_room, check_weights, generate, make_plan, quiet, reuse
+from eval.generate import asked_of, begin, check_room, check_weights, generate, make_plan, quiet, reuse
 from eval.judge import judge
 from eval.likelihood import measure
 from eval.rescore import score_samples
 from eval.sandbox import check_sandbox
+from experiments.config import RunConfig
 from experiments.data.prompts import prompt_text
 from experiments.data.rows import rows_hash
 from experiments.errors import UserError, run_command
 from experiments.models.shapes import block_sklearn_import, resolve_device
 from experiments.runs import preemption
 from experiments.runs.attempts import Heartbeat, attempt
+from experiments.runs.config_files import read_config
 from experiments.runs.environment import environment
 from experiments.runs.evaluations import LIKELIHOOD, evaluation_path, protocol_of
 from experiments.runs.follows import check_training, read_score
-from experiments.runs.records import EvalPaths, EvalRecord, RunPaths, TrainRecord, read_config, trained_record
+from experiments.runs.records import EvalPaths, EvalRecord, RunPaths, TrainRecord, trained_record
+from experiments.settings import with_values
 
 Config = dict[str, Any]
 # What a run keeps of its own when another protocol is named.
@@ -101,35 +104,35 @@ def _check_trained(run: RunPaths, wanted: list[tuple[Benchmark, Config, EvalPath
     return trained
 
 
-def check_data(config: Config) -> None:
+def check_data(config: RunConfig) -> None:
     """UserError if a benchmark of a run's config cannot be scored: wrong settings, missing rows, no sandbox."""
     for benchmark, _ in planned(config):
         rows_of(config, benchmark)
     _check_sandbox(config)
 
 
-def _check_sandbox(config: Config, said: bool = False) -> None:
+def _check_sandbox(config: RunConfig, said: bool = False) -> None:
     """Told before the hours of generation, not after; not asked of who only reads what is finished.
 
     Args:
         said: that there is to be none was said on this command line. A run's config alone is not believed: it may come
             from elsewhere, with the programs.
     """
-    evaluation = config["evaluation"]
-    if any(read_benchmark(name).kind == "program" for name in evaluation["benchmarks"]):
-        if evaluation["sandbox"] == "none" and not said and os.environ.get("DIABLO_SANDBOX") != "none":
+    evaluation = config.evaluation
+    if any(read_benchmark(name).kind == "program" for name in evaluation.benchmarks):
+        if evaluation.sandbox == "none" and not said and os.environ.get("DIABLO_SANDBOX") != "none":
             raise UserError(
-                f"{config['run_id']}: evaluation.sandbox=none in its config would run programs without protection: "
+                f"{config.run_id}: evaluation.sandbox=none in its config would run programs without protection: "
                 f"set DIABLO_SANDBOX=none as well, or give eval.run evaluation.sandbox=bwrap"
             )
-        check_sandbox(evaluation["sandbox"])
+        check_sandbox(evaluation.sandbox)
 
 
-def _about(config: Config, trained: TrainRecord, benchmark: Benchmark, settings: Config, rows: list[Row]) -> Config:
+def _about(config: RunConfig, trained: TrainRecord, benchmark: Benchmark, settings: Config, rows: list[Row]) -> Config:
     """What a plan says of a benchmark, its `rows` and the weights."""
     protocol, version = protocol_of(config, settings)
     return {
-        "run_id": config["run_id"],
+        "run_id": config.run_id,
         "benchmark": benchmark.name,
         "benchmark_version": benchmark.version,
         "protocol": protocol,
@@ -143,7 +146,7 @@ def _about(config: Config, trained: TrainRecord, benchmark: Benchmark, settings:
 
 
 def _generate(
-    config: Config,
+    config: RunConfig,
     about: Config,
     benchmark: Benchmark,
     rows: list[Row],
@@ -152,8 +155,8 @@ def _generate(
     progress: bool,
     heartbeat: Heartbeat,
 ) -> None:
-    prompts = [prompt_text(about["settings"]["asked"], row) for row in rows]
-    plan = make_plan(about, prompts, config["evaluation"]["batch_size"])
+    prompts = [prompt_text(asked_of(about), row) for row in rows]
+    plan = make_plan(about, prompts, config.evaluation.batch_size)
     begin(paths, plan)
     if reuse(paths, plan):
         return
@@ -162,20 +165,20 @@ def _generate(
         "dtype": scored.dtype,
         "identity": scored.identity,
         "cut_prompts": check_room(plan, prompts, scored.tokenizer, scored.context),
-        "environment": environment(str(resolve_device(config["runtime"]["device"]))),
+        "environment": environment(str(resolve_device(config.runtime.device))),
     }
     generate(plan, benchmark, rows, lm, scored.tokenizer, about_model, paths, progress, heartbeat)
 
 
-def _score(config: Config, settings: Config, paths: EvalPaths) -> EvalRecord:
+def _score(config: RunConfig, settings: Config, paths: EvalPaths) -> EvalRecord:
     if paths.score.is_file():
         return read_score(paths)
     if settings["read"]["judge"] is not None:
-        judge(settings["read"]["judge"], paths, str(resolve_device(config["runtime"]["device"])))
-    return score_samples(paths, config["evaluation"]["sandbox"])
+        judge(settings["read"]["judge"], paths, str(resolve_device(config.runtime.device)))
+    return score_samples(paths, config.evaluation.sandbox)
 
 
-def with_overrides(config: Config, overrides: list[str]) -> Config:
+def with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
     """A frozen config with other evaluation or runtime settings, the only ones that may change after training."""
     from experiments.plan.compose import protocol_evaluation, set_values
 
@@ -185,8 +188,9 @@ def with_overrides(config: Config, overrides: list[str]) -> Config:
                 f"{override}: a run's config is frozen, only evaluation.…, runtime.… and protocol=… may change"
             )
         if override.startswith("protocol="):
-            other = protocol_evaluation(config["task"]["name"], override.removeprefix("protocol="))
-            config = {**config, "evaluation": other | {key: config["evaluation"][key] for key in OWN}}
+            other = protocol_evaluation(config.task.name, override.removeprefix("protocol="))
+            own = config.mapping["evaluation"]
+            config = with_values(config, {"evaluation": {**other, **{key: own[key] for key in OWN}}})
     return set_values(config, [override for override in overrides if not override.startswith("protocol=")])
 
 

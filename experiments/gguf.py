@@ -26,10 +26,10 @@ def main(arguments: list[str]) -> None:
 
     block_sklearn_import()
     (config,) = plan(["method=base", "task=arith", *overrides])
-    gguf = config["model"].get("gguf")
+    gguf = config.model.gguf
     if gguf is None:
-        raise UserError(f"model {config['model']['name']} has no GGUF file here: give model.path=FILE.gguf")
-    print(converted(gguf, Path(config["runtime"]["cache_dir"])))
+        raise UserError(f"model {config.model.name} has no GGUF file here: give model.path=FILE.gguf")
+    print(converted(gguf, Path(config.runtime.cache_dir)))
 
 
 if __name__ == "__main__":

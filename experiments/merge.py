@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.errors import UserError, run_command
-from experiments.runs.records import RunPaths, read_config, trained_record
+from experiments.runs.config_files import read_config
+from experiments.runs.records import RunPaths, trained_record
 
 Config = dict[str, Any]
 
@@ -30,17 +31,17 @@ def merge(run: RunPaths, out: Path, to_grid: bool) -> None:
     if out.exists():
         raise UserError(f"{out}: is there already: give --out another folder")
     config, trained = read_config(run), trained_record(run)
-    if to_grid and "quantization" not in config:
+    if to_grid and config.quantization is None:
         raise UserError(f"--to-grid: the base of {run.root.name} is not quantised: leave it out")
-    if to_grid and config["method"]["trains"] != "adapter":
+    if to_grid and config.method.trains != "adapter":
         raise UserError(f"--to-grid: {run.root.name} trained no adapter: leave it out")
     base, tokenizer = load_checked_base(config, run, trained)
     aside = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         if to_grid:
-            _write_on_grid(methods.load(config["method"], base, run.adapter, merge=False), aside, run)
+            _write_on_grid(methods.load(config.method, base, run.adapter, merge=False), aside, run)
         else:
-            methods.load(config["method"], base, run.adapter, merge=True).save_pretrained(aside)
+            methods.load(config.method, base, run.adapter, merge=True).save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         for path in aside.rglob("*.safetensors"):
             path.chmod(0o644)  # written 0600 whatever the umask

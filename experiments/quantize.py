@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from experiments.config import RunConfig
 from experiments.errors import UserError, run_command
 from experiments.models.quantized import make_quantized
 from experiments.models.shapes import block_sklearn_import, resolve_device
 from experiments.plan.compose import plan
-from experiments.runs.records import RunPaths, content_hash, read_config
+from experiments.runs.config_files import read_config
+from experiments.runs.records import RunPaths, content_hash
 
 
 def main(arguments: list[str]) -> None:
@@ -32,15 +34,15 @@ def main(arguments: list[str]) -> None:
         configs = [read_config(RunPaths(Path(text).resolve())) for text in given]
     else:
         configs = plan(given)
-    wanted = {}
+    wanted: dict[str, RunConfig] = {}
     for config in configs:
-        if "quantization" in config:
-            keys = ("model", "quantization", "protocol")
-            wanted.setdefault(content_hash([config["task"]["data"], *(config[key] for key in keys)]), config)
+        if config.quantization is not None:
+            decides = [config.mapping[key] for key in ("model", "quantization", "protocol")]
+            wanted.setdefault(content_hash([config.mapping["task"]["data"], *decides]), config)
     if not wanted:
         raise UserError("no run here has a quantised base: give quantization=nf, gptq, magr, …")
     for config in wanted.values():
-        folder = make_quantized(config, str(resolve_device(config["runtime"]["device"])))
+        folder = make_quantized(config, str(resolve_device(config.runtime.device)))
         record = read_record(folder)
         assert record is not None
         print(

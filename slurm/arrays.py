@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.config import RunConfig
 from experiments.errors import UserError
 from slurm.cluster import Cluster, Resources, sbatch_lines
 from slurm.manifest import Manifest, submissions, write_manifest
 from slurm.queue import slurm
-
-Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -59,12 +58,12 @@ class Array:
         )
 
 
-def arrays(todo: list[tuple[Config, bool]], cluster: Cluster, options: Options, largest: int) -> Iterator[Array]:
+def arrays(todo: list[tuple[RunConfig, bool]], cluster: Cluster, options: Options, largest: int) -> Iterator[Array]:
     """One array for each kind of resources, cut at the cluster's limit. A config comes with whether it is scored."""
     groups: dict[tuple[Resources, Resources, bool], list[str]] = {}
     for config, scored in todo:
         kind = (cluster.resources(config), cluster.resources(config, "eval"), scored)
-        groups.setdefault(kind, []).append(config["run_id"])
+        groups.setdefault(kind, []).append(config.run_id)
     parallel = options.max_parallel or cluster.max_parallel
     for (training, evaluation, scored), names in groups.items():
         tasks = list(_parts(names, options.pack))

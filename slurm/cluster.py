@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from experiments.config import RunConfig
 from experiments.errors import UserError, nearest
 from experiments.runs.sizes import read_bytes
 
@@ -89,12 +90,12 @@ class Cluster:
     follow_up: dict[str, Any] = field(default_factory=dict)
     given: tuple[str, ...] = field(default=(), compare=False)  # no setting: the arguments that chose these
 
-    def resources(self, config: Config, stage: str = "train") -> Resources:
+    def resources(self, config: RunConfig, stage: str = "train") -> Resources:
         """For a stage of a run. A separate evaluation may have its own, on one GPU by default.
 
         UserError if the run does not fit the GPUs that it would get.
         """
-        model, method = config["model"]["name"], config["method"]["name"]
+        model, method = config.model.name, config.method.name
         asked = self._chosen((f"{model}/{method}", model, method), stage)
         gpus = asked["gpus"]
         if gpus == AUTO:
@@ -113,7 +114,7 @@ class Cluster:
         """Of one GPU; None where the settings do not say."""
         return None if self.gpu_memory is None else read_bytes(self.gpu_memory)
 
-    def _gpus_needed(self, config: Config) -> int:
+    def _gpus_needed(self, config: RunConfig) -> int:
         if self.gpu_bytes is None:
             return 1
         from experiments.plan.fit import (
@@ -122,7 +123,7 @@ class Cluster:
 
         return gpus_needed(config, self.gpu_bytes, self.largest)
 
-    def _check_gpus(self, config: Config, gpus: int) -> None:
+    def _check_gpus(self, config: RunConfig, gpus: int) -> None:
         from experiments.plan.fit import check_divides, check_fits
 
         if self.gpu_bytes is None:
@@ -130,8 +131,8 @@ class Cluster:
         else:
             check_fits(config, gpus, self.gpu_bytes, self.largest)
 
-    def _sharding(self, config: Config, gpus: int) -> str:
-        if gpus < 2 and config["runtime"]["sharding"] != "full":
+    def _sharding(self, config: RunConfig, gpus: int) -> str:
+        if gpus < 2 and config.runtime.sharding != "full":
             return "none"
         from experiments.plan.fit import sharding_on
 

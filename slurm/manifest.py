@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.config import RunConfig
 from experiments.errors import UserError
 from experiments.runs.evaluations import evaluation_paths
 from experiments.runs.records import RunPaths, file_hash, read_json, write_atomically
@@ -83,7 +84,7 @@ def check_run(manifest: Manifest, name: str) -> RunPaths:
     return run
 
 
-def describe_run(run: RunPaths, config: dict[str, Any], scored: bool = True, apart: str = "") -> dict[str, Any]:
+def describe_run(run: RunPaths, config: RunConfig, scored: bool = True, apart: str = "") -> dict[str, Any]:
     """A run's entry in `Manifest.runs`: the hash of its config's file and what makes its stages finished.
 
     Args:
@@ -92,7 +93,7 @@ def describe_run(run: RunPaths, config: dict[str, Any], scored: bool = True, apa
     return {"config": file_hash(run.config), "apart": apart, **stage_records(run, config, scored)}
 
 
-def stage_records(run: RunPaths, config: dict[str, Any], scored: bool = True) -> dict[str, list[str]]:
+def stage_records(run: RunPaths, config: RunConfig, scored: bool = True) -> dict[str, list[str]]:
     """Of every stage the records it leaves, as paths in the run's directory; none of an evaluation not asked for."""
     scores = [str(paths.score.relative_to(run.root)) for paths in evaluation_paths(run, config) if scored]
     return {"train": [run.train_record.name], "eval": scores}

@@ -79,7 +79,7 @@ def measure_start(folder: Path) -> Iterator[tuple[str, float]]:
     after = statistics.median(line["seconds"] for line in steps if line["step"] % EVERY == 1)
     yield "checkpoint of the tiny model, all of it trained", after - plain
     (config,) = plan(["seed=0"])
-    every = config["runtime"]["checkpoint_every"]
+    every = config.runtime.checkpoint_every
     yield f"a step of it; {every} of them and a checkpoint: {(after - plain) / (every * plain):.2%} more", plain
     _train(folder, "method=diablo", "recipe.max_steps=1", seed=0)  # makes what later runs find
     modules = "; ".join(f"import experiments.{name}" for name in MODULES)

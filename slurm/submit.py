@@ -23,14 +23,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from experiments.config import RunConfig
 from experiments.errors import UserError, run_command
 from experiments.plan.choose import Stages, follow, stages_of
 from experiments.plan.compose import run_paths, write_runs
 from experiments.plan.cost import gpu_hours, reasons
 from experiments.plan.experiment_files import split_experiment
+from experiments.plan.fit import with_sharding
 from experiments.plan.selection import EVERYTHING, Selected, Selection, add_options, read_options, select
+from experiments.runs.config_files import group_hash, read_config
 from experiments.runs.differences import differing
-from experiments.runs.records import RunPaths, group_hash, read_config
+from experiments.runs.records import RunPaths
+from experiments.settings import with_values
 from experiments.train.checkpoint import MANIFEST, check_layout
 from slurm.arrays import Array, Options, arrays, submit_array
 from slurm.cluster import Cluster, Resources, read_cluster, sbatch_lines
@@ -39,8 +43,6 @@ from slurm.manifest import Manifest, describe_run, is_finished, stage_records, s
 from slurm.queue import max_array_size, queued, queued_if_known, slurm
 from slurm.snapshot import take_snapshot
 from slurm.status import failed_before, was_started
-
-Config = dict[str, Any]
 
 
 def submit(
@@ -53,12 +55,12 @@ def submit(
     if selection.budget is not None and reasons(selected.configs, selection.speed):
         print("the budget counts the whole time limit of runs whose GPU-hours are unknown")
     found = stages_of(selected.configs, selected.by)
-    first = {} if options.second_stage else {config["run_id"]: (config, False) for config in found.first}
-    planned = {**first, **{config["run_id"]: (config, True) for config in found.final}}
+    first = {} if options.second_stage else {config.run_id: (config, False) for config in found.first}
+    planned = {**first, **{config.run_id: (config, True) for config in found.final}}
     wanted = [(_with_frozen_evaluation(config), scored) for config, scored in planned.values()]
     if not wanted:
         raise UserError(f"{title}: no learning rate is chosen yet: {'; '.join(found.undecided)}")
-    folders = {str(config["runtime"]["runs_dir"]) for config, _ in wanted}
+    folders = {str(config.runtime.runs_dir) for config, _ in wanted}
     if len(folders) != 1:
         raise UserError(f"runtime.runs_dir has {len(folders)} values: a submission has one folder of runs")
     runs_dir = Path(folders.pop()).resolve()
@@ -76,18 +78,18 @@ def submit(
         todo = _missing(title, wanted, waiting, options)
         submits = bool(todo) or options.second_stage
         parts = list(arrays(todo, cluster, options, max_array_size())) if todo else []
-        sharded = {config["run_id"]: _with_sharding(config, cluster) for config, _ in todo}
+        sharded = {config.run_id: _with_sharding(config, cluster) for config, _ in todo}
         for config in sharded.values():
             _check_checkpoint(config, cluster)
         code = take_snapshot(submissions(runs_dir) / "code") if submits else {}
         # A queued run's config stays: its job refuses one that was edited.
-        write_runs(sharded.get(config["run_id"], config) for config, _ in wanted if config["run_id"] not in waiting)
+        write_runs(sharded.get(config.run_id, config) for config, _ in wanted if config.run_id not in waiting)
         if not submits:
             _say_what_comes(found, selected)
             return []
         apart = differing([config for config, _ in wanted])
         about = {
-            config["run_id"]: describe_run(_absolute(runs_dir, config), config, scored, apart.get(config["run_id"], ""))
+            config.run_id: describe_run(_absolute(runs_dir, config), config, scored, apart.get(config.run_id, ""))
             for config, scored in wanted
         }
         manifest = partial(
@@ -137,7 +139,7 @@ def _submit_arrays(
     return jobs
 
 
-def _hours(config: Config, cluster: Cluster, selection: Selection) -> float:
+def _hours(config: RunConfig, cluster: Cluster, selection: Selection) -> float:
     """GPU-hours of a run: at the speed that was measured, or all that its time limit allows. 0 of what is refused."""
     try:
         resources = cluster.resources(config)
@@ -147,20 +149,20 @@ def _hours(config: Config, cluster: Cluster, selection: Selection) -> float:
     return resources.gpu_hours if known is None else known
 
 
-def _refused(configs: Sequence[Config], cluster: Cluster) -> dict[str, str]:
+def _refused(configs: Sequence[RunConfig], cluster: Cluster) -> dict[str, str]:
     """Why settings cannot be submitted, by `group_hash`: no GPUs fit them, or a checkpoint is of other processes."""
     refused: dict[str, str] = {}
     for config in configs:
         try:
             _check_checkpoint(_with_sharding(config, cluster), cluster)
         except UserError as error:
-            refused[group_hash(config)] = str(error)
+            refused[group_hash(config.mapping)] = str(error)
     return refused
 
 
 def show(
-    todo: list[tuple[Config, bool]],
-    following: list[Config],
+    todo: list[tuple[RunConfig, bool]],
+    following: list[RunConfig],
     cluster: Cluster,
     options: Options,
     selection: Selection,
@@ -172,11 +174,15 @@ def show(
     from experiments.plan.overview import memory_table, settings
 
     refused = _refused([*(config for config, _ in todo), *following], cluster)
-    kept = [(_with_sharding(config, cluster), scored) for config, scored in todo if group_hash(config) not in refused]
+    kept = [
+        (_with_sharding(config, cluster), scored)
+        for config, scored in todo
+        if group_hash(config.mapping) not in refused
+    ]
     configs = [config for config, _ in kept]
     unknown = reasons([config for config in configs if cluster.resources(config).gpus], selection.speed)
 
-    def hours(runs: Sequence[Config]) -> str:
+    def hours(runs: Sequence[RunConfig]) -> str:
         limited = any(gpu_hours(run, selection.speed) is None and cluster.resources(run).gpus for run in runs)
         return f"{'≤ ' if limited else ''}{sum(_hours(run, cluster, selection) for run in runs):,.0f}"
 
@@ -186,7 +192,7 @@ def show(
     for line in unknown:
         print(f"unknown: {line}; ≤ is the time limit" if line.startswith("GPU-hours") else f"unknown: {line}")
     _show_arrays(list(arrays(kept, cluster, options, 1001)), cluster)
-    more = [config for config in following if group_hash(config) not in refused]
+    more = [config for config in following if group_hash(config.mapping) not in refused]
     then = f"; with the {len(more)} that follow {hours([*configs, *more])} GPU-hours" if more else ""
     if configs:
         print(f"{len(configs)} runs: {hours(configs)} GPU-hours{then}")
@@ -215,18 +221,20 @@ def _say_what_comes(found: Stages, selected: Selected) -> None:
         print(line)
 
 
-def _with_frozen_evaluation(config: Config) -> Config:
+def _with_frozen_evaluation(config: RunConfig) -> RunConfig:
     """A planned config. Of a run that is there the job reads its own: the evaluation alone may be another."""
     run = run_paths(config)
-    return {**config, "evaluation": read_config(run)["evaluation"]} if run.config.is_file() else config
+    if not run.config.is_file():
+        return config
+    return with_values(config, {"evaluation": read_config(run).mapping["evaluation"]})
 
 
-def _with_sharding(config: Config, cluster: Cluster) -> Config:
+def _with_sharding(config: RunConfig, cluster: Cluster) -> RunConfig:
     """A config that says how the run trains on the GPUs that it gets."""
-    return {**config, "runtime": {**config["runtime"], "sharding": cluster.resources(config).sharding}}
+    return with_sharding(config, cluster.resources(config).sharding)
 
 
-def _check_checkpoint(config: Config, cluster: Cluster) -> None:
+def _check_checkpoint(config: RunConfig, cluster: Cluster) -> None:
     """UserError where the run's training could not go on from its checkpoint, which the job would find hours later."""
     manifests = sorted(run_paths(config).checkpoints.glob(f"step-*/{MANIFEST}"))
     if manifests:
@@ -236,31 +244,31 @@ def _check_checkpoint(config: Config, cluster: Cluster) -> None:
 
 
 def _missing(
-    title: str, wanted: list[tuple[Config, bool]], waiting: dict[str, Any], options: Options
-) -> list[tuple[Config, bool]]:
+    title: str, wanted: list[tuple[RunConfig, bool]], waiting: dict[str, Any], options: Options
+) -> list[tuple[RunConfig, bool]]:
     """The runs to submit. Says how many there are of each kind."""
     kinds: dict[str, str] = {}
     for config, scored in wanted:
         run = run_paths(config)
         records = stage_records(run, config, scored)
-        if config["run_id"] in waiting:
-            kinds[config["run_id"]] = "already queued"
+        if config.run_id in waiting:
+            kinds[config.run_id] = "already queued"
         elif all(is_finished(run, stage, records) for stage in ("train", "eval")):
-            kinds[config["run_id"]] = "finished"
+            kinds[config.run_id] = "finished"
         elif failed_before(run):
-            kinds[config["run_id"]] = "to resume after a failure"
+            kinds[config.run_id] = "to resume after a failure"
         else:
-            kinds[config["run_id"]] = "to resume" if was_started(run) else "new"
+            kinds[config.run_id] = "to resume" if was_started(run) else "new"
     counts = Counter(kinds.values())
     order = ("new", "to resume", "to resume after a failure", "already queued", "finished")
     short = title if len(title) <= 80 else f"{title[:79]}…"
     print(f"{short}: {len(wanted)} runs: {', '.join(f'{counts[k]} {k}' for k in order if counts[k])}", flush=True)
     chosen = order[2:3] if options.only_failed else order[:3]
-    return [(config, scored) for config, scored in wanted if kinds[config["run_id"]] in chosen]
+    return [(config, scored) for config, scored in wanted if kinds[config.run_id] in chosen]
 
 
-def _absolute(runs_dir: Path, config: Config) -> RunPaths:
-    return RunPaths(runs_dir / config["run_id"])
+def _absolute(runs_dir: Path, config: RunConfig) -> RunPaths:
+    return RunPaths(runs_dir / config.run_id)
 
 
 @contextlib.contextmanager

@@ -9,17 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from experiments.runs.config_files import config_hash, run_id, write_config
 from experiments.runs.follows import standard_error
-from experiments.runs.records import (
-    EvalRecord,
-    RunPaths,
-    TrainRecord,
-    config_hash,
-    content_hash,
-    run_id,
-    write_config,
-    write_record,
-)
+from experiments.runs.records import EvalRecord, RunPaths, TrainRecord, content_hash, write_record
 
 BASE_PARAMETERS = 1_000_000
 MODULES = ("self_attn.q_proj", "mlp.down_proj")

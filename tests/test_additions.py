@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from experiments import ROOT
-from experiments.runs.records import EvalRecord, RunPaths, TrainRecord, read_config, read_record
+from experiments.runs.config_files import read_config
+from experiments.runs.records import EvalRecord, RunPaths, TrainRecord, read_record
 from tests.conftest import SMALL
 
 FILES = {

@@ -15,7 +15,8 @@ import yaml
 from analysis import load
 from analysis.load import Runs, find_runs, load_runs, records
 from experiments.errors import UserError
-from experiments.runs.records import RunPaths, config_hash, run_id
+from experiments.runs.config_files import config_hash, run_id
+from experiments.runs.records import RunPaths
 from tests.analysis_runs import change, score_file, write_run
 
 

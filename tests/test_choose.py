@@ -16,7 +16,8 @@ from experiments.data.rows import load_rows
 from experiments.plan.choose import Stages, stages, to_csv, write_choices
 from experiments.plan.compose import run_paths, write_runs
 from experiments.reproduce.run import reproduce
-from experiments.runs.records import TrainRecord, config_hash, read_record, write_atomically
+from experiments.runs.config_files import config_hash
+from experiments.runs.records import TrainRecord, read_record, write_atomically
 from experiments.train.loss import Targets
 from experiments.train.run import train
 from tests.conftest import SMALL
@@ -48,7 +49,7 @@ def pretend(config: dict[str, Any], record: TrainRecord, loss: float | None, exa
     """A finished run that scored so on its held-out rows."""
     (run,) = write_runs([config])
     held_out = {"rows": 14, "loss": loss, "exact_match": exact_match}
-    about = {"run_id": config["run_id"], "config_hash": config_hash(config)}
+    about = {"run_id": config.run_id, "config_hash": config_hash(config)}
     write_atomically(run.train_record, json.dumps({**vars(record), **about, "held_out": held_out}))
 
 
@@ -58,12 +59,12 @@ def record(finished: Any) -> TrainRecord:
 
 
 def rates(configs: list[dict[str, Any]]) -> list[tuple[str, float, int]]:
-    return [(config["method"]["name"], config["recipe"]["learning_rate"], config["seed"]) for config in configs]
+    return [(config.method.name, config.recipe.learning_rate, config.seed) for config in configs]
 
 
 def choose(arguments: list[str], record: TrainRecord, scores: dict[float, tuple[float | None, float]]) -> Stages:
     for config in stages(arguments).first:
-        pretend(config, record, *scores[config["recipe"]["learning_rate"]])
+        pretend(config, record, *scores[config.recipe.learning_rate])
     return stages(arguments)
 
 
@@ -77,7 +78,7 @@ def test_the_first_stage_has_one_seed_and_the_second_waits_for_it(
     assert len(found.to_come) == 4
     assert found.undecided[0].startswith("lora-r6 on tiny and arith waits for tiny-lora-r6-arith-s3-")
     for config in found.first[:3]:
-        pretend(config, record, {1e-3: 0.5, 1e-2: 0.25, 1e-1: 1.0}[config["recipe"]["learning_rate"]], 0.0)
+        pretend(config, record, {1e-3: 0.5, 1e-2: 0.25, 1e-1: 1.0}[config.recipe.learning_rate], 0.0)
     found = stages(arguments)
     assert rates(found.final) == [("lora", 1e-2, 3), ("lora", 1e-2, 4), ("base", 0, 0)]
     assert len(found.to_come) == 2
@@ -166,10 +167,10 @@ def test_a_trained_run_scores_as_its_loaded_adapter_does(grouped: str, small: li
     (run,) = write_runs([config])
     held_out = train(run).held_out
     base, tokenizer = load_base(config, "cpu")
-    model = methods.load(config["method"], base, run.adapter, merge=True).eval()
+    model = methods.load(config.method, base, run.adapter, merge=True).eval()
     loss, tokens = 0.0, 0
     rows = json.loads(run.held_out.read_text(encoding="utf-8"))
-    examples = encode(config["protocol"], tokenizer, load_rows(config["task"]["data"], "heldout", None))
+    examples = encode(config.protocol, tokenizer, load_rows(config.task.data, "heldout", None))
     for number, example in enumerate(examples):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([example.input_ids])).logits

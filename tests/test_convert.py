@@ -182,7 +182,7 @@ def test_the_command_prints_one_line(base: Path, tmp_path: Path) -> None:
 
 def architecture(name: str) -> Any:
     (config,) = plan([f"model={name}", "method=base"])
-    return empty_base(config["model"]["architecture"])
+    return empty_base(config.model.architecture)
 
 
 def share(model: Any, chosen: dict[str, int]) -> float:

@@ -104,7 +104,7 @@ def test_a_budget_gives_every_setting_one_seed_before_any_gets_two(cells: str, f
 def test_a_budget_is_kept_to_when_the_learning_rates_are_chosen(cells: str) -> None:
     """The second stage is submitted by a job of its own, which has to come to the same runs."""
     before = select([cells], Selection(budget=4.01, speed=Speed({"": 1.0})), lambda config: 1.0)
-    known = [(config["method"]["adapter"]["num_blocks"], config["seed"]) for config in before.configs]
+    known = [(config.method.adapter["num_blocks"], config.seed) for config in before.configs]
     assert known == [(8, 0), (8, 0), (8, 1), (8, 1), (4, 0)]
     found = stages_of(before.configs, before.by)
     assert len(found.following()) == 1

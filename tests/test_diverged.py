@@ -108,6 +108,6 @@ def _prompts(small: list[str]) -> list[list[int]]:
     from experiments.models.full_precision import base_path, load_tokenizer
 
     (config,) = plan([*small, "method=diablo"])
-    tokenizer = load_tokenizer(config["model"], base_path(config))
-    rows = load_rows(config["task"]["data"], "train", None)
-    return prompt_tokens(tokenizer, [prompt_text(config["protocol"], row) for row in rows], True)
+    tokenizer = load_tokenizer(config.model, base_path(config))
+    rows = load_rows(config.task.data, "train", None)
+    return prompt_tokens(tokenizer, [prompt_text(config.protocol, row) for row in rows], True)

@@ -83,7 +83,7 @@ def test_without_the_base_nothing_can_be_forgotten(
 @pytest.mark.real  # the weights' hash is in the run ids: without them the queue plans the hub's
 def test_committed_runs_are_runs_of_the_queue_and_count_as_finished(tmp_path: Path, runs: list[Path]) -> None:
     jobs = Jobs(["experiment=evidence", f"runtime.runs_dir={tmp_path}"])
-    assert {run.name for run in runs} <= {config["run_id"] for config in jobs.configs}
+    assert {run.name for run in runs} <= {config.run_id for config in jobs.configs}
     assert take_in(jobs.configs, RESULTS / "runs") >= 109
     finished = [job for job in jobs.known() if job.is_finished()]
     with (RESULTS / "settings.csv").open(encoding="utf-8") as file:

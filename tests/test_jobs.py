@@ -52,7 +52,7 @@ def short(job: Job | None) -> tuple[str, float, int, bool] | None:
     if job is None:
         return None
     config = job.config
-    return config["method"]["name"], config["recipe"]["learning_rate"], config["seed"], job.score
+    return config.method.name, config.recipe.learning_rate, config.seed, job.score
 
 
 def test_jobs_follow_the_grids_and_seeds_follow_their_choice(arguments: list[str], record: TrainRecord) -> None:
@@ -115,8 +115,8 @@ def test_no_job_is_begun_that_does_not_fit(arguments: list[str], record: TrainRe
     assert chosen is not None
     jobs.done(chosen, 1000.0)  # what is scored takes longer than there is time, what is only trained does not
     assert short(jobs.take()) == ("lora", 1e-3, 3, False)
-    left = [config for config in jobs.configs if (config["run_id"], True) in jobs.left_out]
-    assert [(config["method"]["name"], config["seed"]) for config in left] == [("diablo", 4), ("base", 0)]
+    left = [config for config in jobs.configs if (config.run_id, True) in jobs.left_out]
+    assert [(config.method.name, config.seed) for config in left] == [("diablo", 4), ("base", 0)]
 
 
 def test_the_time_limit_ends_an_experiment_cleanly_and_the_same_command_goes_on(

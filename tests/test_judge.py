@@ -41,7 +41,7 @@ def run(data_root: Path, tmp_path: Path, cache_dir: Path) -> RunPaths:
 
 def judged_by(cache_dir: Path) -> list[str]:
     (config,) = plan(["task=safety_7k", "method=base", "model.pretraining.steps=4"])
-    judge = make_base(config["model"], cache_dir)
+    judge = make_base(config.model, cache_dir)
     return [
         *("protocol=lori_judge", f"evaluation.judge.model={judge}", "evaluation.judge.dtype=float32"),
         "evaluation.generation.max_new_tokens=8",

@@ -20,7 +20,8 @@ from eval.run import evaluate
 from experiments.data.prompts import prompt_text
 from experiments.errors import UserError
 from experiments.plan.compose import plan, protocols, write_runs
-from experiments.runs.records import EvalRecord, RunPaths, read_config
+from experiments.runs.config_files import read_config
+from experiments.runs.records import EvalRecord, RunPaths
 from experiments.train.run import train
 
 Row = dict[str, str]
@@ -89,9 +90,9 @@ def scores(run: RunPaths, gold: bool, benchmarks: list[str], limit: int | None) 
     records = {}
     for name in benchmarks:
         benchmark = read_benchmark(name)
-        say = GOLD[config["task"]["name"], benchmark.kind] if gold else (lambda row: "")
+        say = GOLD[config.task.name, benchmark.kind] if gold else (lambda row: "")
         rows = rows_of(config, benchmark)
-        model = KnownAnswers({(prompt_text(config["evaluation"], row), row["answer"]): say(row) for row in rows})
+        model = KnownAnswers({(prompt_text(config.evaluation, row), row["answer"]): say(row) for row in rows})
         overrides = [f"evaluation.benchmarks=[{name}]", f"evaluation.limit={limit or 'null'}"]
         if read_config(run)["evaluation"]["generation"]["samples"] > 1:
             # The rule is the same, twenty times the programs are not. The tiny tokenizer needs more than 512 tokens.
@@ -121,8 +122,8 @@ def test_silence_scores_its_floor(task: str, protocol: str, tmp_path: Path, cach
     """Nothing, unless the prompt is read too, or silence is the right answer (ten letters or fewer are safe)."""
     run = base_run(task, protocol, tmp_path / "runs", cache_dir, data_root)
     config = read_config(run)
-    whole = config["evaluation"]["searched"] == "whole"
-    for name, record in scores(run, False, config["evaluation"]["benchmarks"], limit=96).items():
+    whole = config.evaluation.searched == "whole"
+    for name, record in scores(run, False, config.evaluation.benchmarks, limit=96).items():
         kind = read_benchmark(name).kind
         if kind == "refusal":
             assert whole or record.accuracy == 1

@@ -35,14 +35,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> tuple[
     run = planned(arguments)
     train(run)
     (config,) = plan(arguments)
-    tokenizer = AutoTokenizer.from_pretrained(make_base(config["model"], cache_dir))
+    tokenizer = AutoTokenizer.from_pretrained(make_base(config.model, cache_dir))
     model: Any = AutoModelForCausalLM.from_pretrained(run.adapter)
     return run, plain_generation(model.eval(), tokenizer), tokenizer, config
 
 
 def prompts_of(config: dict[str, Any], count: int) -> list[str]:
-    rows = load_rows(config["task"]["data"], "test", None)[:count]
-    return [prompt_text(config["evaluation"], row) for row in rows]
+    rows = load_rows(config.task.data, "test", None)[:count]
+    return [prompt_text(config.evaluation, row) for row in rows]
 
 
 def ask(lm: Any, prompts: list[str], **settings: Any) -> list[str]:
@@ -86,8 +86,8 @@ def test_stop_strings_end_a_completion(trained: Any) -> None:
 def test_a_prompt_is_the_tokens_that_were_trained_on(bos: bool, trained: Any) -> None:
     """What reaches the network is what `encode` made in training, BOS included, padded on the left and masked."""
     _, model, tokenizer, config = trained
-    rows = load_rows(config["task"]["data"], "test", None)[:3]
-    protocol = config["protocol"] | {"bos": bos}
+    rows = load_rows(config.task.data, "test", None)[:3]
+    protocol = config.protocol | {"bos": bos}
     seen = []
 
     def spy(module: Any, arguments: Any, settings: dict[str, Any]) -> None:
@@ -95,7 +95,7 @@ def test_a_prompt_is_the_tokens_that_were_trained_on(bos: bool, trained: Any) ->
             seen.append((settings["input_ids"].clone(), settings["attention_mask"].clone()))
 
     hook = model.register_forward_pre_hook(spy, with_kwargs=True)
-    ask(hf(model, tokenizer, 3, bos=bos), [prompt_text(config["evaluation"], row) for row in rows])
+    ask(hf(model, tokenizer, 3, bos=bos), [prompt_text(config.evaluation, row) for row in rows])
     hook.remove()
     ((tokens, mask),) = seen
     found = sorted(row[kept.bool()].tolist() for row, kept in zip(tokens, mask, strict=True))

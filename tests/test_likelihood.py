@@ -26,16 +26,9 @@ from experiments.data.rows import load_rows
 from experiments.data.tokens import tokenised
 from experiments.plan.compose import options, plan
 from experiments.reproduce.run import outcome
+from experiments.runs.config_files import read_config
 from experiments.runs.evaluations import TASKS, evaluation_paths, protocol_section
-from experiments.runs.records import (
-    EvalRecord,
-    RunPaths,
-    read_config,
-    read_json,
-    read_lines,
-    read_record,
-    trained_record,
-)
+from experiments.runs.records import EvalRecord, RunPaths, read_json, read_lines, read_record, trained_record
 from experiments.train import loss as chunked
 from experiments.train.run import train
 from tests.conftest import SMALL, planned
@@ -57,7 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> RunPaths:
 
 def scored(run: RunPaths, **evaluation: Any) -> Any:
     config = read_config(run)
-    config["evaluation"] |= evaluation
+    config.evaluation |= evaluation
     return load(config, run, trained_record(run), allow_identity=False)
 
 
@@ -89,7 +82,7 @@ def test_a_rows_nll_is_the_definition_in_float64(copied: RunPaths) -> None:
     rows = rows_of(config, read_benchmark("arith_nll"))
     lines = samples_of(copied)
     assert [line["index"] for line in lines] == list(range(28))
-    expected = [definition(found.model.double(), config["protocol"], found.tokenizer, row) for row in rows]
+    expected = [definition(found.model.double(), config.protocol, found.tokenizer, row) for row in rows]
     for line, (nll, targets, exact) in zip(lines, expected, strict=True):
         assert line["nll"] == pytest.approx(nll, rel=1e-5)
         assert (line["targets"], line["exact"]) == (targets, int(exact))
@@ -106,9 +99,9 @@ def test_a_rows_nll_is_the_definition_in_float64(copied: RunPaths) -> None:
 def test_the_scores_of_held_out_rows_are_those_of_training(run: RunPaths) -> None:
     """Training measured the same rows in the same tokens, by its own path: unmerged, in micro-batches."""
     config = read_config(run)
-    rows = load_rows(config["task"]["data"], "heldout", None)
+    rows = load_rows(config.task.data, "heldout", None)
     found = scored(run)
-    examples = tokenised(config["protocol"], found.tokenizer, rows, Path(config["runtime"]["cache_dir"]))
+    examples = tokenised(config.protocol, found.tokenizer, rows, Path(config.runtime.cache_dir))
     nll, targets, exact = score_examples(found, examples, 5).T.tolist()
     before = read_json(run.held_out)
     assert nll == pytest.approx(before["nll"], rel=1e-5)
@@ -160,7 +153,7 @@ def test_the_base_run_is_what_training_started_from(small: list[str], copied: Ru
     assert after.accuracy < before.accuracy  # training helped
     found, config = scored(base), read_config(base)
     row = rows_of(config, read_benchmark("arith_nll"))[3]
-    nll, *_ = definition(found.model.double(), config["protocol"], found.tokenizer, row)
+    nll, *_ = definition(found.model.double(), config.protocol, found.tokenizer, row)
     assert samples_of(base)[3]["nll"] == pytest.approx(nll, rel=1e-5)
 
 
@@ -171,8 +164,8 @@ def test_methods_that_are_loaded_otherwise(name: str, small: list[str]) -> None:
     train(run)
     (record,) = evaluate(run)
     config, found = read_config(run), scored(run)
-    rows = load_rows(config["task"]["data"], "heldout", None)
-    examples = tokenised(config["protocol"], found.tokenizer, rows, Path(config["runtime"]["cache_dir"]))
+    rows = load_rows(config.task.data, "heldout", None)
+    examples = tokenised(config.protocol, found.tokenizer, rows, Path(config.runtime.cache_dir))
     assert score_examples(found, examples, 4)[:, 0].tolist() == pytest.approx(read_json(run.held_out)["nll"], rel=1e-5)
     assert record.n == 28
 
@@ -185,7 +178,7 @@ def test_masking_is_trainings_own(small: list[str]) -> None:
         train(run)
         (record,) = evaluate(run)
         config, found = read_config(run), scored(run)
-        examples = encode(config["protocol"], found.tokenizer, rows_of(config, read_benchmark("arith_nll")))
+        examples = encode(config.protocol, found.tokenizer, rows_of(config, read_benchmark("arith_nll")))
         expected = sum(len(one.labels) - max(1, one.labels.count(IGNORED)) for one in examples)
         assert record.extra_metrics["targets"] == expected
         targets.append(expected)
@@ -233,7 +226,7 @@ def test_nothing_of_generation_is_asked_for(copied: RunPaths) -> None:
     assert first == second
     assert len(copied.evaluations()) == 1
     config = read_config(copied)
-    config["evaluation"]["benchmarks"] = ["arith_nll"]
+    config.evaluation.benchmarks = ["arith_nll"]
     (paths,) = evaluation_paths(copied, config)
     assert paths.score.is_file()
 
@@ -244,7 +237,7 @@ def test_a_named_protocol_is_the_section_of_a_run_planned_with_it(name: str) -> 
     tasks |= {"math_10k": "math_10k", "metamathqa": "metamathqa", "safety": "saferpaca"}
     family, _, own = name.partition("/")
     (config,) = plan([f"task={tasks[family]}", f"protocol={own}", "recipe.learning_rate=1"])
-    assert protocol_section(name) == config["protocol"]
+    assert protocol_section(name) == config.protocol
 
 
 def test_a_task_files_protocol_makes_the_tokens(copied: RunPaths, data_root: Path) -> None:
@@ -272,7 +265,7 @@ def test_the_retention_sets_are_500_rows_each_that_training_never_sees(data_root
     choice = [f"evaluation.benchmarks=[{','.join(names)}]", f"runtime.data_root={data_root}"]
     (config,) = plan(["task=gsm8k_mawps", "method=base", "recipe.learning_rate=1", *choice])
     check_data(config)
-    trained = {row["instruction"] for row in load_rows(config["task"]["data"], "train", str(data_root))}
+    trained = {row["instruction"] for row in load_rows(config.task.data, "train", str(data_root))}
     for benchmark, asked in planned_benchmarks(config):
         assert asked["asked"]["limit"] == 500
         rows = rows_of(config, benchmark)[:500]
@@ -301,7 +294,7 @@ def test_any_text_is_a_benchmark(copied: RunPaths, tmp_path: Path, fails_with: F
     file.write_text(text, encoding="utf-8")
     name = f"evaluation.benchmarks=[{file}]"
     config = read_config(copied)
-    config["evaluation"]["benchmarks"] = [str(file)]
+    config.evaluation.benchmarks = [str(file)]
     rows = rows_of(config, read_benchmark(str(file)))
     found = scored(copied)
     ids = [found.tokenizer(row["output"]).input_ids for row in rows]
@@ -363,7 +356,7 @@ def test_on_real_weights(
     train(run)
     records = evaluate(run)
     config, found = read_config(run), scored(run)
-    sections = [config["protocol"], protocol_section("commonsense/diablo"), protocol_section("metamathqa/diablo")]
+    sections = [config.protocol, protocol_section("commonsense/diablo"), protocol_section("metamathqa/diablo")]
     for record, protocol in zip(records, sections, strict=True):
         rows = rows_of(config, read_benchmark(record.benchmark))
         assert record.n == 4

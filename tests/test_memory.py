@@ -18,8 +18,9 @@ from experiments.errors import UserError, out_of_memory
 from experiments.plan.compose import plan, write_runs
 from experiments.reproduce.workers import Worker
 from experiments.runs.attempts import attempt
+from experiments.runs.config_files import read_config
 from experiments.runs.environment import reset_peak_memory
-from experiments.runs.records import RunPaths, read_config
+from experiments.runs.records import RunPaths
 from experiments.train.run import train
 from tests.conftest import planned
 

@@ -100,7 +100,7 @@ def test_a_pass_takes_what_it_takes_on_this_cpu(method: str, checkpointing: bool
 
     config = run("model=llama2_7b", f"method={method}", "task=commonsense_170k", "recipe.adapter_dropout=0",
                  "recipe.learning_rate=1e-4")  # fmt: skip
-    settings = config["method"]
+    settings = config.method
     if "num_blocks" in (settings["adapter"] or {}):
         settings["adapter"]["num_blocks"] = 8
     base: Any = AutoModelForCausalLM.from_config(build_config(SHAPES), dtype=torch.float32)
@@ -193,7 +193,7 @@ def test_choosing_blocks_takes_more_than_training_them() -> None:
     config = real("llama2_7b", "smt")
     found = estimate(config)
     parameters, targets = 6_738_415_616, 3 * 32 * 4096**2
-    everything = held(json.dumps(config["model"]["architecture"]), json.dumps(config["method"]), base_dtype(config))
+    everything = held(json.dumps(config.model.architecture), json.dumps(config.method), base_dtype(config))
     assert everything.base == parameters
     assert found.preparation > 18 * parameters + 4 * everything.targets
     assert everything.targets <= targets

@@ -169,7 +169,7 @@ def test_only_what_is_trained_changes(name: str) -> None:
 @every_method
 def test_trainable_parameters_equal_the_count_from_the_architecture(name: str) -> None:
     config = config_of(name)
-    config["model"]["architecture"] = ARCHITECTURE
+    config.model.architecture = ARCHITECTURE
     counted = count(config)
     assert sum(tensor.numel() for tensor in methods.trained_tensors(attached(name)).values()) == counted.trainable
     assert fresh_base().num_parameters() == counted.base

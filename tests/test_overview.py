@@ -67,7 +67,7 @@ def test_the_shipped_cluster_file_has_gpus_for_every_run_of_the_paper(name: str)
     """What fits on no number of GPUs would be an error; full fine-tuning and SMT of 7B and more are sharded."""
     cluster = read_cluster(str(ROOT / "slurm" / "a100.yaml"))
     for config in plan([f"experiment={name}", PAPER]):
-        model, method = config["model"], config["method"]
+        model, method = config.model, config.method
         several = method["name"] in ("full", "smt") and model["name"] != "tiny"
         assert (cluster.resources(config).gpus > 1) == several, (model["name"], method["label"])
 
@@ -164,10 +164,10 @@ def test_micro_batches_that_do_not_divide_are_one_line(tmp_path: Path, fails_wit
     config = plan([a for a in arguments if not a.startswith("cluster=")])[0]
     said = fails_with(lambda: read_cluster(arguments[-2].removeprefix("cluster=")).resources(config))
     assert "recipe.batch_size=12 is not a multiple of recipe.micro_batch_size=4 × 2 GPUs: give 1, 3 GPUs, or" in said
-    divided = {**config["recipe"], "batch_size": 13}
+    divided = {**config.recipe, "batch_size": 13}
     for settings in ({"gpus": "auto"}, {"gpus": 1}):
         cluster = read_cluster(cluster_file(tmp_path, gpu_memory="80G", **settings).removeprefix("cluster="))
-        for method in (config["method"], plan(["method=base"])[0]["method"]):  # the process of a base checks it too
+        for method in (config.method, plan(["method=base"])[0]["method"]):  # the process of a base checks it too
             odd = {**config, "recipe": divided, "method": method}
             said = fails_with(lambda cluster=cluster, odd=odd: cluster.resources(odd))
             assert "recipe.batch_size=13 is not a multiple of recipe.micro_batch_size=4 × 1 GPUs" in said
@@ -176,7 +176,7 @@ def test_micro_batches_that_do_not_divide_are_one_line(tmp_path: Path, fails_wit
 def test_the_shipped_settings_fit_every_long_row_of_the_paper() -> None:
     """The longest rows of the tables: 2,048 tokens of MetaMathQA, where neither tokenizer nor rows are here."""
     cluster = read_cluster("a100")
-    configs = {config["method"]["label"]: config for config in plan(["experiment=arithmetic", PAPER])}
+    configs = {config.method.label: config for config in plan(["experiment=arithmetic", PAPER])}
     assert {label: cluster.resources(config).gpus for label, config in configs.items()} == {
         "diablo-N32": 1, "lora-r64": 1, "pissa-r64": 1, "milora-r64": 1, "full": 2,
     }  # fmt: skip

@@ -15,7 +15,8 @@ from experiments.errors import UserError
 from experiments.plan import compose as planning
 from experiments.plan.compose import options, plan, resolve, resolve_with_hydra, sweep, write_runs
 from experiments.plan.counting import count
-from experiments.runs.records import RunPaths, read_config
+from experiments.runs.config_files import read_config
+from experiments.runs.records import RunPaths
 
 
 def only(arguments: list[str]) -> planning.Config:
@@ -27,13 +28,13 @@ def only(arguments: list[str]) -> planning.Config:
 @pytest.mark.parametrize("model", options("model"))
 def test_every_method_composes_with_every_model(model: str, method: str) -> None:
     config = only([f"model={model}", f"method={method}", "task=commonsense_170k", "recipe.learning_rate=1e-4"])
-    assert config["run_id"].startswith(f"{model}-{method}")
+    assert config.run_id.startswith(f"{model}-{method}")
 
 
 @pytest.mark.parametrize("name", options("experiment"))
 def test_every_experiment_plans(name: str) -> None:
     configs = plan([f"experiment={name}"])
-    assert len({config["run_id"] for config in configs}) == len(configs) > 0
+    assert len({config.run_id for config in configs}) == len(configs) > 0
 
 
 def test_sweep_grammar() -> None:
@@ -216,7 +217,7 @@ def test_matched_budgets_of_the_quickstart() -> None:
     matched = [
         count(config).trainable
         for config in plan(["experiment=quickstart"])
-        if config["method"]["label"].endswith(("-r6", "-N8"))
+        if config.method.label.endswith(("-r6", "-N8"))
     ]
     assert len(matched) == 10  # five methods, two seeds
     assert max(matched) / min(matched) < 1.1

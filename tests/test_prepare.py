@@ -27,8 +27,9 @@ from experiments.data.rows import load_rows
 from experiments.data.tokens import Examples, tokenised
 from experiments.models.load import load_base
 from experiments.plan.compose import plan, resolve, resolve_with_hydra, sweep
+from experiments.runs.config_files import read_config
 from experiments.runs.prerequisite import prerequisite_config, prerequisite_run
-from experiments.runs.records import RunPaths, file_hash, read_config, read_json, read_lines
+from experiments.runs.records import RunPaths, file_hash, read_json, read_lines
 from experiments.train import methods
 from experiments.train.preparation import Backward, row_steps
 from experiments.train.run import train
@@ -215,7 +216,7 @@ def test_the_method_before_is_frozen_with_its_own_learning_rate(arguments: list[
     (overrides,) = sweep(arguments)
     config = resolve(overrides)
     assert config == resolve_with_hydra(overrides)
-    assert config["recipe"]["learning_rate"] != config["method"]["first"]["learning_rate"]
+    assert config.recipe.learning_rate != config.method.first.learning_rate
     shared = [line for line in arguments if not line.startswith(("method", "recipe.learning_rate"))]
     (alone,) = plan([*shared, "method=lori_d"])
     assert prerequisite_config(config) == alone
@@ -249,8 +250,8 @@ def steps_of(examples: Examples, config: dict[str, Any], number: int) -> list[li
 
 
 def examples_of(config: dict[str, Any]) -> Examples:
-    rows = select_rows(config["protocol"], load_rows(config["task"]["data"], "train", None))
-    return tokenised(config["protocol"], load_base(config)[1], rows, Path(config["runtime"]["cache_dir"]))
+    rows = select_rows(config.protocol, load_rows(config.task.data, "train", None))
+    return tokenised(config.protocol, load_base(config)[1], rows, Path(config.runtime.cache_dir))
 
 
 def test_steps_are_the_examples_in_an_order_of_the_seed(small: list[str]) -> None:
@@ -302,7 +303,7 @@ def test_what_is_prepared_does_not_depend_on_the_micro_batch_size(method: str, s
         base = load_base(config)[0]
         base.requires_grad_(False)
         backward = Backward(base, row_steps(examples_of(config), config, partial(collate, pad_token_id=0), "cpu"))
-        adapter: Any = methods.peft_config(config["method"]["adapter"])
+        adapter: Any = methods.peft_config(config.method.adapter)
         if method == "smt":
             found.append(choose_blocks(base, adapter, backward, steps=20, learning_rate=1e-3).blocks)
             continue
@@ -322,11 +323,11 @@ def test_what_preparing_lacks_is_a_users_error(
     (config,) = plan([*small, "method=lora_ga"])
     base, _ = load_base(config)
     assert "lora_ga-r6 on llama: LoRA-GA estimates gradients on 8 batches" in fails_with(
-        lambda: methods.attach(config["method"], base)
+        lambda: methods.attach(config.method, base)
     )
-    config["method"]["prepare"]["_target_"] = "diablo.nothing.prepare"
+    config.method.prepare["_target_"] = "diablo.nothing.prepare"
     assert "method.prepare._target_=diablo.nothing.prepare: no such function" in fails_with(
-        lambda: methods.attach(config["method"], base, random_backward(base))
+        lambda: methods.attach(config.method, base, random_backward(base))
     )
 
 

@@ -12,7 +12,8 @@ from eval.backends import hf, language_model, load
 from eval.run import evaluate
 from experiments.errors import UserError
 from experiments.models.load import load_base
-from experiments.runs.records import RunPaths, read_config, read_json, read_lines, trained_record
+from experiments.runs.config_files import read_config
+from experiments.runs.records import RunPaths, read_json, read_lines, trained_record
 from experiments.speed.timing import forward_backward
 from experiments.train import methods
 from experiments.train.run import train
@@ -101,7 +102,7 @@ def test_a_batch_is_completed_as_its_rows_alone(name: str, runs: dict[str, RunPa
 
 def peft_model(run: RunPaths) -> Any:
     config = read_config(run)
-    return methods.load(config["method"], load_base(config)[0], run.adapter, merge=False).eval()
+    return methods.load(config.method, load_base(config)[0], run.adapter, merge=False).eval()
 
 
 @prompt_methods
@@ -139,7 +140,7 @@ def test_virtual_tokens_take_room_in_the_context(name: str, runs: dict[str, RunP
 @every_method
 def test_a_timed_pass_reaches_every_tensor(name: str, runs: dict[str, RunPaths]) -> None:
     config = read_config(runs[name])
-    model = methods.attach(config["method"], load_base(config)[0]).train()
+    model = methods.attach(config.method, load_base(config)[0]).train()
     forward_backward(model, torch.arange(24).view(2, 12))
     assert all(tensor.grad is not None for tensor in methods.trained_tensors(model).values())
 

@@ -104,17 +104,17 @@ PROMPTS = [
 @pytest.mark.parametrize(("task", "protocol", "training", "test"), PROMPTS)
 def test_prompts_letter_by_letter(task: str, protocol: str, training: str, test: str) -> None:
     config = config_of(task, protocol)
-    assert prompt_text(config["protocol"], row()) == training
-    assert prompt_text(config["evaluation"], row()) == test
+    assert prompt_text(config.protocol, row()) == training
+    assert prompt_text(config.evaluation, row()) == test
 
 
 @pytest.mark.parametrize("task", ["commonsense_170k", "metamathqa", "gsm8k"])
 def test_the_protocol_without_accidents_asks_as_it_trained(task: str) -> None:
     config = config_of(task, "diablo")
-    assert prompt_text(config["protocol"], row()) == prompt_text(config["evaluation"], row())
-    assert config["evaluation"]["searched"] == "completion"
-    assert config["evaluation"]["full_batches_of"] is None
-    assert config["protocol"]["bos"] == config["evaluation"]["bos"]
+    assert prompt_text(config.protocol, row()) == prompt_text(config.evaluation, row())
+    assert config.evaluation.searched == "completion"
+    assert config.evaluation.full_batches_of is None
+    assert config.protocol.bos == config.evaluation.bos
 
 
 def test_prompts_with_an_input() -> None:
@@ -254,10 +254,10 @@ def test_every_task_can_be_scored_by_each_of_its_protocols() -> None:
     """Every setting a score needs is there for every benchmark of the task, and names something that exists."""
     for task, protocol in ALL:
         config = config_of(task, protocol)
-        if config["evaluation"]["judge"]:
-            config["evaluation"]["judge"]["model"] = "some/judge"
-        for name in config["evaluation"]["benchmarks"]:
-            read = settings_of(config["evaluation"], read_benchmark(name))["read"]
+        if config.evaluation.judge:
+            config.evaluation.judge.model = "some/judge"
+        for name in config.evaluation.benchmarks:
+            read = settings_of(config.evaluation, read_benchmark(name))["read"]
             assert read["searched"] in SEARCHED
             if read_benchmark(name).kind != "program":
                 assert read["parser"] in PARSERS
@@ -266,7 +266,7 @@ def test_every_task_can_be_scored_by_each_of_its_protocols() -> None:
 
 def test_every_benchmark_belongs_to_a_task() -> None:
     configs = [config_of(task, protocols(task)[0]) for task in options("task")]
-    named = {name for config in configs for name in config["evaluation"]["benchmarks"]}
+    named = {name for config in configs for name in config.evaluation.benchmarks}
     answered = {path.stem for path in TASKS.glob("*.yaml") if read_benchmark(path.stem).kind != "likelihood"}
     assert answered - named == {"arith_heldout"}
 

@@ -25,7 +25,8 @@ from experiments.models.quantized import load_quantized_base, make_quantized, pl
 from experiments.plan.compose import plan
 from experiments.plan.counting import count
 from experiments.quantize import main
-from experiments.runs.records import RunPaths, read_config, read_json
+from experiments.runs.config_files import read_config
+from experiments.runs.records import RunPaths, read_json
 from experiments.train import methods
 from experiments.train.run import train
 from tests.conftest import planned
@@ -96,7 +97,7 @@ def test_a_run_trains_and_is_scored_on_a_quantised_base(
     # Merged, as it was scored, the model has no packed layer left and computes what it does unmerged.
     merged = load(config, run, record, allow_identity=False).model
     assert not quantized_layers(merged)
-    unmerged = methods.load(config["method"], load_base(config)[0], run.adapter, merge=False)
+    unmerged = methods.load(config.method, load_base(config)[0], run.adapter, merge=False)
     tokens = torch.arange(40)[None]
     with torch.no_grad():
         torch.testing.assert_close(
@@ -115,7 +116,7 @@ def test_a_run_trains_and_is_scored_on_a_quantised_base(
     original = quantized_layers(load_base(config)[0])
     lost = read_json(tmp_path / "packed" / "quantization.json")["lost"]
     for name, layer in quantized_layers(packed).items():
-        assert (name in lost) == (name.rpartition(".")[2] in config["task"]["target_modules"])
+        assert (name in lost) == (name.rpartition(".")[2] in config.task.target_modules)
         found, before = layer.quantized(), original[name].quantized()
         assert torch.equal(found.scales, before.scales)
         assert name in lost or torch.equal(found.codes, before.codes)
@@ -158,7 +159,7 @@ def test_another_quantised_base_is_refused(
     run = planned([*own_cache, *FEW, "method=lora", "quantization=nf"])
     record = train(run)
     config = read_config(run)
-    other = {**config, "quantization": {**config["quantization"], "bits": 3}}
+    other = {**config, "quantization": {**config.quantization, "bits": 3}}
     (made,) = bases(tmp_path / "cache")
     made.unlink()  # that of the run is found by its hash
     said = fails_with(lambda: load(other, run, record, False))
@@ -185,7 +186,7 @@ def test_a_lora_that_was_made_with_the_weights_is_where_training_starts(
     base, _ = load_base(config)
     adapter = make_quantized(config, "cpu") / "adapter"
     made = load_file(adapter / "adapter_model.safetensors")
-    model = methods.attach(config["method"], base)
+    model = methods.attach(config.method, base)
     trained = methods.trained_tensors(model)
     assert len(trained) == len(made) == 4 * 5 * 2  # layers, targets, A and B
     for name, tensor in made.items():
@@ -193,8 +194,8 @@ def test_a_lora_that_was_made_with_the_weights_is_where_training_starts(
         assert tensor.abs().sum() > 0, name
     known: Any = PeftConfig.from_pretrained(str(adapter))
     assert (known.r, known.lora_alpha, set(known.target_modules)) == (
-        *(config["method"]["adapter"][key] for key in ("r", "lora_alpha")),
-        set(config["task"]["target_modules"]),
+        *(config.method.adapter[key] for key in ("r", "lora_alpha")),
+        set(config.task.target_modules),
     )
     # o and gate are quantised too, though nothing is trained there.
     assert isinstance(base.get_submodule("model.layers.0.mlp.gate_proj"), QuantizedLinear)

@@ -47,17 +47,17 @@ def test_rates_are_chosen_by_the_held_out_rows_with_grouping_by_length(
     losses: dict[str, dict[float, float]] = {}
     for tried in found.tried:
         config = tried.config
-        assert config["recipe"]["group_by_length"]
-        kept, held_out = training_rows(config["task"]["data"], str(data_root))
+        assert config.recipe.group_by_length
+        kept, held_out = training_rows(config.task.data, str(data_root))
         assert (len(kept), len(held_out)) == (16, 8)
         base, tokenizer = load_base(config)
-        examples = encode(config["protocol"], tokenizer, held_out)
+        examples = encode(config.protocol, tokenizer, held_out)
         lengths = [len(example.input_ids) for example in examples]
         assert lengths != sorted(lengths)  # so that scoring them sorted could mix them up
         rows = read_json(run_paths(config).held_out)
         assert rows["targets"] == [sum(label != IGNORED for label in example.labels) for example in examples]
         if tried.chosen:  # row by row as the loaded adapter predicts it
-            model = methods.load(config["method"], base, run_paths(config).adapter, merge=False).eval()
+            model = methods.load(config.method, base, run_paths(config).adapter, merge=False).eval()
             for example, nll in zip(examples, rows["nll"], strict=True):
                 ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
                 with torch.no_grad():
@@ -66,14 +66,14 @@ def test_rates_are_chosen_by_the_held_out_rows_with_grouping_by_length(
         assert tried.held_out is not None
         loss = sum(rows["nll"]) / sum(rows["targets"])
         assert tried.held_out["loss"] == pytest.approx(loss, rel=1e-5)
-        losses.setdefault(config["method"]["label"], {})[config["recipe"]["learning_rate"]] = loss
+        losses.setdefault(config.method.label, {})[config.recipe.learning_rate] = loss
     best = {label: min(by_rate, key=lambda rate: by_rate[rate]) for label, by_rate in losses.items()}
-    assert {config["method"]["label"]: config["recipe"]["learning_rate"] for config in found.final} == best
+    assert {config.method.label: config.recipe.learning_rate for config in found.final} == best
 
     for config in found.final:
         choice = json.loads(run_paths(config).learning_rate.read_text(encoding="utf-8"))
         tried = {entry["learning_rate"]: entry["loss"] for entry in choice["tried"]}
-        assert tried == pytest.approx(losses[config["method"]["label"]], rel=1e-5)
+        assert tried == pytest.approx(losses[config.method.label], rel=1e-5)
         assert len(list(run_paths(config).evaluations())) == 1
     frame = load_runs(run_paths(config).root for config in found.final).frame
     assert {row["label"]: float(row["learning_rate"]) for row in records(frame)} == best

@@ -18,6 +18,7 @@ import pytest
 
 from analysis.load import load_runs
 from experiments import CONFIGS
+from experiments.config import RunConfig
 from experiments.plan.choose import stages
 from experiments.plan.compose import plan, run_paths
 from experiments.reproduce.run import reproduce
@@ -102,14 +103,14 @@ def shortened(name: str, folder: Path) -> Path:
     return path
 
 
-def kinds(configs: list[Config]) -> set[tuple[Any, ...]]:
+def kinds(configs: list[RunConfig]) -> set[tuple[Any, ...]]:
     """What differs between runs beside sizes, models, seeds and learning rates."""
     return {
         (
-            config["method"]["name"],
-            (config["method"]["adapter"] or {}).get("pattern"),
+            config.method.name,
+            (config.method.adapter or {}).get("pattern"),
             *(config.get("quantization", {}).get(key) for key in ("method", "bits")),
-            *(config["protocol"][key] for key in ("name", "train_on_prompt")),
+            *(config.protocol[key] for key in ("name", "train_on_prompt")),
         )
         for config in configs
     }
@@ -142,15 +143,15 @@ def test_an_experiment_runs_from_plan_to_page(
     assert found.first
     assert not found.undecided
     assert kinds(found.final) == kinds(whole)
-    assert len({config["task"]["name"] for config in found.final}) == len({config["task"]["name"] for config in whole})
+    assert len({config.task.name for config in found.final}) == len({config.task.name for config in whole})
     runs = load_runs([run_paths(config).root for config in found.final], quiet=True)
     assert runs.problems == []
-    assert set(runs.frame["run_id"]) == {config["run_id"] for config in found.final}
+    assert set(runs.frame["run_id"]) == {config.run_id for config in found.final}
     assert not any(math.isnan(value) for value in runs.frame["accuracy"])
     assert len((page.parent / "learning_rates.csv").read_text(encoding="utf-8").splitlines()) == 1 + len(found.first)
     with (page.parent / "table.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    benchmarks = sum(len(config["evaluation"]["benchmarks"]) for config in found.final)
+    benchmarks = sum(len(config.evaluation.benchmarks) for config in found.final)
     assert len(rows) == benchmarks
     assert all(row["accuracy"] for row in rows)
     shown = re.sub(r"<style.*?</style>|<[^>]+>", " ", page.read_text(encoding="utf-8"), flags=re.DOTALL)

@@ -12,7 +12,7 @@ import pytest
 
 from experiments.plan.cost import longest_row
 from experiments.plan.memory import estimate
-from experiments.runs.records import read_config
+from experiments.runs.config_files import read_config
 from tests.conftest import planned
 from tests.real_runs import settings
 

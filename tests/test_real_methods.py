@@ -23,7 +23,8 @@ from experiments.errors import UserError
 from experiments.models.load import load_base
 from experiments.models.shapes import weights_hash
 from experiments.plan.counting import count
-from experiments.runs.records import RunPaths, TrainRecord, read_config, read_lines
+from experiments.runs.config_files import read_config
+from experiments.runs.records import RunPaths, TrainRecord, read_lines
 from experiments.train import methods
 from experiments.train.run import train
 from tests.conftest import planned
@@ -103,7 +104,7 @@ def train_watched(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Trai
     """Train a run through the pipeline, and keep what it holds in memory."""
     run = planned(arguments)
     config = read_config(run)
-    names = fresh_hashes(config["model"]["path"], config["model"]["dtype"]).keys()
+    names = fresh_hashes(config.model.path, config.model.dtype).keys()
     initial, save, kept = methods.initial_state, methods.save, {}
 
     def at_start(model: nn.Module) -> dict[str, Tensor]:

@@ -19,7 +19,8 @@ from experiments.models.load import load_base
 from experiments.models.quantized import calibration_tokens
 from experiments.plan.compose import options
 from experiments.plan.counting import count
-from experiments.runs.records import read_config, read_lines
+from experiments.runs.config_files import read_config
+from experiments.runs.records import read_lines
 from experiments.train import methods
 from experiments.train.run import train
 from tests.conftest import planned
@@ -85,7 +86,7 @@ def test_every_quantizer_with_an_adapter(
     full = load_full_precision(config)[0]
     wanted = layer_outputs(full, tokens)
     # Before training, with the LoRA that belongs to the weights where there is one.
-    start = methods.attach(config["method"], load_base(config)[0])
+    start = methods.attach(config.method, load_base(config)[0])
     assert len(quantized_layers(start)) == 3 * 7
     error = output_error(start, wanted, tokens)
     rounding = output_error(rounded(full), wanted, tokens)

@@ -23,16 +23,9 @@ from experiments.models.gguf import converted
 from experiments.models.load import load_base
 from experiments.models.quantized import make_quantized
 from experiments.plan.compose import plan
+from experiments.runs.config_files import read_config, run_id, write_config
 from experiments.runs.evaluations import kind_of
-from experiments.runs.records import (
-    RunPaths,
-    TrainRecord,
-    read_config,
-    read_record,
-    run_id,
-    trained_record,
-    write_config,
-)
+from experiments.runs.records import RunPaths, TrainRecord, read_record, trained_record
 from experiments.train import checkpoint as checkpoints
 from experiments.train import methods
 from experiments.train.run import train
@@ -69,8 +62,8 @@ def received(arguments: list[str], folder: Path, change: Callable[[dict[str, Any
     """A run directory whose config says something else, with the id that follows from it."""
     config = plan(arguments)[0]
     change(config)
-    config["run_id"] = run_id(config)
-    run = RunPaths(folder / config["run_id"])
+    config.run_id = run_id(config)
+    run = RunPaths(folder / config.run_id)
     write_config(run, config)
     return run
 
@@ -87,7 +80,7 @@ def copied(run: RunPaths, folder: Path) -> RunPaths:
 def test_only_names_of_diablo_and_peft_are_read(
     section: str, target: object, small: list[str], tmp_path: Path, evil: Path, fails_with: Fails
 ) -> None:
-    run = received([*small, "method=smt"], tmp_path, lambda config: config["method"][section].update(_target_=target))
+    run = received([*small, "method=smt"], tmp_path, lambda config: config.method[section].update(_target_=target))
     assert f"_target_={target}: only names of diablo and peft" in fails_with(lambda: train(run))
     assert not evil.exists()
 
@@ -116,8 +109,8 @@ def test_what_a_name_stands_for_is_checked(
 ) -> None:
     config = plan([*small, "method=smt"])[0]
     base, _ = load_base(config)
-    config["method"][section] = {**config["method"][section], "_target_": target}
-    assert message in fails_with(lambda: methods.attach(config["method"], base))
+    config.method[section] = {**config.method[section], "_target_": target}
+    assert message in fails_with(lambda: methods.attach(config.method, base))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +126,7 @@ def test_an_adapter_names_no_code_and_no_files(
     field: str, value: object, finished: RunPaths, tmp_path: Path, small: list[str], evil: Path, fails_with: Fails
 ) -> None:
     config = plan([*small, "method=lora"])[0]
-    adapter = config["method"]["adapter"] | {field: value}
+    adapter = config.method.adapter | {field: value}
     assert "names code or files beside the adapter" in fails_with(lambda: methods.peft_config(adapter))
     run = copied(finished, tmp_path)
     path = run.adapter / "adapter_config.json"
@@ -163,13 +156,13 @@ def test_a_trained_model_is_of_the_bases_own_kind(small: list[str], tmp_path: Pa
     base, _ = load_base(config)
     path = run.adapter / "config.json"
     path.write_text(json.dumps({"model_type": "bert", "auto_map": {"AutoModel": "evil.Model"}}), "utf-8")
-    model = methods.load(config["method"], base, run.adapter, merge=True)
+    model = methods.load(config.method, base, run.adapter, merge=True)
     assert type(model) is type(base)
     (run.adapter / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": "../../other.safetensors"}}), "utf-8"
     )
     assert "'../../other.safetensors' is not the name of a file" in fails_with(
-        lambda: methods.load(config["method"], base, run.adapter, merge=True)
+        lambda: methods.load(config.method, base, run.adapter, merge=True)
     )
 
 
@@ -179,9 +172,9 @@ def test_a_base_that_asks_for_code_is_refused_at_once(
     """transformers would ask on the terminal, and wait for the answer."""
     config = plan(small)[0]
     load_base(config)
-    source = next((Path(config["runtime"]["cache_dir"]) / "base").glob("tiny-*"))
+    source = next((Path(config.runtime.cache_dir) / "base").glob("tiny-*"))
     folder = Path(shutil.copytree(source, tmp_path / "base"))
-    config["model"] |= {"path": str(folder), "pretraining": None}
+    config.model |= {"path": str(folder), "pretraining": None}
     settings = json.loads((folder / "config.json").read_text("utf-8"))
     shutil.copy(tmp_path / "code" / "evil.py", folder / "evil.py")
     started = time.monotonic()
@@ -209,7 +202,7 @@ def test_a_config_alone_switches_no_sandbox_off(
     """Its completions come along, and would run as programs."""
     run = copied(finished, tmp_path)
     config = read_config(run)
-    config["evaluation"] |= {"sandbox": "none", "benchmarks": ["human_eval"]}
+    config.evaluation |= {"sandbox": "none", "benchmarks": ["human_eval"]}
     write_config(run, config)
     assert "evaluation.sandbox=none in its config would run programs without protection" in fails_with(
         lambda: evaluate(run)
@@ -372,11 +365,11 @@ def test_weights_that_are_cut_or_no_safetensors_are_one_line(
     header = b'{"a":{"dtype":"F32","shape":[1000000000,1000000000],"data_offsets":[0,4]}}'
     for content in (b"\xff" * 100, len(header).to_bytes(8, "little") + header + bytes(4), b""):
         path.write_bytes(content)
-        assert str(path) in fails_with(lambda: methods.load(config["method"], base, run.adapter, merge=False))
+        assert str(path) in fails_with(lambda: methods.load(config.method, base, run.adapter, merge=False))
     tensors = load_file(finished.adapter / "adapter_model.safetensors")
     save_file({name: tensor[..., :1].contiguous() for name, tensor in tensors.items()}, path)
     assert "does not fit the base model" in fails_with(
-        lambda: methods.load(config["method"], base, run.adapter, merge=False)
+        lambda: methods.load(config.method, base, run.adapter, merge=False)
     )
 
 

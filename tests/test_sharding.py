@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from eval.run import evaluate
 from experiments import ROOT
 from experiments.plan.compose import options
-from experiments.runs.records import RunPaths, TrainRecord, read_config, read_json, read_lines, read_record
+from experiments.runs.config_files import read_config
+from experiments.runs.records import RunPaths, TrainRecord, read_json, read_lines, read_record
 from experiments.train import methods
 from experiments.train.checkpoint import MANIFEST
 from experiments.train.run import train

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.runs.records import TrainRecord, read_config, read_record
+from experiments.runs.config_files import read_config
+from experiments.runs.records import TrainRecord, read_record
 from tests.real_runs import settings as real_settings
 from tests.slurm_cluster import SlurmCluster, cluster, running_cluster
 from tests.slurm_runs import Running

@@ -299,13 +299,13 @@ def test_other_names_for_another_architecture() -> None:
 @pytest.mark.parametrize("name", ["lora", "dora", "ia3", "pissa", "lora_ga", "lori_d", "diablo", "sparse", "smt"])
 def test_it_is_found_when_planning(name: str) -> None:
     (config,) = plan([f"method={name}", "method.adapter.target_modules=[q_proj,kproj,down_proj]"])
-    base = empty_base(config["model"]["architecture"])
+    base = empty_base(config.model.architecture)
     with pytest.raises(UserError, match=r"^[\w-]+ on llama: target_modules: kproj matches no module .* k_proj"):
-        methods.attach(config["method"], base)
+        methods.attach(config.method, base)
 
 
 def test_s2ft_on_fused_projections_is_found_when_planning() -> None:
     (config,) = plan(["method=s2ft", "+method.adapter.v_ratio=0.5"])
     base = on_meta("phi3")
     with pytest.raises(UserError, match=r"^s2ft-d[\d.]+ on phi3: target_modules: v_proj matches no module"):
-        methods.attach(config["method"], base)
+        methods.attach(config.method, base)

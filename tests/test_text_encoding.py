@@ -13,7 +13,8 @@ import pytest
 
 from experiments import ROOT
 from experiments.plan.compose import plan
-from experiments.runs.records import RunPaths, read_config, read_json
+from experiments.runs.config_files import read_config
+from experiments.runs.records import RunPaths, read_json
 from tests.conftest import SMALL
 
 FOLDERS = ("diablo", "experiments", "eval", "analysis", "slurm", "tests")
@@ -104,7 +105,7 @@ def test_planning_and_reporting_do_not_ask_the_locale(tmp_path: Path, cache_dir:
     protocol = read_config(RunPaths(folder))["protocol"]
     assert (protocol["ending"], protocol["target"]) == ("é ✓\n", "→ {output}")
     (config,) = plan(arguments)
-    assert folder.name == config["run_id"]
+    assert folder.name == config.run_id
     reported = run("-m", "analysis.report", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--note", "Ç · 表")
     assert reported.returncode == 0, reported.stderr
     assert "Ç · 表" in (tmp_path / "out" / "index.html").read_text(encoding="utf-8")

@@ -172,7 +172,7 @@ def test_it_is_found_when_planning(name: str) -> None:
     with torch.device("meta"):
         empty = base(dtype=torch.float32)
     with pytest.raises(UserError, match=rf"^{name}-r\d+ on llama: lm_head shares its weight"):
-        methods.attach(config["method"], empty)
+        methods.attach(config.method, empty)
 
 
 @pytest.mark.parametrize("name", STARTS)
@@ -225,7 +225,8 @@ def test_a_run_is_scored_and_merged_as_the_model_it_trained(small: list[str], tm
     """`tiny` is tied: LoRA on its output layer, through training, scoring's loading, vLLM's folder and `merge`."""
     from eval.backends import load
     from experiments.models.load import load_base
-    from experiments.runs.records import read_config, trained_record
+    from experiments.runs.config_files import read_config
+    from experiments.runs.records import trained_record
     from experiments.train.run import train
 
     run = planned(
@@ -233,7 +234,7 @@ def test_a_run_is_scored_and_merged_as_the_model_it_trained(small: list[str], tm
     )
     train(run)
     config = read_config(run)
-    unmerged: Any = methods.load(config["method"], load_base(config)[0], run.adapter, merge=False)
+    unmerged: Any = methods.load(config.method, load_base(config)[0], run.adapter, merge=False)
     expected = logits(unmerged)
     assert not torch.allclose(expected, logits(load_base(config)[0]), atol=1e-2)
     scored = load(config, run, trained_record(run), allow_identity=False)

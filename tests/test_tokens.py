@@ -324,8 +324,8 @@ def test_two_processes_share_whole_micro_batches() -> None:
 
 def test_commonsense_batches_are_hardly_padded(data_root: Path, tmp_path: Path) -> None:
     (config,) = plan(["task=commonsense_74k", "recipe.learning_rate=0"])
-    rows = load_rows(config["task"]["data"], "train", str(data_root))[::10]
-    lengths = tokenised(config["protocol"], trained_tokenizer(rows), rows, tmp_path).lengths
+    rows = load_rows(config.task.data, "train", str(data_root))[::10]
+    lengths = tokenised(config.protocol, trained_tokenizer(rows), rows, tmp_path).lengths
     for micro in (4, 16):
         assert padding(lengths, micro, group_by_length=True) < 0.05 < padding(lengths, micro, group_by_length=False)
 

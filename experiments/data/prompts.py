@@ -1,8 +1,8 @@
 """A protocol's text: the prompt and target of a row, and their tokens. Training and evaluation both come here.
 
-A protocol is data (`configs/protocol/<task>/<name>.yaml`; every field is explained in `configs/run.yaml`): how a row
-becomes a prompt and a target, which tokens the loss sees, how a row that is too long is cut, and how a test is asked,
-read and judged.
+A protocol is data (`configs/protocol/<task>/<name>.yaml`, explained in experiments/config.py): how a row becomes a
+prompt and a target, which tokens the loss sees, how a row that is too long is cut, and how a test is asked, read and
+judged.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
+from experiments.config import Protocol
 from experiments.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,36 +32,45 @@ class Example:
     truncated: bool
 
 
-def prompt_text(rules: dict[str, Any], row: dict[str, str]) -> str:
-    """What the model is given. `rules`: a run's `protocol` section in training, its `evaluation` section in a test."""
-    if rules.get("split_query"):
+@dataclass(frozen=True)
+class Asked:
+    """How a test's rows are asked: `evaluation.protocol` and the settings of the same names."""
+
+    protocol: str
+    prompt: str | None
+    prompt_with_input: str | None
+    strip_prompt: bool
+
+
+def prompt_text(rules: Protocol | Asked, row: dict[str, str]) -> str:
+    """What the model is given, in training (`rules`: a `Protocol`) or in a test."""
+    if isinstance(rules, Protocol) and rules.split_query:
         instruction, _, rest = row["instruction"].partition("\n")
         row = {**row, "instruction": instruction, "input": rest}
     part = "prompt_with_input" if row.get("input") else "prompt"
-    if rules[part] is None:
+    template = rules.prompt_with_input if row.get("input") else rules.prompt
+    if template is None:
         raise UserError(f"protocol {_name(rules)} has no {part}, which the row {row} needs: choose another protocol")
-    text = _fill(rules, part, row)
-    return text.strip() if rules.get("strip_prompt") else text
+    text = _fill(rules, part, template, row)
+    return text.strip() if isinstance(rules, Asked) and rules.strip_prompt else text
 
 
-def target_text(protocol: dict[str, Any], row: dict[str, str]) -> str:
+def target_text(protocol: Protocol, row: dict[str, str]) -> str:
     """What the model is to write, without the protocol's ending and the end of sequence."""
-    text = _fill(protocol, "target", row)
-    for old, new in protocol["replace"].items():
+    text = _fill(protocol, "target", protocol.target, row)
+    for old, new in protocol.replace.items():
         text = text.replace(old, new)
     return text
 
 
-def select_rows(protocol: dict[str, Any], rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+def select_rows(protocol: Protocol, rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     """The rows that the protocol trains on: all, or of those with one prompt the last, in the first one's place."""
-    if protocol["repeated_prompts"] == "all":
+    if protocol.repeated_prompts == "all":
         return list(rows)
     return list({prompt_text(protocol, row): row for row in rows}.values())
 
 
-def encode(
-    protocol: dict[str, Any], tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, str]]
-) -> list[Example]:
+def encode(protocol: Protocol, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, str]]) -> list[Example]:
     """Rows as tokens: [BOS] prompt, target, ending, end of sequence; cut to `max_length` tokens.
 
     With `joined` the three texts are tokenised as one, so that tokens may span their borders, and as many tokens count
@@ -68,14 +78,16 @@ def encode(
     prompt cut to its first `max_prompt_length` tokens, then its target to `max_target_length` or to what is left.
     """
     prompts = [prompt_text(protocol, row) for row in rows]
-    answers = [target_text(protocol, row) + protocol["ending"] for row in rows]
-    if protocol["joined"]:
+    answers = [target_text(protocol, row) + protocol.ending for row in rows]
+    if protocol.joined:
         return _encode_joined(protocol, tokenizer, prompts, answers)
     longest, longest_prompt, longest_target = (
-        protocol[key] for key in ("max_length", "max_prompt_length", "max_target_length")
+        protocol.max_length,
+        protocol.max_prompt_length,
+        protocol.max_target_length,
     )
     examples = []
-    encoded = prompt_tokens(tokenizer, prompts, protocol["bos"])
+    encoded = prompt_tokens(tokenizer, prompts, protocol.bos)
     for prompt, target in zip(encoded, _tokens(tokenizer, answers), strict=True):
         target = [*target, tokenizer.eos_token_id]
         truncated = len(prompt) + len(target) > longest
@@ -90,18 +102,18 @@ def encode(
 
 
 def _encode_joined(
-    protocol: dict[str, Any], tokenizer: PreTrainedTokenizerBase, prompts: list[str], answers: list[str]
+    protocol: Protocol, tokenizer: PreTrainedTokenizerBase, prompts: list[str], answers: list[str]
 ) -> list[Example]:
-    if protocol["max_prompt_length"] is not None or protocol["max_target_length"] is not None:
+    if protocol.max_prompt_length is not None or protocol.max_target_length is not None:
         raise UserError(
-            f"protocol {protocol['name']}: with joined tokens only max_length can be set, not max_prompt_length or "
+            f"protocol {protocol.name}: with joined tokens only max_length can be set, not max_prompt_length or "
             f"max_target_length"
         )
-    longest = protocol["max_length"]
-    hidden = [prompt + protocol["ending"] for prompt in prompts] if protocol["mask_counts_ending"] else prompts
+    longest = protocol.max_length
+    hidden = [prompt + protocol.ending for prompt in prompts] if protocol.mask_counts_ending else prompts
     texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     examples = []
-    encoded = (prompt_tokens(tokenizer, part, protocol["bos"]) for part in (texts, hidden))
+    encoded = (prompt_tokens(tokenizer, part, protocol.bos) for part in (texts, hidden))
     for tokens, prompt in zip(*encoded, strict=True):
         tokens = [*tokens, tokenizer.eos_token_id]
         prompt_length = min(len(prompt), longest, len(tokens))
@@ -109,8 +121,8 @@ def _encode_joined(
     return examples
 
 
-def _example(protocol: dict[str, Any], tokens: list[int], prompt_length: int, truncated: bool) -> Example:
-    labels = tokens if protocol["train_on_prompt"] else [IGNORED] * prompt_length + tokens[prompt_length:]
+def _example(protocol: Protocol, tokens: list[int], prompt_length: int, truncated: bool) -> Example:
+    labels = tokens if protocol.train_on_prompt else [IGNORED] * prompt_length + tokens[prompt_length:]
     return Example(tokens, labels, truncated)
 
 
@@ -159,13 +171,13 @@ def collate(examples: list[Example], pad_token_id: int) -> dict[str, torch.Tenso
     }
 
 
-def _name(rules: dict[str, Any]) -> str:
-    return rules.get("name") or rules.get("protocol") or "without a name"
+def _name(rules: Protocol | Asked) -> str:
+    return rules.name if isinstance(rules, Protocol) else rules.protocol
 
 
-def _fill(rules: dict[str, Any], part: str, row: dict[str, str]) -> str:
+def _fill(rules: Protocol | Asked, part: str, template: str, row: dict[str, str]) -> str:
     try:
-        return fill(rules[part], row)
+        return fill(template, row)
     except KeyError as error:
         raise UserError(
             f"protocol {_name(rules)}: its {part} needs the field {error}, the row has {', '.join(row)}: "

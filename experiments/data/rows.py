@@ -17,18 +17,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+from experiments.config import Data
 from experiments.data import arith, hub
 from experiments.data.sources import HUBS, SOURCES, Hub, Maker, Row, Split
 from experiments.errors import UserError, nearest
 
 
-def load_rows(data: dict[str, Any], split: str, data_root: str | None) -> list[Row]:
+def load_rows(data: Data, split: str, data_root: str | None) -> list[Row]:
     """The rows of a task's `data` config in their own order; of several sources one after the other.
 
     With a data root they come from its files, without one from the hub. A run that was planned without one takes
     DIABLO_DATA_ROOT as it is now.
     """
-    if data["source"] == "arith":
+    if data.source == "arith":
         return _generated(data, split)
     if split in ("train", "heldout"):
         kept, held_out = training_rows(data, data_root)
@@ -36,28 +37,31 @@ def load_rows(data: dict[str, Any], split: str, data_root: str | None) -> list[R
     return _of_sources(data, split, data_root)
 
 
-def training_rows(data: dict[str, Any], data_root: str | None) -> tuple[list[Row], list[Row]]:
+def training_rows(data: Data, data_root: str | None) -> tuple[list[Row], list[Row]]:
     """The rows to train on, the split "train", and those to choose a learning rate by, the split "heldout".
 
     The second are what `heldout` keeps out of the first: so many rows with different questions, drawn with a fixed
     seed. Rows that ask the same leave the training rows with them.
     """
-    if data["source"] == "arith":
+    if data.source == "arith":
         return _generated(data, "train"), _generated(data, "heldout")
-    return _hold_out(_of_sources(data, "train", data_root), data.get("heldout", 0))
+    return _hold_out(_of_sources(data, "train", data_root), data.heldout)
 
 
-def _generated(data: dict[str, Any], split: str) -> list[Row]:
-    sizes = {part: data[part] for part in arith.SPLITS}
+def _generated(data: Data, split: str) -> list[Row]:
+    sizes = {"train": data.train, "heldout": data.heldout, "test": data.test}
+    given = {part: size for part, size in sizes.items() if size is not None}
     try:
-        return arith.generate(sizes, data["seed"])[split]
-    except (ValueError, KeyError) as error:
+        if data.seed is None or len(given) < len(sizes):
+            raise ValueError("give seed, train, heldout and test")
+        return arith.generate(given, data.seed)[split]
+    except ValueError as error:
         raise UserError(f"task.data of arith: {error}") from None
 
 
-def _of_sources(data: dict[str, Any], split: str, data_root: str | None) -> list[Row]:
+def _of_sources(data: Data, split: str, data_root: str | None) -> list[Row]:
     data_root = data_root or os.environ.get("DIABLO_DATA_ROOT")
-    names = [data["source"]] if isinstance(data["source"], str) else data["source"]
+    names = [data.source] if isinstance(data.source, str) else data.source
     if "arith" in names:
         raise UserError("task.data.source: arith is generated and cannot be joined with other data sets")
     return [row for name in names for row in load_split(name, split, data_root)]

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ import pyarrow.compute as pc
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from experiments.config import Protocol
 from experiments.data import prompts
 from experiments.data.prompts import IGNORED, Example
 from experiments.data.rows import rows_hash
@@ -66,9 +68,7 @@ class Examples(Dataset[Example]):
         return Example(tokens, [IGNORED] * ignored + tokens[ignored:], self.table["truncated"][index].as_py())
 
 
-def tokenised(
-    protocol: dict[str, Any], tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], cache: Path
-) -> Examples:
+def tokenised(protocol: Protocol, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], cache: Path) -> Examples:
     """`prompts.encode` of all rows, from the cache if it holds them whole, else made there first."""
     folder = cache / "tokens" / _key(protocol, tokenizer, rows)
     if not _whole(folder):
@@ -76,7 +76,7 @@ def tokenised(
     return Examples(folder / TOKENS)
 
 
-def _key(protocol: dict[str, Any], tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> str:
+def _key(protocol: Protocol, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> str:
     """16 hex of the hash of what decides the tokens: the protocol, the tokenizer, the rows and the code."""
     if not tokenizer.is_fast:
         raise UserError(
@@ -86,7 +86,7 @@ def _key(protocol: dict[str, Any], tokenizer: PreTrainedTokenizerBase, rows: Seq
     content = _tokenizer_hash(cast(Any, tokenizer).backend_tokenizer.to_str())
     return content_hash(
         [
-            protocol,
+            asdict(protocol),
             [type(tokenizer).__name__, tokenizer.bos_token_id, tokenizer.eos_token_id, content],
             rows_hash(list(rows)),
             [file_hash(Path(path)) for path in (prompts.__file__, __file__)],
@@ -104,7 +104,7 @@ def _tokenizer_hash(text: str) -> str:
     return content_hash(content)
 
 
-def _make(protocol: dict[str, Any], tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], folder: Path) -> None:
+def _make(protocol: Protocol, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
     try:
@@ -121,7 +121,7 @@ def _make(protocol: dict[str, Any], tokenizer: PreTrainedTokenizerBase, rows: Se
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write(protocol: dict[str, Any], tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], path: Path) -> None:
+def _write(protocol: Protocol, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], path: Path) -> None:
     """One record batch after the other, so that the tokens of a few rows are in memory at a time."""
     bar = tqdm(total=len(rows), desc="tokenising", unit="row", leave=False, mininterval=1.0, delay=2)
     with bar, pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:

@@ -81,8 +81,8 @@ def small_model(options: argparse.Namespace) -> list[str]:
         (config,) = plan([f"model={REAL_MODEL}", "task=arith", *options.overrides])
         with contextlib.suppress(OSError, UserError, ValueError):
             path = base_path(config)
-            load_tokenizer(config["model"], path)
-            AutoConfig.from_pretrained(path, revision=config["model"]["revision"])
+            load_tokenizer(config.model, path)
+            AutoConfig.from_pretrained(path, revision=config.model.revision)
             return [f"model={REAL_MODEL}"]
     dtype = ["model.dtype=bfloat16"] if options.device != "cpu" else []
     return ["model=tiny", "model.pretraining.steps=50", *dtype]

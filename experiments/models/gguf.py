@@ -19,16 +19,18 @@ from typing import Any
 import yaml
 
 from experiments import CONFIGS
+from experiments.config import Gguf, Model
 from experiments.errors import UserError
 from experiments.runs.received import check_file_names
 from experiments.runs.records import file_hash, write_atomically
+from experiments.settings import section
 
 Config = dict[str, Any]
 MANIFEST = "gguf.json"
 
 
 def settle_weights(model: Config, cache: Path) -> None:
-    """Decide which weights a planned run uses, in its `model` section.
+    """Decide which weights a planned run uses, in the mapping of its `model` section.
 
     A path that ends in .gguf is that file. A model with a `gguf` section uses it where the Python package that holds
     the file is installed or the converted file is in the cache. Elsewhere, and where `model.path` is a folder, the
@@ -38,18 +40,18 @@ def settle_weights(model: Config, cache: Path) -> None:
     if path.endswith(".gguf"):
         model["gguf"] = {"file": path, "sha256": _sha256(path)}
     elif "gguf" in model:
-        given = model["gguf"]
+        given = model["gguf"] and section(Gguf, model["gguf"])
         if given is None or Path(path).is_dir() or not (_file(given) or is_converted(given, cache)):
             del model["gguf"]
 
 
-def is_packaged(model: Config) -> bool:
+def is_packaged(model: Model) -> bool:
     """Whether the model's file in configs/model names a Python package with its weights."""
-    path = CONFIGS / "model" / f"{model['name']}.yaml"
+    path = CONFIGS / "model" / f"{model.name}.yaml"
     return path.is_file() and "gguf" in yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-def converted(gguf: Config, cache: Path) -> Path:
+def converted(gguf: Gguf, cache: Path) -> Path:
     """The folder with the converted model of a config's `gguf` section, made first if the cache does not hold it.
 
     Raises:
@@ -62,11 +64,11 @@ def converted(gguf: Config, cache: Path) -> Path:
         return folder
     file = _file(gguf)
     if file is None:
-        raise UserError(f"{gguf['file']}: no such file, and no converted copy in {cache}: {_remedy(gguf)}")
+        raise UserError(f"{gguf.file}: no such file, and no converted copy in {cache}: {_remedy(gguf)}")
     digest = _sha256(str(file))
-    if digest != gguf["sha256"]:
+    if digest != gguf.sha256:
         raise UserError(
-            f"{file}: its sha256 begins with {digest[:12]}, the run was planned with {gguf['sha256'][:12]}: "
+            f"{file}: its sha256 begins with {digest[:12]}, the run was planned with {gguf.sha256[:12]}: "
             f"{_remedy(gguf)}"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -87,18 +89,18 @@ def converted(gguf: Config, cache: Path) -> Path:
     return folder
 
 
-def is_converted(gguf: Config, cache: Path) -> bool:
+def is_converted(gguf: Gguf, cache: Path) -> bool:
     return (_folder(gguf, cache) / MANIFEST).is_file()
 
 
-def _folder(gguf: Config, cache: Path) -> Path:
-    return cache / "base" / f"{Path(gguf['file']).stem}-{gguf['sha256'][:16]}"
+def _folder(gguf: Gguf, cache: Path) -> Path:
+    return cache / "base" / f"{Path(gguf.file).stem}-{gguf.sha256[:16]}"
 
 
-def _file(gguf: Config) -> Path | None:
+def _file(gguf: Gguf) -> Path | None:
     """The GGUF file: a path, or inside an installed Python package, which is not imported."""
-    path = Path(gguf["file"])
-    if "package" in gguf:
+    path = Path(gguf.file)
+    if gguf.package:
         if path.is_absolute() or ".." in path.parts or not path.parts[0].isidentifier():
             raise UserError(
                 f"model.gguf.file={path}: not a file in a Python package"
@@ -109,10 +111,8 @@ def _file(gguf: Config) -> Path | None:
     return path if path.is_file() else None
 
 
-def _remedy(gguf: Config) -> str:
-    return (
-        f"run `make real-model`, which installs {gguf['package']}" if "package" in gguf else "give model.path=FILE.gguf"
-    )
+def _remedy(gguf: Gguf) -> str:
+    return f"run `make real-model`, which installs {gguf.package}" if gguf.package else "give model.path=FILE.gguf"
 
 
 def _sha256(path: str) -> str:
@@ -127,16 +127,16 @@ def _hash(path: str, size: int, modified: int) -> str:
     return file_hash(Path(path))
 
 
-def _check(gguf: Config, folder: Path) -> None:
+def _check(gguf: Gguf, folder: Path) -> None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         check_file_names(folder / MANIFEST, manifest["files"])
         files = {name: _hash(str(folder / name), *_state(folder / name)) for name in manifest["files"]}
-        whole = manifest["sha256"] == gguf["sha256"] and files == manifest["files"]
+        whole = manifest["sha256"] == gguf.sha256 and files == manifest["files"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
-        raise UserError(f"{folder}: not what was converted from {Path(gguf['file']).name}: delete this folder")
+        raise UserError(f"{folder}: not what was converted from {Path(gguf.file).name}: delete this folder")
 
 
 def _state(path: Path) -> tuple[int, int]:

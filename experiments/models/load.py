@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from experiments.config import RunConfig
 from experiments.errors import UserError
 from experiments.models.full_precision import load_full_precision
 from experiments.models.quantized import load_quantized_base
 from experiments.models.shapes import resolve_device, weights_hash
 from experiments.runs.records import RunPaths, TrainRecord
-from experiments.settings import stored
+from experiments.settings import stored, with_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Config = dict[str, Any]
-
 
 def load_base(
-    config: Config, device: str = "cpu", trained: TrainRecord | None = None
+    config: RunConfig, device: str = "cpu", trained: TrainRecord | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model of a run, in evaluation mode, and its tokenizer.
 
@@ -29,22 +28,22 @@ def load_base(
             its hash.
     """
     if trained is not None and trained.dtype is not None:
-        config = {**config, "model": {**config["model"], "dtype": stored("model.dtype", trained.dtype)}}
-    if "quantization" in config:
+        config = with_values(config, {"model.dtype": stored("model.dtype", trained.dtype)})
+    if config.quantization is not None:
         return load_quantized_base(config, device, trained and trained.base_hash)
     return load_full_precision(config, device)
 
 
 def load_checked_base(
-    config: Config, run: RunPaths, trained: TrainRecord
+    config: RunConfig, run: RunPaths, trained: TrainRecord
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base that the run was trained on, and its tokenizer. Another base is refused."""
-    base, tokenizer = load_base(config, str(resolve_device(config["runtime"]["device"])), trained)
+    base, tokenizer = load_base(config, str(resolve_device(config.runtime.device)), trained)
     found = base_hash(base)
     if found != trained.base_hash:
         same = (
             "runtime.cache_dir with its quantised base"
-            if "quantization" in config
+            if config.quantization is not None
             else "weights (model.path, model.revision)"
         )
         raise UserError(

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.config import RunConfig
 from experiments.errors import UserError
 from experiments.runs.received import check_folder
 from experiments.runs.records import RunPaths, content_hash, file_hash
@@ -24,13 +25,12 @@ if TYPE_CHECKING:
 
     from diablo.quantize import QuantizationSettings
 
-Config = dict[str, Any]
 WITH_FACTORS = ("loftq", "apiq")  # whose LoRA belongs to the weights
 NOT_THE_WEIGHTS = ("__init__.py", "merging.py")  # files of diablo/quantize that do not decide them
 
 
 def load_quantized_base(
-    config: Config, device: str, trained_on: str | None = None
+    config: RunConfig, device: str, trained_on: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The quantised base of a run, made first if the cache does not hold it, and its tokenizer.
 
@@ -47,12 +47,12 @@ def load_quantized_base(
     except ValueError as error:
         raise UserError(f"{error}: delete {folder}") from None
     base.config.use_cache = True
-    if config["quantization"]["method"] in WITH_FACTORS:
+    if config.quantization and config.quantization.method in WITH_FACTORS:
         base.start_adapter = folder / "adapter"
-    return base, load_tokenizer(config["model"], base_path(config))
+    return base, load_tokenizer(config.model, base_path(config))
 
 
-def _with_hash(config: Config, digest: str) -> Path | None:
+def _with_hash(config: RunConfig, digest: str) -> Path | None:
     from diablo.quantize.storage import RECORD, read_record
 
     folders = sorted(path.parent for path in _home(config).glob(f"*/{RECORD}"))
@@ -66,11 +66,11 @@ def _with_hash(config: Config, digest: str) -> Path | None:
     return None
 
 
-def _home(config: Config) -> Path:
-    return Path(config["runtime"]["cache_dir"]) / "quantized"
+def _home(config: RunConfig) -> Path:
+    return Path(config.runtime.cache_dir) / "quantized"
 
 
-def make_quantized(config: Config, device: str, progress: bool = True) -> Path:
+def make_quantized(config: RunConfig, device: str, progress: bool = True) -> Path:
     """The folder of a run's quantised base, complete. Other processes that want the same one wait for it."""
     from diablo.quantize import quantize_model
     from diablo.quantize.storage import read_record
@@ -82,7 +82,7 @@ def make_quantized(config: Config, device: str, progress: bool = True) -> Path:
         tokens = calibration_tokens(config)
         folder = _folder(config, settings, tokens)
     except OSError as error:
-        raise cannot_load(config["model"], error) from None
+        raise cannot_load(config.model, error) from None
     if read_record(folder) is None:
         with _alone(folder):
             if read_record(folder) is None:  # else another process made it meanwhile
@@ -90,7 +90,7 @@ def make_quantized(config: Config, device: str, progress: bool = True) -> Path:
                 try:
                     quantize_model(base, settings, folder, tokens, device, progress)
                 except ValueError as error:
-                    raise UserError(f"quantization={settings.method} of {config['model']['name']}: {error}") from None
+                    raise UserError(f"quantization={settings.method} of {config.model.name}: {error}") from None
     return folder
 
 
@@ -109,7 +109,7 @@ def start_from(model: Any, folder: Path, label: str) -> None:
         raise UserError(f"{label}: {folder} has factors for other modules ({differ}): leave target_modules as it is")
 
 
-def planned_sizes(config: Config, dtype: torch.dtype | None = None) -> dict[str, float]:
+def planned_sizes(config: RunConfig, dtype: torch.dtype | None = None) -> dict[str, float]:
     """`diablo.quantize.sizes` of a run's base and `full_bytes` of it in full precision, from shapes alone.
 
     Args:
@@ -123,51 +123,50 @@ def planned_sizes(config: Config, dtype: torch.dtype | None = None) -> dict[str,
     from experiments.models.shapes import empty_base, resolve_device, weights_dtype
 
     settings = _settings(config)
-    base: Any = empty_base(config["model"]["architecture"])
-    base = base.to(dtype or weights_dtype(config["model"], str(resolve_device(config["runtime"]["device"]))))
+    base: Any = empty_base(config.model.architecture)
+    base = base.to(dtype or weights_dtype(config.model, str(resolve_device(config.runtime.device))))
     full_bytes = sizes(base)["other_bytes"]
     prefix, layers = decoder_layers(base)
     names = [f"{prefix}.{name}" for name, module in layers.named_modules() if isinstance(module, torch.nn.Linear)]
     try:
         replace_linears(base, names, settings.bits, settings.group_size, settings.method in NORMAL_FLOAT)
     except ValueError as error:
-        raise UserError(f"quantization of {config['model']['name']}: {error}") from None
+        raise UserError(f"quantization of {config.model.name}: {error}") from None
     return {**sizes(base), "full_bytes": full_bytes}
 
 
-def print_sizes(counted: Sequence[tuple[Config, int]]) -> None:
+def print_sizes(counted: Sequence[tuple[RunConfig, int]]) -> None:
     """A line for each quantised base and what is trained on it: bytes from shapes alone.
 
     Args:
         counted: runs and the numbers of their trainable parameters.
     """
     known = {
-        content_hash([config[key] for key in ("model", "method", "quantization")]): (config, trainable)
+        content_hash([config.mapping[key] for key in ("model", "method", "quantization")]): (config, trainable)
         for config, trainable in counted
-        if "quantization" in config
+        if config.quantization is not None
     }
     for config, trainable in known.values():
         found = planned_sizes(config)
         base = found["quantized_bytes"] + found["other_bytes"]
         print(
-            f"{config['model']['name']}, {config['method']['label']}: base {base:,.0f} bytes "
+            f"{config.model.name}, {config.method.label}: base {base:,.0f} bytes "
             f"({found['bits_per_weight']:.3f} bits per quantised weight; {found['full_bytes']:,.0f} before), "
             f"adapter {4 * trainable:,}, gradients and AdamW's state {12 * trainable:,}"
         )
 
 
-def _settings(config: Config) -> QuantizationSettings:
+def _settings(config: RunConfig) -> QuantizationSettings:
     from diablo.quantize import QuantizationSettings
 
-    given = config["quantization"]
-    keys = ("method", "bits", "group_size", "sym", "options")
+    given = {key: value for key, value in config.mapping["quantization"].items() if key != "calibration"}
     try:
-        return QuantizationSettings(**{key: given[key] for key in keys}, target_modules=given.get("target_modules"))
+        return QuantizationSettings(**given)
     except ValueError as error:
         raise UserError(f"quantization: {error}") from None
 
 
-def calibration_tokens(config: Config) -> Tensor | None:
+def calibration_tokens(config: RunConfig) -> Tensor | None:
     """Token ids, `(samples, length)`: stretches of a text or of the run's training rows, one after the other."""
     import pyarrow.compute as pc
     import torch
@@ -178,44 +177,44 @@ def calibration_tokens(config: Config) -> Tensor | None:
     from experiments.data.tokens import tokenised
     from experiments.models.full_precision import base_path, load_tokenizer
 
-    wanted = config["quantization"]["calibration"]
+    wanted = config.quantization and config.quantization.calibration
     if wanted is None:
         return None
-    tokenizer = load_tokenizer(config["model"], base_path(config))
-    if wanted["text"] is not None:
-        if not Path(wanted["text"]).is_file():
-            raise UserError(f"quantization.calibration.text={wanted['text']}: no such file")
-        tokens = torch.tensor(tokenizer(Path(wanted["text"]).read_text(encoding="utf-8"), verbose=False)["input_ids"])
+    tokenizer = load_tokenizer(config.model, base_path(config))
+    if wanted.text is not None:
+        if not Path(wanted.text).is_file():
+            raise UserError(f"quantization.calibration.text={wanted.text}: no such file")
+        tokens = torch.tensor(tokenizer(Path(wanted.text).read_text(encoding="utf-8"), verbose=False)["input_ids"])
     else:
-        rows = load_rows(config["task"]["data"], "train", config["runtime"]["data_root"])
-        cache = Path(config["runtime"]["cache_dir"])
-        examples = tokenised(config["protocol"], tokenizer, select_rows(config["protocol"], rows), cache)
+        rows = load_rows(config.task.data, "train", config.runtime.data_root)
+        cache = Path(config.runtime.cache_dir)
+        examples = tokenised(config.protocol, tokenizer, select_rows(config.protocol, rows), cache)
         flat: Any = pc.call_function("list_flatten", [examples.table["input_ids"]])
         tokens = torch.tensor(flat.to_numpy(), dtype=torch.int64)
     try:
-        return calibration_windows(tokens, wanted["samples"], wanted["length"], wanted["seed"])
+        return calibration_windows(tokens, wanted.samples, wanted.length, wanted.seed)
     except ValueError as error:
         raise UserError(f"quantization.calibration: {error}, or fewer quantization.calibration.length") from None
 
 
-def _folder(config: Config, settings: QuantizationSettings, tokens: Tensor | None) -> Path:
+def _folder(config: RunConfig, settings: QuantizationSettings, tokens: Tensor | None) -> Path:
     from diablo import quantize
     from diablo.quantize.storage import tensors_hash
 
-    model = config["model"]
+    model = config.model
     code = {path.name: file_hash(path) for path in sorted(Path(quantize.__file__).parent.glob("*.py"))}
     decides = [
         _files(config),
-        model["dtype"],
+        model.dtype,
         asdict(settings),
         None if tokens is None else tensors_hash({"tokens": tokens}),
         {name: digest for name, digest in code.items() if name not in NOT_THE_WEIGHTS},
     ]
-    name = f"{model['name']}-{settings.method}{settings.bits}-{content_hash(decides)[:16]}"
+    name = f"{model.name}-{settings.method}{settings.bits}-{content_hash(decides)[:16]}"
     return _home(config) / name
 
 
-def _files(config: Config) -> Any:
+def _files(config: RunConfig) -> Any:
     """What the full-precision base is: the hashes of its files, or a hub's id and commit."""
     from transformers.utils.hub import cached_file
 
@@ -225,7 +224,7 @@ def _files(config: Config) -> Any:
     if Path(path).is_dir():
         kept = [file for file in sorted(Path(path).iterdir()) if file.suffix in (".safetensors", ".bin")]
         return {file.name: file_hash(file) for file in [*kept, Path(path) / "config.json"]}
-    found = cached_file(str(path), "config.json", revision=config["model"]["revision"])
+    found = cached_file(str(path), "config.json", revision=config.model.revision)
     assert found is not None
     return [str(path), Path(found).parent.name]
 

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+from experiments.config import Model, RunConfig
 from experiments.errors import UserError
+from experiments.settings import with_values
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
-
-Config = dict[str, Any]
 
 
 def block_sklearn_import() -> None:
@@ -37,27 +37,27 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def weights_dtype(model: Config, device: str) -> torch.dtype:
+def weights_dtype(model: Model, device: str) -> torch.dtype:
     """`model.dtype`; `auto` is bfloat16 on a GPU that computes with it, and float32 elsewhere.
 
     A CPU without bfloat16 instructions takes 25 times as long with it (SmolLM2-135M, forward and backward pass).
     """
     import torch
 
-    name = model["dtype"]
+    name = model.dtype
     if name == "auto":
         on_gpu = device.startswith("cuda")
         return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return getattr(torch, name)
 
 
-def with_dtype(config: Config, device: str) -> Config:
+def with_dtype(config: RunConfig, device: str) -> RunConfig:
     """The config with `auto` replaced by the name of the dtype that it is on a device."""
-    name = str(weights_dtype(config["model"], device)).removeprefix("torch.")
-    return {**config, "model": {**config["model"], "dtype": name}}
+    name = str(weights_dtype(config.model, device)).removeprefix("torch.")
+    return with_values(config, {"model.dtype": name})
 
 
-def build_config(architecture: Config) -> PretrainedConfig:
+def build_config(architecture: Mapping[str, Any]) -> PretrainedConfig:
     """transformers' config of a `model.architecture` section."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -69,7 +69,7 @@ def build_config(architecture: Config) -> PretrainedConfig:
         raise UserError(f"model.architecture: {error}") from None
 
 
-def empty_base(architecture: Config) -> PreTrainedModel:
+def empty_base(architecture: Mapping[str, Any]) -> PreTrainedModel:
     """The model's structure on the meta device: shapes and names, no weights."""
     import torch
     from transformers import AutoModelForCausalLM

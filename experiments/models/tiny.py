@@ -10,9 +10,11 @@ import itertools
 import os
 import shutil
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from experiments.config import Model
 from experiments.data import arith
 from experiments.runs.records import content_hash, file_hash
 
@@ -23,14 +25,14 @@ PAD, BOS, EOS = 0, 1, 2
 TOKENIZER_DOCUMENTS = 4000
 
 
-def make_base(model: dict[str, Any], cache: Path) -> Path:
+def make_base(model: Model, cache: Path) -> Path:
     """The folder of the base model that a `model` config describes, made first if the cache does not hold it.
 
     The folder's name is the hash of everything that decides the weights: the config, this file and the corpus's.
     """
     sources = {path.name: file_hash(path) for path in (Path(__file__), Path(arith.__file__))}
-    decides = {key: model[key] for key in ("architecture", "pretraining", "dtype")}
-    folder = cache / "base" / f"{model['name']}-{content_hash([decides, sources])[:16]}"
+    decides = {key: asdict(model)[key] for key in ("architecture", "pretraining", "dtype")}
+    folder = cache / "base" / f"{model.name}-{content_hash([decides, sources])[:16]}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
@@ -76,7 +78,7 @@ def make_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
     return fast
 
 
-def _pretrain(model: dict[str, Any], folder: Path) -> None:
+def _pretrain(model: Model, folder: Path) -> None:
     """Train the model and write it. A plain loop: a minute of one schedule, with nothing to resume or to sweep."""
     import torch
     from tqdm import tqdm
@@ -85,25 +87,26 @@ def _pretrain(model: dict[str, Any], folder: Path) -> None:
     from experiments.data.prompts import Example, collate
     from experiments.models.shapes import build_config
 
-    settings = model["pretraining"]
-    steps = settings["steps"]
-    tokenizer = make_tokenizer(model["architecture"]["vocab_size"], settings["seed"])
-    config = build_config(model["architecture"])
+    settings = model.pretraining
+    assert settings is not None
+    steps = settings.steps
+    tokenizer = make_tokenizer(model.architecture["vocab_size"], settings.seed)
+    config = build_config(model.architecture)
     with torch.random.fork_rng():  # the caller's random state must not depend on whether the cache was warm
-        torch.manual_seed(settings["seed"])
+        torch.manual_seed(settings.seed)
         network = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
         optimizer = torch.optim.AdamW(
-            network.parameters(), lr=settings["learning_rate"], betas=(0.9, 0.98), weight_decay=0.01
+            network.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
         )
         warmup = min(100, steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
         )
-        documents = arith.corpus(settings["seed"])
-        for _ in tqdm(range(steps), desc=f"making the base model {model['name']}", unit="step", mininterval=1.0):
+        documents = arith.corpus(settings.seed)
+        for _ in tqdm(range(steps), desc=f"making the base model {model.name}", unit="step", mininterval=1.0):
             rows = [
                 [BOS, *tokenizer.encode(document, add_special_tokens=False), EOS]
-                for document in itertools.islice(documents, settings["batch_size"])
+                for document in itertools.islice(documents, settings.batch_size)
             ]
             batch = collate([Example(row, row, truncated=False) for row in rows], PAD)
             network(**batch).loss.backward()

@@ -16,11 +16,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from experiments.config import RunConfig
 from experiments.errors import UserError, nearest
 from experiments.plan.compose import plan, run_paths
 from experiments.plan.experiment_files import read_experiment, split_experiment
+from experiments.runs.config_files import group_hash
 from experiments.runs.follows import check_training
-from experiments.runs.records import TrainRecord, group_hash, read_record, write_atomically
+from experiments.runs.records import TrainRecord, read_record, write_atomically
 
 Config = dict[str, Any]
 RULES: dict[str, Callable[[Config], tuple[float, ...]]] = {  # of `held_out`; the smallest is the best
@@ -33,7 +35,7 @@ RULES: dict[str, Callable[[Config], tuple[float, ...]]] = {  # of `held_out`; th
 class Tried:
     """A run of the first stage, and what it scored; None where it is not finished."""
 
-    config: Config
+    config: RunConfig
     held_out: Config | None
     chosen: bool
     at_edge: bool  # chosen, and the smallest or largest that was tried: the best may lie beyond
@@ -43,28 +45,28 @@ class Tried:
 class Stages:
     """The runs of an experiment, as far as they can be told by what is finished."""
 
-    first: list[Config] = field(default_factory=list)  # only trained; none where nothing is chosen
-    final: list[Config] = field(default_factory=list)  # trained and scored
+    first: list[RunConfig] = field(default_factory=list)  # only trained; none where nothing is chosen
+    final: list[RunConfig] = field(default_factory=list)  # trained and scored
     undecided: list[str] = field(default_factory=list)  # groups without a choice: the runs they wait for, a line each
-    to_come: list[Config] = field(default_factory=list)  # their second stage, with a learning rate that stands in
+    to_come: list[RunConfig] = field(default_factory=list)  # their second stage, with a learning rate that stands in
     by: str | None = None  # a key of `RULES`
     tried: list[Tried] = field(default_factory=list)
 
-    def known(self) -> list[Config]:
+    def known(self) -> list[RunConfig]:
         """The runs of both stages that can be named by now, each once."""
-        return list({config["run_id"]: config for config in [*self.first, *self.final]}.values())
+        return list({config.run_id: config for config in [*self.first, *self.final]}.values())
 
-    def following(self) -> list[Config]:
+    def following(self) -> list[RunConfig]:
         """Stand-ins for the runs of the second stage that cannot be named yet."""
-        known = {config["run_id"] for config in self.known()}
-        return [config for config in self.to_come if config["run_id"] not in known]
+        known = {config.run_id for config in self.known()}
+        return [config for config in self.to_come if config.run_id not in known]
 
     def chosen(self) -> list[str]:
         """A line per choice; it names model and task where there are several."""
-        several = len({(tried.config["model"]["name"], tried.config["task"]["name"]) for tried in self.tried}) > 1
+        several = len({(tried.config.model.name, tried.config.task.name) for tried in self.tried}) > 1
         return [
-            f"{setting_label(tried.config) if several else tried.config['method']['label']}: "
-            f"learning rate {tried.config['recipe']['learning_rate']:g}"
+            f"{setting_label(tried.config) if several else tried.config.method.label}: "
+            f"learning rate {tried.config.recipe.learning_rate:g}"
             + (", the smallest or largest that was tried" if tried.at_edge else "")
             for tried in self.tried
             if tried.chosen
@@ -76,26 +78,26 @@ def stages(arguments: Sequence[str]) -> Stages:
     return stages_of(plan(arguments), rule(arguments))
 
 
-def stages_of(configs: list[Config], by: str | None) -> Stages:
+def stages_of(configs: list[RunConfig], by: str | None) -> Stages:
     """The stages of planned runs, whose learning rates are chosen `by` a key of `RULES`; None: as they are."""
     if by is None:
         return Stages(final=configs)
-    groups: dict[str, list[Config]] = {}
+    groups: dict[str, list[RunConfig]] = {}
     for config in configs:
-        groups.setdefault(group_hash(config), []).append(config)
+        groups.setdefault(group_hash(config.mapping), []).append(config)
     found = Stages(by=by)
     for group in groups.values():
         rates = {_rate(config) for config in group}
         if len(rates) == 1:
             found.final += group
             continue
-        if not group[0]["task"]["data"]["heldout"]:
+        if not group[0].task.data.heldout:
             raise UserError(
                 f"{setting_label(group[0])}: learning rates are chosen on held-out rows: give task.data.heldout=1000"
             )
-        first = [config for config in group if config["seed"] == group[0]["seed"]]
+        first = [config for config in group if config.seed == group[0].seed]
         scores = [_held_out(config) for config in first]
-        waiting = [config["run_id"] for config, score in zip(first, scores, strict=True) if score is None]
+        waiting = [config.run_id for config, score in zip(first, scores, strict=True) if score is None]
         best = None if waiting else _best(first, scores, by)
         edges = (min(rates), max(rates))
         found.first += first
@@ -119,16 +121,16 @@ def write_choices(found: Stages) -> None:
     """Leave in every run with a chosen learning rate how it was chosen: by what, and what every one scored."""
     groups: dict[str, list[Tried]] = {}
     for tried in found.tried:
-        groups.setdefault(group_hash(tried.config), []).append(tried)
+        groups.setdefault(group_hash(tried.config.mapping), []).append(tried)
     for config in (tried.config for tried in found.tried if not tried.chosen):  # of an earlier, smaller grid
         run_paths(config).learning_rate.unlink(missing_ok=True)
     for config in found.final:
-        group = groups.get(group_hash(config))
+        group = groups.get(group_hash(config.mapping))
         if group is None:  # it had one learning rate
             continue
         choice = {
             "by": found.by,
-            "seed": group[0].config["seed"],
+            "seed": group[0].config.seed,
             "at_edge": any(tried.at_edge for tried in group),
             "tried": [{"learning_rate": _rate(tried.config), **(tried.held_out or {})} for tried in group],
         }
@@ -146,8 +148,8 @@ def to_csv(found: Stages) -> str:
     writer.writerow(["run_id", "model", "method", "task", "seed", "learning_rate", *measured, "chosen"])
     for tried in found.tried:
         config, scores = tried.config, tried.held_out or {}
-        names = [config["run_id"], config["model"]["name"], config["method"]["label"], config["task"]["name"]]
-        writer.writerow([*names, config["seed"], _rate(config), *(scores.get(key) for key in measured), tried.chosen])
+        names = [config.run_id, config.model.name, config.method.label, config.task.name]
+        writer.writerow([*names, config.seed, _rate(config), *(scores.get(key) for key in measured), tried.chosen])
     return text.getvalue()
 
 
@@ -160,11 +162,11 @@ def rule(arguments: Sequence[str]) -> str | None:
     return by
 
 
-def _rate(config: Config) -> float:
-    return config["recipe"]["learning_rate"]
+def _rate(config: RunConfig) -> float:
+    return config.recipe.learning_rate
 
 
-def _held_out(config: Config) -> Config | None:
+def _held_out(config: RunConfig) -> Config | None:
     """What a finished run scored on the held-out rows; of one that diverged, that it has no loss."""
     run = run_paths(config)
     if run.diverged.is_file():
@@ -176,7 +178,7 @@ def _held_out(config: Config) -> Config | None:
     return record.held_out
 
 
-def _best(first: list[Config], scores: Sequence[Config | None], by: str) -> float:
+def _best(first: list[RunConfig], scores: Sequence[Config | None], by: str) -> float:
     """The learning rate whose run did best. A run that diverged, so that its loss is not finite, is no candidate."""
     candidates = [
         (RULES[by](score), _rate(config))
@@ -188,5 +190,5 @@ def _best(first: list[Config], scores: Sequence[Config | None], by: str) -> floa
     return min(candidates)[1]
 
 
-def setting_label(config: Config) -> str:
-    return f"{config['method']['label']} on {config['model']['name']} and {config['task']['name']}"
+def setting_label(config: RunConfig) -> str:
+    return f"{config.method.label} on {config.model.name} and {config.task.name}"

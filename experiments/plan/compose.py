@@ -22,15 +22,18 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import CONFIGS
+from experiments.config import RunConfig
 from experiments.data.sources import SOURCES
 from experiments.errors import UserError, nearest
 from experiments.models.gguf import settle_weights
 from experiments.plan.experiment_files import expand_experiment, options
 from experiments.plan.overrides import by_name, by_name_resolved, checked, set_value, settle, sweep
 from experiments.plan.quantization import name_quantized
+from experiments.runs.config_files import freeze_config, run_id
 from experiments.runs.evaluations import kind_of
 from experiments.runs.prerequisite import freeze_prerequisite
-from experiments.runs.records import RunPaths, freeze_config, run_id
+from experiments.runs.records import RunPaths
+from experiments.settings import typed
 
 GROUPS = ("model", "method", "quantization", "task", "protocol")
 TOP = (*GROUPS, "experiment")  # what may be said beside settings
@@ -41,17 +44,17 @@ Config = dict[str, Any]
 OmegaConf.register_new_resolver("times", lambda factor, value: factor * value, replace=True)
 
 
-def plan(arguments: Sequence[str]) -> list[Config]:
+def plan(arguments: Sequence[str]) -> list[RunConfig]:
     """The resolved configs of all runs that the arguments ask for, in order, each run once."""
-    runs: dict[str, Config] = {}
+    runs: dict[str, RunConfig] = {}
     for grid in expand_experiment(arguments):
         for overrides in sweep(grid):
             config = resolve(overrides)
-            runs.setdefault(config["run_id"], config)
+            runs.setdefault(config.run_id, config)
     return list(runs.values())
 
 
-def resolve(overrides: Iterable[Override]) -> Config:
+def resolve(overrides: Iterable[Override]) -> RunConfig:
     """One run's config, resolved. Files are composed once per choice of groups; single values are merged in."""
     groups, values, overrides = [], [], list(overrides)
     for override in overrides:
@@ -69,7 +72,7 @@ def resolve(overrides: Iterable[Override]) -> Config:
     return _finalize(freeze_prerequisite(resolved, overrides, resolve))
 
 
-def resolve_with_hydra(overrides: Iterable[Override]) -> Config:
+def resolve_with_hydra(overrides: Iterable[Override]) -> RunConfig:
     """As `resolve`, with everything composed by Hydra: ten times slower, and what `resolve` must agree with."""
     groups = [override for override in overrides if override.key_or_group in GROUPS]
     values = [override for override in overrides if override.key_or_group not in GROUPS]
@@ -80,23 +83,23 @@ def resolve_with_hydra(overrides: Iterable[Override]) -> Config:
 
 
 def protocol_evaluation(task: str, protocol: str) -> Config:
-    """The `evaluation` section of another protocol of a task."""
+    """The mapping of the `evaluation` section of another protocol of a task."""
     overrides, *more = sweep([f"task={task}", f"protocol={protocol}", "recipe.learning_rate=0"])
     if more:
         raise UserError(f"protocol={protocol}: name one")
-    return resolve(overrides)["evaluation"]
+    return resolve(overrides).mapping["evaluation"]
 
 
-def set_values(config: Config, overrides: Iterable[str]) -> Config:
+def set_values(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
     """A resolved config with single values replaced; keys it does not have are refused."""
-    changed = copy.deepcopy(config)
+    changed = copy.deepcopy(dict(config.mapping))
     overrides = list(overrides)
     choices, *more = sweep(overrides)
     if more:
         raise UserError(f"{' '.join(overrides)}: a run has one value of each setting, a comma makes several")
-    for override in checked(choices, by_name(config)):
+    for override in checked(choices, by_name(changed)):
         set_value(changed, override, TOP)
-    return changed
+    return typed(changed)
 
 
 @lru_cache
@@ -207,8 +210,8 @@ def _resolve_references(composed: Config) -> Config:
         raise UserError(f"cannot resolve the config of {method['name']} on {task['name']}: {error}") from None
 
 
-def _finalize(settings: Config) -> Config:
-    """Drop the tables that only served to choose a value, and name the run."""
+def _finalize(settings: Config) -> RunConfig:
+    """Drop the tables that only served to choose a value, name the run and type its config."""
     _check_data(settings)
     _check_batch(settings["recipe"])
     settle_weights(settings["model"], Path(settings["runtime"]["cache_dir"]))
@@ -218,7 +221,7 @@ def _finalize(settings: Config) -> Config:
     for section, tables in ONLY_TO_CHOOSE.items():
         for table in tables:
             del settings[section][table]
-    return {"run_id": run_id(settings), **settings}
+    return typed({"run_id": run_id(settings), **settings})
 
 
 def _check_batch(recipe: Config) -> None:
@@ -240,11 +243,11 @@ def _check_data(settings: Config) -> None:
             raise UserError(f"task.data.source={source}: no such data set: {nearest(source, [*SOURCES, 'arith'])}")
 
 
-def run_paths(config: Config) -> RunPaths:
-    return RunPaths(Path(config["runtime"]["runs_dir"]) / config["run_id"])
+def run_paths(config: RunConfig) -> RunPaths:
+    return RunPaths(Path(config.runtime.runs_dir) / config.run_id)
 
 
-def write_runs(configs: Iterable[Config]) -> list[RunPaths]:
+def write_runs(configs: Iterable[RunConfig]) -> list[RunPaths]:
     """Make the run directories, or check those that are there (`freeze_config`)."""
     runs = []
     for config in configs:

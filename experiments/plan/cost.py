@@ -12,17 +12,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from experiments.config import Data, Model, Protocol, RunConfig, Runtime, Task
 from experiments.data import hub
 from experiments.errors import UserError
 from experiments.models.gguf import converted, is_converted
+from experiments.settings import section
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
-
-Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,16 @@ def read_speed(speeds: Sequence[str], tokens_per_row: float | None) -> Speed:
     return Speed(found, tokens_per_row)
 
 
-def rows_trained_on(config: Config) -> int:
+def rows_trained_on(config: RunConfig) -> float:
     """Rows that all steps of a run see together; 0 where nothing is trained."""
-    if config["method"]["trains"] == "nothing":
+    if config.method.trains == "nothing":
         return 0
-    recipe = config["recipe"]
-    steps = _rows(json.dumps(config["task"]["data"])) // recipe["batch_size"] * recipe["epochs"]
-    return min(steps, recipe["max_steps"] or steps) * recipe["batch_size"]
+    recipe = config.recipe
+    steps = _rows(json.dumps(config.mapping["task"]["data"])) // recipe.batch_size * recipe.epochs
+    return min(steps, recipe.max_steps or steps) * recipe.batch_size
 
 
-def tokens(config: Config, speed: Speed) -> float | None:
+def tokens(config: RunConfig, speed: Speed) -> float | None:
     """Tokens that a run trains on, prompts included and padding not; None where a row's length is unknown."""
     rows = rows_trained_on(config)
     if not rows:
@@ -66,23 +66,19 @@ def tokens(config: Config, speed: Speed) -> float | None:
     return None if mean is None else rows * mean
 
 
-def longest_row(config: Config) -> int | None:
+def longest_row(config: RunConfig) -> int:
     """Tokens of the longest row, or as many as the protocol keeps where rows or tokenizer are not here."""
-    lengths, protocol = _lengths(config), config["protocol"]
-    if lengths is not None and len(lengths):
-        return int(lengths.max())
-    if protocol["max_length"] is not None:
-        return protocol["max_length"]
-    parts = (protocol["max_prompt_length"], protocol["max_target_length"])
-    return None if None in parts else sum(parts)
+    lengths = _lengths(config)
+    return int(lengths.max()) if lengths is not None and len(lengths) else config.protocol.max_length
 
 
-def _lengths(config: Config) -> np.ndarray | None:
+def _lengths(config: RunConfig) -> np.ndarray | None:
     """Tokens of every training row."""
-    return _row_lengths(json.dumps({key: config[key] for key in ("model", "task", "protocol", "runtime")}))
+    parts = ("model", "task", "protocol", "runtime")
+    return _row_lengths(json.dumps({key: config.mapping[key] for key in parts}))
 
 
-def gpu_hours(config: Config, speed: Speed) -> float | None:
+def gpu_hours(config: RunConfig, speed: Speed) -> float | None:
     if not rows_trained_on(config):
         return 0.0
     per_second = _speed_of(config, speed)
@@ -98,11 +94,11 @@ def read_budget(text: str) -> float:
     return float(match[1])
 
 
-def known_hours(config: Config, speed: Speed) -> float:
+def known_hours(config: RunConfig, speed: Speed) -> float:
     """UserError where `gpu_hours` are unknown."""
     hours = gpu_hours(config, speed)
     if hours is None:
-        model, task = config["model"]["name"], config["task"]["name"]
+        model, task = config.model.name, config.task.name
         raise UserError(
             f"--budget: the GPU-hours of {model} on {task} are unknown: give --tokens-per-second {model}=…"
             + ("" if tokens(config, speed) is not None else " and --tokens-per-row …")
@@ -110,16 +106,16 @@ def known_hours(config: Config, speed: Speed) -> float:
     return hours
 
 
-def reasons(configs: Sequence[Config], speed: Speed) -> list[str]:
+def reasons(configs: Sequence[RunConfig], speed: Speed) -> list[str]:
     """Why tokens or GPU-hours of some runs are unknown, and what to give, a line each."""
     uncounted: dict[tuple[str, str], dict[str, None]] = {}
     without_speed: dict[str, None] = {}
     for config in configs:
-        model, task = config["model"]["name"], config["task"]["name"]
+        model, task = config.model.name, config.task.name
         if not rows_trained_on(config):
             continue
         if tokens(config, speed) is None:
-            lacking = "no tokenizer" if _tokenizer(config) is None else "no rows"
+            lacking = "no tokenizer" if _tokenizer(config.model, config.runtime) is None else "no rows"
             uncounted.setdefault((task, lacking), {})[model] = None
         if _speed_of(config, speed) is None:
             without_speed[model] = None
@@ -133,8 +129,8 @@ def reasons(configs: Sequence[Config], speed: Speed) -> list[str]:
     return lines
 
 
-def _speed_of(config: Config, speed: Speed) -> float | None:
-    return speed.tokens_per_second.get(config["model"]["name"], speed.tokens_per_second.get(""))
+def _speed_of(config: RunConfig, speed: Speed) -> float | None:
+    return speed.tokens_per_second.get(config.model.name, speed.tokens_per_second.get(""))
 
 
 @functools.cache
@@ -143,13 +139,13 @@ def _rows(data: str) -> int:
     from experiments.data.rows import load_rows
     from experiments.data.sources import SOURCES
 
-    content = json.loads(data)
+    content = section(Data, json.loads(data))
     try:
         with hub.offline():
             return len(load_rows(content, "train", None))
     except UserError:
-        names = [content["source"]] if isinstance(content["source"], str) else content["source"]
-        return sum(max(SOURCES[name]["train"].rows) for name in names) - content["heldout"]
+        names = [content.source] if isinstance(content.source, str) else content.source
+        return sum(max(SOURCES[name]["train"].rows) for name in names) - content.heldout
 
 
 @functools.cache
@@ -159,33 +155,32 @@ def _row_lengths(about: str) -> np.ndarray | None:
     from experiments.data.tokens import tokenised
 
     config = json.loads(about)
-    tokenizer = _tokenizer(config)
+    runtime, protocol = section(Runtime, config["runtime"]), section(Protocol, config["protocol"])
+    tokenizer = _tokenizer(section(Model, config["model"]), runtime)
     if tokenizer is None:
         return None
     try:
         with hub.offline():
-            rows = load_rows(config["task"]["data"], "train", config["runtime"]["data_root"])
+            rows = load_rows(section(Task, config["task"]).data, "train", runtime.data_root)
     except UserError:
         return None
-    cache = Path(config["runtime"]["cache_dir"])
-    return tokenised(config["protocol"], tokenizer, select_rows(config["protocol"], rows), cache).lengths
+    return tokenised(protocol, tokenizer, select_rows(protocol, rows), Path(runtime.cache_dir)).lengths
 
 
-def _tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
+def _tokenizer(model: Model, runtime: Runtime) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer, if it is on this machine."""
     from transformers import AutoTokenizer
 
-    model = config["model"]
-    if model["pretraining"] is not None:
+    if model.pretraining is not None:
         from experiments.models.tiny import make_tokenizer
 
-        return make_tokenizer(model["architecture"]["vocab_size"], model["pretraining"]["seed"])
-    path, cache = model["path"], Path(config["runtime"]["cache_dir"])
-    if gguf := model.get("gguf"):
+        return make_tokenizer(model.architecture["vocab_size"], model.pretraining.seed)
+    path, cache = model.path, Path(runtime.cache_dir)
+    if gguf := model.gguf:
         if not is_converted(gguf, cache):
             return None
         path = converted(gguf, cache)
     try:
-        return AutoTokenizer.from_pretrained(path, revision=model["revision"], local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(path), revision=model.revision, local_files_only=True)
     except (OSError, ValueError):
         return None

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from experiments.config import RunConfig
 from experiments.plan.cost import Speed, gpu_hours, reasons, rows_trained_on, tokens
 from experiments.plan.memory import base_dtype
 from experiments.runs.differences import differing
-
-Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -29,37 +27,41 @@ class Count:
         return 100 * self.trainable / self.base
 
 
-def count(config: Config) -> Count:
+def count(config: RunConfig) -> Count:
     """The counts of one run. Percentages are of the base model, the adapter not added."""
     from experiments.plan.fake_pass import held
 
-    architecture, method, dtype = config["model"]["architecture"], json.dumps(config["method"]), base_dtype(config)
+    architecture, method, dtype = (
+        dict(config.model.architecture),
+        json.dumps(config.mapping["method"]),
+        base_dtype(config),
+    )
     found = held(json.dumps(architecture), method, dtype)
     ungrouped = None
     grouped = architecture["num_key_value_heads"] < architecture["num_attention_heads"]
-    if grouped and config["method"]["trains"] == "adapter":
+    if grouped and config.method.trains == "adapter":
         full_heads = {**architecture, "num_key_value_heads": architecture["num_attention_heads"]}
         ungrouped = held(json.dumps(full_heads), method, dtype).trained
     return Count(found.trained, found.base, ungrouped)
 
 
-def print_counts(configs: Sequence[Config], following: Sequence[Config], speed: Speed) -> None:
+def print_counts(configs: Sequence[RunConfig], following: Sequence[RunConfig], speed: Speed) -> None:
     """One line per run: its id, what it trains, the share of the base model, its tokens and GPU-hours.
 
     `following` are runs whose learning rate is not chosen yet: they only count in the sums.
     """
     from experiments.models.quantized import print_sizes
 
-    width = max((len(config["run_id"]) for config in configs), default=0)
+    width = max((len(config.run_id) for config in configs), default=0)
     grouped, differ = False, differing(configs, leave_out=("recipe.learning_rate",))
     print(f"{'run':{width}}  {'trainable':>15}  {'of base':>8}  {'rate':>8}  {'rows':>9}  {'tokens':>8}  {'GPU-h':>7}")
     for config in configs:
         result = count(config)
-        line = f"{config['run_id']:{width}}  {result.trainable:>15,}  {result.percent:>7.3f}%  "
-        line += f"{config['recipe']['learning_rate']:>8g}  {rows_trained_on(config):>9,}  "
+        line = f"{config.run_id:{width}}  {result.trainable:>15,}  {result.percent:>7.3f}%  "
+        line += f"{config.recipe.learning_rate:>8g}  {rows_trained_on(config):>9,.0f}  "
         line += f"{_short(tokens(config, speed)):>8}  {_short(gpu_hours(config, speed)):>7}"
-        if config["run_id"] in differ:
-            line += f"   {differ[config['run_id']]}"
+        if config.run_id in differ:
+            line += f"   {differ[config.run_id]}"
         if result.ungrouped is not None:
             grouped = True
             line += f"   [* {result.ungrouped:,} = {100 * result.ungrouped / result.base:.3f}%]"
@@ -74,7 +76,7 @@ def print_counts(configs: Sequence[Config], following: Sequence[Config], speed: 
     print(", ".join([f"{len(configs)} runs", *(f"{text}{of}" for text in sums)]))
     for reason in reasons(everything, speed):
         print(f"unknown: {reason}")
-    if any("quantization" in config for config in configs):
+    if any(config.quantization is not None for config in configs):
         print_sizes([(config, count(config).trainable) for config in configs])
     if grouped:
         print(

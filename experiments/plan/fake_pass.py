@@ -11,7 +11,7 @@ import json
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diablo.quantize.storage import decoder_layers
+from experiments.config import Method
 from experiments.models.shapes import empty_base
+from experiments.settings import section
 from experiments.train import methods
 from experiments.train.loss import LOGITS, ChunkedLoss
 
@@ -48,7 +50,7 @@ def held(architecture: str, method: str, dtype: str) -> Held:
     """Both as JSON; `dtype` is the base's."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    settings = json.loads(method)
+    settings = section(Method, json.loads(method))
     base_numbers = empty_base(json.loads(architecture)).num_parameters()
     model, base = _attached(json.loads(architecture), settings, dtype)
     tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values()
@@ -57,7 +59,7 @@ def held(architecture: str, method: str, dtype: str) -> Held:
     adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     weights = [getattr(module.get_base_layer(), "weight", None) for module in adapted]
     trained = sum(tensor.numel() for tensor in tensors if tensor.requires_grad)
-    adapter = settings["adapter"] or {}
+    adapter = settings.adapter or {}
     in_place = adapter.get("mode", "adapter") != "adapter" and not adapter.get("dropout")
     return Held(
         frozen_bytes=sum(tensor.nbytes for tensor in tensors if not tensor.requires_grad),
@@ -79,7 +81,7 @@ def pass_bytes(
 
     Two peaks: until the backward pass of the last decoder layer has ended, and after that.
     """
-    shapes, settings = json.loads(architecture), json.loads(method)
+    shapes, settings = json.loads(architecture), section(Method, json.loads(method))
     depth = shapes["num_hidden_layers"]
     depths = DEPTHS if depth > max(DEPTHS) else (depth,)
     peaks = [_peaks(shapes, settings, dtype, autocast, rows, length, checkpointing, count) for count in depths]
@@ -88,33 +90,33 @@ def pass_bytes(
     return early, late
 
 
-def _attached(architecture: Config, method: Config, dtype: str) -> tuple[Any, Any]:
+def _attached(architecture: Config, method: Method, dtype: str) -> tuple[Any, Any]:
     """The model on the meta device with what the method trains, and its base."""
-    adapter = method["adapter"]
+    adapter = method.adapter
     if adapter and str(adapter.get("_target_")).startswith("diablo."):
         # In place nothing can be written without values, and a mask of dropout that is made again is not kept.
         beside = {"mode": "adapter", "dropout": 0.0}
-        method = {**method, "adapter": {**adapter, **{key: beside[key] for key in beside if key in adapter}}}
+        method = replace(method, adapter={**adapter, **{key: beside[key] for key in beside if key in adapter}})
     base = empty_base(architecture).to(getattr(torch, dtype))
     return methods.attach(method, base), base
 
 
-def _first_layers(architecture: Config, method: Config, depth: int) -> tuple[Config, Config]:
+def _first_layers(architecture: Config, method: Method, depth: int) -> tuple[Config, Method]:
     """A model of so many layers, and a method for it whose adapter is on each of them, as it may be on the whole."""
-    architecture, adapter = {**architecture, "num_hidden_layers": depth}, dict(method["adapter"] or {})
+    architecture, adapter = {**architecture, "num_hidden_layers": depth}, dict(method.adapter or {})
     adapter.pop("layers_to_transform", None)
-    if (method.get("prepare") or {}).get("_target_") == "diablo.smt.choose_blocks":
+    if (method.prepare or {}).get("_target_") == "diablo.smt.choose_blocks":
         from diablo.methods.smt import SmtConfig, all_blocks
 
         config = methods.peft_config(adapter)
         assert isinstance(config, SmtConfig)
         adapter["num_blocks"] = all_blocks(empty_base(architecture), config)
-    return architecture, {**method, "adapter": adapter or None}
+    return architecture, replace(method, adapter=adapter or None)
 
 
 def _peaks(
     architecture: Config,
-    method: Config,
+    method: Method,
     dtype: str,
     autocast: bool,
     rows: int,

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
+from experiments.config import RunConfig
 from experiments.errors import UserError
 from experiments.plan.choose import setting_label
 from experiments.plan.memory import Memory, estimate
 from experiments.runs.sizes import gibibytes
+from experiments.settings import with_values
 from experiments.train.sharding import not_shardable
 
-Config = dict[str, Any]
 USABLE = 0.92  # of a GPU's memory: CUDA's context, NCCL's buffers and fragmentation take the rest
 
 
-def gpus_needed(config: Config, gpu_bytes: int, largest: int) -> int:
+def gpus_needed(config: RunConfig, gpu_bytes: int, largest: int) -> int:
     """The fewest GPUs that a run fits, of those numbers that divide its batch; UserError if it fits none.
 
     On several it is sharded, unless `runtime.sharding=none` is given.
     """
     check_divides(config, 1)
-    if config["method"]["trains"] == "nothing":
+    if config.method.trains == "nothing":
         return 1
-    least = 2 if config["runtime"].get("sharding") == "full" else 1
+    least = 2 if config.runtime.sharding == "full" else 1
     most = largest if "full" in _shardings(config, largest) else 1  # without shards more GPUs save nothing
     counts = [gpus for gpus in _counts(config, most) if gpus >= least]
     found = next((gpus for gpus in counts if fits(estimate(_settled(config, gpus), gpus), gpu_bytes)), None)
@@ -32,18 +32,18 @@ def gpus_needed(config: Config, gpu_bytes: int, largest: int) -> int:
     return found
 
 
-def check_fits(config: Config, gpus: int, gpu_bytes: int, largest: int) -> None:
+def check_fits(config: RunConfig, gpus: int, gpu_bytes: int, largest: int) -> None:
     """UserError if a run does not fit so many GPUs, or if its batch does not divide over them."""
     if not gpus:
         return
     check_divides(config, gpus)  # also of runs that train nothing: their process checks it too
-    if config["method"]["trains"] == "nothing":
+    if config.method.trains == "nothing":
         return
     if not any(fits(estimate(with_sharding(config, each), gpus), gpu_bytes) for each in _shardings(config, gpus)):
         raise UserError(does_not_fit(config, gpus, gpu_bytes, largest))
 
 
-def sharding_on(config: Config, gpus: int, gpu_bytes: int | None) -> str:
+def sharding_on(config: RunConfig, gpus: int, gpu_bytes: int | None) -> str:
     """How a run trains on so many GPUs: `runtime.sharding`, and for `auto` `none` (DDP) where each has room for all.
 
     Args:
@@ -55,10 +55,10 @@ def sharding_on(config: Config, gpus: int, gpu_bytes: int | None) -> str:
     return first
 
 
-def _shardings(config: Config, gpus: int) -> list[str]:
+def _shardings(config: RunConfig, gpus: int) -> list[str]:
     """What `runtime.sharding` leaves open, the fastest first."""
-    asked = config["runtime"].get("sharding", "none")
-    if config["method"]["trains"] == "nothing":
+    asked = config.runtime.sharding
+    if config.method.trains == "nothing":
         return ["none"]
     if asked == "full":
         if (reason := not_shardable(config)) or gpus < 2:
@@ -68,23 +68,23 @@ def _shardings(config: Config, gpus: int) -> list[str]:
     return ["none"] if asked == "none" or gpus < 2 or not_shardable(config) else ["none", "full"]
 
 
-def with_sharding(config: Config, sharding: str) -> Config:
-    return {**config, "runtime": {**config["runtime"], "sharding": sharding}}
+def with_sharding(config: RunConfig, sharding: str) -> RunConfig:
+    return with_values(config, {"runtime.sharding": sharding})
 
 
-def _settled(config: Config, gpus: int) -> Config:
+def _settled(config: RunConfig, gpus: int) -> RunConfig:
     """The config with the sharding that needs least memory of those it leaves open."""
     return with_sharding(config, _shardings(config, gpus)[-1])
 
 
-def check_divides(config: Config, gpus: int) -> None:
+def check_divides(config: RunConfig, gpus: int) -> None:
     """UserError if a batch is no whole number of micro-batches on each GPU, which training would refuse hours later."""
-    recipe = config["recipe"]
-    if recipe["batch_size"] % (recipe["micro_batch_size"] * gpus):
-        known = ", ".join(map(str, _counts(config, recipe["batch_size"])))
+    recipe = config.recipe
+    if recipe.batch_size % (recipe.micro_batch_size * gpus):
+        known = ", ".join(map(str, _counts(config, recipe.batch_size)))
         raise UserError(
-            f"{setting_label(config)}: recipe.batch_size={recipe['batch_size']} is not a multiple of "
-            f"recipe.micro_batch_size={recipe['micro_batch_size']} × {gpus} GPUs: give "
+            f"{setting_label(config)}: recipe.batch_size={recipe.batch_size} is not a multiple of "
+            f"recipe.micro_batch_size={recipe.micro_batch_size} × {gpus} GPUs: give "
             + (f"{known} GPUs, or " if known else "")
             + "another recipe.micro_batch_size"
         )
@@ -94,16 +94,14 @@ def fits(memory: Memory, gpu_bytes: int) -> bool:
     return memory.peak <= USABLE * gpu_bytes
 
 
-def does_not_fit(config: Config, gpus: int, gpu_bytes: int, largest: int) -> str:
+def does_not_fit(config: RunConfig, gpus: int, gpu_bytes: int, largest: int) -> str:
     """One line: what is needed, what there is, and the smallest changes that would do."""
     needs = estimate(_settled(config, gpus), gpus)
     where = f"each of {gpus} GPUs" if gpus > 1 else "one GPU"
     why = " while it chooses what to train" if needs.preparation > needs.training else ""
     single = [_first(kind, gpu_bytes) for kind in _single_changes(config, gpus, largest)]
     changes = list(filter(None, single)) or list(filter(None, [_first(_several_changes(config, largest), gpu_bytes)]))
-    quantised = (
-        ", or quantization=nf" if config["method"]["trains"] == "adapter" and "quantization" not in config else ""
-    )
+    quantised = ", or quantization=nf" if config.method.trains == "adapter" and config.quantization is None else ""
     mend = f"give {', or '.join(changes)}" if changes else f"give GPUs with more memory{quantised}"
     return (
         f"{setting_label(config)} does not fit: it needs {gibibytes(needs.peak)}{why}, and "
@@ -116,22 +114,22 @@ def _first(changes: Iterator[tuple[str, Memory]], gpu_bytes: int) -> str | None:
     return next((f"{text} ({gibibytes(memory.peak)})" for text, memory in changes if fits(memory, gpu_bytes)), None)
 
 
-def _single_changes(config: Config, gpus: int, largest: int) -> Iterator[Iterator[tuple[str, Memory]]]:
+def _single_changes(config: RunConfig, gpus: int, largest: int) -> Iterator[Iterator[tuple[str, Memory]]]:
     """Of each kind of change the smallest first."""
     if not not_shardable(config):
         whole = _shardings(config, gpus)[-1] == "none"
         counts = [count for count in _counts(config, largest) if count > (1 if whole else gpus)]
-        asked = "runtime.sharding=auto and " if config["runtime"].get("sharding") == "none" else ""
+        asked = "runtime.sharding=auto and " if config.runtime.sharding == "none" else ""
         yield ((f"{asked}{count} GPUs, sharded", estimate(with_sharding(config, "full"), count)) for count in counts)
     config = _settled(config, gpus)
     if _can_checkpoint(config):
         yield iter([("runtime.gradient_checkpointing=true", estimate(_checkpointed(config), gpus))])
-    sizes = range(config["recipe"]["micro_batch_size"] - 1, 0, -1)
-    smaller = [_with_micro_batch(config, size) for size in sizes if config["recipe"]["batch_size"] % (size * gpus) == 0]
-    yield ((f"recipe.micro_batch_size={c['recipe']['micro_batch_size']}", estimate(c, gpus)) for c in smaller)
+    sizes = range(config.recipe.micro_batch_size - 1, 0, -1)
+    smaller = [_with_micro_batch(config, size) for size in sizes if config.recipe.batch_size % (size * gpus) == 0]
+    yield ((f"recipe.micro_batch_size={c.recipe.micro_batch_size}", estimate(c, gpus)) for c in smaller)
 
 
-def _several_changes(config: Config, largest: int) -> Iterator[tuple[str, Memory]]:
+def _several_changes(config: RunConfig, largest: int) -> Iterator[tuple[str, Memory]]:
     """Checkpointing and the smallest micro-batch, on as few GPUs as possible."""
     small, text = _with_micro_batch(config, 1), "recipe.micro_batch_size=1"
     if _can_checkpoint(config):
@@ -140,22 +138,22 @@ def _several_changes(config: Config, largest: int) -> Iterator[tuple[str, Memory
         yield f"{text} on {gpus} GPUs", estimate(with_sharding(small, "full" if gpus > 1 else "none"), gpus)
 
 
-def _counts(config: Config, largest: int) -> Iterator[int]:
+def _counts(config: RunConfig, largest: int) -> Iterator[int]:
     """Numbers of GPUs over which the batch divides into whole micro-batches."""
-    recipe = config["recipe"]
-    parts, rest = divmod(recipe["batch_size"], recipe["micro_batch_size"])
+    recipe = config.recipe
+    parts, rest = divmod(recipe.batch_size, recipe.micro_batch_size)
     if not rest:
         yield from (gpus for gpus in range(1, min(parts, largest) + 1) if parts % gpus == 0)
 
 
-def _with_micro_batch(config: Config, size: int) -> Config:
-    return {**config, "recipe": {**config["recipe"], "micro_batch_size": size}}
+def _with_micro_batch(config: RunConfig, size: int) -> RunConfig:
+    return with_values(config, {"recipe.micro_batch_size": size})
 
 
-def _checkpointed(config: Config) -> Config:
-    return {**config, "runtime": {**config["runtime"], "gradient_checkpointing": True}}
+def _checkpointed(config: RunConfig) -> RunConfig:
+    return with_values(config, {"runtime.gradient_checkpointing": True})
 
 
-def _can_checkpoint(config: Config) -> bool:
+def _can_checkpoint(config: RunConfig) -> bool:
     """Prefix tuning keeps what it trains in the cache, which checkpointing switches off."""
-    return not config["runtime"]["gradient_checkpointing"] and config["method"]["name"] != "prefix"
+    return not config.runtime.gradient_checkpointing and config.method.name != "prefix"

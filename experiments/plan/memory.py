@@ -13,6 +13,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from experiments.config import RunConfig
 from experiments.plan.cost import longest_row
 
 if TYPE_CHECKING:
@@ -54,25 +55,25 @@ class Memory:
         return max(self.training, self.preparation)
 
 
-def estimate(config: Config, gpus: int = 1) -> Memory:
+def estimate(config: RunConfig, gpus: int = 1) -> Memory:
     """The memory of a run on each of so many GPUs.
 
     With `runtime.sharding=full` they share all but activations; else each holds everything (DDP), and gradients twice.
     """
     from experiments.plan.fake_pass import held, pass_bytes
 
-    shards = gpus if config["runtime"].get("sharding") == "full" else 1
-    recipe, method, checkpointing = config["recipe"], config["method"], config["runtime"]["gradient_checkpointing"]
-    rows, length = recipe["micro_batch_size"], longest_row(config) or LENGTH
+    shards = gpus if config.runtime.sharding == "full" else 1
+    recipe, method, checkpointing = config.recipe, config.method, config.runtime.gradient_checkpointing
+    rows, length = recipe.micro_batch_size, longest_row(config)
     dtype, autocast = base_dtype(config), _name_of_dtype(config) == "bfloat16"
-    shapes = json.dumps(config["model"]["architecture"]), json.dumps(method)
+    shapes = json.dumps(config.mapping["model"]["architecture"]), json.dumps(config.mapping["method"])
     found = held(*shapes, dtype)
-    trained = found.trained if method["trains"] != "nothing" else 0
+    trained = found.trained if method.trains != "nothing" else 0
     size = {"float64": 8, "float32": 4}.get(dtype, 2)  # of an entry of the base
     # PEFT and full fine-tuning keep what is trained in float32.
     weights = found.frozen_bytes + max(4, size) * trained + size * found.in_place
     activations = 0
-    if "quantization" in config:
+    if config.quantization is not None:
         import torch
 
         from experiments.models.quantized import planned_sizes
@@ -85,30 +86,30 @@ def estimate(config: Config, gpus: int = 1) -> Memory:
         computes = "bfloat16" if shards > 1 and autocast else dtype
         peaks = pass_bytes(*shapes, computes, autocast, rows, length, checkpointing)
         activations += _with_gathered(
-            peaks, found, shards, method["trains"] == "all", 2 if computes == "bfloat16" else size
+            peaks, found, shards, method.trains == "all", 2 if computes == "bfloat16" else size
         )
     return Memory(
         gpus=gpus,
         length=length,
         weights=-(-weights // shards),
         gradients=-(-4 * trained // shards),
-        optimizer=-(-_state_bytes(recipe["optimizer"]) * trained // shards),
+        optimizer=-(-_state_bytes(recipe.optimizer) * trained // shards),
         activations=activations,
         buckets=4 * trained if gpus > shards else 0,
-        accumulates=recipe["batch_size"] > rows * gpus,
+        accumulates=recipe.batch_size > rows * gpus,
         preparation=_preparation(config, found, rows, length, shards),
     )
 
 
-def _name_of_dtype(config: Config) -> str:
+def _name_of_dtype(config: RunConfig) -> str:
     """`model.dtype`; `auto` is bfloat16, which every GPU of the last years computes with, and float32 on the CPU."""
-    name = config["model"]["dtype"]
-    return ("float32" if config["runtime"]["device"] == "cpu" else "bfloat16") if name == "auto" else name
+    name = config.model.dtype
+    return ("float32" if config.runtime.device == "cpu" else "bfloat16") if name == "auto" else name
 
 
-def base_dtype(config: Config) -> str:
+def base_dtype(config: RunConfig) -> str:
     """Of the base's weights, which full fine-tuning trains in float32."""
-    return "float32" if config["method"]["trains"] == "all" else _name_of_dtype(config)
+    return "float32" if config.method.trains == "all" else _name_of_dtype(config)
 
 
 def _state_bytes(optimizer: str) -> int:
@@ -132,11 +133,11 @@ def _with_gathered(peaks: tuple[int, int], found: Held, shards: int, all_trained
     return size * (PREFETCHED * found.layer + found.root) + max(early, late + gradients)
 
 
-def _preparation(config: Config, found: Held, rows: int, length: int, shards: int) -> int:
+def _preparation(config: RunConfig, found: Held, rows: int, length: int, shards: int) -> int:
     """The peak while `method.prepare` runs; 0 if it needs no gradients."""
     from experiments.plan.fake_pass import pass_bytes
 
-    target = (config["method"].get("prepare") or {}).get("_target_")
+    target = (config.method.prepare or {}).get("_target_")
     if target == "diablo.smt.choose_blocks":  # the base as it was; weights, gradients and Adam in float32; their sums
         total, dtype = found.frozen_bytes + 16 * found.base + 4 * found.targets, "float32"
     elif target == "diablo.lora_ga.estimate_gradients":  # sums and means of the targets' gradients in float32
@@ -146,5 +147,7 @@ def _preparation(config: Config, found: Held, rows: int, length: int, shards: in
     everything = json.dumps({"name": "full", "label": "full", "trains": "all", "adapter": None})
     autocast = _name_of_dtype(config) == "bfloat16"
     dtype = "bfloat16" if shards > 1 and autocast else dtype
-    peaks = pass_bytes(json.dumps(config["model"]["architecture"]), everything, dtype, autocast, rows, length, False)
+    peaks = pass_bytes(
+        json.dumps(config.mapping["model"]["architecture"]), everything, dtype, autocast, rows, length, False
+    )
     return -(-total // shards) + _with_gathered(peaks, found, shards, True, 2 if dtype == "bfloat16" else 4)

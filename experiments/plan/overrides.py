@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.errors import UserError, nearest
-from experiments.settings import SETTINGS, leaves, stored
+from experiments.settings import leaves, rule, stored
 
 Config = dict[str, Any]
 MOST_RUNS = 100_000  # of one grid
@@ -128,7 +128,7 @@ def checked(overrides: Iterable[Override], files: Mapping[str, Any]) -> list[Ove
 
 def _checked(override: Override, files: Mapping[str, Any]) -> Override:
     key, given = override.key_or_group, value_of(override)
-    if isinstance(files.get(key), dict) and key not in SETTINGS:
+    if isinstance(files.get(key), dict) and rule(key) is None:
         names = ", ".join(files[key])
         raise UserError(f"{override.input_line}: {key} is a section, set one of its settings: {key}.… of {names}")
     if "${" in str(given):

@@ -8,37 +8,38 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from experiments import ROOT
+from experiments.config import RunConfig
 from experiments.plan.choose import follow, setting_label, stages_of
 from experiments.plan.compose import plan, run_paths
 from experiments.plan.fit import with_sharding
 from experiments.plan.memory import estimate
 from experiments.plan.selection import Selection, select
+from experiments.runs.config_files import group_hash, read_config
 from experiments.runs.differences import differing
-from experiments.runs.records import TrainRecord, content_hash, group_hash, read_config, read_record
+from experiments.runs.records import TrainRecord, content_hash, read_record
 from experiments.runs.sizes import gibibytes
 
-Config = dict[str, Any]
-Column = tuple[str, Callable[[Config, int], str]]  # its title, and its text of a setting with so many runs
+Column = tuple[str, Callable[[RunConfig, int], str]]  # its title, and its text of a setting with so many runs
 MEASURED = ROOT / "results" / "gpu_h200" / "peaks.json"
 LEFT_OUT = ("recipe.learning_rate", "seed")  # in which the runs of one line differ
 
 
-def settings(configs: Sequence[Config]) -> list[tuple[Config, int]]:
+def settings(configs: Sequence[RunConfig]) -> list[tuple[RunConfig, int]]:
     """One run of every setting that is trained, whatever its learning rate and seed, and how many it has."""
-    groups: dict[str, list[Config]] = {}
+    groups: dict[str, list[RunConfig]] = {}
     for config in configs:
-        if config["method"]["trains"] != "nothing":
-            groups.setdefault(group_hash(config), []).append(config)
+        if config.method.trains != "nothing":
+            groups.setdefault(group_hash(config.mapping), []).append(config)
     return [(group[0], len(group)) for group in groups.values()]
 
 
 def memory_table(
-    configs: Sequence[Config], gpus: Callable[[Config], int] = lambda config: 1, more: Sequence[Column] = ()
+    configs: Sequence[RunConfig], gpus: Callable[[RunConfig], int] = lambda config: 1, more: Sequence[Column] = ()
 ) -> list[str]:
     """A line per setting: runs, GPUs of each, memory per GPU, and further columns."""
     found = [(config, count, estimate(config, max(1, gpus(config)))) for config, count in settings(configs)]
     differ = differing([config for config, _, _ in found], LEFT_OUT)
-    several = len({config["task"]["name"] for config, _, _ in found}) > 1
+    several = len({config.task.name for config, _, _ in found}) > 1
     unit, size = ("GiB", 2**30) if any(memory.peak >= 2**30 for *_, memory in found) else ("MiB", 2**20)
     titles = [
         f"{unit} per GPU",
@@ -53,19 +54,19 @@ def memory_table(
     ]
     rows = [[*titles, *(title for title, _ in more)]]
     for config, count, memory in found:
-        label = f"{config['model']['name']} {config['method']['label']}"
-        label += f" {config['task']['name']}" if several else ""
+        label = f"{config.model.name} {config.method.label}"
+        label += f" {config.task.name}" if several else ""
         parts = (memory.weights, memory.gradients + memory.buckets, memory.optimizer, memory.activations, memory.peak)
-        sharded = " sharded" if config["runtime"].get("sharding") == "full" else ""
+        sharded = " sharded" if config.runtime.sharding == "full" else ""
         row = [
             label,
             str(count),
             f"{gpus(config)}{sharded}",
-            f"{config['recipe']['micro_batch_size']} × {memory.length}",
+            f"{config.recipe.micro_batch_size} × {memory.length}",
         ]
         row += [f"{part / size:.1f}" if part >= 0.05 * size or not part else f"{part / size:.2f}" for part in parts]
         row[-1] += "*" if memory.preparation > memory.training else " "
-        rows.append([*row, *(text(config, count) for _, text in more), differ.get(config["run_id"], "")])
+        rows.append([*row, *(text(config, count) for _, text in more), differ.get(config.run_id, "")])
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(part.rjust(w) for part, w in zip(row[1:], widths[1:], strict=False))])
@@ -92,7 +93,7 @@ def dry_run(arguments: Sequence[str], selection: Selection) -> None:
     print(*selected.lines(), sep="\n", end="\n" if selected.lines() else "")
 
 
-def off_by(configs: Sequence[Config]) -> list[str]:
+def off_by(configs: Sequence[RunConfig]) -> list[str]:
     """How far off the estimates are: of every setting whose peak was measured, else of the runs on record."""
     lines = []
     for config, _ in settings(configs):
@@ -117,9 +118,9 @@ def _off_by_on_record() -> list[str]:
     ]
 
 
-def _measured(config: Config, configs: Sequence[Config]) -> Iterator[tuple[str, int, int, Config]]:
+def _measured(config: RunConfig, configs: Sequence[RunConfig]) -> Iterator[tuple[str, int, int, RunConfig]]:
     """Device, number of GPUs, peak bytes and config: of a finished run of the setting, else of the runs on record."""
-    for run in (run_paths(other) for other in configs if group_hash(other) == group_hash(config)):
+    for run in (run_paths(other) for other in configs if group_hash(other.mapping) == group_hash(config.mapping)):
         if run.train_record.is_file():
             record = read_record(run.train_record, TrainRecord)
             device = str(record.environment.get("device", ""))
@@ -139,15 +140,15 @@ def _on_record() -> dict[str, Any]:
     return {_memory_hash(plan(entry["overrides"])[0]): entry for entry in entries}
 
 
-def _memory_hash(config: Config) -> str:
+def _memory_hash(config: RunConfig) -> str:
     """Of what decides the memory of a run."""
-    method, recipe = config["method"], config["recipe"]
-    keys = ("micro_batch_size", "batch_size", "optimizer")
-    lengths = {key: value for key, value in config["protocol"].items() if key.startswith("max_")}
+    settings, method = config.mapping, config.mapping["method"]
+    recipe = {key: settings["recipe"][key] for key in ("micro_batch_size", "batch_size", "optimizer")}
+    lengths = {key: value for key, value in settings["protocol"].items() if key.startswith("max_")}
     return content_hash(
         [
-            [config["model"]["architecture"], config["model"]["dtype"], method["adapter"], method["trains"]],
-            [config.get("quantization"), config["task"]["name"], {key: recipe[key] for key in keys}, lengths],
-            config["runtime"]["gradient_checkpointing"],
+            [settings["model"]["architecture"], config.model.dtype, method["adapter"], config.method.trains],
+            [settings.get("quantization"), config.task.name, recipe, lengths],
+            config.runtime.gradient_checkpointing,
         ]
     )

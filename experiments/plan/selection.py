@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from experiments.config import RunConfig
 from experiments.errors import UserError
 from experiments.plan.choose import rule, setting_label
 from experiments.plan.compose import plan
 from experiments.plan.cost import Speed, known_hours, read_budget, read_speed
 from experiments.plan.experiment_files import PAPER
-from experiments.runs.records import group_hash
+from experiments.runs.config_files import group_hash
 
-Config = dict[str, Any]
-Hours = Callable[[Config], float]
+Hours = Callable[[RunConfig], float]
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Selected:
     for a later seed none are counted: the choice takes one of them.
     """
 
-    configs: list[Config]
+    configs: list[RunConfig]
     by: str | None
     left_out: dict[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -86,16 +85,16 @@ def select(arguments: Sequence[str], selection: Selection, hours: Hours | None =
     return within(configs, by, selection.budget, cost)
 
 
-def within(configs: list[Config], by: str | None, budget: float, hours: Hours) -> Selected:
+def within(configs: list[RunConfig], by: str | None, budget: float, hours: Hours) -> Selected:
     """The runs that a budget pays for.
 
     In the experiment's order every setting first gets the search of its learning rate and one seed, then a second seed,
     and so on. A setting that the rest of the budget does not pay for gets no more; cheaper ones after it may. For a
     later seed whose learning rate is not chosen yet, the budget counts one run and all its learning rates are kept.
     """
-    groups: dict[str, list[Config]] = {}
+    groups: dict[str, list[RunConfig]] = {}
     for config in configs:
-        groups.setdefault(group_hash(config), []).append(config)
+        groups.setdefault(group_hash(config.mapping), []).append(config)
     rounds = {name: _rounds(group, by) for name, group in groups.items()}
     kept: set[str] = set()
     left, lacks = budget, dict[str, int]()
@@ -107,7 +106,7 @@ def within(configs: list[Config], by: str | None, budget: float, hours: Hours) -
             cost = sum(map(hours, paid))
             if cost <= left:
                 left -= cost
-                kept |= {config["run_id"] for config in keep}
+                kept |= {config.run_id for config in keep}
             else:
                 lacks[name] = sum(len(paid) for paid, _ in parts[number:])
     if configs and not kept:
@@ -121,15 +120,15 @@ def within(configs: list[Config], by: str | None, budget: float, hours: Hours) -
         setting_label(groups[name][0]): (count, sum(len(paid) for paid, _ in rounds[name]))
         for name, count in lacks.items()
     }
-    return Selected([config for config in configs if config["run_id"] in kept], by, left_out)
+    return Selected([config for config in configs if config.run_id in kept], by, left_out)
 
 
-def _rounds(group: list[Config], by: str | None) -> list[tuple[list[Config], list[Config]]]:
+def _rounds(group: list[RunConfig], by: str | None) -> list[tuple[list[RunConfig], list[RunConfig]]]:
     """A setting's rounds: the runs that the budget counts, and the runs to keep if it pays for them."""
-    if by is None or len({config["recipe"]["learning_rate"] for config in group}) == 1:
+    if by is None or len({config.recipe.learning_rate for config in group}) == 1:
         return [([config], [config]) for config in group]
-    seeds: dict[int, list[Config]] = {}
+    seeds: dict[int, list[RunConfig]] = {}
     for config in group:
-        seeds.setdefault(config["seed"], []).append(config)
+        seeds.setdefault(config.seed, []).append(config)
     first, *others = seeds.values()
     return [(first, first), *((runs[:1], runs) for runs in others)]

@@ -15,20 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.config import RunConfig
 from experiments.plan.choose import Stages, stages_of
 from experiments.plan.compose import run_paths
 from experiments.plan.selection import EVERYTHING, Selection, select
+from experiments.runs.config_files import group_hash, read_config, write_config
 from experiments.runs.evaluations import evaluation_paths
 from experiments.runs.follows import check_score, check_training
-from experiments.runs.records import (
-    EvalRecord,
-    RunPaths,
-    TrainRecord,
-    group_hash,
-    read_config,
-    read_record,
-    write_config,
-)
+from experiments.runs.records import EvalRecord, RunPaths, TrainRecord, read_record
 
 Config = dict[str, Any]
 
@@ -37,12 +31,12 @@ Config = dict[str, Any]
 class Job:
     """One run to train and, if `score`, to evaluate."""
 
-    config: Config
+    config: RunConfig
     score: bool
 
     @property
     def key(self) -> tuple[str, bool]:
-        return self.config["run_id"], self.score
+        return self.config.run_id, self.score
 
     @property
     def run(self) -> RunPaths:
@@ -71,7 +65,7 @@ class Jobs:
         self.unpaid = selected.lines()
         self.failed: dict[tuple[str, bool], str] = {}
         self.left_out: dict[tuple[str, bool], float] = {}  # -> the seconds it was thought to take
-        self._place = {group_hash(config): number for number, config in reversed(list(enumerate(self.configs)))}
+        self._place = {group_hash(config.mapping): number for number, config in reversed(list(enumerate(self.configs)))}
         self._begun: set[tuple[str, bool]] = set()
         self._done: set[tuple[str, bool]] = set()
         self._seconds: dict[tuple[str, bool], float] = {}  # of finished jobs
@@ -85,7 +79,7 @@ class Jobs:
         """All jobs that can be named by now, in order."""
         found = self.stages()
         jobs = [Job(config, False) for config in found.first] + [Job(config, True) for config in found.final]
-        return sorted(jobs, key=lambda job: (self._place[group_hash(job.config)], job.score))
+        return sorted(jobs, key=lambda job: (self._place[group_hash(job.config.mapping)], job.score))
 
     def total(self) -> int:
         """Jobs in all, those that wait for a choice included."""
@@ -102,7 +96,7 @@ class Jobs:
                 for job in self.known():
                     if job.key in self._begun or job.key in self.left_out:
                         continue
-                    if job.config["run_id"] in busy:
+                    if job.config.run_id in busy:
                         waiting = True
                     elif self._fits(job):
                         self._begun.add(job.key)
@@ -174,21 +168,21 @@ def finished_outcome(job: Job) -> str | None:
     return outcome(trained, scores)
 
 
-def take_in(configs: Sequence[Config], folder: Path) -> int:
+def take_in(configs: Sequence[RunConfig], folder: Path) -> int:
     """Copy the exported runs among `configs` (analysis/export.py) to where these runs are not yet. Returns how many.
 
     A run that was trained elsewhere and is to be scored here has no adapter here: it is left to be trained again.
     """
     taken = 0
     for config in configs:
-        there, here = RunPaths(folder / config["run_id"]), run_paths(config)
+        there, here = RunPaths(folder / config.run_id), run_paths(config)
         if here.root.exists() or not (there.train_record.is_file() or there.diverged.is_file()):
             continue
         read_config(there)  # refused unless it is what its name says
         aside = here.root.with_name(f".{here.root.name}.taken-in")
         shutil.rmtree(aside, ignore_errors=True)
         shutil.copytree(there.root, aside)
-        write_config(RunPaths(aside), config)  # the exported one has no paths
+        write_config(RunPaths(aside), config.mapping)  # the exported one has no paths
         aside.rename(here.root)
         taken += 1
     return taken

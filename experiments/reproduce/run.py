@@ -14,6 +14,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from experiments.config import RunConfig
 from experiments.errors import UserError
 from experiments.plan.choose import Stages, follow, to_csv, write_choices
 from experiments.plan.compose import run_paths, write_runs
@@ -64,7 +65,7 @@ def reproduce(
     print(f"report: {page.resolve()}  ({time.perf_counter() - started:.0f} s in all)")
     missing = []
     if jobs.failed:
-        total = len({config["run_id"] for config in [*found.first, *found.final]})
+        total = len({config.run_id for config in [*found.first, *found.final]})
         missing.append(f"{len(jobs.failed)} of {total} runs failed")
     if jobs.left_out:
         print(f"{len(jobs.left_out)} runs did not fit into the time: the same command goes on with them")
@@ -101,7 +102,7 @@ def report(name: str, found: Stages, out: Path, overrides: list[str], measure: b
             "which. learning_rates.csv has every one that was tried."
         )
     reference = experiment.get("reference")
-    labels = {config["method"]["label"] for config in found.final if run_paths(config).train_record.is_file()}
+    labels = {config.method.label for config in found.final if run_paths(config).train_record.is_file()}
     if reference is not None and reference not in labels:
         notes.append(f"Nothing is compared: no run of {reference}, the reference, is finished.")
         reference = None
@@ -116,7 +117,7 @@ def report(name: str, found: Stages, out: Path, overrides: list[str], measure: b
         [*experiment.get("notes", []), *notes],
         reference=reference,
         tried=[run.root for run in map(run_paths, found.first) if run.config.is_file()],
-        wandb=found.final[0]["runtime"]["wandb"],
+        wandb=found.final[0].runtime.wandb,
     )
 
 
@@ -127,7 +128,7 @@ def execute(title: str, jobs: Jobs, workers: int) -> None:
     """
     from eval.run import check_data
 
-    for config in {config["task"]["name"]: config for config in jobs.configs}.values():
+    for config in {config.task.name: config for config in jobs.configs}.values():
         check_data(config)  # what is missing is told before the first run is trained
     known, total = jobs.known(), jobs.total()
     if not known:
@@ -143,7 +144,7 @@ def execute(title: str, jobs: Jobs, workers: int) -> None:
         if worker is not None:
             worker.start()  # now, so that the first run's seconds are its own
         while (job := jobs.take()) is not None:
-            line = f"[{next(numbers):>{len(str(total))}}/{total}] {job.config['run_id']}"
+            line = f"[{next(numbers):>{len(str(total))}}/{total}] {job.config.run_id}"
             before, error = time.perf_counter(), None
             try:
                 result = _do(job, line, worker)
@@ -152,7 +153,7 @@ def execute(title: str, jobs: Jobs, workers: int) -> None:
                 jobs.stopped(job)
                 return
             except UserError as failure:
-                error = f"{job.config['run_id']}: {failure}"
+                error = f"{job.config.run_id}: {failure}"
                 print(f"{line}  failed: {failure}", file=sys.stderr, flush=True)
             except BaseException:
                 jobs.stopped(job)  # or the workers that wait for it would wait for ever
@@ -206,13 +207,13 @@ def _work_in_processes(work: Callable[[Worker], None], count: int, deadline: flo
         future.result()
 
 
-def make_bases(configs: list[Config]) -> None:
+def make_bases(configs: list[RunConfig]) -> None:
     """Make the base models that are made here once, before several processes would each make them."""
     from experiments.models.tiny import make_base
 
     for config in configs:
-        if config["model"]["pretraining"] is not None:
-            make_base(config["model"], Path(config["runtime"]["cache_dir"]))
+        if config.model.pretraining is not None:
+            make_base(config.model, Path(config.runtime.cache_dir))
 
 
 def _title(name: str) -> str:

@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.runs.records import NOT_IN_THE_ID
+from experiments.config import RunConfig
+from experiments.runs.config_files import NOT_IN_THE_ID
 
-Config = dict[str, Any]
 
-
-def differing(configs: Sequence[Config], leave_out: Sequence[str] = ()) -> dict[str, str]:
+def differing(configs: Sequence[RunConfig], leave_out: Sequence[str] = ()) -> dict[str, str]:
     """Run id -> the settings in which the run differs from those of the same name before the hash: `key=value …`.
 
     Args:
         leave_out: settings that are shown elsewhere.
     """
-    named: dict[str, list[Config]] = {}
+    named: dict[str, list[RunConfig]] = {}
     for config in configs:
-        named.setdefault(config["run_id"].rpartition("-")[0], []).append(config)
-    found = {}
+        named.setdefault(config.run_id.rpartition("-")[0], []).append(config)
+    found: dict[str, str] = {}
     for group in named.values():
-        flat = [_flat({key: value for key, value in config.items() if key not in NOT_IN_THE_ID}) for config in group]
+        flat = [
+            _flat({key: value for key, value in config.mapping.items() if key not in NOT_IN_THE_ID}) for config in group
+        ]
         keys = [key for key in {key: None for settings in flat for key in settings} if key not in leave_out]
         apart = [key for key in keys if len({repr(settings.get(key)) for settings in flat}) > 1]
         apart = _by_protocol(flat, apart)
@@ -30,7 +31,7 @@ def differing(configs: Sequence[Config], leave_out: Sequence[str] = ()) -> dict[
         for config, settings in zip(group, flat, strict=True):
             text = " ".join(f"{key}={_short(settings.get(key))}" for key in reversed(shown))
             if text:
-                found[config["run_id"]] = text
+                found[config.run_id] = text
     return found
 
 

@@ -5,6 +5,7 @@ Read from files alone, so that whoever asks whether a run is scored needs nothin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from typing import Any
 import yaml
 
 from experiments import CONFIGS, ROOT
+from experiments.config import RunConfig
 from experiments.errors import UserError, nearest
+from experiments.rules import NAME
 from experiments.runs.records import EvalPaths, RunPaths
-from experiments.settings import NAME
 
 Config = dict[str, Any]
 TASKS = ROOT / "eval" / "tasks"
@@ -25,19 +27,20 @@ TEXT = ".txt"  # a benchmark that is the path of such a file asks for the likeli
 WINDOW = 1000  # characters of it that the model sees together, at most
 
 
-def evaluation_paths(run: RunPaths, config: Config) -> list[EvalPaths]:
+def evaluation_paths(run: RunPaths, config: RunConfig) -> list[EvalPaths]:
     """Where the scores of a run's config are written, one folder for each of its benchmarks."""
-    found = []
-    for name in config["evaluation"]["benchmarks"]:
+    found: list[EvalPaths] = []
+    for name in config.evaluation.benchmarks:
         kind = kind_of(name)
-        settings = (
-            likelihood_settings(config, name) if kind == LIKELIHOOD else settings_of(config["evaluation"], name, kind)
-        )
+        if kind == LIKELIHOOD:
+            settings = likelihood_settings(config, name)
+        else:
+            settings = settings_of(config.mapping["evaluation"], name, kind)
         found.append(evaluation_path(run, config, name, settings))
     return found
 
 
-def evaluation_path(run: RunPaths, config: Config, benchmark: str, settings: Config) -> EvalPaths:
+def evaluation_path(run: RunPaths, config: RunConfig, benchmark: str, settings: Config) -> EvalPaths:
     """The folder of one benchmark, named by the protocol that decides its prompts and by the settings.
 
     Of a likelihood benchmark not by the protocol's version: that is raised when answers are read otherwise, which does
@@ -54,26 +57,26 @@ def name_of(benchmark: str) -> str:
     return Path(benchmark).name if benchmark.endswith(TEXT) else benchmark
 
 
-def protocol_of(config: Config, settings: Config) -> tuple[str, int]:
+def protocol_of(config: RunConfig, settings: Config) -> tuple[str, int]:
     """Name and version of the protocol that a benchmark's rows are asked by."""
     asked = settings["asked"].get("protocol")
     if asked is not None:
         return asked["name"], asked["version"]
-    return config["evaluation"]["protocol"], config["evaluation"]["version"]
+    return config.evaluation.protocol, config.evaluation.version
 
 
-def likelihood_settings(config: Config, benchmark: str) -> Config:
+def likelihood_settings(config: RunConfig, benchmark: str) -> Config:
     """The settings of a likelihood benchmark, in the form of `settings_of`.
 
     Its rows are tokenised as in training: by the run's own protocol or by the one that the task file names. Nothing of
     how the run's `evaluation` asks for completions and reads them applies.
     """
-    evaluation, about = config["evaluation"], _about(benchmark)
-    limits = [_chosen(evaluation["limit"], "evaluation.limit", benchmark, LIKELIHOOD), about.get("limit")]
+    evaluation, about = config.evaluation, _about(benchmark)
+    limits = [_chosen(evaluation.limit, "evaluation.limit", benchmark, LIKELIHOOD), about.get("limit")]
     asked = {
-        "protocol": config["protocol"] if about["protocol"] is None else protocol_section(about["protocol"]),
+        "protocol": config.mapping["protocol"] if about["protocol"] is None else protocol_section(about["protocol"]),
         "limit": min((limit for limit in limits if limit is not None), default=None),
-        "merge": evaluation["merge"],
+        "merge": evaluation.merge,
         "backend": "hf",
     }
     read = {"searched": "target", "parser": LIKELIHOOD, "equality": "argmax", "full_batches_of": None, "judge": None}
@@ -98,8 +101,12 @@ def protocol_section(name: str) -> Config:
     return {**section, **content.get("protocol", {})}
 
 
-def settings_of(evaluation: Config, benchmark: str, kind: str) -> Config:
-    """The settings of a benchmark whose answers are of a kind: `asked` decides completions, `read` decides scores."""
+def settings_of(evaluation: Mapping[str, Any], benchmark: str, kind: str) -> Config:
+    """The settings of a benchmark whose answers are of a kind: `asked` decides completions, `read` decides scores.
+
+    Args:
+        evaluation: the mapping of a config's section; the settings are written to plan.json, and hashed.
+    """
 
     def chosen(value: Any, name: str) -> Any:
         return _chosen(value, name, benchmark, kind)
@@ -117,7 +124,7 @@ def settings_of(evaluation: Config, benchmark: str, kind: str) -> Config:
 
 def _chosen(value: Any, name: str, benchmark: str, kind: str) -> Any:
     """A setting's value: the value itself, or what it says for the benchmark or its kind of answer."""
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         return value
     if benchmark in value:
         return value[benchmark]

@@ -8,14 +8,15 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from experiments.config import RunConfig
 from experiments.errors import UserError
+from experiments.runs.config_files import config_hash
 from experiments.runs.records import (
     NLL,
     EvalPaths,
     EvalRecord,
     RunPaths,
     TrainRecord,
-    config_hash,
     file_hash,
     read_json,
     read_lines,
@@ -125,9 +126,9 @@ def standard_error(items: Sequence[float]) -> float:
     return stdev(items) / n**0.5 if n > 1 else 0.0
 
 
-def check_training(run: RunPaths, config: Config, record: TrainRecord) -> None:
+def check_training(run: RunPaths, config: RunConfig, record: TrainRecord) -> None:
     """UserError unless a training record is the run's own and its held-out score follows from the rows' scores."""
-    if (record.run_id, record.config_hash) != (config["run_id"], config_hash(config)):
+    if (record.run_id, record.config_hash) != (config.run_id, config_hash(config.mapping)):
         raise UserError(
             f"{run.train_record}: the record of {record.run_id} and not of this config: train the run again"
         )

@@ -1,4 +1,4 @@
-"""Methods whose run comes after another: `first` in a method's file names the method that is trained before.
+"""Methods whose run comes after another: `prerequisite` in a method's file names the method that is trained before.
 
 `plan` freezes that method and its learning rate into the config, so that the run before has every setting of its own
 and is the same run, with the same id, as one planned for itself. It is trained where the run after it lies.
@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from experiments.config import RunConfig
 from experiments.errors import UserError
-from experiments.runs.records import RunPaths, freeze_config, run_id, trained_record
+from experiments.runs.config_files import freeze_config, run_id
+from experiments.runs.records import RunPaths, trained_record
+from experiments.settings import typed
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -19,25 +22,25 @@ Config = dict[str, Any]
 
 
 def freeze_prerequisite(
-    settings: Config, overrides: Iterable[Override], resolve: Callable[[Iterable[Override]], Config]
+    settings: Config, overrides: Iterable[Override], resolve: Callable[[Iterable[Override]], RunConfig]
 ) -> Config:
-    """The settings with `method.first`, a name, replaced by that method and its learning rate.
+    """The settings with `method.prerequisite`, a name, replaced by that method and its learning rate.
 
     Both are what the same choices give for it, all but the method, its settings and the learning rate.
     """
     method = settings["method"]
-    if method.get("first") is not None:
+    if method.get("prerequisite") is not None:
         from hydra.core.override_parser.overrides_parser import OverridesParser
 
         shared = [override for override in overrides if not _of_the_method(override.key_or_group)]
         parse = OverridesParser.create().parse_override
         try:
-            first = resolve([parse(f"method={method['first']}"), *shared])
+            before = resolve([parse(f"method={method['prerequisite']}"), *shared]).mapping
         except UserError as error:
-            where = f"configs/method/{method['first']}.yaml"
+            where = f"configs/method/{method['prerequisite']}.yaml"
             told = str(error).replace("give recipe.learning_rate=…", "add it there")  # which is of this run
             raise UserError(f"the run that {method['name']} needs first is set by {where} alone: {told}") from None
-        method["first"] = {"method": first["method"], "learning_rate": first["recipe"]["learning_rate"]}
+        method["prerequisite"] = {"method": before["method"], "learning_rate": before["recipe"]["learning_rate"]}
     return settings
 
 
@@ -45,22 +48,22 @@ def _of_the_method(key: str) -> bool:
     return key in ("method", "recipe.learning_rate") or key.startswith("method.")
 
 
-def prerequisite_config(config: Config) -> Config | None:
+def prerequisite_config(config: RunConfig) -> RunConfig | None:
     """The config of the run that comes before; None where there is none."""
-    first = config["method"].get("first")
-    if first is None:
+    before = config.method.prerequisite
+    if before is None:
         return None
-    recipe = {**config["recipe"], "learning_rate": first["learning_rate"]}
-    settings = {**config, "method": first["method"], "recipe": recipe}
-    return {**settings, "run_id": run_id(settings)}
+    method, recipe = config.mapping["method"]["prerequisite"]["method"], config.mapping["recipe"]
+    settings = {**config.mapping, "method": method, "recipe": {**recipe, "learning_rate": before.learning_rate}}
+    return typed({**settings, "run_id": run_id(settings)})
 
 
-def prerequisite_run(run: RunPaths, config: Config) -> RunPaths | None:
+def prerequisite_run(run: RunPaths, config: RunConfig) -> RunPaths | None:
     """The directory of the run that comes before, planned if it is not there; None where there is none."""
     settings = prerequisite_config(config)
     if settings is None:
         return None
-    first = RunPaths(run.root.parent / settings["run_id"])
+    first = RunPaths(run.root.parent / settings.run_id)
     freeze_config(first, settings)
     return first
 

@@ -105,7 +105,7 @@ def check_file_names(where: Path, names: Any) -> None:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The content of a config.yaml, whether or not it is what its run id says."""
+    """The content of a config.yaml under today's names, whether or not it is what its run id says."""
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -120,6 +120,9 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a run's config ({error}): plan the run again") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: not a run's config: plan the run again")
+    method = config.get("method")
+    if isinstance(method, dict) and "first" in method:  # its name in earlier configs
+        config["method"] = {"prerequisite" if key == "first" else key: value for key, value in method.items()}
     return config
 
 

@@ -7,7 +7,6 @@ A stage is finished when its record (`train.json`, `score.json`) is there, and t
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -19,15 +18,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from experiments.errors import UserError
-from experiments.runs.received import check_file_names, check_folder, has_type, read_settings
-from experiments.settings import check
+from experiments.runs.received import check_file_names, has_type
 
 SCHEMA = 5  # raised when a record changes its meaning
 RENAMED = {4: {"beside": "extra_metrics", "no_match": "unparsed"}}  # fields of earlier schemas that are read still
 NLL = "nll"  # the metric of likelihood benchmarks
-NOT_IN_THE_ID = ("run_id", "runtime", "evaluation")  # settings that cannot change what is trained
-# They change no result, and a run that ran out of memory goes on with others.
-MEMORY_SETTINGS = (("runtime", "gradient_checkpointing"), ("runtime", "sharding"), ("evaluation", "batch_size"))
 
 
 @dataclass(frozen=True)
@@ -314,78 +309,6 @@ def file_hash(path: Path) -> str:
 def content_hash(value: Any) -> str:
     """sha256 of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def config_hash(config: dict[str, Any]) -> str:
-    """Hash of every setting that can change the trained result."""
-    return content_hash({key: value for key, value in config.items() if key not in NOT_IN_THE_ID})
-
-
-def setting_hash(config: dict[str, Any]) -> str:
-    """Hash of what the runs of one setting have in common: all but the seed, and what an adapter draws with it."""
-    method = config["method"]
-    adapter = {key: value for key, value in (method.get("adapter") or {}).items() if key != "seed"}
-    return config_hash({**config, "seed": None, "method": {**method, "adapter": adapter}})
-
-
-def group_hash(config: dict[str, Any]) -> str:
-    """Hash of what the runs have in common among which a learning rate is chosen: a setting without it."""
-    return setting_hash({**config, "recipe": {**config["recipe"], "learning_rate": None}})
-
-
-def run_id(config: dict[str, Any]) -> str:
-    parts = (config["model"]["name"], config["method"]["label"], config["task"]["name"], f"s{config['seed']}")
-    return "-".join([*parts, config_hash(config)[:8]])
-
-
-def read_config(run: RunPaths) -> dict[str, Any]:
-    """The run's frozen config. One that was edited by hand no longer is what its run id says, and is refused.
-
-    So is a directory that holds what no run does: experiments/runs/received.py.
-    """
-    if not run.config.is_file():
-        raise UserError(
-            f"{run.root}: no config.yaml, so not a run directory: plan one with `python -m experiments.plan`"
-        )
-    check_folder(run.root)
-    config = read_settings(run.config)
-    try:
-        check(config)
-        expected = run_id(config)
-    except UserError as error:
-        raise UserError(f"{run.config}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{run.config}: not a run's config ({error}): plan the run again") from None
-    if expected != run.root.name:
-        raise UserError(
-            f"{run.config}: these settings belong to {expected}, not to {run.root.name}: a config is frozen, "
-            f"undo the edit or plan a new run"
-        )
-    return config
-
-
-def write_config(run: RunPaths, config: dict[str, Any]) -> None:
-    import yaml
-
-    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the same values, ten times sooner
-    write_atomically(run.config, yaml.dump(config, Dumper=dumper, sort_keys=False, allow_unicode=True))
-
-
-def freeze_config(run: RunPaths, config: dict[str, Any]) -> None:
-    """Write a run's config. One that is already there is checked and stays, but for `MEMORY_SETTINGS`.
-
-    What a submission chose where `auto` left it the choice stays too.
-    """
-    if not run.config.is_file():
-        write_config(run, config)
-        return
-    frozen = read_config(run)
-    renewed = copy.deepcopy(frozen)
-    for part, key in MEMORY_SETTINGS:
-        if config[part][key] != "auto":
-            renewed[part][key] = config[part][key]
-    if renewed != frozen:
-        write_config(run, renewed)
 
 
 def _umask() -> int:

@@ -28,7 +28,8 @@ def measure_errors(options: Any) -> list[dict[str, Any]]:
     base, _ = load_full_precision(config)
     tokens = calibration_tokens(config)
     assert tokens is not None
-    group = config["quantization"]["group_size"]
+    assert config.quantization is not None
+    group = config.quantization.group_size
     rows: list[dict[str, Any]] = []
     prefix, layers = decoder_layers(base.eval())
     with torch.no_grad():

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from experiments.config import RunConfig
 from experiments.runs.records import content_hash, write_atomically
 
 Config = dict[str, Any]
@@ -25,17 +26,17 @@ LARGEST = 10_000_000  # parameters of a base: its floor and every method's model
 STEP_TIMES_SCHEMA = 1
 
 
-def can_measure(configs: Sequence[Config]) -> bool:
+def can_measure(configs: Sequence[RunConfig]) -> bool:
     """Whether `measure_step_times` takes these runs: of one small model and one task, within which a label stands for
     one method. Of larger models train.json has the time of a step, and experiments.speed.layers measures passes."""
     from experiments.models.shapes import empty_base
 
-    one = len({(config["model"]["name"], config["task"]["name"]) for config in configs}) == 1
-    trained = any(config["method"]["trains"] != "nothing" for config in configs)
-    return one and trained and empty_base(configs[0]["model"]["architecture"]).num_parameters() <= LARGEST
+    one = len({(config.model.name, config.task.name) for config in configs}) == 1
+    trained = any(config.method.trains != "nothing" for config in configs)
+    return one and trained and empty_base(configs[0].model.architecture).num_parameters() <= LARGEST
 
 
-def measure_step_times(configs: Sequence[Config], folder: Path, rounds: int = 15, length: int = 64) -> Path:
+def measure_step_times(configs: Sequence[RunConfig], folder: Path, rounds: int = 15, length: int = 64) -> Path:
     """Seconds per forward and backward pass of every method in `configs`, one file per set of methods and device.
 
     A file that is there is kept. Methods are told apart by their label; all configs must share one base model and task.
@@ -46,21 +47,21 @@ def measure_step_times(configs: Sequence[Config], folder: Path, rounds: int = 15
     from experiments.models.shapes import resolve_device
     from experiments.runs.environment import device_name
 
-    by_label = {config["method"]["label"]: config for config in configs if config["method"]["trains"] != "nothing"}
+    by_label = {config.method.label: config for config in configs if config.method.trains != "nothing"}
     first = next(iter(by_label.values()))
-    device = resolve_device(first["runtime"]["device"])
-    batch = (first["recipe"]["micro_batch_size"], length)
+    device = resolve_device(first.runtime.device)
+    batch = (first.recipe.micro_batch_size, length)
     described = {
         "schema": STEP_TIMES_SCHEMA,
-        "model": first["model"]["name"],
+        "model": first.model.name,
         "device": device_name(str(device)),
         "batch": list(batch),
     }
-    methods_measured = {label: config["method"] for label, config in by_label.items()}
+    methods_measured = {label: config.mapping["method"] for label, config in by_label.items()}
     path = folder / f"step_times-{content_hash([described, methods_measured, rounds])[:16]}.json"
     if path.is_file():
         return path
-    tokens = torch.randint(first["model"]["architecture"]["vocab_size"], batch, device=device)
+    tokens = torch.randint(first.model.architecture["vocab_size"], batch, device=device)
     entries: dict[str, Any] = {FLOOR: load_base(first, str(device))[0].requires_grad_(False).train()}
     for label, config in by_label.items():
         entries[label] = _attached(config, tokens).train()
@@ -70,7 +71,7 @@ def measure_step_times(configs: Sequence[Config], folder: Path, rounds: int = 15
     return path
 
 
-def _attached(config: Config, tokens: Any) -> Any:
+def _attached(config: RunConfig, tokens: Any) -> Any:
     """A run's method on its base, prepared with random tokens, and with an adapter of one step where one comes first.
 
     What is chosen from them is not what a run would choose, but as much of it.
@@ -90,10 +91,10 @@ def _attached(config: Config, tokens: Any) -> Any:
             initial = methods.initial_state(model)
             forward_backward(model, tokens)
             torch.optim.SGD(methods.trained_tensors(model).values(), lr=1e-3).step()
-            methods.save(before["method"], model, Path(folder), initial)
+            methods.save(before.method, model, Path(folder), initial)
         base = load_base(config, str(tokens.device))[0]
         backward = Backward(base, itertools.repeat([batch]))
-        return methods.attach(config["method"], base, backward, Path(folder) if before else None)
+        return methods.attach(config.method, base, backward, Path(folder) if before else None)
 
 
 def interleaved(

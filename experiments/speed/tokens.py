@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.config import Protocol
 from experiments.errors import UserError, run_command
 from experiments.runs.records import SCHEMA, write_atomically
 
@@ -36,7 +37,7 @@ BATCH, MICRO_BATCHES = 16, (4, 16)
 TOKENIZER = f"byte-level BPE of {VOCABULARY:,} entries trained on these rows (not a Llama tokenizer)"
 
 
-def measure(rows: list[Row], tokenizer: PreTrainedTokenizerBase, protocol: dict[str, Any]) -> dict[str, Any]:
+def measure(rows: list[Row], tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> dict[str, Any]:
     """The first call of `tokenised` with an empty cache, the second call, and the padding of what it gives."""
     from experiments.data.tokens import tokenised
 
@@ -161,7 +162,7 @@ def main(arguments: list[str]) -> None:
     from experiments.runs.environment import environment
 
     configs = [plan([f"task={TASK}", f"protocol={protocol}", "recipe.learning_rate=0"])[0] for protocol in PROTOCOLS]
-    different = load_rows(configs[0]["task"]["data"], "train", options.data_root)
+    different = load_rows(configs[0].task.data, "train", options.data_root)
     rows = list(itertools.islice(itertools.cycle(different), options.rows))
     tokenizer = trained_tokenizer(different)
     figures = {
@@ -170,7 +171,7 @@ def main(arguments: list[str]) -> None:
         "different_rows": min(len(rows), len(different)),
         "tokenizer": TOKENIZER,
         "cores": os.cpu_count(),
-        "protocols": {c["protocol"]["name"]: measure(rows, tokenizer, c["protocol"]) for c in configs},
+        "protocols": {c.protocol.name: measure(rows, tokenizer, c.protocol) for c in configs},
         "environment": environment("cpu"),
     }
     print(table(figures))

@@ -12,12 +12,13 @@ import importlib
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from experiments.config import Method
 from experiments.data import hub
 from experiments.errors import UserError, nearest
 from experiments.models.quantized import start_from
@@ -31,11 +32,10 @@ if TYPE_CHECKING:
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 WHOLE_MODEL = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
-Config = dict[str, Any]
 Backward = Callable[[], None]
 
 
-def peft_config(adapter: Config) -> PeftConfig:
+def peft_config(adapter: Mapping[str, Any]) -> PeftConfig:
     """The PEFT config that `_target_` names, built from the other keys."""
     fields = dict(adapter)
     kind = _find("method.adapter", fields.pop("_target_"), "config class")
@@ -68,7 +68,7 @@ def _find(where: str, target: str, what: str) -> Any:
 
 
 def attach(
-    method: Config,
+    method: Method,
     base: PreTrainedModel,
     backward: Backward | None = None,
     first: Path | None = None,
@@ -81,11 +81,11 @@ def attach(
     Args:
         backward: for methods that are prepared with data. Each call adds to the base's gradients that of the mean loss
             over the next `recipe.batch_size` training rows.
-        first: the adapter of the run that `method.first` names.
+        first: the adapter of the run that `method.prerequisite` names.
         shards: of each parameter, over so many processes, once the model is trained.
     """
-    base.requires_grad_(method["trains"] == "all")
-    if method["trains"] != "adapter":
+    base.requires_grad_(method.trains == "all")
+    if method.trains != "adapter":
         return base
     import peft
 
@@ -104,10 +104,10 @@ def attach(
     except (ValueError, TypeError) as error:
         if isinstance(error, TypeError) and not _is_quantized(base):  # whose weights cannot be changed
             raise
-        raise UserError(f"{method['label']} on {base.config.model_type}: {error}") from None
+        raise UserError(f"{method.label} on {base.config.model_type}: {error}") from None
     start = getattr(base, "start_adapter", None)
     if start is not None:
-        start_from(model, cast(Path, start), method["label"])
+        start_from(model, cast(Path, start), method.label)
     return model
 
 
@@ -118,14 +118,14 @@ def _is_quantized(base: torch.nn.Module) -> bool:
 
 
 def _prepared(
-    method: Config, base: PreTrainedModel, config: PeftConfig, backward: Backward | None, first: Path | None
+    method: Method, base: PreTrainedModel, config: PeftConfig, backward: Backward | None, first: Path | None
 ) -> PeftConfig:
     """The config after the function that `method.prepare` names: `(base, config, backward, first, **settings)`.
 
     It finds all weights frozen and leaves them and their flags as they are. What attaching needs is in the config it
     returns, or in attributes of the base's modules. The same arguments must give the same result, to the bit.
     """
-    settings = dict(method.get("prepare") or {})
+    settings = dict(method.prepare or {})
     if not settings:
         return config
     prepare = _find("method.prepare", settings.pop("_target_"), "function")
@@ -152,9 +152,9 @@ def _deterministic() -> Iterator[None]:
             torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
-def _sized(method: Config, base: PreTrainedModel) -> Config:
+def _sized(method: Method, base: PreTrainedModel) -> Mapping[str, Any]:
     """The adapter's fields, with the number of blocks that the method's budget allows where that is left to us."""
-    adapter, budget = method["adapter"], method.get("budget")
+    adapter, budget = method.adapter or {}, method.budget
     if (adapter.get("num_blocks") == "auto") != (budget is not None):
         raise UserError("method.adapter.num_blocks=auto and method.budget=… (such as 0.005) belong together: give both")
     if budget is None:
@@ -165,11 +165,11 @@ def _sized(method: Config, base: PreTrainedModel) -> Config:
     return {**adapter, "num_blocks": suggest_num_blocks(base, budget, target_modules=targets)}
 
 
-def check_checkpointing(method: Config, model: torch.nn.Module) -> None:
+def check_checkpointing(method: Method, model: torch.nn.Module) -> None:
     """UserError if gradient checkpointing would take away what is trained: it runs layers without the cache."""
     if getattr(model, "peft_type", None) == "PREFIX_TUNING":
         raise UserError(
-            f"runtime.gradient_checkpointing=true: {method['label']} puts what it trains into the cache, which "
+            f"runtime.gradient_checkpointing=true: {method.label} puts what it trains into the cache, which "
             f"checkpointing switches off: give false, and a smaller recipe.micro_batch_size"
         )
 
@@ -203,7 +203,7 @@ def prepared_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in buffers.items() if not tensor.is_floating_point()}
 
 
-def save(method: Config, model: torch.nn.Module, folder: Path, initial: dict[str, torch.Tensor]) -> None:
+def save(method: Method, model: torch.nn.Module, folder: Path, initial: dict[str, torch.Tensor]) -> None:
     """Write what was trained. PEFT's two files for an adapter, the whole model for full fine-tuning."""
     from peft import PeftModel
     from transformers import PreTrainedModel
@@ -216,7 +216,7 @@ def save(method: Config, model: torch.nn.Module, folder: Path, initial: dict[str
             warnings.filterwarnings("ignore", message="Could not find a config file")
             save_adapter(model, folder, initial)
         _sort_sets(model.peft_config["default"], folder / "adapter_config.json")
-    elif method["trains"] == "all":
+    elif method.trains == "all":
         assert isinstance(model, PreTrainedModel)
         model.save_pretrained(folder)
         for path in folder.iterdir():
@@ -234,7 +234,7 @@ def _sort_sets(config: Any, path: Path) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def load(method: Config, base: PreTrainedModel, folder: Path, merge: bool) -> PreTrainedModel:
+def load(method: Method, base: PreTrainedModel, folder: Path, merge: bool) -> PreTrainedModel:
     """A fresh base with what was trained on it. `merge` folds an adapter into the weights, where the method can.
 
     A quantised base becomes one of full precision thereby: its dequantised weights with the update. A weight that other
@@ -245,11 +245,11 @@ def load(method: Config, base: PreTrainedModel, folder: Path, merge: bool) -> Pr
     from diablo.tied import untie
 
     quantized = _is_quantized(base)
-    if method["trains"] == "nothing":
+    if method.trains == "nothing":
         return dequantize_model(base) if merge and quantized else base
-    _check_files(folder, method["trains"] == "all")
+    _check_files(folder, method.trains == "all")
     _check_finite(folder)
-    if method["trains"] == "all":  # the base's own config: one that came with the weights could name other code
+    if method.trains == "all":  # the base's own config: one that came with the weights could name other code
         trained: Any = type(base).from_pretrained(folder, config=base.config, dtype=base.dtype, use_safetensors=True)
         return trained.to(base.device)
     import peft
@@ -262,7 +262,7 @@ def load(method: Config, base: PreTrainedModel, folder: Path, merge: bool) -> Pr
         raise UserError(f"{folder}: this adapter does not fit the base model: {error}") from None
     if merge and not _merges(model):
         raise UserError(
-            f"evaluation.merge=true: {method['label']} cannot be folded into the base's weights: set it to false"
+            f"evaluation.merge=true: {method.label} cannot be folded into the base's weights: set it to false"
         )
     if not merge:
         return cast(Any, model)
@@ -274,7 +274,7 @@ def load(method: Config, base: PreTrainedModel, folder: Path, merge: bool) -> Pr
     try:
         return merge_dequantized(model)
     except (ValueError, TypeError) as error:
-        raise UserError(f"evaluation.merge=true: {method['label']} on a quantised base: {error}") from None
+        raise UserError(f"evaluation.merge=true: {method.label} on a quantised base: {error}") from None
 
 
 def _check_files(folder: Path, whole_model: bool) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from experiments.config import RunConfig
 from experiments.data.prompts import IGNORED
 from experiments.data.tokens import Examples
 from experiments.train.loss import TargetForward
@@ -23,25 +24,25 @@ Batch = dict[str, Tensor]  # input_ids, attention_mask and labels, as in trainin
 
 
 def row_steps(
-    examples: Examples, config: dict[str, Any], collator: Callable[[list[Any]], Batch], device: Any
+    examples: Examples, config: RunConfig, collator: Callable[[list[Any]], Batch], device: Any
 ) -> Iterator[list[Batch]]:
     """Steps of `recipe.batch_size` rows without end, in an order the seed decides, the same in every process.
 
     `recipe.micro_batch_size` decides how many rows are padded together, and not which rows a step sees.
     """
-    recipe = config["recipe"]
+    recipe = config.recipe
     for epoch in itertools.count():
         sampler = EpochSampler(
             examples.lengths,
-            batch_size=recipe["batch_size"],
-            micro_batch_size=recipe["micro_batch_size"],
-            seed=config["seed"],
+            batch_size=recipe.batch_size,
+            micro_batch_size=recipe.micro_batch_size,
+            seed=config.seed,
             epoch=partial(int, epoch),
             group_by_length=False,  # which puts rows into steps by the size of the micro-batches
         )
-        for rows in torch.tensor(list(sampler)).split(recipe["batch_size"]):
+        for rows in torch.tensor(list(sampler)).split(recipe.batch_size):
             rows = rows[sampler.lengths[rows].argsort(stable=True)]  # less padding
-            parts = rows.split(recipe["micro_batch_size"])
+            parts = rows.split(recipe.micro_batch_size)
             batches = [collator([examples[row] for row in part.tolist()]) for part in parts]
             yield [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
 

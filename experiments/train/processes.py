@@ -9,8 +9,9 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from experiments.config import Recipe
 from experiments.errors import Preempted, UserError
 from experiments.runs import preemption
 from experiments.runs.sizes import gibibytes
@@ -41,9 +42,9 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def accumulation_steps(recipe: dict[str, Any]) -> int:
+def accumulation_steps(recipe: Recipe) -> int:
     """The micro-batches of a step on each process. The batch is the recipe's, however many processes share it."""
-    batch, micro_batch, world = recipe["batch_size"], recipe["micro_batch_size"], world_size()
+    batch, micro_batch, world = recipe.batch_size, recipe.micro_batch_size, world_size()
     steps, rest = divmod(batch, micro_batch * world)
     if rest or not steps:
         parts = batch // micro_batch if batch % micro_batch == 0 else 0

@@ -22,6 +22,7 @@ from typing import Any, cast
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
+from experiments.config import RunConfig
 from experiments.data.prompts import collate, select_rows
 from experiments.data.rows import rows_hash, training_rows
 from experiments.data.tokens import Examples, tokenised
@@ -31,15 +32,14 @@ from experiments.models.load import base_hash, load_base
 from experiments.models.shapes import count_parameters, resolve_device, weights_hash, with_dtype
 from experiments.runs import preemption
 from experiments.runs.attempts import Heartbeat, attempt
+from experiments.runs.config_files import config_hash, read_config
 from experiments.runs.environment import environment, peak_memory, reset_peak_memory
 from experiments.runs.prerequisite import check_base, prerequisite_run
 from experiments.runs.records import (
     RunPaths,
     TrainRecord,
-    config_hash,
     content_hash,
     file_hash,
-    read_config,
     read_json,
     read_lines,
     read_record,
@@ -55,14 +55,12 @@ from experiments.train.sharding import gather, sharding_of
 from experiments.train.spectra import MeasureSpectra
 from experiments.train.trainer import RunTrainer
 
-Config = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Start:
     """What a training starts from. `examples` are the training rows as tokens; None if nothing is trained."""
 
-    config: Config
+    config: RunConfig
     arguments: TrainingArguments
     base: PreTrainedModel
     pad_token_id: int
@@ -140,7 +138,9 @@ def _check_not_diverged(run: RunPaths) -> None:
         raise UserError(f"{Diverged(about['step'], about['reason'])}, or delete {run.diverged} to train it again")
 
 
-def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str, heartbeat: Heartbeat) -> TrainRecord:
+def _train(
+    run: RunPaths, config: RunConfig, first: RunPaths | None, progress: str, heartbeat: Heartbeat
+) -> TrainRecord:
     start = _start(run, config)
     if first is not None:
         check_base(run, first, start.hashes["base_hash"])
@@ -156,24 +156,24 @@ def _train(run: RunPaths, config: Config, first: RunPaths | None, progress: str,
     return read_record(run.train_record, TrainRecord)
 
 
-def _start(run: RunPaths, config: Config) -> Start:
+def _start(run: RunPaths, config: RunConfig) -> Start:
     """Load the base model and the training rows."""
-    device = resolve_device(config["runtime"]["device"])
-    run_hash, config = config_hash(config), with_dtype(config, str(device))
+    device = resolve_device(config.runtime.device)
+    run_hash, config = config_hash(config.mapping), with_dtype(config, str(device))
     sharded = sharding_of(config) == "full"
     reset_peak_memory(str(device))
     arguments = training_arguments(config, run, device)
-    trains = config["method"]["trains"] != "nothing"
+    trains = config.method.trains != "nothing"
     with arguments.main_process_first(local=False):  # one process makes or downloads what the others then find
-        source = (config["task"]["data"], config["runtime"]["data_root"])
-        rows, held_out = training_rows(*source) if trains else ([], [])
+        data, data_root = config.task.data, config.runtime.data_root
+        rows, held_out = training_rows(data, data_root) if trains else ([], [])
         base, tokenizer = load_base(config, "cpu" if sharded else str(arguments.device))
     examples, held_out_examples = None, None
     if trains:
         with arguments.main_process_first(local=False):
-            cache = Path(config["runtime"]["cache_dir"])
-            examples = tokenised(config["protocol"], tokenizer, select_rows(config["protocol"], rows), cache)
-            held_out_examples = tokenised(config["protocol"], tokenizer, held_out, cache)
+            cache = Path(config.runtime.cache_dir)
+            examples = tokenised(config.protocol, tokenizer, select_rows(config.protocol, rows), cache)
+            held_out_examples = tokenised(config.protocol, tokenizer, held_out, cache)
         _check_examples(config, examples)
     return Start(
         config=config,
@@ -189,38 +189,38 @@ def _start(run: RunPaths, config: Config) -> Start:
     )
 
 
-def _check_examples(config: Config, examples: Examples) -> None:
+def _check_examples(config: RunConfig, examples: Examples) -> None:
     """Too few rows for a batch are refused. Rows whose every label was cut off teach nothing: said before training."""
     rows, unlabelled = len(examples), examples.unlabelled
-    if rows < config["recipe"]["batch_size"]:
-        raise UserError(f"{rows} training rows do not fill one batch of {config['recipe']['batch_size']}")
+    if rows < config.recipe.batch_size:
+        raise UserError(f"{rows} training rows do not fill one batch of {config.recipe.batch_size}")
     if not unlabelled:
         return
     lengths = ", ".join(
-        f"protocol.{key}={config['protocol'][key]}"
+        f"protocol.{key}={value}"
         for key in ("max_length", "max_prompt_length", "max_target_length")
-        if config["protocol"][key] is not None
+        if (value := getattr(config.protocol, key)) is not None
     )
     told = f"{unlabelled:,} of {rows:,} training rows have no label: what the loss would see is cut off by {lengths}"
     if unlabelled == rows:
         raise UserError(f"{told}: give more")
     if os.environ.get("RANK", "0") == "0":
-        print(f"{config['run_id']}: {told}", file=sys.stderr, flush=True)
+        print(f"{config.run_id}: {told}", file=sys.stderr, flush=True)
 
 
 def _attach(start: Start, first: RunPaths | None) -> Attached:
     """Attach what the run's method trains; some methods look at gradients of training rows before."""
     config, arguments, backward = start.config, start.arguments, None
-    if start.examples and config["method"].get("prepare"):
+    if start.examples and config.method.prepare:
         cast(Any, start.base).to(arguments.device)
         steps = row_steps(start.examples, config, start.collate, arguments.device)
         backward = Backward(start.base, steps, start.shards)
-    set_seed(config["seed"])
-    model: Any = methods.attach(config["method"], start.base, backward, first and first.adapter, start.shards)
+    set_seed(config.seed)
+    model: Any = methods.attach(config.method, start.base, backward, first and first.adapter, start.shards)
     if start.shards > 1:
         model.to("cpu")  # whence it goes to the devices part by part
     if arguments.gradient_checkpointing:
-        methods.check_checkpointing(config["method"], model)
+        methods.check_checkpointing(config.method, model)
     initial = methods.initial_state(model)
     trained_hash = weights_hash(methods.trained_tensors(model))
     chosen = weights_hash({**initial, **methods.prepared_tensors(model)})
@@ -245,12 +245,12 @@ def _fit(
         metrics=run.metrics,
         checkpoint_folder=run.checkpoints,
         meta={**start.hashes, "start_hash": attached.hash},
-        batch_size=config["recipe"]["batch_size"],
+        batch_size=config.recipe.batch_size,
         progress=progress,
         heartbeat=heartbeat,
     )
-    if "spectra" in config and arguments.should_save:
-        trainer.add_callback(MeasureSpectra(attached.model, run.spectra, config["spectra"]))
+    if config.spectra is not None and arguments.should_save:
+        trainer.add_callback(MeasureSpectra(attached.model, run.spectra, config.spectra))
     preemption.raise_immediately(False)  # from here on the steps look, and what follows the last one is short
     if preemption.agreed(arguments.device):
         raise Preempted
@@ -276,20 +276,20 @@ def _fit(
 
 
 @contextmanager
-def _wandb(config: Config, run: RunPaths, main_process: bool) -> Iterator[None]:
+def _wandb(config: RunConfig, run: RunPaths, main_process: bool) -> Iterator[None]:
     """One wandb run per run id, resumed when the training is; Trainer's callback finds it and logs into it."""
-    if config["runtime"]["wandb"] == "off" or not main_process:
+    if config.runtime.wandb == "off" or not main_process:
         yield
         return
     import wandb
 
     with wandb.init(
         project="diablo",
-        id=config["run_id"],
+        id=config.run_id,
         resume="allow",
-        mode=config["runtime"]["wandb"],
+        mode=config.runtime.wandb,
         dir=run.root,
-        config=config,
+        config=dict(config.mapping),
     ):
         yield
 
@@ -298,7 +298,7 @@ def _save(run: RunPaths, start: Start, attached: Attached) -> None:
     """Write what was trained aside and rename it, so that a folder named `adapter` is whole."""
     aside = run.root / ".adapter"
     shutil.rmtree(aside, ignore_errors=True)
-    methods.save(start.config["method"], attached.model, aside, attached.initial)
+    methods.save(start.config.method, attached.model, aside, attached.initial)
     shutil.rmtree(run.adapter, ignore_errors=True)
     os.rename(aside, run.adapter)
 
@@ -309,7 +309,7 @@ def _record(run: RunPaths, start: Start, attached: Attached, fitted: Fitted) -> 
     trained = methods.trained_tensors(attached.model)
     device = str(start.arguments.device)
     return TrainRecord(
-        run_id=start.config["run_id"],
+        run_id=start.config.run_id,
         config_hash=start.hashes["config_hash"],
         base_hash=start.hashes["base_hash"],
         data_hash=start.hashes["data_hash"],
@@ -334,6 +334,6 @@ def _record(run: RunPaths, start: Start, attached: Attached, fitted: Fitted) -> 
         sharding=sharding_of(start.config),
         environment=environment(device),
         base=start.base_name,
-        dtype=start.config["model"]["dtype"],
+        dtype=start.config.model.dtype,
         unlabelled=start.examples.unlabelled if start.examples else 0,
     )

@@ -10,19 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from experiments.config import RunConfig
 from experiments.errors import UserError
 from experiments.train.processes import world_size
 
 if TYPE_CHECKING:
     import torch
 
-Config = dict[str, Any]
 
-
-def sharding_of(config: Config) -> str:
+def sharding_of(config: RunConfig) -> str:
     """`none` or `full`: `runtime.sharding`, checked against what the run is and how many processes it has."""
-    sharding = config["runtime"].get("sharding", "none")  # configs of earlier versions have none
-    if sharding != "full" or config["method"]["trains"] == "nothing":
+    sharding = config.runtime.sharding
+    if sharding != "full" or config.method.trains == "nothing":
         return "none"
     if world_size() == 1:
         raise UserError(
@@ -34,11 +33,11 @@ def sharding_of(config: Config) -> str:
     return sharding
 
 
-def not_shardable(config: Config) -> str | None:
+def not_shardable(config: RunConfig) -> str | None:
     """Why a run cannot be sharded; None if it can."""
-    if "quantization" in config:
+    if config.quantization is not None:
         return "every process would hold all of a quantised base, whose weights are not parameters"
-    if "spectra" in config:
+    if config.spectra is not None:
         return "spectra (spectra.every) are measured where a process has whole weights"
     return None
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
+from experiments.config import Spectra
 from experiments.errors import UserError
 from experiments.runs.records import cut_lines
 
@@ -86,9 +87,9 @@ def _shares(squares: Tensor, count: int) -> tuple[Any, Any]:
 class MeasureSpectra(TrainerCallback):
     """Writes `path` while `model` is trained; `settings` is the config's section `spectra`."""
 
-    def __init__(self, model: nn.Module, path: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, path: Path, settings: Spectra) -> None:
         self.model, self.path = model, path
-        self.every, self.blocks, self.tokens = (settings[key] for key in ("every", "blocks", "tokens"))
+        self.every, self.blocks, self.tokens = settings.every or 0, settings.blocks, settings.tokens
         self.layers = trained_layers(model)
         if not self.layers:
             raise UserError("spectra.every: no linear layer is trained, so there is nothing to measure: set it to null")

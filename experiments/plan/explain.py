@@ -1,0 +1,74 @@
+"""What `--help-config` prints of a section: every setting with its value in the config files, its meaning and range."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from functools import cache
+from typing import Any
+
+from experiments.config import OPEN
+from experiments.errors import UserError, nearest
+from experiments.rules import section_of
+from experiments.settings import SECTIONS, annotation_of, rule, shown
+
+WIDTH = 100
+
+
+def explain(name: str, config: Mapping[str, Any]) -> Iterator[str]:
+    """Lines about a section of a run's config.
+
+    Args:
+        config: a planned run's config, whose values are shown.
+    """
+    if name not in SECTIONS:
+        raise UserError(f"no section {name!r}: {nearest(name, SECTIONS)}")
+    yield from _section(name, config.get(name) or {})
+
+
+def _section(name: str, values: Mapping[str, Any]) -> Iterator[str]:
+    kind = section_of(annotation_of(name))
+    assert kind is not None
+    for paragraph in (inspect.getdoc(kind) or "").split("\n\n"):
+        yield from textwrap.wrap(paragraph, WIDTH)
+    yield ""
+    texts = _texts(kind)
+    for part in fields(kind):
+        key = f"{name}.{part.name}"
+        value, nested = values.get(part.name), section_of(annotation_of(key))
+        is_open = value if isinstance(value, Mapping) and nested is None else {}
+        given = part.name in values and not is_open and not (nested and value)
+        yield key + (f" = {shown(value)}" if given else "")
+        yield from _about(key, texts.get(part.name, ""))
+        for field in [field for field in is_open if f"{key}.{field}" not in OPEN]:
+            yield f"  {key}.{field} = {shown(is_open[field])}"
+        for other in [other for other in OPEN if other.rpartition(".")[0] == key]:
+            field = other.rpartition(".")[2]
+            yield f"  {other}" + (f" = {shown(is_open[field])}" if field in is_open else "")
+            yield from (f"  {line}" for line in _about(other, ""))
+        if nested is not None and part.name != "prerequisite":  # which is a method again
+            yield from (f"  {line}".rstrip() for line in _section(key, value or {}))
+
+
+def _about(key: str, text: str) -> list[str]:
+    allowed = rule(key)
+    told = "" if allowed is None else str(allowed)
+    sentences = [text, f"{told[0].upper()}{told[1:]}." if told else ""]
+    return textwrap.wrap(" ".join(filter(None, sentences)), WIDTH, initial_indent="    ", subsequent_indent="    ")
+
+
+@cache
+def _texts(kind: type[Any]) -> dict[str, str]:
+    """The text under each field of a dataclass."""
+    body = ast.parse(inspect.getsource(kind)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found: dict[str, str] = {}
+    for before, after in zip(body.body, body.body[1:], strict=False):
+        if not (isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name)):
+            continue
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
+            found[before.target.id] = " ".join(after.value.value.split())
+    return found
