@@ -8,7 +8,6 @@ protocol by which the rows become tokens, null for the run's own, and of fixed s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,23 +78,23 @@ def planned(config: RunConfig) -> list[tuple[Benchmark, Config]]:
         if benchmark.kind == evaluations.LIKELIHOOD:
             settings = evaluations.likelihood_settings(config, name)
         else:
-            settings = settings_of(evaluation, benchmark, config.mapping["evaluation"])
+            settings = settings_of(config, benchmark)
         found.append((benchmark, settings))
     return found
 
 
-def settings_of(evaluation: Evaluation, benchmark: Benchmark, mapping: Mapping[str, Any]) -> Config:
+def settings_of(config: RunConfig, benchmark: Benchmark) -> Config:
     """What a run's `evaluation` section says for a benchmark, checked: `asked` decides completions, `read` scores."""
-    settings = evaluations.settings_of(mapping, benchmark.name, benchmark.kind)
+    settings = evaluations.settings_of(config.mapping["evaluation"], benchmark.name, benchmark.kind)
     read = settings["read"]
     if benchmark.kind != "program":
         check_rules(Rules(**{key: read[key] for key in ("searched", "parser", "equality")}))
     if read["judge"] is not None and read["judge"]["model"] is None:
         raise UserError(
-            f"protocol {evaluation.protocol} has completions read by a chat model: name one with "
+            f"protocol {config.evaluation.protocol} has completions read by a chat model: name one with "
             f"evaluation.judge.model=…"
         )
-    _check_generation(settings["asked"]["generation"], evaluation)
+    _check_generation(settings["asked"]["generation"], config.evaluation)
     return settings
 
 

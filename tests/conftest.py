@@ -90,7 +90,7 @@ def smollm2() -> Path:
     from experiments.plan.compose import plan
 
     (config,) = plan(["model=smollm2_135m", "method=base", "task=arith"])
-    if "gguf" not in config.model:
+    if config.model.gguf is None:
         pytest.skip("SmolLM2-135M is not installed: run make real-model")
     return converted(config.model.gguf, Path(config.runtime.cache_dir))
 

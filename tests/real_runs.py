@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from experiments.config import Data
 from experiments.data import rows as data
 
 ROWS = 4
@@ -26,7 +26,7 @@ def keep_shortest_rows(monkeypatch: pytest.MonkeyPatch, count: int = ROWS) -> No
     """Train on so many of the real rows, those with the shortest texts, so that an epoch is a step or two."""
     everything = data._of_sources
 
-    def shortest(settings: dict[str, Any], split: str, data_root: str | None) -> list[dict[str, str]]:
+    def shortest(settings: Data, split: str, data_root: str | None) -> list[dict[str, str]]:
         rows = everything(settings, split, data_root)
         size = {id(row): len(row["instruction"] + row["input"] + row["output"]) for row in rows}
         return sorted(rows, key=lambda row: size[id(row)])[:count] if split == "train" else rows

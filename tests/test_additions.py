@@ -113,7 +113,7 @@ def test_a_method_a_task_and_a_benchmark_of_ones_own(clone: Path, tmp_path: Path
     python(clone, "experiments.train", str(root))
     python(clone, "eval.run", str(root))
     run = RunPaths(root)
-    assert read_config(run)["method"]["adapter"]["_target_"] == "diablo.methods.toy.ToyConfig"
+    assert read_config(run).mapping["method"]["adapter"]["_target_"] == "diablo.methods.toy.ToyConfig"
     trained = read_record(run.train_record, TrainRecord)
     assert trained.changed
     assert trained.steps == 8

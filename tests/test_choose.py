@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from analysis.load import load_runs, records
+from experiments.config import Data, RunConfig
 from experiments.data.rows import load_rows
 from experiments.plan.choose import Stages, stages, to_csv, write_choices
 from experiments.plan.compose import run_paths, write_runs
@@ -45,11 +47,11 @@ def experiment(tmp_path: Path, cache_dir: Path) -> Callable[..., list[str]]:
     return write
 
 
-def pretend(config: dict[str, Any], record: TrainRecord, loss: float | None, exact_match: float) -> None:
+def pretend(config: RunConfig, record: TrainRecord, loss: float | None, exact_match: float) -> None:
     """A finished run that scored so on its held-out rows."""
     (run,) = write_runs([config])
     held_out = {"rows": 14, "loss": loss, "exact_match": exact_match}
-    about = {"run_id": config.run_id, "config_hash": config_hash(config)}
+    about = {"run_id": config.run_id, "config_hash": config_hash(config.mapping)}
     write_atomically(run.train_record, json.dumps({**vars(record), **about, "held_out": held_out}))
 
 
@@ -58,7 +60,7 @@ def record(finished: Any) -> TrainRecord:
     return read_record(finished.train_record, TrainRecord)
 
 
-def rates(configs: list[dict[str, Any]]) -> list[tuple[str, float, int]]:
+def rates(configs: list[RunConfig]) -> list[tuple[str, float, int]]:
     return [(config.method.name, config.recipe.learning_rate, config.seed) for config in configs]
 
 
@@ -186,8 +188,8 @@ def test_a_trained_run_scores_as_its_loaded_adapter_does(grouped: str, small: li
 def test_held_out_rows_share_no_question_with_the_training_rows(
     data_root: Path, fails_with: Callable[[Callable[[], object]], str]
 ) -> None:
-    data = {"source": ["boolq", "arc_challenge"], "heldout": 50}
-    everything = load_rows({**data, "heldout": 0}, "train", str(data_root))
+    data = Data(("boolq", "arc_challenge"), heldout=50)
+    everything = load_rows(replace(data, heldout=0), "train", str(data_root))
     kept, held_out = (load_rows(data, split, str(data_root)) for split in ("train", "heldout"))
     questions = {(row["instruction"], row["input"]) for row in held_out}
     assert len(held_out) == len(questions) == 50
@@ -196,5 +198,5 @@ def test_held_out_rows_share_no_question_with_the_training_rows(
     assert len(kept) == len(everything) - len(repeated)
     assert load_rows(data, "heldout", str(data_root)) == held_out
     assert all(row in everything for row in held_out)
-    said = fails_with(lambda: load_rows({**data, "heldout": 10**6}, "train", str(data_root)))
+    said = fails_with(lambda: load_rows(replace(data, heldout=10**6), "train", str(data_root)))
     assert "task.data.heldout=1000000: the training rows ask" in said

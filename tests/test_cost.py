@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from experiments.config import RunConfig
 from experiments.plan.__main__ import main
 from experiments.plan.choose import stages, stages_of
 from experiments.plan.compose import plan
@@ -83,8 +83,8 @@ def test_a_budget_gives_every_setting_one_seed_before_any_gets_two(cells: str, f
         chosen = stages_of(selected.configs, selected.by)
         return sizes(chosen.known()), sizes(chosen.following()), selected.lines()[1:]
 
-    def sizes(runs: list[dict[str, Any]]) -> list[tuple[int, int]]:
-        return [(run["method"]["adapter"]["num_blocks"], run["seed"]) for run in runs]
+    def sizes(runs: list[RunConfig]) -> list[tuple[int, int]]:
+        return [(run.mapping["method"]["adapter"]["num_blocks"], run.seed) for run in runs]
 
     assert kept(5.01) == ([(8, 0), (8, 0), (4, 0), (4, 1)], [(8, 1)], [])
     assert kept(3.01) == (
@@ -104,7 +104,7 @@ def test_a_budget_gives_every_setting_one_seed_before_any_gets_two(cells: str, f
 def test_a_budget_is_kept_to_when_the_learning_rates_are_chosen(cells: str) -> None:
     """The second stage is submitted by a job of its own, which has to come to the same runs."""
     before = select([cells], Selection(budget=4.01, speed=Speed({"": 1.0})), lambda config: 1.0)
-    known = [(config.method.adapter["num_blocks"], config.seed) for config in before.configs]
+    known = [(config.mapping["method"]["adapter"]["num_blocks"], config.seed) for config in before.configs]
     assert known == [(8, 0), (8, 0), (8, 1), (8, 1), (4, 0)]
     found = stages_of(before.configs, before.by)
     assert len(found.following()) == 1

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.config import Data
 from experiments.data import arith
 from experiments.data.__main__ import main
 from experiments.data.rows import load_rows, read_rows, rows_hash
@@ -72,7 +73,7 @@ def test_the_corpus_never_shows_a_fine_tuning_sentence() -> None:
 
 
 def test_too_many_problems_are_refused(fails_with: Fails) -> None:
-    data = {"source": "arith", "seed": 0, "train": 10**6, "heldout": 1, "test": 1}
+    data = Data("arith", seed=0, train=10**6, heldout=1, test=1)
     assert "problems are too many" in fails_with(lambda: load_rows(data, "train", None))
 
 
@@ -155,7 +156,7 @@ def test_half_a_file_is_refused(tmp_path: Path, fails_with: Fails) -> None:
     path.write_bytes(f'{LINE}\n{{"instruction": "é'.encode()[:-1])  # ends inside a letter
     assert "cannot be read ('utf-8' codec" in fails_with(lambda: read_rows(path, llm_adapters))
     path = write(tmp_path / "gsm8k/test.jsonl", '{"question": "q", "answer": "#### 1"}\n' * 2)
-    said = fails_with(lambda: load_rows({"source": "gsm8k"}, "test", str(tmp_path)))
+    said = fails_with(lambda: load_rows(Data("gsm8k"), "test", str(tmp_path)))
     assert said == f"gsm8k test: 2 rows, there must be 1,319: {path} is not whole"
 
 
@@ -166,21 +167,21 @@ def no_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_root")
 def test_missing_data_says_what_to_do(tmp_path: Path, fails_with: Fails) -> None:
-    said = fails_with(lambda: load_rows({"source": "gsm8k"}, "train", str(tmp_path)))
+    said = fails_with(lambda: load_rows(Data("gsm8k"), "train", str(tmp_path)))
     assert f"no gsm8k/train.jsonl (nor .gz) in {tmp_path}: `python -m experiments.data fetch source=gsm8k" in said
     assert f"--data-root {tmp_path}`, or save https://raw.githubusercontent.com/openai/" in said
     assert "point runtime.data_root or DIABLO_DATA_ROOT at a folder that holds it" in said
     assert said.endswith("leave both unset to load openai/gsm8k from the hub")
-    said = fails_with(lambda: load_rows({"source": "svamp"}, "test", str(tmp_path)))
+    said = fails_with(lambda: load_rows(Data("svamp"), "test", str(tmp_path)))
     assert "save https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/" in said
     assert "from the hub" not in said
-    said = fails_with(lambda: load_rows({"source": "svamp"}, "test", None))
+    said = fails_with(lambda: load_rows(Data("svamp"), "test", None))
     assert "svamp test is not on the hub in this form: point runtime.data_root or DIABLO_DATA_ROOT at" in said
 
 
 @pytest.mark.usefixtures("no_root")
 def test_a_hub_out_of_reach_says_what_to_do(fails_with: Fails) -> None:
-    said = fails_with(lambda: load_rows({"source": "human_eval"}, "test", None))
+    said = fails_with(lambda: load_rows(Data("human_eval"), "test", None))
     assert "human_eval test: cannot load openai/openai_humaneval from the hub" in said
     assert "at a folder with human_eval/HumanEval.jsonl (or .gz)" in said
 
@@ -190,25 +191,21 @@ def test_a_run_planned_without_a_data_root_takes_the_one_that_is_set(
 ) -> None:
     monkeypatch.setenv("DIABLO_DATA_ROOT", str(tmp_path))
     assert f"no gsm8k/train.jsonl (nor .gz) in {tmp_path}" in fails_with(
-        lambda: load_rows({"source": "gsm8k"}, "train", None)
+        lambda: load_rows(Data("gsm8k"), "train", None)
     )
 
 
 def test_wrong_names_are_mended(fails_with: Fails) -> None:
-    assert "did you mean metamathqa" in fails_with(lambda: load_rows({"source": "metamath"}, "train", None))
-    assert "gsm8k has no split 'tset': did you mean test?" in fails_with(
-        lambda: load_rows({"source": "gsm8k"}, "tset", None)
-    )
-    assert "svamp has no split 'train': known: test" in fails_with(
-        lambda: load_rows({"source": "svamp"}, "train", None)
-    )
-    assert "cannot be joined" in fails_with(lambda: load_rows({"source": ["gsm8k", "arith"]}, "train", None))
+    assert "did you mean metamathqa" in fails_with(lambda: load_rows(Data("metamath"), "train", None))
+    assert "gsm8k has no split 'tset': did you mean test?" in fails_with(lambda: load_rows(Data("gsm8k"), "tset", None))
+    assert "svamp has no split 'train': known: test" in fails_with(lambda: load_rows(Data("svamp"), "train", None))
+    assert "cannot be joined" in fails_with(lambda: load_rows(Data(("gsm8k", "arith")), "train", None))
 
 
 def test_several_sources_come_one_after_the_other(data_root: Path) -> None:
     names = ["arc_challenge", "openbookqa"]
-    first, second = (load_rows({"source": name}, "train", str(data_root)) for name in names)
-    assert load_rows({"source": names}, "train", str(data_root)) == [*first, *second]
+    first, second = (load_rows(Data(name), "train", str(data_root)) for name in names)
+    assert load_rows(Data(tuple(names)), "train", str(data_root)) == [*first, *second]
     assert (len(first), len(second)) == (1119, 4957)
 
 

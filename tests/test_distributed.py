@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,8 @@ dist.destroy_process_group()
 def in_mode(mode: str) -> Any:
     """DiaBlo in one forward mode, its blocks not zero."""
     set_seed(1)
-    method = config_of("diablo")["method"]
-    method["adapter"] |= {"mode": mode, "init_weights": False}
+    method = config_of("diablo").method
+    method = replace(method, adapter={**(method.adapter or {}), "mode": mode, "init_weights": False})
     return methods.attach(method, fresh_base()).eval()
 
 

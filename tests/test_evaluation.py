@@ -19,6 +19,7 @@ from eval.rescore import rescore
 from eval.run import evaluate
 from experiments.runs.config_files import config_hash, read_config, run_id, write_config
 from experiments.runs.records import EvalPaths, RunPaths, read_json, trained_record
+from experiments.settings import with_values
 from experiments.train.run import train
 from tests.conftest import planned
 
@@ -124,15 +125,15 @@ def test_a_model_that_computes_nan_is_not_scored(finished: RunPaths, tmp_path: P
 def test_an_adapter_of_another_base_is_refused(finished: RunPaths, tmp_path: Path, fails_with: Fails) -> None:
     """The same adapter files under a config whose base was pretrained otherwise."""
     config = read_config(finished)
-    config.model.pretraining.seed = 9
-    config.run_id = run_id(config)
+    config = with_values(config, {"model.pretraining.seed": 9})
+    config = with_values(config, {"run_id": run_id(config.mapping)})
     other = RunPaths(tmp_path / config.run_id)
     shutil.copytree(finished.root, other.root)
     shutil.rmtree(other.root / "eval")
-    write_config(other, config)
+    write_config(other, config.mapping)
     record = read_json(other.train_record)
     other.train_record.write_text(
-        json.dumps(record | {"run_id": config.run_id, "config_hash": config_hash(config)}), encoding="utf-8"
+        json.dumps(record | {"run_id": config.run_id, "config_hash": config_hash(config.mapping)}), encoding="utf-8"
     )
     assert "was trained on a base model with hash" in fails_with(lambda: evaluate(other))
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from experiments.config import Data
 from experiments.data import fetch
 from experiments.data import rows as data
 from experiments.data.pinned import GIT_IDS, git_id
@@ -69,7 +70,7 @@ def test_a_file_is_fetched_once(take: Callable[..., int], tmp_path: Path, capsys
         assert take(server) == 0
         assert in_place(tmp_path) == {FILE: CONTENT}
         assert capsys.readouterr().out == f"made_up train: fetched {tmp_path / FILE} ({len(CONTENT) / 1e6:.1f} MB)\n"
-        assert len(data.load_rows({"source": "made_up"}, "train", str(tmp_path))) == 3_000
+        assert len(data.load_rows(Data("made_up"), "train", str(tmp_path))) == 3_000
         assert take(server) == 0
         assert server.asked == [("GET", "/train.jsonl")]
         assert capsys.readouterr().out == f"made_up train: {tmp_path / FILE} is already here\n"
@@ -103,7 +104,7 @@ def test_a_server_that_keeps_breaking_is_left_and_its_bytes_are_kept(
         assert said.endswith(") after 60,000 bytes: the same command goes on from there")
         assert [len(content) for content in in_place(tmp_path).values()] == [60_000]
         with pytest.raises(Exception, match="no made_up/train"):
-            data.load_rows({"source": "made_up"}, "train", str(tmp_path))
+            data.load_rows(Data("made_up"), "train", str(tmp_path))
         assert take(server) == 0
         assert server.ranges[-1] == "bytes=60000-"
         assert in_place(tmp_path) == {FILE: CONTENT}

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from experiments.config import Data
 from experiments.data import fetch
 from experiments.data import rows as data
 from experiments.data.__main__ import main, named_splits
@@ -149,7 +150,7 @@ def test_real_files_are_fetched_by_task(
         assert len(server.asked) == 2 * len(contents)
     assert capsys.readouterr().out.count(" fetched ") == len(contents)
     for name, split in splits:
-        source = {"source": name}
+        source = Data(name)
         assert data.load_rows(source, split, str(tmp_path)) == data.load_rows(source, split, str(data_root))
 
 

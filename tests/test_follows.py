@@ -19,7 +19,9 @@ from eval.run import evaluate
 from experiments.errors import UserError
 from experiments.plan.choose import _held_out
 from experiments.runs.config_files import read_config, write_config
+from experiments.runs.received import read_settings
 from experiments.runs.records import RunPaths, read_json
+from experiments.settings import with_values
 from tests.analysis_runs import write_run, write_spectra
 
 Fails = Callable[[Callable[[], object]], str]
@@ -116,8 +118,8 @@ def test_a_changed_training_record_is_refused(
     """By tables, by scoring, and where a learning rate is chosen by it."""
     run = copied(finished, tmp_path)
     config = read_config(run)
-    config.runtime.runs_dir = str(tmp_path)
-    write_config(run, config)
+    config = with_values(config, {"runtime.runs_dir": str(tmp_path)})
+    write_config(run, config.mapping)
     assert _held_out(config) == read_json(run.train_record)["held_out"]
     edit(run.train_record, **values)
     assert any(message in line for line in load_runs([run.root], quiet=True).problems)
@@ -134,10 +136,10 @@ def rewrite(run: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     """The run's config changed behind its reader's back, under the run id that follows."""
     from experiments.runs.config_files import run_id
 
-    config = read_config(RunPaths(run))
+    config = read_settings(RunPaths(run).config)
     change(config)
-    config.run_id = run_id(config)
-    new = run.rename(run.with_name(config.run_id))
+    config["run_id"] = run_id(config)
+    new = run.rename(run.with_name(config["run_id"]))
     write_config(RunPaths(new), config)
     return new
 
@@ -145,11 +147,11 @@ def rewrite(run: Path, change: Callable[[dict[str, Any]], None]) -> Path:
 BROKEN: dict[str, Callable[[Path], object]] = {
     "a seed that is text": lambda run: rewrite(run, lambda config: config.update(seed="0")),
     "a seed that is too large": lambda run: rewrite(run, lambda config: config.update(seed=2**70)),
-    "a size that is text": lambda run: rewrite(run, lambda config: config.method.adapter.update(r="7")),
-    "a size that is a list": lambda run: rewrite(run, lambda config: config.method.adapter.update(r=[7])),
-    "a rate that is text": lambda run: rewrite(run, lambda config: config.recipe.update(learning_rate="1e-3")),
+    "a size that is text": lambda run: rewrite(run, lambda config: config["method"]["adapter"].update(r="7")),
+    "a size that is a list": lambda run: rewrite(run, lambda config: config["method"]["adapter"].update(r=[7])),
+    "a rate that is text": lambda run: rewrite(run, lambda config: config["recipe"].update(learning_rate="1e-3")),
     "a method without a section": lambda run: rewrite(run, lambda config: config.update(evaluation=None)),
-    "benchmarks that are a number": lambda run: rewrite(run, lambda config: config.evaluation.update(benchmarks=3)),
+    "benchmarks that are a number": lambda run: rewrite(run, lambda config: config["evaluation"].update(benchmarks=3)),
     "counts beyond any column": lambda run: edit(run / "train.json", steps=10**30),
     "parameters that are text": lambda run: edit(run / "train.json", trainable_parameters="many"),
     "a limit that is text": lambda run: edit(next(run.glob("eval/*/*/score.json")), generation={"limit": "x"}),

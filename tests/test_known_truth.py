@@ -94,7 +94,7 @@ def scores(run: RunPaths, gold: bool, benchmarks: list[str], limit: int | None) 
         rows = rows_of(config, benchmark)
         model = KnownAnswers({(prompt_text(config.evaluation, row), row["answer"]): say(row) for row in rows})
         overrides = [f"evaluation.benchmarks=[{name}]", f"evaluation.limit={limit or 'null'}"]
-        if read_config(run)["evaluation"]["generation"]["samples"] > 1:
+        if read_config(run).evaluation.generation.samples != 1:
             # The rule is the same, twenty times the programs are not. The tiny tokenizer needs more than 512 tokens.
             changed = {"samples": 1, "temperature": "null", "top_p": "null", "top_k": "null", "max_length": "null"}
             overrides += [f"evaluation.generation.{key}={value}" for key, value in changed.items()]
@@ -110,7 +110,7 @@ def test_gold_answers_score_everything(
     task: str, protocol: str, tmp_path: Path, cache_dir: Path, data_root: Path
 ) -> None:
     run = base_run(task, protocol, tmp_path / "runs", cache_dir, data_root)
-    benchmarks = read_config(run)["evaluation"]["benchmarks"]
+    benchmarks = list(read_config(run).evaluation.benchmarks)
     for name, record in scores(run, True, benchmarks, limit=96).items():
         assert record.accuracy == 1, (name, [index for index, item in enumerate(record.items) if not item])
         assert (record.unparsed, record.fallback) == (0, 0), name
@@ -123,7 +123,7 @@ def test_silence_scores_its_floor(task: str, protocol: str, tmp_path: Path, cach
     run = base_run(task, protocol, tmp_path / "runs", cache_dir, data_root)
     config = read_config(run)
     whole = config.evaluation.searched == "whole"
-    for name, record in scores(run, False, config.evaluation.benchmarks, limit=96).items():
+    for name, record in scores(run, False, list(config.evaluation.benchmarks), limit=96).items():
         kind = read_benchmark(name).kind
         if kind == "refusal":
             assert whole or record.accuracy == 1

@@ -11,6 +11,7 @@ from lm_eval.api.instance import Instance
 
 from eval.backends import hf, plain_generation
 from eval.run import evaluate
+from experiments.config import RunConfig
 from experiments.data.prompts import IGNORED, encode, prompt_text
 from experiments.data.rows import load_rows
 from experiments.models.tiny import make_base
@@ -23,7 +24,7 @@ NEW = 48
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> tuple[RunPaths, Any, Any, dict[str, Any]]:
+def trained(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> tuple[RunPaths, Any, Any, RunConfig]:
     """A model that learned enough to end its texts, its tokenizer and its config."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -40,7 +41,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> tuple[
     return run, plain_generation(model.eval(), tokenizer), tokenizer, config
 
 
-def prompts_of(config: dict[str, Any], count: int) -> list[str]:
+def prompts_of(config: RunConfig, count: int) -> list[str]:
     rows = load_rows(config.task.data, "test", None)[:count]
     return [prompt_text(config.evaluation, row) for row in rows]
 

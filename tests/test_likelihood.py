@@ -21,6 +21,7 @@ from eval.rescore import main as rescore_main
 from eval.rescore import rescore
 from eval.run import check_data, describe, evaluate
 from eval.text import text_rows
+from experiments.config import Data, Protocol
 from experiments.data.prompts import IGNORED, encode
 from experiments.data.rows import load_rows
 from experiments.data.tokens import tokenised
@@ -29,6 +30,7 @@ from experiments.reproduce.run import outcome
 from experiments.runs.config_files import read_config
 from experiments.runs.evaluations import TASKS, evaluation_paths, protocol_section
 from experiments.runs.records import EvalRecord, RunPaths, read_json, read_lines, read_record, trained_record
+from experiments.settings import section, with_values
 from experiments.train import loss as chunked
 from experiments.train.run import train
 from tests.conftest import SMALL, planned
@@ -49,12 +51,11 @@ def run(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> RunPaths:
 
 
 def scored(run: RunPaths, **evaluation: Any) -> Any:
-    config = read_config(run)
-    config.evaluation |= evaluation
+    config = with_values(read_config(run), {f"evaluation.{key}": value for key, value in evaluation.items()})
     return load(config, run, trained_record(run), allow_identity=False)
 
 
-def definition(model: Any, protocol: dict[str, Any], tokenizer: Any, row: dict[str, str]) -> tuple[float, int, bool]:
+def definition(model: Any, protocol: Protocol, tokenizer: Any, row: dict[str, str]) -> tuple[float, int, bool]:
     """NLL, targets and whether all are the argmax of one row: one float64 log-softmax of all logits, summed by hand."""
     (example,) = encode(protocol, tokenizer, [row])
     with torch.no_grad():
@@ -225,8 +226,7 @@ def test_nothing_of_generation_is_asked_for(copied: RunPaths) -> None:
     (first,), (second,) = evaluate(copied, [NLL]), evaluate(copied, [NLL, *others])
     assert first == second
     assert len(copied.evaluations()) == 1
-    config = read_config(copied)
-    config.evaluation.benchmarks = ["arith_nll"]
+    config = with_values(read_config(copied), {"evaluation.benchmarks": ["arith_nll"]})
     (paths,) = evaluation_paths(copied, config)
     assert paths.score.is_file()
 
@@ -251,9 +251,9 @@ def test_a_task_files_protocol_makes_the_tokens(copied: RunPaths, data_root: Pat
         ("plain", 3),
     ]
     found = scored(copied)
-    rows = load_rows({"source": "arc_easy"}, "test", str(data_root))
+    rows = load_rows(Data("arc_easy"), "test", str(data_root))
     for line, row in zip(samples_of(copied, "arc_easy_nll"), rows, strict=False):
-        protocol = protocol_section("commonsense/diablo")
+        protocol = section(Protocol, protocol_section("commonsense/diablo"))
         nll, targets, exact = definition(found.model.double(), protocol, found.tokenizer, row)
         assert line["nll"] == pytest.approx(nll, rel=1e-5)
         assert (line["targets"], line["exact"]) == (targets, int(exact))
@@ -293,8 +293,7 @@ def test_any_text_is_a_benchmark(copied: RunPaths, tmp_path: Path, fails_with: F
     text = " ".join(words[int(i)] for i in torch.randint(len(words), (900,), generator=generator))
     file.write_text(text, encoding="utf-8")
     name = f"evaluation.benchmarks=[{file}]"
-    config = read_config(copied)
-    config.evaluation.benchmarks = [str(file)]
+    config = with_values(read_config(copied), {"evaluation.benchmarks": [str(file)]})
     rows = rows_of(config, read_benchmark(str(file)))
     found = scored(copied)
     ids = [found.tokenizer(row["output"]).input_ids for row in rows]

@@ -21,6 +21,7 @@ from experiments.runs.attempts import attempt
 from experiments.runs.config_files import read_config
 from experiments.runs.environment import reset_peak_memory
 from experiments.runs.records import RunPaths
+from experiments.settings import with_values
 from experiments.train.run import train
 from tests.conftest import planned
 
@@ -141,7 +142,7 @@ def test_a_run_without_enough_memory_goes_on_with_another_setting(small: list[st
     assert "train: the machine is out of memory" in str(caught.value)
     assert "--workers" in str(caught.value)
     assert planned([*overrides, "runtime.gradient_checkpointing=true"]) == run
-    assert read_config(run)["runtime"]["gradient_checkpointing"] is True
+    assert read_config(run).runtime.gradient_checkpointing is True
     assert train(run).steps == 2
 
 
@@ -152,11 +153,9 @@ def test_a_run_planned_again_takes_the_memory_settings_and_nothing_else(small: l
     changed = plan([*small, "runtime.gradient_checkpointing=true", "evaluation.batch_size=3", *others])
     assert write_runs(changed) == [run]
     after = read_config(run)
-    assert after["runtime"] == {**before["runtime"], "gradient_checkpointing": True}
-    assert after["evaluation"] == {**before["evaluation"], "batch_size": 3}
-    assert {key: after[key] for key in after if key not in ("runtime", "evaluation")} == {
-        key: before[key] for key in before if key not in ("runtime", "evaluation")
-    }
+    changes = {"runtime.gradient_checkpointing": True, "evaluation.batch_size": 3}
+    assert after == with_values(before, changes)
+    assert after.mapping == with_values(before, changes).mapping
 
 
 def test_a_worker_that_was_killed_is_told_in_one_line(

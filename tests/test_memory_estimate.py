@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from experiments.config import RunConfig
 from experiments.models.shapes import build_config, empty_base
 from experiments.plan import fake_pass
 from experiments.plan import fit as fitting
@@ -22,6 +23,7 @@ from experiments.plan.fake_pass import Allocations, held, make_fake, pass_bytes
 from experiments.plan.memory import Memory, base_dtype, estimate
 from experiments.plan.overview import MEASURED, memory_table, off_by
 from experiments.runs.sizes import read_bytes
+from experiments.settings import with_values
 from experiments.speed.cases import AUTHORS, DORA, DROPOUT, FLOOR, IN_PLACE, LORA, attach, peak_bytes
 from experiments.speed.layers import TARGETS, architecture
 from experiments.speed.timing import forward_backward
@@ -32,12 +34,12 @@ RECORD = MEASURED.with_name("benchmark.json")
 GPU = read_bytes("80G")
 
 
-def run(*arguments: str) -> dict[str, Any]:
+def run(*arguments: str) -> RunConfig:
     (config,) = plan(arguments)
     return config
 
 
-def real(model: str, method: str, *more: str) -> dict[str, Any]:
+def real(model: str, method: str, *more: str) -> RunConfig:
     return run(f"model={model}", f"method={method}", "task=commonsense_170k", *more)
 
 
@@ -100,9 +102,9 @@ def test_a_pass_takes_what_it_takes_on_this_cpu(method: str, checkpointing: bool
 
     config = run("model=llama2_7b", f"method={method}", "task=commonsense_170k", "recipe.adapter_dropout=0",
                  "recipe.learning_rate=1e-4")  # fmt: skip
+    if "num_blocks" in (config.method.adapter or {}):
+        config = with_values(config, {"method.adapter.num_blocks": 8})
     settings = config.method
-    if "num_blocks" in (settings["adapter"] or {}):
-        settings["adapter"]["num_blocks"] = 8
     base: Any = AutoModelForCausalLM.from_config(build_config(SHAPES), dtype=torch.float32)
     base.config.use_cache = False
     model: Any = methods.attach(settings, base).train()
@@ -118,7 +120,7 @@ def test_a_pass_takes_what_it_takes_on_this_cpu(method: str, checkpointing: bool
 
 def test_few_layers_tell_of_many() -> None:
     """The extrapolation against all six layers."""
-    settings = real("llama2_7b", "lora")["method"]
+    settings = real("llama2_7b", "lora").method
     arguments = (json.loads(json.dumps(SHAPES)), settings, "bfloat16", True, 4, 128, False)
     assert max(pass_bytes(json.dumps(SHAPES), json.dumps(settings), *arguments[2:])) == pytest.approx(
         max(fake_pass._peaks(*arguments, 6)), rel=0.002
@@ -128,7 +130,7 @@ def test_few_layers_tell_of_many() -> None:
 def test_few_layers_tell_of_many_with_a_large_embedding() -> None:
     """Gradients of the embedding at the end of the backward pass outweigh activations of three layers, not of all."""
     shapes = {**SHAPES, "vocab_size": 65536, "tie_word_embeddings": True, "num_hidden_layers": 32}
-    settings = real("llama2_7b", "full")["method"]
+    settings = real("llama2_7b", "full").method
     more = ("float32", False, 1, 128, False)
     few, many = (fake_pass._peaks(shapes, settings, *more, depth) for depth in (3, 32))
     assert few[0] < few[1]
@@ -193,7 +195,9 @@ def test_choosing_blocks_takes_more_than_training_them() -> None:
     config = real("llama2_7b", "smt")
     found = estimate(config)
     parameters, targets = 6_738_415_616, 3 * 32 * 4096**2
-    everything = held(json.dumps(config.model.architecture), json.dumps(config.method), base_dtype(config))
+    everything = held(
+        *(json.dumps(part) for part in (config.model.architecture, config.mapping["method"])), base_dtype(config)
+    )
     assert everything.base == parameters
     assert found.preparation > 18 * parameters + 4 * everything.targets
     assert everything.targets <= targets

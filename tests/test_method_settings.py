@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
+from experiments.config import RunConfig
 from experiments.plan.compose import plan
 from experiments.plan.counting import count
 from experiments.train import methods
@@ -16,7 +17,7 @@ from tests.test_methods import fresh_base, random_backward
 PAPER_TASKS = ["commonsense_170k", "metamathqa", "gsm8k"]
 
 
-def config_of(*arguments: str) -> dict:
+def config_of(*arguments: str) -> RunConfig:
     (config,) = plan([*arguments, "recipe.learning_rate=1e-4"])
     return config
 
@@ -38,7 +39,7 @@ def test_scale_and_dropout_of_the_attached_layers_are_the_sources(
 ) -> None:
     config = config_of(f"method={name}", f"task={task}", "model.adapter_size.rank=8")
     base = fresh_base()
-    model = methods.attach(config["method"], base, random_backward(base))
+    model = methods.attach(config.method, base, random_backward(base))
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     assert len(layers) == 10  # q, k, v, up and down of two layers
     for layer in layers:
@@ -49,7 +50,7 @@ def test_scale_and_dropout_of_the_attached_layers_are_the_sources(
 
 def test_lora_gas_scale_at_the_papers_rank() -> None:
     """2.83 at r 32, not 11.3."""
-    adapter = config_of("method=lora_ga", "model=llama2_7b", "task=metamathqa")["method"]["adapter"]
+    adapter = config_of("method=lora_ga", "model=llama2_7b", "task=metamathqa").mapping["method"]["adapter"]
     assert adapter["r"] == 32
     assert adapter["use_rslora"]
     assert adapter["lora_alpha"] / math.sqrt(adapter["r"]) == pytest.approx(2.828, abs=1e-3)
@@ -69,10 +70,10 @@ def test_s2ft_trains_the_shares_of_its_scripts(model: str, trained: int) -> None
 def test_pissas_rows_of_the_paper_have_the_dropout_they_were_trained_with() -> None:
     """They come from MiLoRA's table; elsewhere PiSSA has none, as its authors."""
     for name in ("commonsense", "arithmetic"):
-        runs = [config for config in plan([f"experiment={name}"]) if config["method"]["name"] == "pissa"]
-        of_the_paper = [config for config in runs if config["method"]["adapter"]["lora_dropout"] == 0.05]
+        runs = [config for config in plan([f"experiment={name}"]) if config.method.name == "pissa"]
+        of_the_paper = [config for config in runs if config.mapping["method"]["adapter"]["lora_dropout"] == 0.05]
         assert of_the_paper
-        assert {config["method"]["adapter"]["lora_dropout"] for config in runs} <= {0.0, 0.05}
+        assert {config.mapping["method"]["adapter"]["lora_dropout"] for config in runs} <= {0.0, 0.05}
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_pissas_rows_of_the_paper_have_the_dropout_they_were_trained_with() -> N
     ],
 )
 def test_lora_on_quantised_bases_is_set_up_as_in_its_source(label: str, alpha: int, dropout: float) -> None:
-    runs = [config for config in plan(["experiment=quantized"]) if config["method"]["label"] == label]
-    assert {(r["method"]["adapter"]["lora_alpha"], r["method"]["adapter"]["lora_dropout"]) for r in runs} == {
-        (alpha, dropout)
-    }
+    runs = [config for config in plan(["experiment=quantized"]) if config.method.label == label]
+    assert {
+        (r.mapping["method"]["adapter"]["lora_alpha"], r.mapping["method"]["adapter"]["lora_dropout"]) for r in runs
+    } == {(alpha, dropout)}

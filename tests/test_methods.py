@@ -25,10 +25,12 @@ from transformers import PreTrainedModel, set_seed
 from diablo.quantize import QuantizedLinear, quantized_layers, round_to_nearest
 from diablo.quantize.quantized_linear import set_module
 from experiments import CONFIGS
+from experiments.config import RunConfig
 from experiments.errors import UserError
 from experiments.models.shapes import build_config
 from experiments.plan.compose import options, plan
 from experiments.plan.counting import count
+from experiments.settings import with_values
 from experiments.train import methods
 from experiments.train.preparation import Backward
 from tests.quantized_models import decoder_linears
@@ -51,7 +53,7 @@ every_contract = {"starts_at_base", "merges", "changes_base_at_start"}
 training_methods = pytest.mark.parametrize("name", [name for name in options("method") if name != "base"])
 
 
-def config_of(name: str) -> dict[str, Any]:
+def config_of(name: str) -> RunConfig:
     (config,) = plan(
         [
             f"method={name}",
@@ -81,7 +83,7 @@ def fresh_base(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 def attached(name: str, base: PreTrainedModel | None = None) -> Any:
     """The method on a base, prepared with random tokens and, where it needs one, an adapter of the method before it."""
-    method, base = config_of(name)["method"], base or fresh_base()
+    method, base = config_of(name).method, base or fresh_base()
     with tempfile.TemporaryDirectory() as folder:
         first = first_adapter(method, base.dtype, Path(folder)) if "first" in method else None
         set_seed(1)
@@ -169,7 +171,7 @@ def test_only_what_is_trained_changes(name: str) -> None:
 @every_method
 def test_trainable_parameters_equal_the_count_from_the_architecture(name: str) -> None:
     config = config_of(name)
-    config.model.architecture = ARCHITECTURE
+    config = with_values(config, {"model.architecture": ARCHITECTURE})
     counted = count(config)
     assert sum(tensor.numel() for tensor in methods.trained_tensors(attached(name)).values()) == counted.trainable
     assert fresh_base().num_parameters() == counted.base
@@ -179,7 +181,7 @@ def test_trainable_parameters_equal_the_count_from_the_architecture(name: str) -
 @every_method
 @pytest.mark.parametrize("merge", [True, False])
 def test_saved_and_loaded_on_a_fresh_base_gives_the_same_outputs(name: str, merge: bool, tmp_path: Path) -> None:
-    method = config_of(name)["method"]
+    method = config_of(name).method
     model = attached(name)
     initial = methods.initial_state(model)
     if name != "base":
@@ -198,7 +200,7 @@ def test_saved_and_loaded_on_a_fresh_base_gives_the_same_outputs(name: str, merg
 
 @every_method
 def test_a_run_is_scored_merged_where_the_contract_says_so(name: str) -> None:
-    assert config_of(name)["evaluation"]["merge"] == contract_of(name)["merges"]
+    assert config_of(name).evaluation.merge == contract_of(name)["merges"]
 
 
 @pytest.mark.parametrize(
@@ -234,7 +236,7 @@ def test_gradients_under_accumulation_equal_those_of_the_whole_batch(name: str) 
 def test_gradients_under_checkpointing_are_the_same(name: str) -> None:
     plain = attached(name).train()
     saving = attached(name).train()
-    method = config_of(name)["method"]
+    method = config_of(name).method
     if not contract_of(name).get("gradient_checkpointing", True):
         with pytest.raises(UserError, match="checkpointing switches off"):
             methods.check_checkpointing(method, saving)
@@ -254,7 +256,7 @@ def test_gradients_under_checkpointing_are_the_same(name: str) -> None:
 @training_methods
 def test_trains_under_bf16_autocast_with_float32_parameters(name: str) -> None:
     """As on a GPU: a bf16 base (float32 for full fine-tuning), what is trained in float32, autocast to bf16."""
-    dtype = torch.float32 if config_of(name)["method"]["trains"] == "all" else torch.bfloat16
+    dtype = torch.float32 if config_of(name).method.trains == "all" else torch.bfloat16
     model = attached(name, fresh_base(dtype)).train()
     trained = methods.trained_tensors(model)
     assert all(tensor.dtype == torch.float32 for tensor in trained.values())
@@ -278,7 +280,7 @@ def quantized_base() -> PreTrainedModel:
 
 @pytest.mark.parametrize("name", on_quantized)
 def test_on_a_quantised_base_the_codes_stay_and_loading_gives_the_same_outputs(name: str, tmp_path: Path) -> None:
-    method, base = config_of(name)["method"], quantized_base()
+    method, base = config_of(name).method, quantized_base()
     model = attached(name, base)
     if contract_of(name)["starts_at_base"]:
         torch.testing.assert_close(logits(model), logits(quantized_base()), **TOLERANCE)
@@ -303,13 +305,13 @@ def test_other_methods_are_refused_on_a_quantised_base(name: str) -> None:
 
 
 def test_an_untrained_quantised_base_merges_to_full_precision(tmp_path: Path) -> None:
-    loaded = methods.load(config_of("base")["method"], quantized_base(), tmp_path, merge=True)
+    loaded = methods.load(config_of("base").method, quantized_base(), tmp_path, merge=True)
     assert not quantized_layers(loaded)
     torch.testing.assert_close(logits(loaded), logits(quantized_base()), **TOLERANCE)
 
 
 def test_an_adapter_for_other_shapes_is_refused(tmp_path: Path) -> None:
-    method = config_of("diablo")["method"]
+    method = config_of("diablo").method
     methods.save(method, attached("diablo"), tmp_path / "adapter", {})
     from transformers import AutoModelForCausalLM
 
@@ -321,7 +323,7 @@ def test_an_adapter_for_other_shapes_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["diablo", "lora", "prompt", "full"])
 def test_what_is_not_finite_is_refused_with_file_and_tensor(name: str, value: float, tmp_path: Path) -> None:
-    method, model = config_of(name)["method"], attached(name)
+    method, model = config_of(name).method, attached(name)
     methods.save(method, model, tmp_path / "adapter", methods.initial_state(model))
     (file,) = (tmp_path / "adapter").glob("*.safetensors")
     tensors = load_file(file)
@@ -335,7 +337,7 @@ def test_what_is_not_finite_is_refused_with_file_and_tensor(name: str, value: fl
 
 @pytest.mark.parametrize("name", ["lora", "full"])
 def test_a_file_that_was_cut_short_is_refused(name: str, tmp_path: Path) -> None:
-    method, model = config_of(name)["method"], attached(name)
+    method, model = config_of(name).method, attached(name)
     methods.save(method, model, tmp_path / "adapter", {})
     (file,) = (tmp_path / "adapter").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
@@ -344,7 +346,7 @@ def test_a_file_that_was_cut_short_is_refused(name: str, tmp_path: Path) -> None
 
 
 def test_an_adapter_with_a_tensor_missing_is_refused(tmp_path: Path) -> None:
-    method, model = config_of("lora")["method"], attached("lora")
+    method, model = config_of("lora").method, attached("lora")
     methods.save(method, model, tmp_path / "adapter", {})
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)

@@ -15,6 +15,7 @@ from experiments.plan.compose import plan
 from experiments.plan.experiment_files import PAPER, options
 from experiments.reproduce import __main__ as reproduce
 from experiments.runs.differences import differing
+from experiments.settings import with_values
 from slurm.cluster import read_cluster
 from slurm.submit import parse, submit_from
 from tests.slurm_runs import overrides
@@ -68,8 +69,8 @@ def test_the_shipped_cluster_file_has_gpus_for_every_run_of_the_paper(name: str)
     cluster = read_cluster(str(ROOT / "slurm" / "a100.yaml"))
     for config in plan([f"experiment={name}", PAPER]):
         model, method = config.model, config.method
-        several = method["name"] in ("full", "smt") and model["name"] != "tiny"
-        assert (cluster.resources(config).gpus > 1) == several, (model["name"], method["label"])
+        several = method.name in ("full", "smt") and model.name != "tiny"
+        assert (cluster.resources(config).gpus > 1) == several, (model.name, method.label)
 
 
 def test_plan_reproduce_and_submit_count_the_same_runs(
@@ -164,11 +165,10 @@ def test_micro_batches_that_do_not_divide_are_one_line(tmp_path: Path, fails_wit
     config = plan([a for a in arguments if not a.startswith("cluster=")])[0]
     said = fails_with(lambda: read_cluster(arguments[-2].removeprefix("cluster=")).resources(config))
     assert "recipe.batch_size=12 is not a multiple of recipe.micro_batch_size=4 × 2 GPUs: give 1, 3 GPUs, or" in said
-    divided = {**config.recipe, "batch_size": 13}
     for settings in ({"gpus": "auto"}, {"gpus": 1}):
         cluster = read_cluster(cluster_file(tmp_path, gpu_memory="80G", **settings).removeprefix("cluster="))
-        for method in (config.method, plan(["method=base"])[0]["method"]):  # the process of a base checks it too
-            odd = {**config, "recipe": divided, "method": method}
+        for method in (config, plan(["method=base"])[0]):  # the process of a base checks it too
+            odd = with_values(config, {"recipe.batch_size": 13, "method": method.mapping["method"]})
             said = fails_with(lambda cluster=cluster, odd=odd: cluster.resources(odd))
             assert "recipe.batch_size=13 is not a multiple of recipe.micro_batch_size=4 × 1 GPUs" in said
 
@@ -193,6 +193,7 @@ def test_a_protocol_that_differs_is_named_once() -> None:
     runs = plan(["model=llama2_7b", "task=metamathqa", "method=lora", "protocol=milora,metamath"])
     assert list(differing(runs).values()) == ["protocol.name=milora", "protocol.name=metamath"]
     long = [
-        {**config, "run_id": f"a-{index}", "text": f"{index}\n{'x' * 99}"} for index, config in enumerate(runs[:1] * 2)
+        with_values(config, {"run_id": f"a-{index}", "protocol.prompt": f"{index}\n{'x' * 99}"})
+        for index, config in enumerate(runs[:1] * 2)
     ]
     assert all("\n" not in text and len(text) < 60 for text in differing(long).values())

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from experiments import CONFIGS, ROOT
+from experiments.config import RunConfig
 from experiments.errors import UserError
 from experiments.plan import compose as planning
 from experiments.plan.compose import options, plan, resolve, resolve_with_hydra, sweep, write_runs
@@ -19,7 +20,7 @@ from experiments.runs.config_files import read_config
 from experiments.runs.records import RunPaths
 
 
-def only(arguments: list[str]) -> planning.Config:
+def only(arguments: list[str]) -> RunConfig:
     (config,) = plan(arguments)
     return config
 
@@ -39,7 +40,7 @@ def test_every_experiment_plans(name: str) -> None:
 
 def test_sweep_grammar() -> None:
     configs = plan(["method=diablo,lora", "seed=range(0,3)", "recipe.learning_rate=1e-3,2e-3"])
-    assert [(c["method"]["name"], c["seed"], c["recipe"]["learning_rate"]) for c in configs] == [
+    assert [(c.method.name, c.seed, c.recipe.learning_rate) for c in configs] == [
         (method, seed, rate) for method in ("diablo", "lora") for seed in range(3) for rate in (1e-3, 2e-3)
     ]
 
@@ -101,18 +102,18 @@ NOT_RESULT = [
 
 @pytest.mark.parametrize("override", RESULT)
 def test_settings_that_can_change_the_result_change_the_run_id(override: str) -> None:
-    assert only([override])["run_id"] != only([])["run_id"]
+    assert only([override]).run_id != only([]).run_id
 
 
 @pytest.mark.parametrize("override", NOT_RESULT)
 def test_runtime_and_evaluation_settings_do_not(override: str) -> None:
     changed = only([override])
-    assert changed["run_id"] == only([])["run_id"]
+    assert changed.run_id == only([]).run_id
     assert changed != only([])
 
 
 def test_every_top_level_section_but_two_is_part_of_the_id() -> None:
-    assert set(only([])) == {
+    assert set(only([]).mapping) == {
         *("run_id", "seed", "model", "method", "task", "protocol", "recipe"),  # read by config_hash
         *("evaluation", "runtime"),
     }
@@ -148,7 +149,7 @@ def test_a_config_is_frozen(tmp_path: Path, fails_with: Callable[[Callable[[], o
     before = run.config.stat().st_mtime_ns
     write_runs([config])
     assert run.config.stat().st_mtime_ns == before
-    edited = {**config, "seed": 5}
+    edited = {**config.mapping, "seed": 5}
     run.config.write_text(yaml.safe_dump(edited), encoding="utf-8")
     assert "undo the edit or plan a new run" in fails_with(lambda: read_config(run))
     assert "undo the edit" in fails_with(lambda: write_runs([config]))

@@ -22,6 +22,7 @@ from diablo.methods.lora_ga import estimate_gradients
 from diablo.methods.smt import choose_blocks
 from eval.run import evaluate
 from experiments import ROOT
+from experiments.config import RunConfig
 from experiments.data.prompts import IGNORED, collate, select_rows
 from experiments.data.rows import load_rows
 from experiments.data.tokens import Examples, tokenised
@@ -30,6 +31,7 @@ from experiments.plan.compose import plan, resolve, resolve_with_hydra, sweep
 from experiments.runs.config_files import read_config
 from experiments.runs.prerequisite import prerequisite_config, prerequisite_run
 from experiments.runs.records import RunPaths, file_hash, read_json, read_lines
+from experiments.settings import with_values
 from experiments.train import methods
 from experiments.train.preparation import Backward, row_steps
 from experiments.train.run import train
@@ -82,7 +84,7 @@ def test_the_run_before_takes_the_memory_settings_of_the_run_after(small: list[s
     run = planned([*small, *LORI_S, "runtime.sharding=none"])
     planned([*small, "method=lori_d", "runtime.gradient_checkpointing=true", "runtime.sharding=full"])
     first = read_config(before(run))
-    assert (first["runtime"]["gradient_checkpointing"], first["runtime"]["sharding"]) == (False, "none")
+    assert (first.runtime.gradient_checkpointing, first.runtime.sharding) == (False, "none")
 
 
 def load_lines(run: RunPaths) -> list[float]:
@@ -152,7 +154,8 @@ def test_a_first_adapter_of_another_size_is_refused(
     run = planned([*small, *LORI_S, "method.adapter.r=3"])
     assert "in the adapter of the first run" in fails_with(lambda: train(run))
     (both,) = plan([*small, *LORI_S, "model.adapter_size.rank=3"])
-    assert both["method"]["first"]["method"]["adapter"]["r"] == both["method"]["adapter"]["r"] == 3
+    method = both.mapping["method"]
+    assert method["prerequisite"]["method"]["adapter"]["r"] == method["adapter"]["r"] == 3
 
 
 def test_another_process_at_the_run_before_is_waited_for(small: list[str]) -> None:
@@ -216,7 +219,9 @@ def test_the_method_before_is_frozen_with_its_own_learning_rate(arguments: list[
     (overrides,) = sweep(arguments)
     config = resolve(overrides)
     assert config == resolve_with_hydra(overrides)
-    assert config.recipe.learning_rate != config.method.first.learning_rate
+    before = config.method.prerequisite
+    assert before is not None
+    assert config.recipe.learning_rate != before.learning_rate
     shared = [line for line in arguments if not line.startswith(("method", "recipe.learning_rate"))]
     (alone,) = plan([*shared, "method=lori_d"])
     assert prerequisite_config(config) == alone
@@ -240,16 +245,16 @@ def test_a_method_before_without_a_learning_rate_is_refused(
 def test_a_stand_in_has_the_learning_rates_of_its_task(task: str, stand_in: str) -> None:
     """A method that needs a run before it runs on the stand-ins too."""
     runs = [plan(["method=lori_s", f"task={name}"])[0] for name in (task, stand_in)]
-    ours, theirs = ((run["recipe"]["learning_rate"], run["method"]["first"]["learning_rate"]) for run in runs)
+    ours, theirs = ((run.recipe.learning_rate, run.mapping["method"]["prerequisite"]["learning_rate"]) for run in runs)
     assert ours == theirs == (5e-4, 5e-5)
 
 
-def steps_of(examples: Examples, config: dict[str, Any], number: int) -> list[list[dict[str, torch.Tensor]]]:
+def steps_of(examples: Examples, config: RunConfig, number: int) -> list[list[dict[str, torch.Tensor]]]:
     steps = row_steps(examples, config, partial(collate, pad_token_id=0), torch.device("cpu"))
     return list(itertools.islice(steps, number))
 
 
-def examples_of(config: dict[str, Any]) -> Examples:
+def examples_of(config: RunConfig) -> Examples:
     rows = select_rows(config.protocol, load_rows(config.task.data, "train", None))
     return tokenised(config.protocol, load_base(config)[1], rows, Path(config.runtime.cache_dir))
 
@@ -259,7 +264,9 @@ def test_steps_are_the_examples_in_an_order_of_the_seed(small: list[str]) -> Non
     examples = examples_of(config)
 
     def drawn(seed: int) -> list[torch.Tensor]:
-        return [batch["input_ids"] for step in steps_of(examples, {**config, "seed": seed}, 5) for batch in step]
+        return [
+            batch["input_ids"] for step in steps_of(examples, with_values(config, {"seed": seed}), 5) for batch in step
+        ]
 
     assert [len(batch) for batch in drawn(0)] == [8] * 15  # 64 rows give two steps per epoch, without end
     assert all(torch.equal(*pair) for pair in zip(drawn(0), drawn(0), strict=True))
@@ -303,7 +310,7 @@ def test_what_is_prepared_does_not_depend_on_the_micro_batch_size(method: str, s
         base = load_base(config)[0]
         base.requires_grad_(False)
         backward = Backward(base, row_steps(examples_of(config), config, partial(collate, pad_token_id=0), "cpu"))
-        adapter: Any = methods.peft_config(config.method.adapter)
+        adapter: Any = methods.peft_config(config.method.adapter or {})
         if method == "smt":
             found.append(choose_blocks(base, adapter, backward, steps=20, learning_rate=1e-3).blocks)
             continue
@@ -325,7 +332,7 @@ def test_what_preparing_lacks_is_a_users_error(
     assert "lora_ga-r6 on llama: LoRA-GA estimates gradients on 8 batches" in fails_with(
         lambda: methods.attach(config.method, base)
     )
-    config.method.prepare["_target_"] = "diablo.nothing.prepare"
+    config = with_values(config, {"method.prepare._target_": "diablo.nothing.prepare"})
     assert "method.prepare._target_=diablo.nothing.prepare: no such function" in fails_with(
         lambda: methods.attach(config.method, base, random_backward(base))
     )

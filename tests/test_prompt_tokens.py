@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from eval.backends import hf, plain_generation
+from experiments.config import Protocol, RunConfig
 from experiments.data.arith import corpus
 from experiments.data.prompts import encode, leading_tokens, prompt_text, prompt_tokens
 from experiments.models.full_precision import load_tokenizer
@@ -87,7 +89,7 @@ PROTOCOLS = {  # the first task that has it
 
 
 @lru_cache
-def config_of(protocol: str) -> dict[str, Any]:
+def config_of(protocol: str) -> RunConfig:
     (config,) = plan([f"task={PROTOCOLS[protocol]}", f"protocol={protocol.split('/')[1]}", "method=base"])
     return config
 
@@ -99,10 +101,10 @@ def network(tokenizer: Any) -> Any:
     return plain_generation(AutoModelForCausalLM.from_config(config).eval(), tokenizer)
 
 
-def in_training(protocol: dict[str, Any], tokenizer: Any) -> list[list[int]]:
+def in_training(protocol: Protocol, tokenizer: Any) -> list[list[int]]:
     """The rows' ids with nothing to write but the end of sequence, which goes."""
-    asked = protocol | {"target": "", "ending": "", "max_length": 2048, "max_prompt_length": None}
-    examples = encode(asked | {"max_target_length": None}, tokenizer, ROWS)
+    asked = replace(protocol, target="", ending="", max_length=2048, max_prompt_length=None, max_target_length=None)
+    examples = encode(asked, tokenizer, ROWS)
     assert all(example.input_ids[-1] == tokenizer.eos_token_id for example in examples)
     return [example.input_ids[:-1] for example in examples]
 
@@ -123,12 +125,12 @@ def in_evaluation(model: Any, tokenizer: Any, prompts: list[str], bos: bool) -> 
     return [row[kept.bool()].tolist() for row, kept in zip(*seen[0], strict=True)]
 
 
-def check_equal(protocol: dict[str, Any], model: Any, tokenizer: Any, before: list[int]) -> None:
+def check_equal(protocol: Protocol, model: Any, tokenizer: Any, before: list[int]) -> None:
     trained = in_training(protocol, tokenizer)
     prompts = [prompt_text(protocol, row) for row in ROWS]
-    assert sorted(in_evaluation(model, tokenizer, prompts, protocol["bos"])) == sorted(trained)
+    assert sorted(in_evaluation(model, tokenizer, prompts, protocol.bos)) == sorted(trained)
     texts = [tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
-    assert trained == [[*(before if protocol["bos"] else []), *text] for text in texts]
+    assert trained == [[*(before if protocol.bos else []), *text] for text in texts]
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
@@ -138,12 +140,12 @@ def test_a_prompt_has_the_same_ids_in_training_and_evaluation(behaviour: str) ->
     assert leading_tokens(tokenizer) == before
     model = network(tokenizer)
     for name in PROTOCOLS:
-        check_equal(config_of(name)["protocol"], model, tokenizer, before)
+        check_equal(config_of(name).protocol, model, tokenizer, before)
 
 
 def test_a_protocol_asks_with_the_tokens_that_it_trains_with() -> None:
     """LoRI's code protocol does not, as its source: prompts without a BOS in training, with one in the test."""
-    differ = [name for name in PROTOCOLS if config_of(name)["protocol"]["bos"] != config_of(name)["evaluation"]["bos"]]
+    differ = [name for name in PROTOCOLS if config_of(name).protocol.bos != config_of(name).evaluation.bos]
     assert differ == ["code/lori"]
 
 
@@ -151,10 +153,10 @@ def test_a_row_begins_with_its_prompt() -> None:
     """With a target behind it. Where both are tokenised as one text, the last token may reach over the border."""
     tokenizer = BEHAVIOURS["adds BOS"][0]()
     for name in PROTOCOLS:
-        protocol = config_of(name)["protocol"] | {"max_length": 2048}
-        prompts = prompt_tokens(tokenizer, [prompt_text(protocol, row) for row in ROWS], protocol["bos"])
+        protocol = replace(config_of(name).protocol, max_length=2048)
+        prompts = prompt_tokens(tokenizer, [prompt_text(protocol, row) for row in ROWS], protocol.bos)
         for prompt, example in zip(prompts, encode(protocol, tokenizer, ROWS), strict=True):
-            kept = len(prompt) - (1 if protocol["joined"] else 0)
+            kept = len(prompt) - (1 if protocol.joined else 0)
             assert example.input_ids[:kept] == prompt[:kept], name
 
 
@@ -169,13 +171,13 @@ def test_a_tokenizer_whose_prefix_cannot_be_told_is_one_line(template: str, fail
 
 @pytest.fixture(scope="module")
 def real_tokenizer(smollm2: Path) -> Any:
-    return load_tokenizer({"name": "smollm2_135m", "revision": None}, smollm2)
+    return load_tokenizer(plan(["model=smollm2_135m", "method=base"])[0].model, smollm2)
 
 
 @pytest.mark.real
 def test_smollm2_gets_no_bos_in_training_nor_in_evaluation(real_tokenizer: Any) -> None:
     """It has one, `<|im_start|>` (1), and puts nothing before a text; its end of sequence is `<|im_end|>` (2)."""
-    protocol = config_of("math_10k/pyreft")["protocol"] | {"prompt": "{instruction}", "joined": False}
+    protocol = replace(config_of("math_10k/pyreft").protocol, prompt="{instruction}", joined=False)
     row = {"instruction": "The capital of France is", "input": "", "output": " Paris", "answer": ""}
     (example,) = encode(protocol, real_tokenizer, [row])
     assert real_tokenizer.bos_token_id == 1
@@ -195,4 +197,4 @@ def test_the_real_tokenizer_with_every_behaviour(
     assert leading_tokens(tokenizer) == before
     model = network(tokenizer)
     for name in PROTOCOLS:
-        check_equal(config_of(name)["protocol"], model, tokenizer, before)
+        check_equal(config_of(name).protocol, model, tokenizer, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from hypothesis import strategies as st
 
 from eval.benchmarks import read_benchmark, settings_of
 from eval.scoring import EQUALITIES, PARSERS, SEARCHED
+from experiments.config import RunConfig
 from experiments.data.prompts import IGNORED, encode, prompt_text, select_rows, target_text
 from experiments.models.tiny import BOS, EOS, make_tokenizer
 from experiments.plan.compose import options, plan, protocols
 from experiments.runs.evaluations import TASKS
+from experiments.settings import with_values
 
 Fails = Callable[[Callable[[], object]], str]
 Config = dict[str, Any]
@@ -29,7 +32,7 @@ ASK_WITH_INPUT = (
 S12, S16, S20 = (" " * spaces for spaces in (12, 16, 20))
 
 
-def config_of(task: str, protocol: str) -> Config:
+def config_of(task: str, protocol: str) -> RunConfig:
     (config,) = plan([f"task={task}", f"protocol={protocol}", "method=base"])
     return config
 
@@ -118,31 +121,31 @@ def test_the_protocol_without_accidents_asks_as_it_trained(task: str) -> None:
 
 
 def test_prompts_with_an_input() -> None:
-    lori = config_of("code_alpaca", "lori")["protocol"]
+    lori = config_of("code_alpaca", "lori").protocol
     assert prompt_text(lori, row() | {"input": "I"}) == (
         f"{ASK_WITH_INPUT}\n\n{S20}### Instruction:\n{S20}Q\n\n{S20}### Input:\n{S20}I\n\n{S20}### Response:\n{S20}"
     )
     metamath = config_of("metamathqa", "metamath")
-    assert prompt_text(metamath["protocol"], row("Q\nwith\nmore")) == (
+    assert prompt_text(metamath.protocol, row("Q\nwith\nmore")) == (
         f"{ASK_WITH_INPUT}\n\n### Instruction:\nQ\n\n### Input:\nwith\nmore\n\n### Response:"
     )
-    assert "### Input" not in prompt_text(metamath["evaluation"], row("Q\nwith\nmore"))  # tests are not split
+    assert "### Input" not in prompt_text(metamath.evaluation, row("Q\nwith\nmore"))  # tests are not split
 
 
 def test_a_row_without_a_prompt_for_its_input_is_refused(fails_with: Fails) -> None:
-    diablo = config_of("commonsense_170k", "diablo")["protocol"]
+    diablo = config_of("commonsense_170k", "diablo").protocol
     assert "has no prompt_with_input" in fails_with(lambda: prompt_text(diablo, row() | {"input": "I"}))
 
 
 def test_targets() -> None:
     gsm8k = row(output="1+1=<<1+1=2>>2\n#### 2", answer="2")
-    lori = config_of("gsm8k", "lori")["protocol"]
+    lori = config_of("gsm8k", "lori").protocol
     assert target_text(lori, gsm8k) == "1+1=<<1+1=2>>2\nThe final answer is:  2"  # two spaces, as released
-    assert target_text(config_of("arith", "plain")["protocol"], gsm8k) == gsm8k["output"]
+    assert target_text(config_of("arith", "plain").protocol, gsm8k) == gsm8k["output"]
 
 
 def test_the_human_eval_prompt_loses_its_last_newline() -> None:
-    code = config_of("code_alpaca", "lori")["evaluation"]
+    code = config_of("code_alpaca", "lori").evaluation
     assert prompt_text(code, row("\n\ndef f():\n    pass\n")) == "def f():\n    pass"
 
 
@@ -151,28 +154,28 @@ def test_the_human_eval_prompt_loses_its_last_newline() -> None:
 
 @pytest.mark.parametrize(("task", "protocol"), ALL)
 def test_tokens_are_the_prompt_and_the_target(task: str, protocol: str) -> None:
-    used = config_of(task, protocol)["protocol"] | {"max_length": 2000}
+    used = replace(config_of(task, protocol).protocol, max_length=2000)
     (example,) = encode(used, TOKENIZER, [row("How many in 12 boxes?", "7 and 8 are 15\n#### 15", "15")])
     text = TOKENIZER.decode([token for token in example.input_ids if token not in (BOS, EOS)])
     sample = row("How many in 12 boxes?", "7 and 8 are 15\n#### 15", "15")
-    assert text == prompt_text(used, sample) + target_text(used, sample) + used["ending"]
-    assert (example.input_ids[0] == BOS) == used["bos"]
+    assert text == prompt_text(used, sample) + target_text(used, sample) + used.ending
+    assert (example.input_ids[0] == BOS) == used.bos
     assert example.input_ids[-1] == example.labels[-1] == EOS
     seen = [token for token in example.labels if token != IGNORED]
-    if used["train_on_prompt"]:
+    if used.train_on_prompt:
         assert seen == example.input_ids
-    elif not used["joined"]:
-        assert TOKENIZER.decode(seen[:-1]) == target_text(used, sample) + used["ending"]
+    elif not used.joined:
+        assert TOKENIZER.decode(seen[:-1]) == target_text(used, sample) + used.ending
 
 
 def test_the_released_mask_hides_the_first_tokens_of_the_response() -> None:
     """The masked prefix is as long as the template with an empty response, whose ending is 13 characters long."""
-    used = config_of("metamathqa", "diablo_release")["protocol"]
+    used = config_of("metamathqa", "diablo_release").protocol
     sample = row("1+1?", "2+2=4 and more text follows. The answer is: 4")
     (example,) = encode(used, TOKENIZER, [sample])
-    prefix = 1 + len(TOKENIZER(prompt_text(used, sample) + used["ending"], add_special_tokens=False)["input_ids"])
+    prefix = 1 + len(TOKENIZER(prompt_text(used, sample) + used.ending, add_special_tokens=False)["input_ids"])
     assert example.labels == [IGNORED] * prefix + example.input_ids[prefix:]
-    (honest,) = encode(used | {"mask_counts_ending": False}, TOKENIZER, [sample])
+    (honest,) = encode(replace(used, mask_counts_ending=False), TOKENIZER, [sample])
     assert example.labels.count(IGNORED) > honest.labels.count(IGNORED)
     text = TOKENIZER.decode(example.input_ids[1:-1])
     assert text.endswith(f"4\n{S12}")
@@ -180,7 +183,7 @@ def test_the_released_mask_hides_the_first_tokens_of_the_response() -> None:
 
 def test_repeated_prompts_keep_the_last_row_in_the_first_place() -> None:
     rows = [row("a", "1"), row("b", "2"), row("a", "3")]
-    lori, diablo = (config_of("gsm8k", name)["protocol"] for name in ("lori", "diablo"))
+    lori, diablo = (config_of("gsm8k", name).protocol for name in ("lori", "diablo"))
     assert [kept["output"] for kept in select_rows(lori, rows)] == ["3", "2"]
     assert select_rows(diablo, rows) == rows
 
@@ -190,14 +193,14 @@ def test_long_rows_are_cut_as_their_source_cuts_them() -> None:
     long = row("word " * 400, "text " * 400)
     lengths = {}
     for name in ("lori", "diablo"):
-        (example,) = encode(config_of("gsm8k", name)["protocol"], TOKENIZER, [long])
+        (example,) = encode(config_of("gsm8k", name).protocol, TOKENIZER, [long])
         lengths[name] = (example.labels.count(IGNORED), len(example.labels))
         assert example.truncated
         assert EOS not in example.input_ids
     assert lengths == {"lori": (256, 512), "diablo": (256, 512)}
     short_question = row("word " * 20, "text " * 600)
     for name, target in (("lori", 256), ("diablo", None)):
-        (example,) = encode(config_of("gsm8k", name)["protocol"], TOKENIZER, [short_question])
+        (example,) = encode(config_of("gsm8k", name).protocol, TOKENIZER, [short_question])
         prompt = example.labels.count(IGNORED)
         assert len(example.labels) - prompt == (target or 512 - prompt)
 
@@ -213,14 +216,15 @@ def test_long_rows_are_cut_as_their_source_cuts_them() -> None:
 def test_any_text_fits_any_length(
     question: str, answer: str, max_length: int, max_prompt: int | None, joined: bool, on_prompt: bool
 ) -> None:
-    used = config_of_cached() | {
-        "max_length": max_length,
-        "max_prompt_length": None if joined else max_prompt,
-        "joined": joined,
-        "train_on_prompt": on_prompt,
-    }
+    used = replace(
+        PLAIN,
+        max_length=max_length,
+        max_prompt_length=None if joined else max_prompt,
+        joined=joined,
+        train_on_prompt=on_prompt,
+    )
     (example,) = encode(used, TOKENIZER, [row(question, answer)])
-    (whole,) = encode(used | {"max_length": 10**6}, TOKENIZER, [row(question, answer)])
+    (whole,) = encode(replace(used, max_length=10**6), TOKENIZER, [row(question, answer)])
     assert len(example.input_ids) == len(example.labels) <= max_length
     assert example.truncated == (len(whole.input_ids) > max_length)
     if not example.truncated:
@@ -230,20 +234,16 @@ def test_any_text_fits_any_length(
         assert not (on_prompt and label == IGNORED)
 
 
-PLAIN = config_of("arith", "plain")["protocol"]
-
-
-def config_of_cached() -> Config:
-    return dict(PLAIN)
+PLAIN = config_of("arith", "plain").protocol
 
 
 def test_joined_tokens_take_one_length_only(fails_with: Fails) -> None:
-    used = PLAIN | {"joined": True, "max_prompt_length": 4}
+    used = replace(PLAIN, joined=True, max_prompt_length=4)
     assert "with joined tokens only max_length can be set" in fails_with(lambda: encode(used, TOKENIZER, [row()]))
 
 
 def test_a_protocol_that_does_not_fit_names_the_field(fails_with: Fails) -> None:
-    used = PLAIN | {"prompt": "{question}"}
+    used = replace(PLAIN, prompt="{question}")
     assert "needs the field 'question', the row has instruction" in fails_with(lambda: prompt_text(used, row()))
 
 
@@ -255,9 +255,9 @@ def test_every_task_can_be_scored_by_each_of_its_protocols() -> None:
     for task, protocol in ALL:
         config = config_of(task, protocol)
         if config.evaluation.judge:
-            config.evaluation.judge.model = "some/judge"
+            config = with_values(config, {"evaluation.judge.model": "some/judge"})
         for name in config.evaluation.benchmarks:
-            read = settings_of(config.evaluation, read_benchmark(name))["read"]
+            read = settings_of(config, read_benchmark(name))["read"]
             assert read["searched"] in SEARCHED
             if read_benchmark(name).kind != "program":
                 assert read["parser"] in PARSERS
@@ -272,8 +272,8 @@ def test_every_benchmark_belongs_to_a_task() -> None:
 
 
 def test_a_benchmark_of_another_kind_is_refused(fails_with: Fails) -> None:
-    evaluation = config_of("commonsense_170k", "diablo")["evaluation"]
-    said = fails_with(lambda: settings_of(evaluation, read_benchmark("gsm8k")))
+    config = config_of("commonsense_170k", "diablo")
+    said = fails_with(lambda: settings_of(config, read_benchmark("gsm8k")))
     assert "gsm8k has answers of the kind number, of which evaluation.parser says nothing" in said
 
 
@@ -286,13 +286,11 @@ def test_a_benchmark_of_another_kind_is_refused(fails_with: Fails) -> None:
     ],
 )
 def test_generation_settings_that_do_not_fit(change: Config, message: str, fails_with: Fails) -> None:
-    evaluation = config_of("commonsense_170k", "diablo")["evaluation"]
-    if not change:
-        evaluation["backend"] = "vllm"
     if "temperature" not in change and "samples" in change:
         change = {**change, "num_beams": 1}
-    evaluation["generation"] = evaluation["generation"] | change
-    assert message in fails_with(lambda: settings_of(evaluation, read_benchmark("boolq")))
+    values = {f"evaluation.generation.{key}": value for key, value in change.items()}
+    config = with_values(config_of("commonsense_170k", "diablo"), values or {"evaluation.backend": "vllm"})
+    assert message in fails_with(lambda: settings_of(config, read_benchmark("boolq")))
 
 
 def test_a_protocol_of_another_task_is_refused(fails_with: Fails) -> None:

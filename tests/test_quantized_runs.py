@@ -17,6 +17,7 @@ import diablo.quantize.model
 from diablo.quantize import QuantizedLinear, load_quantized, quantized_layers
 from eval.backends import load
 from eval.run import evaluate
+from experiments.config import RunConfig
 from experiments.errors import UserError
 from experiments.merge import main as merge_main
 from experiments.models.full_precision import load_full_precision
@@ -27,6 +28,7 @@ from experiments.plan.counting import count
 from experiments.quantize import main
 from experiments.runs.config_files import read_config
 from experiments.runs.records import RunPaths, read_json
+from experiments.settings import with_values
 from experiments.train import methods
 from experiments.train.run import train
 from tests.conftest import planned
@@ -35,7 +37,7 @@ FEW = ["recipe.max_steps=4", "evaluation.limit=8"]
 CALIBRATED = ["quantization.calibration.samples=4", "quantization.calibration.length=64"]
 
 
-def config_of(arguments: list[str]) -> dict[str, Any]:
+def config_of(arguments: list[str]) -> RunConfig:
     (config,) = plan(arguments)
     return config
 
@@ -116,7 +118,7 @@ def test_a_run_trains_and_is_scored_on_a_quantised_base(
     original = quantized_layers(load_base(config)[0])
     lost = read_json(tmp_path / "packed" / "quantization.json")["lost"]
     for name, layer in quantized_layers(packed).items():
-        assert (name in lost) == (name.rpartition(".")[2] in config.task.target_modules)
+        assert (name in lost) == (name.rpartition(".")[2] in (config.task.target_modules or ()))
         found, before = layer.quantized(), original[name].quantized()
         assert torch.equal(found.scales, before.scales)
         assert name in lost or torch.equal(found.codes, before.codes)
@@ -159,7 +161,7 @@ def test_another_quantised_base_is_refused(
     run = planned([*own_cache, *FEW, "method=lora", "quantization=nf"])
     record = train(run)
     config = read_config(run)
-    other = {**config, "quantization": {**config.quantization, "bits": 3}}
+    other = with_values(config, {"quantization.bits": 3})
     (made,) = bases(tmp_path / "cache")
     made.unlink()  # that of the run is found by its hash
     said = fails_with(lambda: load(other, run, record, False))
@@ -194,8 +196,8 @@ def test_a_lora_that_was_made_with_the_weights_is_where_training_starts(
         assert tensor.abs().sum() > 0, name
     known: Any = PeftConfig.from_pretrained(str(adapter))
     assert (known.r, known.lora_alpha, set(known.target_modules)) == (
-        *(config.method.adapter[key] for key in ("r", "lora_alpha")),
-        set(config.task.target_modules),
+        *((config.method.adapter or {})[key] for key in ("r", "lora_alpha")),
+        set(config.task.target_modules or ()),
     )
     # o and gate are quantised too, though nothing is trained there.
     assert isinstance(base.get_submodule("model.layers.0.mlp.gate_proj"), QuantizedLinear)
@@ -257,7 +259,7 @@ def test_settings_that_cannot_be_are_one_line(
 
 def test_attaching_what_changes_the_weights_is_one_line(small: list[str]) -> None:
     config = config_of([*small, "method=lora", "quantization=nf"])
-    pissa = config_of([*small, "method=pissa"])["method"]
+    pissa = config_of([*small, "method=pissa"]).method
     with pytest.raises(UserError, match="pissa-r6 on llama: the weight is made from quantised codes"):
         methods.attach(pissa, load_base(config)[0])
 
@@ -265,11 +267,11 @@ def test_attaching_what_changes_the_weights_is_one_line(small: list[str]) -> Non
 def test_no_quantization_adds_nothing_and_others_are_part_of_the_run_id() -> None:
     plain = config_of(["method=lora"])
     assert config_of(["method=lora", "quantization=none"]) == plain
-    assert "quantization" not in plain
-    ids = [config_of(["method=lora", "quantization=nf", f"quantization.bits={bits}"])["run_id"] for bits in (2, 4)]
+    assert "quantization" not in plain.mapping
+    ids = [config_of(["method=lora", "quantization=nf", f"quantization.bits={bits}"]).run_id for bits in (2, 4)]
     assert [name.rsplit("-", 1)[0] for name in ids] == [f"tiny-lora-r6-nf{bits}-arith-s0" for bits in (2, 4)]
-    wider = config_of(["method=lora", "quantization=nf", "quantization.group_size=48"])["run_id"]
-    assert len({plain["run_id"], *ids, wider}) == 4
+    wider = config_of(["method=lora", "quantization=nf", "quantization.group_size=48"]).run_id
+    assert len({plain.run_id, *ids, wider}) == 4
 
 
 def test_a_stopped_quantisation_goes_on_after_its_last_layer(
@@ -344,6 +346,6 @@ def test_the_four_benchmarks_of_math_10k_on_a_quantised_base(data_root: Path, ca
     run = planned([*own, *brief, *CALIBRATED, "task=gsm8k_mawps", "quantization=magr", "quantization.bits=2"])
     assert train(run).changed
     scores = evaluate(run)
-    benchmarks = config_of([*own, "task=math_10k", "recipe.learning_rate=0.01"])["evaluation"]["benchmarks"]
+    benchmarks = config_of([*own, "task=math_10k", "recipe.learning_rate=0.01"]).evaluation.benchmarks
     assert [score.benchmark for score in scores] == benchmarks
     assert {(score.n, score.protocol, score.identity) for score in scores} == {(2, "pyreft", False)}

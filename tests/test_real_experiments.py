@@ -109,8 +109,8 @@ def kinds(configs: list[RunConfig]) -> set[tuple[Any, ...]]:
         (
             config.method.name,
             (config.method.adapter or {}).get("pattern"),
-            *(config.get("quantization", {}).get(key) for key in ("method", "bits")),
-            *(config.protocol[key] for key in ("name", "train_on_prompt")),
+            *((config.quantization.method, config.quantization.bits) if config.quantization else (None, None)),
+            *(config.protocol.name, config.protocol.train_on_prompt),
         )
         for config in configs
     }

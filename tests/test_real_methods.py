@@ -18,6 +18,7 @@ import yaml
 from torch import Tensor, nn
 
 from experiments import CONFIGS
+from experiments.config import Method, RunConfig
 from experiments.data.prompts import encode
 from experiments.errors import UserError
 from experiments.models.load import load_base
@@ -82,7 +83,7 @@ class Trained:
     """A finished run, the model as its training left it, and hashes of every tensor before the first step."""
 
     run: RunPaths
-    config: dict[str, Any]
+    config: RunConfig
     record: TrainRecord
     model: nn.Module
     start: dict[str, str]
@@ -104,14 +105,14 @@ def train_watched(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Trai
     """Train a run through the pipeline, and keep what it holds in memory."""
     run = planned(arguments)
     config = read_config(run)
-    names = fresh_hashes(config.model.path, config.model.dtype).keys()
+    names = fresh_hashes(str(config.model.path), config.model.dtype).keys()
     initial, save, kept = methods.initial_state, methods.save, {}
 
     def at_start(model: nn.Module) -> dict[str, Tensor]:
         kept["start"], kept["base"] = hashes(model.state_dict()), hashes(base_weights(model, names))
         return initial(model)
 
-    def at_end(method: dict[str, Any], model: nn.Module, *rest: Any) -> None:
+    def at_end(method: Method, model: nn.Module, *rest: Any) -> None:
         kept["model"] = model
         save(method, model, *rest)
 
@@ -129,7 +130,7 @@ def check_training(found: Trained, name: str, layers: int) -> None:
     after = hashes(found.model.state_dict())
     for key, tensor in found.model.state_dict().items():
         assert (after[key] == found.start[key]) == (tensor.data_ptr() not in places), key
-    fresh = fresh_hashes(found.config["model"]["path"], found.config["model"]["dtype"])
+    fresh = fresh_hashes(str(found.config.model.path), found.config.model.dtype)
     changed = {key for key in fresh if found.base_at_start[key] != fresh[key]}
     assert bool(changed) == contract_of(name)["changes_base_at_start"]
     assert all(key.split(".")[-2] in TARGETS for key in changed)
@@ -157,10 +158,10 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 def check_loading(found: Trained, name: str, rounding: float) -> None:
     """Saved and loaded on a fresh base the model gives the same logits, merged too where the method merges."""
-    method = found.config["method"]
+    method = found.config.method
     fresh, tokenizer = load_base(found.config)
     row = {"instruction": "Ann has 3 apples and buys 4 more. How many are there?", "input": "", "output": "7"}
-    tokens = torch.tensor([encode(found.config["protocol"], tokenizer, [row])[0].input_ids])
+    tokens = torch.tensor([encode(found.config.protocol, tokenizer, [row])[0].input_ids])
     expected, untrained = logits(found.model, tokens), logits(fresh, tokens)
     loaded = methods.load(method, fresh, found.run.adapter, merge=False).eval()
     assert relative(logits(loaded, tokens), expected) < rounding

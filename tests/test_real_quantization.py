@@ -21,6 +21,7 @@ from experiments.plan.compose import options
 from experiments.plan.counting import count
 from experiments.runs.config_files import read_config
 from experiments.runs.records import read_lines
+from experiments.settings import with_values
 from experiments.train import methods
 from experiments.train.run import train
 from tests.conftest import planned
@@ -81,7 +82,7 @@ def test_every_quantizer_with_an_adapter(
     (scored,) = evaluate(run)
     assert (scored.n, scored.identity, scored.base_hash) == (2, False, record.base_hash)
 
-    tokens = calibration_tokens({**config, "quantization": {"calibration": CALIBRATION}})
+    tokens = calibration_tokens(with_values(config, {"quantization.calibration": CALIBRATION}))
     assert tokens is not None
     full = load_full_precision(config)[0]
     wanted = layer_outputs(full, tokens)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from diablo.quantize.storage import RECORD, load_quantized
 from diablo.quantize.storage import read_record as read_quantized
 from eval.run import evaluate
-from experiments.data.prompts import prompt_text
+from experiments.config import Gguf
+from experiments.data.prompts import Asked, prompt_text
 from experiments.models.gguf import converted
 from experiments.models.load import load_base
 from experiments.models.quantized import make_quantized
@@ -26,6 +29,7 @@ from experiments.plan.compose import plan
 from experiments.runs.config_files import read_config, run_id, write_config
 from experiments.runs.evaluations import kind_of
 from experiments.runs.records import RunPaths, TrainRecord, read_record, trained_record
+from experiments.settings import with_values
 from experiments.train import checkpoint as checkpoints
 from experiments.train import methods
 from experiments.train.run import train
@@ -60,10 +64,10 @@ def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def received(arguments: list[str], folder: Path, change: Callable[[dict[str, Any]], None]) -> RunPaths:
     """A run directory whose config says something else, with the id that follows from it."""
-    config = plan(arguments)[0]
+    config = copy.deepcopy(dict(plan(arguments)[0].mapping))
     change(config)
-    config.run_id = run_id(config)
-    run = RunPaths(folder / config.run_id)
+    config["run_id"] = run_id(config)
+    run = RunPaths(folder / config["run_id"])
     write_config(run, config)
     return run
 
@@ -80,7 +84,7 @@ def copied(run: RunPaths, folder: Path) -> RunPaths:
 def test_only_names_of_diablo_and_peft_are_read(
     section: str, target: object, small: list[str], tmp_path: Path, evil: Path, fails_with: Fails
 ) -> None:
-    run = received([*small, "method=smt"], tmp_path, lambda config: config.method[section].update(_target_=target))
+    run = received([*small, "method=smt"], tmp_path, lambda config: config["method"][section].update(_target_=target))
     assert f"_target_={target}: only names of diablo and peft" in fails_with(lambda: train(run))
     assert not evil.exists()
 
@@ -109,7 +113,7 @@ def test_what_a_name_stands_for_is_checked(
 ) -> None:
     config = plan([*small, "method=smt"])[0]
     base, _ = load_base(config)
-    config.method[section] = {**config.method[section], "_target_": target}
+    config = with_values(config, {f"method.{section}._target_": target})
     assert message in fails_with(lambda: methods.attach(config.method, base))
 
 
@@ -126,13 +130,13 @@ def test_an_adapter_names_no_code_and_no_files(
     field: str, value: object, finished: RunPaths, tmp_path: Path, small: list[str], evil: Path, fails_with: Fails
 ) -> None:
     config = plan([*small, "method=lora"])[0]
-    adapter = config.method.adapter | {field: value}
+    adapter = {**(config.method.adapter or {}), field: value}
     assert "names code or files beside the adapter" in fails_with(lambda: methods.peft_config(adapter))
     run = copied(finished, tmp_path)
     path = run.adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {field: value}), "utf-8")
     base, _ = load_base(read_config(run))
-    said = fails_with(lambda: methods.load(read_config(run)["method"], base, run.adapter, merge=False))
+    said = fails_with(lambda: methods.load(read_config(run).method, base, run.adapter, merge=False))
     assert said.startswith(f"{path}.")
     assert "names code or files beside the adapter" in said
     assert not evil.exists()
@@ -174,7 +178,7 @@ def test_a_base_that_asks_for_code_is_refused_at_once(
     load_base(config)
     source = next((Path(config.runtime.cache_dir) / "base").glob("tiny-*"))
     folder = Path(shutil.copytree(source, tmp_path / "base"))
-    config.model |= {"path": str(folder), "pretraining": None}
+    config = with_values(config, {"model.path": str(folder), "model.pretraining": None})
     settings = json.loads((folder / "config.json").read_text("utf-8"))
     shutil.copy(tmp_path / "code" / "evil.py", folder / "evil.py")
     started = time.monotonic()
@@ -191,7 +195,7 @@ def test_a_base_that_asks_for_code_is_refused_at_once(
 
 def test_finding_a_gguf_file_imports_nothing(tmp_path: Path, evil: Path, fails_with: Fails) -> None:
     for file in ("evil.sub/model.gguf", "llm/../../model.gguf", "/etc/passwd"):
-        gguf = {"package": "evil==1", "file": file, "sha256": "0" * 64}
+        gguf = Gguf(package="evil==1", file=file, sha256="0" * 64)
         assert "not a file in a Python package" in fails_with(lambda gguf=gguf: converted(gguf, tmp_path))
     assert not evil.exists()
 
@@ -201,9 +205,8 @@ def test_a_config_alone_switches_no_sandbox_off(
 ) -> None:
     """Its completions come along, and would run as programs."""
     run = copied(finished, tmp_path)
-    config = read_config(run)
-    config.evaluation |= {"sandbox": "none", "benchmarks": ["human_eval"]}
-    write_config(run, config)
+    changes = {"evaluation.sandbox": "none", "evaluation.benchmarks": ["human_eval"]}
+    write_config(run, with_values(read_config(run), changes).mapping)
     assert "evaluation.sandbox=none in its config would run programs without protection" in fails_with(
         lambda: evaluate(run)
     )
@@ -233,7 +236,7 @@ def test_links_out_of_the_folder_and_pipes_are_refused(finished: RunPaths, tmp_p
     run = copied(finished, tmp_path / "inside")
     (run.root / "again.json").symlink_to(run.train_record)
     (run.root / "loop").symlink_to(run.root)
-    assert read_config(run)["run_id"] == run.root.name
+    assert read_config(run).run_id == run.root.name
 
 
 @pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "..", "a/b", ""])
@@ -350,9 +353,9 @@ def test_fields_of_a_record_have_their_types(
     ["{instruction:>99999999999}", "{instruction.__class__}", "{instruction[0]}", "{0}", "{instruction!r}", "{"],
 )
 def test_templates_only_name_fields(template: str, fails_with: Fails) -> None:
-    rules = {"name": "x", "prompt": template}
+    rules = Asked("x", template, None, False)
     assert "its prompt cannot be filled" in fails_with(lambda: prompt_text(rules, {"instruction": "text"}))
-    assert prompt_text({"prompt": "{{}} {instruction}"}, {"instruction": "{x}"}) == "{} {x}"
+    assert prompt_text(replace(rules, prompt="{{}} {instruction}"), {"instruction": "{x}"}) == "{} {x}"
 
 
 def test_weights_that_are_cut_or_no_safetensors_are_one_line(

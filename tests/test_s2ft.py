@@ -101,7 +101,7 @@ def test_counts_without_weights() -> None:
         "llama2_7b": ({"down_ratio": 0.02, "o_ratio": 0.052}, int(0.02 * 32 * 11008) * 4096 + 53 * 128 * 4096),
     }
     for name, (fields, count) in expected.items():
-        base = empty_base(plan([f"model={name}"])[0]["model"]["architecture"])
+        base = empty_base(plan([f"model={name}"])[0].model.architecture)
         model = get_peft_model(base, S2ftConfig(task_type="CAUSAL_LM", **fields), low_cpu_mem_usage=True)
         assert model.get_nb_trainable_parameters()[0] == count
 

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 
 from diablo.blocks.patterns import PATTERNS
 from experiments import CONFIGS, settings
+from experiments import config as config_module
 from experiments.plan.compose import options, plan, resolve, set_values
 from experiments.plan.overrides import by_name, sweep, value_of
-from experiments.runs.records import RunPaths, read_config, write_config
+from experiments.runs.config_files import read_config, write_config
+from experiments.runs.records import RunPaths
+from experiments.settings import rule
 
 Fails = Callable[[Callable[[], object]], str]
 
@@ -110,7 +113,7 @@ def test_equal_evaluations_have_one_folder() -> None:
     config = plan([])[0]
     sampled = ["evaluation.generation.samples=2"]
     one, other = (
-        set_values(config, [*sampled, f"evaluation.generation.temperature={value}"])["evaluation"]
+        set_values(config, [*sampled, f"evaluation.generation.temperature={value}"]).evaluation
         for value in ("1", "1.0")
     )
     assert repr(one) == repr(other)
@@ -118,21 +121,21 @@ def test_equal_evaluations_have_one_folder() -> None:
 
 def test_every_setting_has_a_type() -> None:
     """Settings that the files leave null, whose type cannot be seen there, are in the table; so is every range."""
-    untold = set()
+    untold: set[str] = set()
     for group in ("model", "method", "quantization", "task"):
         for name in options(group):
             arguments = [f"{group}={name}", "recipe.learning_rate=1"]
             arguments += ["method=lora"] * (name in ("loftq", "apiq"))
             config = plan(arguments)[0]
-            untold |= {key for key, value in settings.leaves(config) if value is None} - {"method.adapter"}
-    assert untold <= {*settings.SETTINGS, "quantization.calibration"}
-    assert set(PATTERNS) == set(settings.PATTERNS)
+            untold |= {key for key, value in settings.leaves(config.mapping) if value is None and not rule(key)}
+    assert untold <= {"method.adapter"}
+    assert set(PATTERNS) == set(config_module.PATTERNS)
 
 
 def test_the_optimizers_are_those_of_transformers() -> None:
     from transformers.training_args import OptimizerNames
 
-    assert set(settings.OPTIMIZERS) == {name.value for name in OptimizerNames}
+    assert set(config_module.OPTIMIZERS) == {name.value for name in OptimizerNames}
 
 
 @pytest.mark.parametrize(
@@ -144,8 +147,8 @@ def test_a_config_that_was_edited_to_the_impossible_is_refused_by_name(
 ) -> None:
     """As a run directory from elsewhere may hold it."""
     config = plan([])[0]
-    run = RunPaths(tmp_path / config["run_id"])
-    write_config(run, {**config, section: config[section] | {key: value}})
+    run = RunPaths(tmp_path / config.run_id)
+    write_config(run, {**config.mapping, section: config.mapping[section] | {key: value}})
     assert fails_with(lambda: read_config(run)).startswith(f"{run.config}: {section}.{key}={value!r}: it must be")
 
 
@@ -170,10 +173,10 @@ def test_a_config_that_was_edited_to_the_impossible_is_refused_by_name(
 )
 def test_text_in_double_quotes_is_read_as_in_yaml(argument: str, value: object) -> None:
     key = argument.partition("=")[0]
-    assert by_name(plan([argument])[0])[key] == value
-    assert by_name(set_values(plan([])[0], [argument]))[key] == value
+    assert by_name(plan([argument])[0].mapping)[key] == value
+    assert by_name(set_values(plan([])[0], [argument]).mapping)[key] == value
     (swept,) = plan([f"{argument},{argument.partition('=')[2]}"])
-    assert by_name(swept)[key] == value
+    assert by_name(swept.mapping)[key] == value
 
 
 def test_a_line_break_without_quotes_is_refused(fails_with: Fails) -> None:
@@ -222,7 +225,7 @@ def test_the_product_of_sweeps_is_bounded(fails_with: Fails) -> None:
 
 @pytest.mark.parametrize("path", ["/tmp/my runs", "/tmp/a=b", "/tmp/a(1)", "/tmp/é", "/tmp/[x]"])
 def test_the_advised_quotes_take_every_path(path: str) -> None:
-    assert plan([f'runtime.runs_dir="{path}"'])[0]["runtime"]["runs_dir"] == path
+    assert plan([f'runtime.runs_dir="{path}"'])[0].runtime.runs_dir == path
 
 
 @pytest.mark.parametrize(

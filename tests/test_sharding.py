@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -20,6 +19,7 @@ from experiments import ROOT
 from experiments.plan.compose import options
 from experiments.runs.config_files import read_config
 from experiments.runs.records import RunPaths, TrainRecord, read_json, read_lines, read_record
+from experiments.settings import with_values
 from experiments.train import methods
 from experiments.train.checkpoint import MANIFEST
 from experiments.train.run import train
@@ -221,7 +221,7 @@ def test_a_checkpoint_of_another_sharding_is_refused(
     step = preempt(tmp_path, run, 2, steps=1)
     again = planned([*arguments, f"runtime.runs_dir={tmp_path}"])
     assert again.root == run.root
-    assert read_config(run)["runtime"]["sharding"] == "full"  # planning it again leaves that
+    assert read_config(run).runtime.sharding == "full"  # planning it again leaves that
     planned([*arguments, f"runtime.runs_dir={tmp_path}", "runtime.sharding=none"])
     line = fails_with(lambda: train(again))
     assert "was written by 2 processes with runtime.sharding=full, and these are 1 processes with" in line
@@ -252,13 +252,13 @@ def test_what_cannot_be_sharded_is_refused(
 def test_blocks_that_processes_cannot_share_are_not_forced_into_the_weight(
     fails_with: Callable[[Callable[[], object]], str],
 ) -> None:
-    method: Any = config_of("diablo")["method"]
-    method["adapter"] |= {"num_blocks": 2, "mode": "auto"}
+    config = with_values(config_of("diablo"), {"method.adapter.num_blocks": 2, "method.adapter.mode": "auto"})
+    method = config.method
     modes = {shards: methods.forward_modes(methods.attach(method, fresh_base(), shards=shards)) for shards in (1, 2, 3)}
     assert "in_place" in modes[1].values()
     assert modes[2] == modes[1]
     assert set(modes[3].values()) == {"adapter"}
-    method["adapter"]["mode"] = "in_place"
+    method = with_values(config, {"method.adapter.mode": "in_place"}).method
     assert "3 processes share a weight of 2 blocks" in fails_with(
         lambda: methods.attach(method, fresh_base(), shards=3)
     )

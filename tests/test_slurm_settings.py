@@ -7,13 +7,13 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from experiments.config import RunConfig
 from experiments.plan.compose import plan, write_runs
+from experiments.runs.config_files import read_config
 from experiments.runs.evaluations import evaluation_paths
-from experiments.runs.records import read_config
 from experiments.runs.sizes import read_bytes
 from slurm import retry
 from slurm.arrays import Options, job_script
@@ -45,7 +45,7 @@ def test_the_example_shows_every_key_with_its_default() -> None:
     assert read_cluster("cluster.example") == Cluster()
 
 
-def run(model: str = "tiny", method: str = "diablo", *more: str) -> dict[str, Any]:
+def run(model: str = "tiny", method: str = "diablo", *more: str) -> RunConfig:
     task = "arith" if model == "tiny" else "commonsense_170k"
     (config,) = plan([f"model={model}", f"method={method}", f"task={task}", *more])
     return config
@@ -121,13 +121,13 @@ def test_a_submission_writes_how_a_run_is_sharded(
     arguments = ["model=llama2_7b", "method=full", "task=commonsense_170k", f"runtime.runs_dir={tmp_path / 'runs'}"]
     a100 = ["gpus_per_node=8", "gpu_memory=80G", "gpus=auto"]
     (planned,) = write_runs(plan(arguments))
-    assert read_config(planned)["runtime"]["sharding"] == "auto"
+    assert read_config(planned).runtime.sharding == "auto"
     submit(arguments, settings(*a100), Options())
-    assert read_config(planned)["runtime"]["sharding"] == "full"
+    assert read_config(planned).runtime.sharding == "full"
     write_runs(plan(arguments))
-    assert read_config(planned)["runtime"]["sharding"] == "full"
+    assert read_config(planned).runtime.sharding == "full"
     write_runs(plan([*arguments, "runtime.sharding=none"]))
-    assert read_config(planned)["runtime"]["sharding"] == "none"
+    assert read_config(planned).runtime.sharding == "none"
 
     checkpoint = planned.checkpoints / "step-00000008"
     checkpoint.mkdir(parents=True)

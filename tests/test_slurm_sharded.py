@@ -37,7 +37,7 @@ def test_a_sharded_run_of_real_weights_is_preempted_and_equals_an_undisturbed_on
         running.finish()
         record = read_record(running.run.train_record, TrainRecord)
         assert (record.world_size, record.sharding) == (2, "full")
-        assert read_config(running.run)["runtime"]["sharding"] == "full"
+        assert read_config(running.run).runtime.sharding == "full"
         assert bool(record.resumed_at) == (name == "preempted")
         runs.append(running.run)
     assert content(runs[0]) == content(runs[1])

@@ -175,7 +175,7 @@ def test_numbers_below_one_are_refused() -> None:
 
 
 def test_890_blocks_are_the_papers_share_of_llama2_7b() -> None:
-    architecture = plan(["model=llama2_7b"])[0]["model"]["architecture"]
+    architecture = plan(["model=llama2_7b"])[0].model.architecture
     base = empty_base(architecture)
     total = base.num_parameters()
     prepared = choose_blocks(base, SmtConfig(task_type="CAUSAL_LM"), None)
@@ -191,8 +191,8 @@ def test_the_tiny_model_trains_as_much_as_with_diablo() -> None:
     counts = []
     for name in ("smt", "diablo"):
         (run,) = plan([f"method={name}"])
-        base = empty_base(run["model"]["architecture"])
-        adapter = methods.peft_config(run["method"]["adapter"])
+        base = empty_base(run.model.architecture)
+        adapter = methods.peft_config(run.method.adapter or {})
         if isinstance(adapter, SmtConfig):
             adapter = choose_blocks(base, adapter, None)
         counts.append(get_peft_model(base, adapter, low_cpu_mem_usage=True).get_nb_trainable_parameters()[0])
@@ -264,11 +264,11 @@ def test_a_block_outside_the_grid_is_refused() -> None:
 def test_the_method_file_prepares_itself() -> None:
     """What experiments do with it: build the config, prepare it, attach it."""
     (run,) = plan(["method=smt", "model.adapter_size.smt_blocks=9", f"model.adapter_size.smt_block_size={SIZE}"])
-    method = run["method"]
-    prepare = dict(method["prepare"])
+    method = run.method
+    prepare = dict(method.prepare or {})
     assert prepare.pop("_target_") == "diablo.smt.choose_blocks"
     assert diablo.smt.choose_blocks is choose_blocks
     base, settings = frozen_llama(), {**prepare, "steps": 2}
-    prepared = choose_blocks(base, methods.peft_config(method["adapter"]), backward(base), None, **settings)
+    prepared = choose_blocks(base, methods.peft_config(method.adapter or {}), backward(base), None, **settings)
     assert get_peft_model(base, prepared).get_nb_trainable_parameters()[0] == 9 * SIZE * SIZE
-    assert method["label"] == "smt-n9"
+    assert method.label == "smt-n9"

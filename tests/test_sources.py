@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.config import Data
 from experiments.data import sources
 from experiments.data.rows import load_rows, rows_hash
 from experiments.data.sources import HUBS, SOURCES, Row, boxed
@@ -43,7 +44,7 @@ SPLITS = [(name, split) for name, splits in SOURCES.items() for split in splits]
 @pytest.fixture(scope="module")
 def rows_of(data_root: Path) -> Callable[..., list[Row]]:
     def load(name: str, split: str = "test") -> list[Row]:
-        return load_rows({"source": name}, split, str(data_root))
+        return load_rows(Data(name), split, str(data_root))
 
     return load
 
@@ -171,10 +172,10 @@ def test_every_local_file_loads(name: str, split: str, data_root: Path, fails_wi
     part = SOURCES[name][split]
     if not any((data_root / f"{part.file}{suffix}").is_file() for suffix in ("", ".gz")):
         assert (name, split) in ABSENT
-        said = fails_with(lambda: load_rows({"source": name}, split, str(data_root)))
+        said = fails_with(lambda: load_rows(Data(name), split, str(data_root)))
         assert f"no {part.file} (nor .gz) in {data_root}: " in said
         return
-    rows = load_rows({"source": name}, split, str(data_root))
+    rows = load_rows(Data(name), split, str(data_root))
     assert len(rows) in part.rows
     for row in rows:
         assert list(row) == [*FIELDS, *FURTHER.get(name, [])]
@@ -215,7 +216,7 @@ def test_commonsense_answers_are_options(name: str, split: str, rows_of: Callabl
 
 def test_the_six_commonsense_sets_that_are_here(data_root: Path) -> None:
     names = ["boolq", "piqa", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
-    assert len(load_rows({"source": names}, "train", str(data_root))) == 74_265
+    assert len(load_rows(Data(tuple(names)), "train", str(data_root))) == 74_265
 
 
 def test_the_sizes_of_commonsense_170k_follow_from_its_parts() -> None:
@@ -277,7 +278,7 @@ def test_human_eval_solutions_end_their_prompts(rows_of: Callable[..., list[Row]
 
 def test_hex_phi_says_where_to_ask(tmp_path: Path, fails_with: Fails) -> None:
     for root in (str(tmp_path), None):
-        said = fails_with(lambda root=root: load_rows({"source": "hex_phi"}, "test", root))
+        said = fails_with(lambda root=root: load_rows(Data("hex_phi"), "test", root))
         assert "ask for access at https://huggingface.co/datasets/LLM-Tuning-Safety/HEx-PHI under its licence" in said
         assert "hex_phi/hex_phi.jsonl as JSON lines with instruction and category" in said
         assert "advbench and xstest_unsafe are the open stand-ins" in said
@@ -290,11 +291,11 @@ def test_hex_phi_is_read_from_the_users_file(count: int, whole: bool, tmp_path: 
     lines = ['{"instruction": "q", "category": "malware", "more": 1}\n'] * count
     (tmp_path / "hex_phi/hex_phi.jsonl").write_text("".join(lines), encoding="utf-8")
     if whole:
-        rows = load_rows({"source": "hex_phi"}, "test", str(tmp_path))
+        rows = load_rows(Data("hex_phi"), "test", str(tmp_path))
         row = {"instruction": "q", "input": "", "output": "", "answer": "safe", "category": "malware"}
         assert rows == [row] * count
     else:
-        said = fails_with(lambda: load_rows({"source": "hex_phi"}, "test", str(tmp_path)))
+        said = fails_with(lambda: load_rows(Data("hex_phi"), "test", str(tmp_path)))
         assert f"{count} rows, there must be 330 or 300" in said
 
 

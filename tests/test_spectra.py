@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from analysis.plots_theory import condition_measured
 from analysis.report import write_report
 from analysis.theory import condition
 from diablo import DiabloConfig
+from experiments.config import Spectra
 from experiments.errors import UserError
 from experiments.runs.records import read_lines
 from experiments.train.run import train
@@ -31,7 +33,7 @@ from tests.conftest import planned
 from tests.test_diablo_tuner import tiny_llama
 from tests.test_run import train_until
 
-SETTINGS = {"every": 2, "blocks": 4, "tokens": 1000}
+SETTINGS = Spectra(every=2, blocks=4, tokens=1000)
 
 
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
@@ -141,7 +143,7 @@ def test_what_is_measured_makes_the_gradient_of_the_weight(tmp_path: Path, monke
 
 def test_only_every_so_many_steps_and_only_so_many_tokens(tmp_path: Path) -> None:
     model = get_peft_model(tiny_llama(), DiabloConfig(num_blocks=4, target_modules=["q_proj", "down_proj"]))
-    measure = MeasureSpectra(model, tmp_path / "spectra.jsonl", SETTINGS | {"tokens": 5})
+    measure = MeasureSpectra(model, tmp_path / "spectra.jsonl", replace(SETTINGS, tokens=5))
     ids = torch.randint(model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
     for number in range(4):
         step(measure, model, number, ids, torch.ones_like(ids))

@@ -102,8 +102,8 @@ def test_planning_and_reporting_do_not_ask_the_locale(tmp_path: Path, cache_dir:
     planned = run("-m", "experiments.plan", *arguments)
     assert planned.returncode == 0, planned.stderr
     (folder,) = (tmp_path / "runs").iterdir()
-    protocol = read_config(RunPaths(folder))["protocol"]
-    assert (protocol["ending"], protocol["target"]) == ("é ✓\n", "→ {output}")
+    protocol = read_config(RunPaths(folder)).protocol
+    assert (protocol.ending, protocol.target) == ("é ✓\n", "→ {output}")
     (config,) = plan(arguments)
     assert folder.name == config.run_id
     reported = run("-m", "analysis.report", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--note", "Ç · 表")

@@ -17,6 +17,7 @@ from diablo.methods.residual import check_start, initial_factors, save_adapter
 from diablo.quantize import QuantizedLinear, load_quantized, merge_to_grid, round_to_nearest, save_quantized
 from diablo.quantize.quantized_linear import set_module
 from diablo.tied import untie
+from experiments.config import Method
 from experiments.errors import UserError
 from experiments.merge import merge
 from experiments.plan.compose import plan
@@ -127,7 +128,7 @@ def test_untied_models_keep_their_weights_where_they_are() -> None:
         assert layer.base_layer is before
 
 
-METHOD = {"label": "m", "trains": "adapter"}
+METHOD = Method("m", "m", "adapter", {})
 
 
 @pytest.mark.parametrize("name", [*OURS, *PEFTS])
@@ -248,7 +249,7 @@ def test_a_run_is_scored_and_merged_as_the_model_it_trained(small: list[str], tm
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_whole_model_is_loaded_with_the_heads_it_was_trained_with(tied: bool, tmp_path: Path) -> None:
-    method = {"label": "full", "trains": "all"}
+    method = Method("full", "full", "all", None)
     model: Any = methods.attach(method, base(tied, torch.float32))
     with torch.no_grad():
         for parameter in model.parameters():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
+from experiments.config import Data, Protocol
 from experiments.data import prompts
 from experiments.data.rows import load_rows
 from experiments.data.tokens import tokenised
@@ -33,7 +35,7 @@ Fails = Callable[[Callable[[], object]], str]
 @pytest.fixture(scope="module")
 def rows() -> Rows:
     """Three batches, the last one not full."""
-    return load_rows({"source": "arith", "train": 600, "heldout": 14, "test": 28, "seed": 0}, "train", None)
+    return load_rows(Data("arith", train=600, heldout=14, test=28, seed=0), "train", None)
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +44,8 @@ def tokenizer(rows: Rows) -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="module")
-def protocol() -> dict[str, Any]:
-    return plan(["task=arith"])[0]["protocol"]
+def protocol() -> Protocol:
+    return plan(["task=arith"])[0].protocol
 
 
 def folders(cache: Path) -> list[Path]:
@@ -62,12 +64,12 @@ def test_tokens_equal_encode(
     train_on_prompt: bool,
     joined: bool,
     max_length: int,
-    protocol: dict[str, Any],
+    protocol: Protocol,
     tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
     tmp_path: Path,
 ) -> None:
-    protocol = {**protocol, "train_on_prompt": train_on_prompt, "joined": joined, "max_length": max_length}
+    protocol = replace(protocol, train_on_prompt=train_on_prompt, joined=joined, max_length=max_length)
     expected = prompts.encode(protocol, tokenizer, rows)
     examples = tokenised(protocol, tokenizer, rows, tmp_path)
     assert len(examples) == 600
@@ -79,7 +81,7 @@ def test_tokens_equal_encode(
 
 
 def test_a_second_call_tokenises_nothing(
-    protocol: dict[str, Any],
+    protocol: Protocol,
     tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
     tmp_path: Path,
@@ -100,7 +102,7 @@ def test_a_second_call_tokenises_nothing(
 
 
 def test_whatever_decides_the_tokens_gets_its_own_folder(
-    protocol: dict[str, Any],
+    protocol: Protocol,
     tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
     tmp_path: Path,
@@ -109,7 +111,7 @@ def test_whatever_decides_the_tokens_gets_its_own_folder(
     few = rows[:20]
     last_changed = [*few[:-1], {**few[-1], "output": few[-1]["output"] + "."}]
     tokenised(protocol, tokenizer, few, tmp_path)
-    tokenised({**protocol, "max_length": 255}, tokenizer, few, tmp_path)
+    tokenised(replace(protocol, max_length=255), tokenizer, few, tmp_path)
     tokenised(protocol, trained_tokenizer(rows[:20]), few, tmp_path)
     tokenised(protocol, tokenizer, last_changed, tmp_path)
     tokenised(protocol, tokenizer, few[::-1], tmp_path)
@@ -123,7 +125,7 @@ def test_whatever_decides_the_tokens_gets_its_own_folder(
 @pytest.mark.parametrize("error", [Killed(), OSError(28, "No space left on device")], ids=repr)
 def test_an_interrupted_write_leaves_nothing(
     error: BaseException,
-    protocol: dict[str, Any],
+    protocol: Protocol,
     tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
     tmp_path: Path,
@@ -146,7 +148,7 @@ def test_an_interrupted_write_leaves_nothing(
 
 
 def test_what_a_killed_process_wrote_is_not_read(
-    protocol: dict[str, Any],
+    protocol: Protocol,
     tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
     tmp_path: Path,
@@ -181,7 +183,7 @@ def flip_a_bit(path: Path) -> None:
 def test_a_damaged_folder_is_made_again(
     name: str,
     damage: Callable[[Path], object],
-    protocol: dict[str, Any],
+    protocol: Protocol,
     tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
     tmp_path: Path,
@@ -198,7 +200,7 @@ def test_a_damaged_folder_is_made_again(
 
 
 def test_two_processes_may_make_the_same_folder(
-    protocol: dict[str, Any],
+    protocol: Protocol,
     tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
     tmp_path: Path,
@@ -218,13 +220,13 @@ def test_two_processes_may_make_the_same_folder(
     assert examples[599] == others[0][599] == encode(protocol, tokenizer, rows[599:])[0]
 
 
-def test_no_rows_are_no_examples(protocol: dict[str, Any], tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_no_rows_are_no_examples(protocol: Protocol, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     examples = tokenised(protocol, tokenizer, [], tmp_path)
     assert (len(examples), len(examples.lengths), examples.truncated) == (0, 0, 0)
 
 
 def test_what_cannot_be_tokenised_is_refused(
-    protocol: dict[str, Any], tokenizer: PreTrainedTokenizerBase, rows: Rows, tmp_path: Path, fails_with: Fails
+    protocol: Protocol, tokenizer: PreTrainedTokenizerBase, rows: Rows, tmp_path: Path, fails_with: Fails
 ) -> None:
     bad = [*rows[:300], {"instruction": "a row without its target"}]
     assert "its target needs the field 'output'" in fails_with(lambda: tokenised(protocol, tokenizer, bad, tmp_path))

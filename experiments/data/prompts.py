@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
-from experiments.config import Protocol
+from experiments.config import Evaluation, Protocol
 from experiments.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Asked:
-    """How a test's rows are asked: `evaluation.protocol` and the settings of the same names."""
+    """How the rows of an evaluation's plan are asked: settings of `Evaluation`."""
 
     protocol: str
     prompt: str | None
@@ -42,7 +42,7 @@ class Asked:
     strip_prompt: bool
 
 
-def prompt_text(rules: Protocol | Asked, row: dict[str, str]) -> str:
+def prompt_text(rules: Protocol | Evaluation | Asked, row: dict[str, str]) -> str:
     """What the model is given, in training (`rules`: a `Protocol`) or in a test."""
     if isinstance(rules, Protocol) and rules.split_query:
         instruction, _, rest = row["instruction"].partition("\n")
@@ -52,7 +52,7 @@ def prompt_text(rules: Protocol | Asked, row: dict[str, str]) -> str:
     if template is None:
         raise UserError(f"protocol {_name(rules)} has no {part}, which the row {row} needs: choose another protocol")
     text = _fill(rules, part, template, row)
-    return text.strip() if isinstance(rules, Asked) and rules.strip_prompt else text
+    return text.strip() if not isinstance(rules, Protocol) and rules.strip_prompt else text
 
 
 def target_text(protocol: Protocol, row: dict[str, str]) -> str:
@@ -171,11 +171,11 @@ def collate(examples: list[Example], pad_token_id: int) -> dict[str, torch.Tenso
     }
 
 
-def _name(rules: Protocol | Asked) -> str:
+def _name(rules: Protocol | Evaluation | Asked) -> str:
     return rules.name if isinstance(rules, Protocol) else rules.protocol
 
 
-def _fill(rules: Protocol | Asked, part: str, template: str, row: dict[str, str]) -> str:
+def _fill(rules: Protocol | Evaluation | Asked, part: str, template: str, row: dict[str, str]) -> str:
     try:
         return fill(template, row)
     except KeyError as error:

@@ -141,7 +141,7 @@ def _checked(override: Override, files: Mapping[str, Any]) -> Override:
     return dataclasses.replace(override, _value=value, input_line=line)
 
 
-def by_name(config: Config, prefix: str = "") -> Config:
+def by_name(config: Mapping[str, Any], prefix: str = "") -> Config:
     """Every setting and section of a config by its dotted name."""
     found: Config = {}
     for name, value in config.items():
