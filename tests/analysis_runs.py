@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from experiments.plan.compose import plan
 from experiments.runs.config_files import config_hash, run_id, write_config
 from experiments.runs.follows import standard_error
 from experiments.runs.records import EvalRecord, RunPaths, TrainRecord, content_hash, write_record
@@ -22,6 +24,12 @@ MATRICES = {
     "full": ("weight",),
     "base": (),
 }
+
+
+@cache
+def template() -> Mapping[str, Any]:
+    """The config of a planned run, for the settings that no table shows."""
+    return plan(["recipe.learning_rate=1e-3"])[0].mapping
 
 
 def write_run(
@@ -56,20 +64,26 @@ def write_run(
     adapter = None if method in ("full", "base") else {key: size, "target_modules": ["q_proj", "down_proj"]}
     if pattern is not None:
         adapter = {"pattern": pattern, "density": 1 / size}
+    planned = template()
     config: dict[str, Any] = {
-        "model": {"name": model},
+        "model": {**planned["model"], "name": model},
         "method": {
             "name": method,
             "label": f"{method}-{pattern or f'{letter}{size}'}" if adapter else method,
             "trains": {"full": "all", "base": "nothing"}.get(method, "adapter"),
             "adapter": adapter,
         },
-        "task": {"name": task},
-        "protocol": {"name": protocol, "train_on_prompt": protocol == "llm_adapters"},
-        "recipe": {"learning_rate": learning_rate, "epochs": 1, "batch_size": 16},
+        "task": {**planned["task"], "name": task},
+        "protocol": {**planned["protocol"], "name": protocol, "train_on_prompt": protocol == "llm_adapters"},
+        "recipe": {**planned["recipe"], "learning_rate": learning_rate, "epochs": 1},
         "seed": seed,
-        "evaluation": {"benchmarks": [name for name in names if " " not in name], "mean": mean_with is not None},
-        "runtime": {"device": "cpu"},
+        "evaluation": {
+            **planned["evaluation"],
+            "protocol": protocol,
+            "benchmarks": [name for name in names if " " not in name],
+            "mean": mean_with is not None,
+        },
+        "runtime": {**planned["runtime"], "device": "cpu"},
     }
     identity = run_id(config)
     run = RunPaths(root / identity)

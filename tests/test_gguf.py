@@ -88,7 +88,7 @@ def test_a_file_is_a_base_model_with_its_weights(tmp_path: Path, fails_with: Fai
     path = tmp_path / "small.gguf"
     weights = write_gguf(path)
     (config,) = plan(arguments(path, tmp_path))
-    assert config.model.gguf == {"file": str(path), "sha256": file_hash(path)}
+    assert config.model.gguf == Gguf(file=str(path), sha256=file_hash(path))
     base, tokenizer = load_base(config)
     state = base.state_dict()
     for ours, theirs in (("mlp.down_proj", "ffn_down"), ("self_attn.v_proj", "attn_v")):  # q and k are permuted

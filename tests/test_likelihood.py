@@ -237,7 +237,8 @@ def test_a_named_protocol_is_the_section_of_a_run_planned_with_it(name: str) -> 
     tasks |= {"math_10k": "math_10k", "metamathqa": "metamathqa", "safety": "saferpaca"}
     family, _, own = name.partition("/")
     (config,) = plan([f"task={tasks[family]}", f"protocol={own}", "recipe.learning_rate=1"])
-    assert protocol_section(name) == config.protocol
+    assert protocol_section(name) == config.mapping["protocol"]
+    assert section(Protocol, protocol_section(name)) == config.protocol
 
 
 def test_a_task_files_protocol_makes_the_tokens(copied: RunPaths, data_root: Path) -> None:

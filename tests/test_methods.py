@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, set_seed
 from diablo.quantize import QuantizedLinear, quantized_layers, round_to_nearest
 from diablo.quantize.quantized_linear import set_module
 from experiments import CONFIGS
-from experiments.config import RunConfig
+from experiments.config import Method, RunConfig
 from experiments.errors import UserError
 from experiments.models.shapes import build_config
 from experiments.plan.compose import options, plan
@@ -85,14 +85,15 @@ def attached(name: str, base: PreTrainedModel | None = None) -> Any:
     """The method on a base, prepared with random tokens and, where it needs one, an adapter of the method before it."""
     method, base = config_of(name).method, base or fresh_base()
     with tempfile.TemporaryDirectory() as folder:
-        first = first_adapter(method, base.dtype, Path(folder)) if "first" in method else None
+        first = first_adapter(method, base.dtype, Path(folder)) if method.prerequisite else None
         set_seed(1)
         return methods.attach(method, base, random_backward(base), first).eval()
 
 
-def first_adapter(method: dict[str, Any], dtype: torch.dtype, folder: Path) -> Path:
+def first_adapter(method: Method, dtype: torch.dtype, folder: Path) -> Path:
     set_seed(1)
-    before = method["first"]["method"]
+    assert method.prerequisite is not None
+    before = method.prerequisite.method
     base = fresh_base(dtype)
     model = methods.attach(before, base, random_backward(base))
     initial = methods.initial_state(model)

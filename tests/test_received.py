@@ -380,4 +380,4 @@ def test_our_own_configs_pass(tmp_path: Path) -> None:
     """Every method's frozen config is read back, those of prepared and two-stage methods too."""
     for method in ("smt", "lora_ga", "lori_s", "prefix", "full", "base"):
         run = received([f"method={method}", "recipe.learning_rate=1e-3"], tmp_path, lambda config: None)
-        assert read_config(run) == yaml.safe_load(run.config.read_text("utf-8"))
+        assert read_config(run).mapping == yaml.safe_load(run.config.read_text("utf-8"))

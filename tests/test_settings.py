@@ -241,5 +241,8 @@ def test_a_frozen_config_is_checked_like_a_planned_one() -> None:
     """All configs that the files give pass, also read back from YAML."""
     for method in options("method"):
         (overrides,) = sweep([f"method={method}"])
-        settings.check(yaml.safe_load(yaml.safe_dump(resolve(overrides))))
+        config = resolve(overrides)
+        again = yaml.safe_load(yaml.safe_dump(dict(config.mapping)))
+        settings.check(again)
+        assert settings.typed(again) == config
     assert (CONFIGS / "run.yaml").is_file()
