@@ -6,7 +6,8 @@
 
 Arguments are Hydra overrides, and a comma makes a sweep. An experiment file is a list of such lines, its grids; its
 runs are their union. `--dry-run` prints the runs, their exact parameter counts and their memory instead, from the
-architecture alone.
+architecture alone. `--help-config SECTION` explains the settings of a section (model, method, quantization, task,
+recipe, spectra, protocol, evaluation, runtime), with their values for the choices that are given.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import sys
 
 from experiments.errors import run_command
 from experiments.plan.choose import follow, stages_of
-from experiments.plan.compose import write_runs
+from experiments.plan.compose import plan, write_runs
+from experiments.plan.explain import explain
 from experiments.plan.selection import add_options, read_options, select
 
 
@@ -28,9 +30,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print runs, parameters, tokens and memory; write no runs"
     )
-
+    parser.add_argument(
+        "--help-config", metavar="SECTION", help="print a section's settings, their values and what they may be"
+    )
     add_options(parser)
     options = parser.parse_intermixed_args(arguments)
+    if options.help_config:
+        (config, *_) = plan(options.overrides)
+        print(*explain(options.help_config, config.mapping), sep="\n")
+        return
     selection = read_options(options)
     if options.dry_run:
         from experiments.plan.overview import dry_run  # torch and peft, which --help should not wait for
