@@ -42,7 +42,7 @@ def test_lists_are_tuples_but_in_open_mappings(config: RunConfig) -> None:
     assert config.evaluation.benchmarks == ("arith",)
     assert config.task.target_modules == ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
     assert config.method.adapter is not None
-    assert config.method.adapter["target_modules"] == list(config.task.target_modules)  # for PEFT
+    assert config.method.adapter["target_modules"] == list(config.task.target_modules or ())  # for PEFT
     assert config.protocol.replace == {"a": "b"}
 
 
@@ -76,7 +76,7 @@ def test_a_misspelt_key_in_a_file_is_refused(
     for module in (compose, experiment_files):
         monkeypatch.setattr(module, "CONFIGS", configs)
     said = fails_with(lambda: plan(["task=misspelt", "recipe.learning_rate=1e-3"]))
-    assert said == "no setting recipe.warm_up_steps: did you mean warmup_steps?"
+    assert said == "no setting recipe.warm_up_steps: did you mean warmup_steps or max_steps?"
 
 
 def test_the_name_that_a_prerequisite_had_is_read_and_kept_in_the_run_id(tmp_path: Path) -> None:
