@@ -25,7 +25,7 @@ ALLOWED = {
 }
 STARTS_EVERYTHING = ("experiments.reproduce",)  # inside its functions: eval and analysis
 FOLDERS = ("runs", "data", "models", "train", "plan", "speed", "reproduce", "gpu")
-BASE = ("experiments", "experiments.errors", "experiments.settings")
+BASE = tuple(f"experiments{name}" for name in ("", ".config", ".errors", ".rules", ".settings"))
 COMMANDS = ("experiments.gguf", "experiments.merge", "experiments.quantize")  # beside the folders
 
 
