@@ -258,7 +258,7 @@ def test_blocks_that_processes_cannot_share_are_not_forced_into_the_weight(
     assert modes[2] == modes[1]
     assert set(modes[3].values()) == {"adapter"}
     method["adapter"]["mode"] = "in_place"
-    assert "3 processes share a weight of 2 blocks" in fails_with(
+    assert "3 processes shard a weight of 2 blocks" in fails_with(
         lambda: methods.attach(method, fresh_base(), shards=3)
     )
 
