@@ -152,7 +152,7 @@ def test_any_option_of_sbatch_is_passed_through() -> None:
         ("qos=high", "options of sbatch go under sbatch"),
         ("sbatch={array: 1-3}", "sbatch.array is set by the submission: give --max-parallel"),
         ("sbatch={--qos: high}", "without dashes"),
-        ("sbatch=[1]", "it has to be a dict"),
+        ("sbatch=[1]", "it must be a dict"),
         ("signal=KILL@3", "as USR1@120"),
         ("eval={partition: x}", "no setting eval.partition"),
         ("gpu_memory=80", "gpu_memory: 80 is no size: write one, as 80G"),
@@ -189,7 +189,7 @@ def test_unknown_clusters_and_missing_sbatch(
     assert "no sbatch on the path" in fails_with(lambda: submit(arguments, settings(), Options()))
     assert not (tmp_path / "runs").exists()
     assert "--failed" in fails_with(lambda: retry.main(["method=lora", "cluster=a100"]))
-    assert "numbers from 1" in fails_with(lambda: parse(["method=lora", "--pack", "0"]))
+    assert "must be at least 1" in fails_with(lambda: parse(["method=lora", "--pack", "0"]))
 
 
 def test_a_second_submitter_is_told_who_is_first(tmp_path: Path, fails_with: FailsWith) -> None:
