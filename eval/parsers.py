@@ -112,7 +112,7 @@ def _expression(text: str, whole_lines: bool = True) -> Reading:
 def first_option(text: str, options: Sequence[str] = ()) -> Reading:
     """Return the option mentioned first, case-sensitively: AGI-Edgerunners/LLM-Adapters commonsense_evaluate.py."""
     if not options:
-        raise UserError("evaluation.parser reads options, which this benchmark lacks: choose a parser for its answers")
+        raise UserError("evaluation.parser reads options, of which this benchmark has none: choose one for its answers")
     match = re.search("|".join(re.escape(option) for option in options), text)
     return Reading(match[0] if match else None)
 

@@ -135,7 +135,7 @@ def test_a_submission_writes_how_a_run_is_sharded(
     (checkpoint / "manifest.json").write_text(json.dumps(layout), encoding="utf-8")
     submit(arguments, settings(*a100), Options())
     said = fails_with(lambda: submit(arguments, settings(*a100, "gpus=4"), Options()))
-    assert "was written by 2 processes with runtime.sharding=full, and these are 4 processes with" in said
+    assert "was written by 2 processes with runtime.sharding=full, but these are 4 processes with" in said
 
 
 def test_any_option_of_sbatch_is_passed_through() -> None:
@@ -155,9 +155,9 @@ def test_any_option_of_sbatch_is_passed_through() -> None:
         ("sbatch=[1]", "it must be a dict"),
         ("signal=KILL@3", "as USR1@120"),
         ("eval={partition: x}", "no setting eval.partition"),
-        ("gpu_memory=80", "gpu_memory: 80 is no size: write one, as 80G"),
-        ("gpu_memory=[40G, 80G]", "where GPUs differ, that of the smallest"),
-        ("gpu_memory=0G", "is no size"),
+        ("gpu_memory=80", "gpu_memory: 80 is not a size: write e.g. 80G"),
+        ("gpu_memory=[40G, 80G]", "if GPUs differ, that of the smallest"),
+        ("gpu_memory=0G", "is not a size"),
     ],
 )
 def test_wrong_settings_are_refused(change: str, expected: str, fails_with: FailsWith) -> None:
