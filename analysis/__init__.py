@@ -1,1 +1,1 @@
-"""Tables and figures. Reads records; needs no torch."""
+"""Tables and figures from records; needs no torch."""

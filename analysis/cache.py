@@ -1,6 +1,6 @@
-"""What was read of many runs, kept between two loads in one Parquet file, and read again only where a file changed.
+"""Caches the rows of many runs in one Parquet file between loads; only runs whose files changed are read again.
 
-The file lies in `$DIABLO_CACHE` (default ~/.cache/diablo), a file per set of folders. It may be deleted at any time.
+The cache is in `$DIABLO_CACHE` (default ~/.cache/diablo), one file per set of folders. It can be deleted at any time.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import pandas as pd
 
 JSON_COLUMNS = ["environment", "eval_environment", "extra_metrics", "commits", "problems"]
 EVALUATION = ("score.json", "plan.json", "samples.jsonl", "judgements.jsonl")
-LENGTHS = "item_lengths"  # of `items`: one number for one benchmark, several for a mean over benchmarks
+LENGTHS = "item_lengths"  # lengths of the arrays in `items`: one for a single benchmark, several for a mean
 
 
 def signature(directory: str) -> str:
-    """Names, times and sizes of the files that a run's rows are read from; another signature, another content."""
+    """Return names, times and sizes of the files a run's rows are read from; it changes whenever they change."""
     records = ("config.yaml", "learning_rate.json", "train.json", "held_out.json", "diverged.json")
     names = [f"{directory}/{name}" for name in records]
     try:
@@ -28,7 +28,7 @@ def signature(directory: str) -> str:
             folder = f"{directory}/eval/{benchmark}"
             for evaluation in sorted(os.listdir(folder)):
                 names += [f"{folder}/{evaluation}/{name}" for name in EVALUATION]
-    except OSError:  # not evaluated, or a file where a folder should be: reading says so
+    except OSError:  # not evaluated, or a file in place of a folder: reading the run reports it
         pass
     parts = [directory]
     for name in names:
@@ -47,10 +47,10 @@ def cached_rows(
     build: Callable[[Sequence[dict[str, Any]]], pd.DataFrame],
     version: str,
 ) -> pd.DataFrame:
-    """The rows of all `directories`, in their order; only those whose files changed go through `read`.
+    """Return the rows of all `directories`, in order; only those whose files changed go through `read`.
 
-    `read` gives the rows of every directory, at least one, and `build` makes a frame of rows. `version` names what is
-    read and how: another version, another file.
+    `read` returns the rows of each directory (at least one), and `build` makes a frame from rows. `version` identifies
+    what is read and how; another version uses another cache file.
     """
     from experiments.runs.records import content_hash
 
@@ -81,7 +81,7 @@ def cached_rows(
 
 
 def _encode(frame: pd.DataFrame) -> pd.DataFrame:
-    """A copy with nothing in it that Parquet has no type for."""
+    """Return a copy that holds only types that Parquet supports."""
     lists = [[items] if isinstance(items, np.ndarray) else items for items in frame["items"]]
     several = [isinstance(items, list) for items in lists]
     encoded = frame.assign(
@@ -124,7 +124,7 @@ def _load(path: Path) -> pd.DataFrame | None:
         return None
     try:
         return pd.read_parquet(path)
-    except (OSError, ValueError):  # not whole: read everything again
+    except (OSError, ValueError):  # incomplete: read everything again
         return None
 
 
@@ -134,5 +134,5 @@ def _save(frame: pd.DataFrame, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         frame.to_parquet(cast(Any, aside), index=False)
         os.replace(aside, path)
-    except OSError:  # a full or read-only disk costs the next load its time, no more
+    except OSError:  # with a full or read-only disk, the next load is only slower
         aside.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""The methods of one table, pair by pair: differences with intervals, tests, and what could have been found.
+"""Pairwise comparisons of the methods in one table: differences with intervals, tests and power.
 
-Only runs that answered the same test items are compared, seed by seed (analysis/paired.py has the statistics). All
-tests of one table are one family, corrected by Holm's method. With fewer than five common seeds nothing is tested: what
-the trained models would do on other items says nothing of what the methods would do trained again.
+Only runs that answered the same test items are compared, seed by seed (statistics in analysis/paired.py). All tests of
+one table form one family, corrected by Holm's method. With fewer than five common seeds nothing is tested: how the
+trained models would do on other items does not show how the methods would do if trained again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from analysis.stats import SEEDS_FOR_AN_INTERVAL
 from analysis.tables import SECTION, by_section, csv_text, item_arrays, marks, mixed, sections, with_legend
 from experiments.errors import UserError, nearest
 
-ALL_PAIRS = 6  # up to so many settings every pair is tested, above it each against the reference
+ALL_PAIRS = 6  # up to this many settings, test every pair; above, test each against the reference
 OF_A_SETTING = ["setting", "method", "label", "learning_rate"]
 COLUMNS = [
     *SECTION,
@@ -34,14 +34,14 @@ COLUMNS = [
 
 
 def comparison_table(frame: pd.DataFrame, reference: str | None = None) -> pd.DataFrame:
-    """One row per pair of settings that share test items and seeds, with the columns `COLUMNS`.
+    """Return one row per pair of settings that share test items and seeds, with the columns `COLUMNS`.
 
     `frame` is `Runs.frame`. `mean`, `low`, `high` and `smallest` are differences of accuracy, first minus second, over
-    the `seeds` that both have (a list); `p_holm` is corrected over the `family` of tests in its table. With fewer than
-    `SEEDS_FOR_AN_INTERVAL` seeds interval, test and `smallest` are NaN, and it is of no family. Every pair is
-    there where a table has at most `ALL_PAIRS` settings and no `reference` is named; else every setting is compared
-    with the reference, a label, by default the DiaBlo setting nearest in size to one of LoRA: size is known before any
-    score. What has several learning rates is left out: it is a sweep. UserError for an unknown label.
+    the list of common `seeds`; `p_holm` is corrected over the `family` of tests in its table. With fewer than
+    `SEEDS_FOR_AN_INTERVAL` seeds, interval, test and `smallest` are NaN and the row is in no family. If a table has
+    at most `ALL_PAIRS` settings and no `reference` is given, all pairs are compared; else every setting is compared
+    with the reference, a label. Its default is the DiaBlo setting nearest in size to one of LoRA, since size is known
+    before any score. Settings with several learning rates are left out, being sweeps. UserError for an unknown label.
     """
     labels = set(frame["label"])
     if reference is not None and reference not in labels:
@@ -68,7 +68,7 @@ def comparison_table(frame: pd.DataFrame, reference: str | None = None) -> pd.Da
 
 
 def display(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `comparison_table` as text for a reader; differences are in percentage points."""
+    """Return the rows of `comparison_table` as text for readers; differences are in percentage points."""
     rows = []
     for row in records(table):
         untested = math.isnan(row["p_value"])
@@ -90,12 +90,12 @@ def display(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def to_markdown(table: pd.DataFrame) -> str:
-    """One Markdown table per section, under a heading that names it."""
+    """Return one Markdown table per section, each under a heading."""
     return with_legend([(title, display(rows)) for title, rows in by_section(table)], table)
 
 
 def to_csv(table: pd.DataFrame) -> str:
-    """The numbers, unrounded, as CSV; `seeds` as `0 1 2`."""
+    """Return the unrounded numbers as CSV; `seeds` as `0 1 2`."""
     seeds = table["seeds"].map(lambda seeds: " ".join(map(str, seeds)))
     return csv_text(table.assign(seeds=seeds, mixed=table["mixed"].map("; ".join)))
 
@@ -118,7 +118,7 @@ def _pairs(settings: Sequence[pd.DataFrame], reference: str | None) -> Iterator[
 
 
 def _nearest_in_size(settings: Sequence[pd.DataFrame]) -> list[int]:
-    """The place of the DiaBlo setting nearest in trainable parameters to a LoRA setting; the first place if none."""
+    """Return the index of the DiaBlo setting nearest in trainable parameters to a LoRA setting; 0 if there is none."""
     facts = [
         (
             "diablo" if runs["pattern"].iloc[0] == "diagonal" else runs["method"].iloc[0],
@@ -129,7 +129,7 @@ def _nearest_in_size(settings: Sequence[pd.DataFrame]) -> list[int]:
     sizes = [size for method, size in facts if method == "lora" and pd.notna(size)]
     ours = [place for place, (method, size) in enumerate(facts) if method == "diablo" and pd.notna(size)]
     if not ours or not sizes:
-        return [*ours, 0][:1]  # of a table of sparse patterns the diagonal
+        return [*ours, 0][:1]  # in a table of sparse patterns, the diagonal
     return [min(ours, key=lambda place: min(abs(facts[place][1] - size) for size in sizes))]
 
 
@@ -146,7 +146,7 @@ def _compared(first: pd.DataFrame, second: pd.DataFrame, seeds: Sequence[int]) -
 
 
 def _title(row: dict[str, Any]) -> str:
-    """The two labels; where they are one, with the beginning of their settings' hashes."""
+    """Return the two labels; if they are equal, with the first characters of their settings' hashes."""
     if row["first_label"] != row["second_label"]:
         return f"{row['first_label']} − {row['second_label']}"
     return " − ".join(f"{row[f'{side}_label']} ({row[f'{side}_setting'][:6]})" for side in ("first", "second"))

@@ -1,9 +1,9 @@
-"""The page that answers the questions of docs/evidence.md from its runs, by the tests that were registered there.
+"""Writes the page that answers the questions of docs/evidence.md from its runs, by the tests registered there.
 
     python -m analysis.evidence results/evidence/runs --out results/evidence
 
-Writes evidence.md with its figures, settings.csv and comparisons.csv. What is not finished is named as not run, so that
-the page can be made at any time.
+Writes evidence.md with its figures, settings.csv and comparisons.csv. Unfinished settings are listed as not run, so the
+page can be made at any time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The page of docs/evidence.md. Every number and verdict is computed; settings that are not finished are named."""
+"""The page of docs/evidence.md. Every number and verdict is computed; unfinished settings are listed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from experiments.runs.records import write_atomically
 
 
 def write_evidence(directories: Sequence[Path], out: Path) -> Path:
-    """The page, its figures and tables as files; returns the page's path."""
+    """Write the page, its figures and its tables, and return the page's path."""
     runs = load_runs(directories, quiet=True)
     settings = settings_of(runs)
     comparisons = comparisons_of(settings)
@@ -47,7 +47,7 @@ def write_evidence(directories: Sequence[Path], out: Path) -> Path:
 def page(
     settings: dict[str, Setting], comparisons: Sequence[Comparison], pictures: Sequence[Picture], about: dict[str, Any]
 ) -> str:
-    """The page in Markdown, with its figures beside it."""
+    """Return the page in Markdown; its figures are files in the same folder."""
     answers = [(question, [c for c in comparisons if c.question == question.letter]) for question in QUESTIONS]
     devices, torch, hours = " and ".join(about["devices"]), ", ".join(about["torch"]), about["seconds"] / 3600
     parts = [
@@ -56,32 +56,32 @@ def page(
         f"them scored, on {devices} (torch {torch}), {hours:.1f} hours of training in all. Questions, design and "
         "tests were registered before the first run: [docs/evidence.md](../../../docs/evidence.md).",
         "A difference is of NLL in nats per token, first minus second: below 0 the first is better. *Smallest* is "
-        "the difference that would have been found with 80 % power. Better or worse: Holm p < 0.05; equal: the "
-        f"interval lies within ±{MARGIN}; else cannot say, as with fewer than {SEEDS_FOR_A_VERDICT} seeds. This page "
+        "the smallest difference that is found with 80 % power. Better or worse: Holm p < 0.05; equal: the interval "
+        f"lies within ±{MARGIN}; otherwise, and with fewer than {SEEDS_FOR_A_VERDICT} seeds: cannot say. This page "
         "is written by `python -m analysis.evidence`.",
         "## Answers",
         "\n".join(_answer(question, found) for question, found in answers),
         _figure(pictures[0]),
         *(part for question, found in answers for part in _section(question, found)),
-        "## What is gained and what is forgotten",
+        "## Gain and forgetting",
         _figure(pictures[1]),
         "## Settings",
-        f"*NLL* is of GSM8K's 1,319 test solutions. *Forgotten* is the mean of {', '.join(RETENTION)}, after minus "
-        "before. *MAWPS* is the accuracy on its 238 test problems of every seed, of the settings that were asked. A "
-        "mark (!) says that the best learning rate is the smallest or largest that was tried.",
+        f"*NLL* is on GSM8K's 1,319 test solutions. *Forgotten* is the mean of {', '.join(RETENTION)}, after minus "
+        "before. *MAWPS* is the accuracy of every seed on its 238 test problems, for the settings that were scored on "
+        "it. A mark (!) means that the best learning rate is the smallest or largest one tried.",
         markdown(_settings(settings)),
         _figure(pictures[2]),
         "## What others measured at such sizes",
-        "Once each has its own learning rate, five variants of LoRA on Qwen3-0.6B lie within 0.5 points, with a "
-        "standard deviation of 0.2 to 0.4 over seeds (arXiv 2602.04998, MetaMathQA). In a sweep of LoRA's rank by "
-        "Thinking Machines the test NLL of repeated runs differs by at most 0.0003, and falls from 0.816 at rank 4 "
-        "to 0.776 at 128: NLL separates what accuracy cannot.",
-        "## What this page cannot know",
+        "With its own learning rate each, five variants of LoRA on Qwen3-0.6B lie within 0.5 points, with a standard "
+        "deviation of 0.2 to 0.4 over seeds (arXiv 2602.04998, MetaMathQA). In Thinking Machines' sweep of LoRA's rank "
+        "the test NLL of repeated runs differs by at most 0.0003, and falls from 0.816 at rank 4 to 0.776 at 128: NLL "
+        "separates what accuracy cannot.",
+        "## Limits",
         "One model of 135 million parameters, one task, 1,024 rows per run: nothing here says how methods compare at "
         "7B, after a whole epoch, or on another task. Learning rates were chosen with one seed. Full fine-tuning is "
-        "scored in float32, in which it is trained; the others with bf16 base weights and unmerged adapters in "
-        "float32. What is forgotten is measured at the rate that is best for the task; at a smaller one a method "
-        "would forget less and gain less. Holm's correction is within a question, not over the page.",
+        "trained and scored in float32; the others are scored with bf16 base weights and unmerged adapters in float32. "
+        "Forgetting is measured at the learning rate that is best for the task; at a smaller one a method would forget "
+        "less and gain less. Holm's correction is within a question, not over the page.",
         f"## Commits\n\n{', '.join(about['commits'])}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -1,4 +1,4 @@
-"""The questions of docs/evidence.md, the settings that were run to answer them, and their comparisons."""
+"""The questions of docs/evidence.md, the settings run to answer them, and their comparisons."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Question:
-    """Pairs of settings that are compared on `benchmarks` (several: their plain mean), and what the paper says."""
+    """Pairs of settings compared on `benchmarks` (several: their unweighted mean), and the paper's statement."""
 
     letter: str
     title: str
@@ -67,11 +67,11 @@ QUESTIONS = (
         "d",
         "On one base quantised by MagR to 2 bits",
         (("diablo-N24-magr2", "lora-r14-magr2"),),
-        "MagR + DiaBlo is above the rivals' rows, which have other quantisers.",
+        "MagR + DiaBlo is above the other methods' rows, which use other quantisers.",
     ),
     Question(
         "e",
-        "Loss on the prompt too, against loss on the answer alone",
+        "Loss on prompt and answer, against loss on the answer only",
         ((f"{OURS}{MASKED}", OURS), (f"lora-r14{MASKED}", "lora-r14"), (f"{OURS}{MASKED}", f"lora-r14{MASKED}")),
         "Not compared: the paper's rows mix both.",
     ),
@@ -83,7 +83,7 @@ QUESTIONS = (
     ),
     Question(
         "g",
-        "What is forgotten: the NLL of three other kinds of text",
+        "Forgetting: the NLL of three other kinds of text",
         _against(OURS, *(f"{name}-r14" for name in LOW_RANK), "full"),
         "Not measured.",
         RETENTION,
@@ -99,12 +99,12 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting at its chosen learning rate: its seeds, and every row's NLL as `(seeds, rows)` per benchmark."""
+    """A setting at its chosen learning rate: its seeds, and the NLL of every row, `(seeds, rows)` per benchmark."""
 
     name: str
     percent: float
     rate: float | None
-    tried: list[tuple[float, float]]  # learning rate, loss on the held-out rows; NaN where it diverged
+    tried: list[tuple[float, float]]  # learning rate, loss on the held-out rows; NaN if it diverged
     seeds: list[int]
     items: dict[str, Items]
     accuracy: list[float] = field(default_factory=list)
@@ -123,7 +123,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Comparison:
-    """First minus second of one question; `verdict` is of the first."""
+    """First minus second, for one question; `verdict` is about the first."""
 
     question: str
     first: str
@@ -134,7 +134,7 @@ class Comparison:
 
 
 def settings_of(runs: Runs) -> dict[str, Setting]:
-    """Every setting with a finished seed, by name."""
+    """Return every setting with a finished seed, by name."""
     scored, answered = runs.likelihood.dropna(subset=["nll"]), runs.frame.loc[runs.frame["benchmark"] == ACCURACY]
     every = pd.concat([runs.frame, runs.likelihood]).drop_duplicates("run_id")
     found: dict[str, Setting] = {}
@@ -143,7 +143,7 @@ def settings_of(runs: Runs) -> dict[str, Setting]:
         if part.empty:
             continue
         rates = part["learning_rate"].unique()
-        if len(rates) > 1:  # a chosen rate changed with a larger grid: the registered choice counts
+        if len(rates) > 1:  # the chosen rate changed when the grid grew: use the registered choice
             rates = of_group.loc[of_group["held_out_loss"].idxmin(), ["learning_rate"]].to_numpy()
             part = part.loc[part["learning_rate"] == rates[0]]
         whole = part.groupby("seed").filter(lambda rows: set(rows["benchmark"]) >= {PRIMARY, *RETENTION})
@@ -155,7 +155,7 @@ def settings_of(runs: Runs) -> dict[str, Setting]:
         hits = answered.loc[answered["run_id"].isin(whole["run_id"])].sort_values("seed")["accuracy"].dropna()
         name = _name(first)
         if name in found:
-            raise UserError(f"{first['path']}: a second setting named {name}: name what tells them apart")
+            raise UserError(f"{first['path']}: a second setting named {name}: distinguish their names")
         found[name] = Setting(
             name=name,
             percent=float(first["percent_of_base"]),
@@ -169,12 +169,12 @@ def settings_of(runs: Runs) -> dict[str, Setting]:
             accuracy=[float(value) for value in hits],
         )
     if BASE not in found:
-        raise UserError("no finished run of method=base: what is forgotten is measured against it")
+        raise UserError("no finished run of method=base: forgetting is measured against it")
     return found
 
 
 def _name(row: dict[str, Any]) -> str:
-    """A setting's label with what it does not share with the other settings."""
+    """Return a setting's label, with whatever distinguishes it from the other settings."""
     config = read_config(RunPaths(row["path"]))
     name, modules = row["label"], list(config.task.target_modules or ())
     if row["method"] not in (BASE, "full", "smt") and modules != MODULES:
@@ -187,7 +187,7 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def comparisons_of(settings: dict[str, Setting]) -> list[Comparison]:
-    """Every registered comparison of two settings that have two common seeds, corrected within its question."""
+    """Return the registered comparisons of settings with at least two common seeds, Holm-corrected per question."""
     found = []
     for question in QUESTIONS:
         family = []
@@ -215,7 +215,7 @@ def _common(first: Setting, second: Setting, names: Sequence[str]) -> tuple[list
 
 
 def about(runs: Runs) -> dict[str, Any]:
-    """Devices, dtypes, commits and the number of runs that the page rests on."""
+    """Return the devices, torch versions, commits, training seconds and number of runs behind the page."""
     frame = runs.frame.drop_duplicates("run_id").dropna(subset=["steps"])
     environments = [row for row in frame["environment"] if isinstance(row, dict)]
     return {

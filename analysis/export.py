@@ -1,11 +1,10 @@
-"""Run directories made small enough to commit: what tables, figures and notebooks read, and nothing else.
+"""Writes small copies of run directories, for committing: only what tables, figures and notebooks read.
 
     python -m analysis.export runs --out results/quickstart/runs
-    python -m analysis.export runs --out results/evidence/runs --no-norms      # of many runs
+    python -m analysis.export runs --out results/evidence/runs --no-norms      # for many runs
 
-Of a run it keeps config.yaml (without the paths of `runtime`), train.json or diverged.json, held_out.json,
-learning_rate.json, every score.json and a thinned metrics.jsonl and spectra.jsonl. Adapters, plans, samples and
-checkpoints stay behind.
+Keeps config.yaml (without the paths in `runtime`), train.json or diverged.json, held_out.json, learning_rate.json,
+every score.json and a thinned metrics.jsonl and spectra.jsonl. Omits adapters, plans, samples and checkpoints.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from experiments.runs.records import RunPaths, read_json, read_lines, write_atom
 from experiments.settings import with_values
 
 RESULTS = ROOT / "results"
-PATHS = ("runs_dir", "data_root", "cache_dir")  # of `runtime`: they say where, on a machine that the reader lacks
-FIRST = 10  # steps kept from the start, where the gradients of LoRA's A grow from zero
-STEPS = 60  # steps kept in all
-DIGITS = 5  # significant ones of a number in metrics.jsonl
+PATHS = ("runs_dir", "data_root", "cache_dir")  # of `runtime`: paths on a machine that readers do not have
+FIRST = 10  # steps kept at the start, where the gradients of LoRA's A grow from zero
+STEPS = 60  # steps kept in total
+DIGITS = 5  # significant digits of a number in metrics.jsonl
 
 
 def export_run(source: Path, out: Path, norms: bool = True) -> Path:
     """Write the small copy of one run into the folder `out` and return its directory.
 
-    `norms`: keep the gradient norm of every trained tensor, which is most of a copy's size.
+    `norms`: keep the gradient norm of every trained tensor, which takes most of a copy's size.
     """
     old, new = RunPaths(source), RunPaths(out / source.name)
     config = read_config(old)
@@ -52,7 +51,7 @@ def export_run(source: Path, out: Path, norms: bool = True) -> Path:
 
 
 def thinned(lines: Sequence[dict[str, Any]], first: int = FIRST, steps: int = STEPS) -> list[dict[str, Any]]:
-    """The `first` lines and evenly spaced ones of the rest, `steps` in all, the last among them."""
+    """Return the `first` lines and evenly spaced ones of the rest, including the last: `steps` in total."""
     if len(lines) <= steps:
         return list(lines)
     rest = len(lines) - 1 - first
@@ -60,9 +59,9 @@ def thinned(lines: Sequence[dict[str, Any]], first: int = FIRST, steps: int = ST
 
 
 def committed_runs(experiment: str) -> list[Path]:
-    """The committed run directories of an experiment; `DIABLO_RESULTS` names another folder of results.
+    """Return the committed run directories of an experiment; `DIABLO_RESULTS` can name another folder of results.
 
-    UserError when there are none.
+    UserError if there are none.
     """
     from analysis.load import find_runs
 
@@ -83,7 +82,7 @@ def _rounded(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compact(record: dict[str, Any]) -> str:
-    """A record as one line; items in 11 digits, so that their mean is the recorded one, and whole ones without `.0`."""
+    """Return a record as one line; items have 11 digits, so that their mean is exact, and integers have no `.0`."""
     if "items" in record:
         items = [int(item) if float(item).is_integer() else float(f"{item:.11g}") for item in record["items"]]
         record = record | {"items": items}
@@ -91,10 +90,10 @@ def _compact(record: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m analysis.export", description="Runs, small enough to commit.")
+    parser = argparse.ArgumentParser(prog="python -m analysis.export", description="Write small copies of runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="run directories, or folders of them")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the small copies into")
-    parser.add_argument("--no-norms", action="store_true", help="leave out the gradient norms of single tensors")
+    parser.add_argument("--no-norms", action="store_true", help="leave out the gradient norm of each tensor")
     options = parser.parse_args(arguments)
 
     from analysis.load import find_runs

@@ -1,7 +1,7 @@
-"""Run directories → data frames. Reads records only: no torch, no model, nothing is computed again.
+"""Run directories → data frames. Only reads records: no torch, no model, no recomputation.
 
-What cannot be read is left out and named in one line, on standard error and in `Runs.problems`; what is missing stays
-missing (NaN, None), it never becomes a zero.
+Unreadable files are skipped and reported in one line each, on standard error and in `Runs.problems`. Missing values
+stay missing (NaN, None); they never become zero.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ from experiments.runs.received import read_settings
 from experiments.runs.records import RunPaths, TrainRecord, content_hash, file_hash, read_json, read_lines, read_record
 
 SCALARS = dict.fromkeys(("loss", "learning_rate", "gradient_norm", "seconds"), "float64")  # of metrics.jsonl
-MANY = 200  # runs from which reading is shared between processors and kept for the next time
+MANY = 200  # from this many runs on, reading is parallel and cached
 
 
 @dataclass(frozen=True)
 class Runs:
-    """What was read.
+    """The rows read from run directories.
 
-    `frame` has a row per run and evaluation, with the columns `COLUMNS`: `setting` is a hash of the config without its
-    seed, so rows of one setting differ in nothing but the seed, and `group` one without the learning rate too;
-    `loss_on` is "answer" or "prompt and answer"; `limit` is of rows, None where all were scored; `rate_chosen` says in
-    words how an experiment chose the learning rate and `rate_by` by which rule, both None where the config gave it;
-    `train_protocol` is the protocol it was trained under, `pattern` the sparse pattern of methods that have one,
-    `quantizer` and `bits` the quantisation of the base; `final_loss` is the mean training loss at the end (NaN of a
-    training that diverged), `held_out_loss` and `held_out_exact_match` are of the held-out rows where they were read;
-    `evaluation` is the folder under `eval/`, which names benchmark, protocol and settings, and `place` is the
-    benchmark's in the task's order, their mean last; `commits` are the versions of this code that trained and scored;
-    `items` is an (n,) array of 1 and 0, or of shares where a row has several completions, and a list of such arrays for
-    the mean over a task's benchmarks; `percent_of_base` is in percent, `accuracy` in [0, 1], `train_seconds` in
-    seconds. A planned evaluation without a score has a row with `benchmark` alone.
+    `frame` has a row per run and evaluation, with the columns `COLUMNS`: `setting` is a hash of the config without the
+    seed, so rows of one setting differ only in the seed; `group` is one that also leaves out the learning rate;
+    `loss_on` is "answer" or "prompt and answer"; `limit` is the number of rows scored, None if all were; `rate_chosen`
+    says in words how an experiment chose the learning rate and `rate_by` by which rule, both None if the config set it;
+    `train_protocol` is the training protocol, `pattern` the sparse pattern of methods that have one, `quantizer` and
+    `bits` the quantisation of the base; `final_loss` is the mean training loss at the end (infinite or NaN if training
+    diverged); `held_out_loss` and `held_out_exact_match` are measured on the held-out rows, if at all; `evaluation` is
+    the folder under `eval/`, which names benchmark, protocol and settings; `place` is the benchmark's index in the
+    task's order, with the mean last; `commits` are the code versions that trained and scored; `items` is an (n,) array
+    of 1 and 0, or of shares if a row has several completions, and a list of such arrays for the mean over a task's
+    benchmarks; `percent_of_base` is in percent, `accuracy` in [0, 1], `train_seconds` in seconds. A planned evaluation
+    without a score has a row with only `benchmark`.
 
     `likelihood` has the evaluations of likelihood benchmarks (eval/likelihood.py), with the same columns but `nll`
-    instead of `accuracy`: nats per target token, lower is better; `items` is a row's NLL over the mean number of
-    targets of a row. They are no share of anything, so `frame`, and with it every table, figure and comparison of
-    accuracies, is without them; a run that has no other evaluation has one row there, without a benchmark.
+    instead of `accuracy`: nats per target token, lower is better; `items` is a row's NLL divided by the mean number of
+    targets per row. NLL is not an accuracy, so `frame`, and every table, figure and comparison of accuracies, excludes
+    it; a run with only likelihood evaluations has one row in `frame`, without a benchmark.
 
-    `problems` has a line for everything that was left out or is not there yet.
+    `problems` has a line for everything that is unreadable or missing.
     """
 
     frame: pd.DataFrame
@@ -78,16 +78,16 @@ class StepTimes:
 
 
 def load_runs(directories: Iterable[Path], quiet: bool = False) -> Runs:
-    """Read run directories, in the order given. A directory without a readable config is a problem, not an error.
+    """Read run directories, in the given order. A directory without a readable config is a problem, not an error.
 
-    From `MANY` on they are read by all processors, and what was read is kept (analysis/cache.py). `quiet`: problems are
-    returned and not printed. UserError when two directories of one run id have different configs.
+    From `MANY` directories on, reading is parallel and cached (analysis/cache.py). `quiet`: return problems without
+    printing them. UserError if two directories with one run id have different configs.
     """
     seen: dict[str, Path] = {}
     problems: list[str] = []
     for directory in directories:
         first = seen.setdefault(directory.name, directory)
-        if first is not directory and first.resolve() != directory.resolve():  # it would look like one more seed
+        if first is not directory and first.resolve() != directory.resolve():  # else it would count as another seed
             _check_same_config(first, directory)
             problems.append(f"{directory}: the same run as {first}, left out")
     chosen = list(seen.values())
@@ -121,19 +121,19 @@ def _frame(found: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _check_same_config(first: Path, second: Path) -> None:
-    """UserError with the difference when two directories of one run id were configured differently."""
+    """Raise a UserError with the difference if two directories with one run id have different configs."""
     try:
         ours, theirs = (_flat(read_settings(run / "config.yaml")) for run in (first, second))
     except (OSError, UserError):
-        return  # not a config: reading the run says so
+        return  # not a config: reading the run reports it
     keys = [key for key in sorted(ours.keys() | theirs.keys()) if not key.startswith("runtime.")]
     differ = [f"{key} is {ours.get(key)!r} and {theirs.get(key)!r}" for key in keys if ours.get(key) != theirs.get(key)]
     if differ:
-        raise UserError(f"{first} and {second} are one run id with different configs: {'; '.join(differ[:5])}")
+        raise UserError(f"{first} and {second} have one run id but different configs: {'; '.join(differ[:5])}")
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by their dotted names."""
+    """Return the settings keyed by their dotted names."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -141,11 +141,11 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def load_metrics(directory: Path) -> pd.DataFrame:
-    """What a training logged, one row per optimizer step, indexed by `step` (from 1).
+    """Return a run's training metrics, one row per optimizer step, indexed by `step` (from 1).
 
-    Columns: `loss`, `learning_rate`, `gradient_norm` (all tensors together), `seconds`, and one column per trained
-    tensor, under the tensor's name, with the norm of its gradient before clipping. A step that a resumed training did
-    again is there once, as done last. UserError when the run has no readable training record or does not fit it.
+    Columns: `loss`, `learning_rate`, `gradient_norm` (over all tensors), `seconds`, and one column per trained tensor,
+    named after it, with the norm of its gradient before clipping. A step repeated by a resumed training appears once,
+    with its last values. UserError if the run has no readable training record, or one that does not match.
     """
     run = RunPaths(directory)
     try:
@@ -163,12 +163,12 @@ def load_metrics(directory: Path) -> pd.DataFrame:
 
 
 def load_spectra(directory: Path) -> pd.DataFrame:
-    """What a run measured of its inputs and gradients (experiments/train/spectra.py), a row per step, layer and side.
+    """Return a run's spectra of inputs and gradients (experiments/train/spectra.py), a row per step, layer and side.
 
     Columns: `step`, `tokens`, `seconds` (of the whole measurement), `layer` (from 0), `module`, `side` ("X" or "g_Y"),
-    `blocks`, `stable_rank`, `energy`; means over the blocks: `block_stable_rank`, `block_energy`, `covered`; and of the
-    last the least and the most, `covered_least` and `covered_most`.
-    UserError when there is none that can be read.
+    `blocks`, `stable_rank`, `energy`; means over the blocks: `block_stable_rank`, `block_energy`, `covered`; and the
+    least and greatest `covered` of a block, `covered_least` and `covered_most`.
+    UserError if there are none, or they cannot be read.
     """
     path = RunPaths(directory).spectra
     rows = []
@@ -201,10 +201,10 @@ def _numbers(values: Sequence[float | None]) -> list[float]:
 
 
 def load_step_times(path: Path) -> StepTimes:
-    """Step times as `experiments.speed.timing` measured them: in every round the frozen floor and each method once.
+    """Return step times measured by `experiments.speed.timing`: each round times the frozen floor and every method.
 
-    A ratio is taken within its round, so that a machine that slows down for a while slows both. UserError when the file
-    is not such a measurement.
+    Ratios are taken within a round, so that a temporary slowdown of the machine affects both. UserError if the file is
+    not such a measurement.
     """
     data = read_json(path)
     try:
@@ -219,9 +219,9 @@ def load_step_times(path: Path) -> StepTimes:
 
 
 def names_of(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """A name for each group (the settings that differ in nothing but the learning rate) among rows of `Runs.frame`.
+    """Return a name for each group (settings that differ only in the learning rate) among rows of `Runs.frame`.
 
-    Its label, and where several groups have one label what tells them apart.
+    The name is the label, extended by what distinguishes groups with equal labels.
     """
     groups = {row["group"]: row for row in rows}
     names = {}
@@ -234,12 +234,12 @@ def names_of(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows of a frame as dictionaries of column name to value."""
+    """Return the rows of a frame as dictionaries from column name to value."""
     return cast(list[dict[str, Any]], frame.to_dict("records"))
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """The run directories meant by `paths`: each is one, or a folder of them. UserError when nothing is found."""
+    """Return the run directories in `paths`: each is a run or a folder of runs. UserError if one has none."""
     found: list[Path] = []
     for path in paths:
         if (path / "config.yaml").is_file():
@@ -247,5 +247,5 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
         elif path.is_dir() and (names := [name for name in os.listdir(path) if isfile(f"{path}/{name}/config.yaml")]):
             found += [path / name for name in sorted(names)]
         else:
-            raise UserError(f"{path}: no run directory and no folder of them (a run has a config.yaml)")
+            raise UserError(f"{path}: neither a run directory nor a folder of them (a run has a config.yaml)")
     return found

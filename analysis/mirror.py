@@ -1,4 +1,4 @@
-"""A report's tables in Weights & Biases, beside the runs that training mirrors there."""
+"""Logs a report's tables to Weights & Biases, next to the runs that training mirrors there."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ MODES = ("off", "offline", "online")
 
 
 def mirror(mode: str, title: str, run_ids: Iterable[str], tables: Mapping[str, pd.DataFrame], out: Path) -> None:
-    """Log `tables` by their names as one wandb run; a later report of the same runs goes into the same one.
+    """Log `tables` under their names as one wandb run; a later report on the same runs updates that run.
 
     Args:
-        mode: `off` does nothing, `offline` writes below `out`/wandb, `online` sends it too.
-        run_ids: of the runs that are reported.
-        tables: no cell but text, numbers and nothing; empty ones are left out.
+        mode: `off` does nothing, `offline` writes below `out`/wandb, `online` also uploads.
+        run_ids: ids of the reported runs.
+        tables: frames whose cells are text, numbers or empty; empty tables are skipped.
     """
     if mode == "off":
         return

@@ -1,7 +1,7 @@
 """Differences in negative log-likelihood (NLL) between two settings, over seeds and test rows.
 
-Both settings were trained with the same seeds, where one seed means the same rows in the same order, and scored on the
-same test rows. Lower is better, so a difference below zero says that the first setting is better.
+Both settings were trained with the same seeds (a seed fixes the rows and their order) and scored on the same test rows.
+Lower is better, so a difference below zero means that the first setting is better.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from scipy.stats import t as student
 
 LEVEL = 0.95
 POWER = 0.8
-MARGIN = 0.01  # nats per token; within it two settings count as equal, 1 % of perplexity
+MARGIN = 0.01  # nats per token, 1 % of perplexity; settings within it count as equal
 SEEDS_FOR_A_VERDICT = 5
 
 Items = NDArray[np.float64]
@@ -24,7 +24,7 @@ Items = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Difference:
-    """`mean` of first minus second with its 95 % interval; `p` of no difference; `smallest`: found with 80 % power."""
+    """`mean` of first minus second with its 95 % interval; `p` for no difference; `smallest`: found with 80 % power."""
 
     mean: float
     low: float
@@ -35,10 +35,10 @@ class Difference:
 
 
 def nll_difference(first: Sequence[Items], second: Sequence[Items]) -> Difference:
-    """The difference of two settings, averaged over benchmarks.
+    """Return the difference of two settings, averaged over benchmarks.
 
     SE² = var(d_s) / S + mean of the benchmarks' var_rows / R: d_s is the difference of seed s, var_rows the variance
-    over the R rows of the difference averaged over seeds. The two share the interaction of rows and seeds, so that the
+    over the R rows of the difference averaged over seeds. Both terms contain the interaction of rows and seeds, so the
     interval is slightly too wide. Student's t has S - 1 degrees of freedom.
 
     Args:
@@ -46,7 +46,7 @@ def nll_difference(first: Sequence[Items], second: Sequence[Items]) -> Differenc
             NLL per token.
 
     Raises:
-        ValueError: other shapes on the two sides, or fewer than two seeds.
+        ValueError: the two sides have different shapes, or there are fewer than two seeds.
     """
     if [part.shape for part in first] != [part.shape for part in second]:
         raise ValueError(
@@ -55,7 +55,7 @@ def nll_difference(first: Sequence[Items], second: Sequence[Items]) -> Differenc
     differences = [one - other for one, other in zip(first, second, strict=True)]
     seeds, parts = len(differences[0]), len(differences)
     if seeds < 2:
-        raise ValueError("one seed says nothing about the spread over seeds")
+        raise ValueError("one seed does not show the spread over seeds: give two or more")
     by_seed = np.mean([part.mean(axis=1) for part in differences], axis=0)
     of_rows = sum(float(part.mean(axis=0).var(ddof=1)) / part.shape[1] for part in differences) / parts**2
     error = math.sqrt(float(by_seed.var(ddof=1)) / seeds + of_rows)
@@ -67,7 +67,7 @@ def nll_difference(first: Sequence[Items], second: Sequence[Items]) -> Differenc
 
 
 def verdict(difference: Difference, p_holm: float) -> str:
-    """What the registered rule says of the first setting."""
+    """Return the verdict on the first setting by the registered rule."""
     if difference.seeds < SEEDS_FOR_A_VERDICT:
         return f"cannot say ({difference.seeds} seeds)"
     within = difference.low > -MARGIN and difference.high < MARGIN

@@ -1,8 +1,8 @@
-"""Two methods on the same test items: their difference, its interval, a test, and what could have been found.
+"""Two methods on the same test items: difference, interval, test and power.
 
-Pure functions of arrays. Of either method there is one (seeds, n) array per benchmark, of the seeds that both have:
-1 where that seed's run answered that test item right and 0 where not, or the share of right completions. Columns are
-the same items in both, rows the same seeds. Several benchmarks stand for the plain mean of their accuracies.
+Pure functions of arrays. Each method has one (seeds, n) array per benchmark, over the common seeds: 1 if that seed's
+run answered that test item right, else 0, or the share of right completions. Both have the same items as columns and
+the same seeds as rows. Several benchmarks stand for the unweighted mean of their accuracies.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Items = NDArray[np.float64]
 
 POWER = 0.8
 FLIPS = 99_999  # sign flips drawn; the p-value's own standard error at 0.05 is then 0.0007
-MANY = 10**9  # degrees of freedom at which Student's t is the normal distribution
+MANY = 10**9  # degrees of freedom at which Student's t is practically normal
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,18 @@ class Difference:
     mean: float
     low: float  # the 95 % interval
     high: float
-    over: str  # what the interval and the test draw anew: "test items", or "seeds and test items"
+    over: str  # what interval and test resample: "test items", or "seeds and test items"
     p_value: float  # two-sided, not corrected for other comparisons
     test: str
-    smallest: float  # the difference that this many seeds and items find with 80 % power at the 5 % level
-    improvement: float | None  # probability that a seed of the first beats one of the second; None with one seed
+    smallest: float  # smallest difference that this many seeds and items detect with 80 % power at the 5 % level
+    improvement: float | None  # probability that a seed of the first beats one of the second; None for one seed
 
 
 def paired_difference(first: Sequence[Items], second: Sequence[Items]) -> Difference:
-    """The difference of two methods from their common seeds. ValueError when shapes differ or nothing is there.
+    """Return the difference of two methods over their common seeds. ValueError if shapes differ or are empty.
 
-    Below `SEEDS_FOR_AN_INTERVAL` seeds (or when all seeds agree) interval and test are about the items alone: what
-    other items of the kind would give for these same trained models. From there on they are about new seeds and items.
+    Below `SEEDS_FOR_AN_INTERVAL` seeds (or if all seeds agree), interval and test are over items only: they describe
+    these trained models on other items of the same kind. From there on, they are over new seeds and new items.
     """
     if [part.shape for part in first] != [part.shape for part in second]:
         raise ValueError("the two methods must have the same seeds and items")
@@ -74,11 +74,12 @@ def paired_difference(first: Sequence[Items], second: Sequence[Items]) -> Differ
 
 
 def item_variance(parts: Sequence[Items]) -> tuple[float, float]:
-    """Centre and variance of the interval over items.
+    """Return centre and variance of the interval over items.
 
     Bonett and Price 2012, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired
-    data": one item won and one item lost are added, so that there is a width when no item differs. Of several seeds the
-    per-item means are taken, as Miller 2024 ("Adding error bars to evals", arXiv 2411.00640) takes them of resamples.
+    data": one item won and one item lost are added, so that the interval has a width even if no item differs. For
+    several seeds, per-item means are used, as in Miller 2024 ("Adding error bars to evals", arXiv 2411.00640) for
+    resamples.
     """
     centres, variances = [], []
     for part in parts:
@@ -89,10 +90,10 @@ def item_variance(parts: Sequence[Items]) -> tuple[float, float]:
 
 
 def item_test(parts: Sequence[Items]) -> tuple[float, str]:
-    """The p-value of "on every item either method is as likely to be ahead", and the test's name.
+    """Return the p-value of "on every item, both methods are equally likely to be ahead", and the test's name.
 
-    One seed of right or wrong answers: McNemar's exact test. Otherwise the sign-flip permutation test of the mean over
-    items of the per-item mean over seeds.
+    For one seed of right or wrong answers: McNemar's exact test. Otherwise: a sign-flip permutation test of the mean
+    over items of the per-item mean over seeds.
     """
     if len(parts) == 1 and len(parts[0]) == 1 and np.isin(parts[0], (-1, 0, 1)).all():
         won, lost = (int(np.count_nonzero(parts[0] == sign)) for sign in (1, -1))
@@ -102,11 +103,11 @@ def item_test(parts: Sequence[Items]) -> tuple[float, str]:
 
 
 def sign_flip(scores: Sequence[Items]) -> float:
-    """Two-sided p-value of the mean over parts of the mean of `scores`, (n,) each, when every sign is a coin flip.
+    """Return the two-sided p-value of the mean over parts of the mean of `scores`, (n,) each, under random signs.
 
-    What `scipy.stats.permutation_test(..., permutation_type="samples")` computes. Items of the same size are
-    exchangeable, so the number of them that keep their sign is drawn at once, from a binomial distribution: tens of
-    thousands of items then take milliseconds. The generator is fixed.
+    Equals `scipy.stats.permutation_test(..., permutation_type="samples")`. Items of equal magnitude are exchangeable,
+    so the number of them that keep their sign is drawn at once, from a binomial distribution: tens of thousands of
+    items take milliseconds. The generator's seed is fixed.
     """
     generator = np.random.default_rng(0)
     drawn = np.zeros(FLIPS)
@@ -119,13 +120,13 @@ def sign_flip(scores: Sequence[Items]) -> float:
 
 
 def crossed_variance(parts: Sequence[Items]) -> tuple[float, float]:
-    """Variance of the mean difference over new seeds and new items, and its degrees of freedom.
+    """Return the variance of the mean difference over new seeds and new items, and its degrees of freedom.
 
-    Every seed meets every item, so both are crossed random effects: the mean over S seeds and n items has the variance
-    s²_seed / S + s²_item / n + s²_rest / (S n). It is estimated from the three mean squares, with Satterthwaite's
-    degrees of freedom (Clark 1973, "The language-as-fixed-effect fallacy": his quasi-F is this estimate's t squared);
-    an estimated component below zero counts as zero. A percentile bootstrap of five seeds would be too narrow: it has
-    neither the factor S / (S - 1) nor Student's tails.
+    Every seed answers every item, so both are crossed random effects: the mean over S seeds and n items has the
+    variance s²_seed / S + s²_item / n + s²_rest / (S n). It is estimated from the three mean squares, with
+    Satterthwaite's degrees of freedom (Clark 1973, "The language-as-fixed-effect fallacy": his quasi-F is this
+    estimate's t squared); negative component estimates count as zero. A percentile bootstrap of five seeds would be too
+    narrow: it lacks the factor S / (S - 1) and Student's tails.
     """
     seeds = len(parts[0])
     by_seed = np.mean([part.mean(axis=1) for part in parts], axis=0)
@@ -145,7 +146,7 @@ def crossed_variance(parts: Sequence[Items]) -> tuple[float, float]:
 
 
 def probability_of_improvement(first: Sequence[Items], second: Sequence[Items]) -> float | None:
-    """The probability that a seed of the first scores higher than one of the second, ties half, mean over benchmarks.
+    """Return the probability that a seed of the first beats one of the second; ties count half, benchmarks averaged.
 
     The definition of Agarwal et al. 2021 (arXiv 2108.13264): the Mann-Whitney statistic over the product of the counts.
     """

@@ -1,7 +1,7 @@
-"""Which of our runs stand beside a published number, and what they say.
+"""Selects the runs that correspond to a published number, and computes their numbers.
 
-A run answers to a published row when it has its model, method, size or pattern, and quantised base, was trained with
-the loss on the same tokens, and was scored whole by the wanted protocol.
+A run matches a published row if it has the row's model, method, size or pattern, and quantised base, was trained with
+the loss on the same tokens, and was scored completely by the wanted protocol.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ EMPTY: dict[str, Any] = dict.fromkeys(
 
 @dataclass(frozen=True)
 class Wanted:
-    """What runs of ours a column shows: scored by one of these protocols, and trained with the loss on these tokens."""
+    """Selects our runs for a column: scored by one of these protocols, trained with the loss on these tokens."""
 
     protocols: tuple[str, ...]
-    loss_on: str = ""  # empty: whatever
+    loss_on: str = ""  # empty: any
 
 
 def matching(frame: pd.DataFrame, row: dict[str, Any]) -> pd.DataFrame:
-    """The rows of ours with the model, method, size or pattern, and quantised base of a published row."""
+    """Return our rows with the model, method, size or pattern, and quantised base of a published row."""
     same = frame["method"] == row["method"]
     if row["model"]:
         same &= frame["model"] == row["model"]
@@ -45,14 +45,14 @@ def matching(frame: pd.DataFrame, row: dict[str, Any]) -> pd.DataFrame:
 
 
 def score_cell(ours: pd.DataFrame, scored: pd.DataFrame, row: dict[str, Any], wanted: Wanted) -> dict[str, Any]:
-    """Ours beside one published score, in percent: the keys of `EMPTY`, None where there is none.
+    """Return our numbers for one published score, in percent: the keys of `EMPTY`, None where there is none.
 
     Args:
         ours: rows of `Runs.frame`.
         scored: `method_table` of them.
 
-    Of several settings that answer to it, those whose learning rate an experiment chose go first, then those with more
-    seeds. Several learning rates of which none was chosen give no number: to take one would be to choose by score.
+    If several settings match, those whose learning rate an experiment chose come first, then those with more seeds.
+    Several learning rates, none of them chosen, give no number: picking one would be choosing by score.
     """
     if scored.empty:
         return dict(EMPTY)
@@ -82,9 +82,9 @@ def score_cell(ours: pd.DataFrame, scored: pd.DataFrame, row: dict[str, Any], wa
 
 
 def _pass_at(scored: pd.DataFrame, k: int) -> np.ndarray | None:
-    """pass@k of every problem for each run of a setting; None where a problem has fewer than k completions.
+    """Return pass@k of every problem for each run of a setting; None if a problem has fewer than k completions.
 
-    A problem's item is the share of its completions that are right, so pass@k follows from it.
+    A problem's item is the share of its completions that are right, which determines pass@k.
     """
     counts = {int(row["samples"]) for row in records(scored)}
     samples = min(counts, default=0)
@@ -96,10 +96,10 @@ def _pass_at(scored: pd.DataFrame, k: int) -> np.ndarray | None:
 
 
 def time_ratio(ours: pd.DataFrame, row: dict[str, Any], place: str) -> tuple[float, str] | None:
-    """Our median step time of a method over the diagonal blocks', and the two labels; `place` is "model task".
+    """Return our median step time of a method over that of the diagonal blocks, and both labels.
 
-    Where the published row names no size, of the pairs of settings that whose sizes are nearest. Both must have been
-    trained on one machine.
+    `place` is "model task". If the published row names no size, the pair of settings nearest in size is used. Both must
+    have been trained on one machine.
     """
     trained = ours.loc[(ours["model"] + " " + ours["task"]) == place]
     trained = trained.dropna(subset=["step_seconds"]).drop_duplicates("run_id")

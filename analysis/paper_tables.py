@@ -1,9 +1,9 @@
-"""The paper's tables with our runs beside them: published | ours | difference.
+"""The paper's tables next to our runs: published | ours | difference.
 
     python -m analysis.paper_tables runs --out report/paper     # <table>.md .tex .csv .html
-    python -m analysis.paper_tables                             # without runs: what is published
+    python -m analysis.paper_tables                             # without runs: published numbers only
 
-Ours is blank where no run answers to a published row: the same model, method, size, task, benchmark and protocol.
+Ours is blank if no run matches a published row in model, method, size, task, benchmark and protocol.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ LATEX = {
 
 @dataclass(frozen=True)
 class PaperTable:
-    """One table: `numbers` for further work, `text` for readers, one row per published number in both.
+    """One table: `numbers` for computing, `text` for readers, both with one row per published number.
 
-    `legend` says what the marks in `text` mean.
+    `legend` explains the marks in `text`.
     """
 
     name: str
@@ -50,7 +50,7 @@ class PaperTable:
 
     @property
     def has_ours(self) -> bool:
-        """Whether any published number has one of ours beside it."""
+        """Whether any published number has one of ours next to it."""
         return bool(self.numbers.filter(regex="^ours").notna().to_numpy().any())
 
     def markdown(self) -> str:
@@ -59,7 +59,7 @@ class PaperTable:
         return "\n".join([f"## {self.title}\n", markdown(self.text), *(f"{line}\n" for line in self.legend)])
 
     def latex(self) -> str:
-        """A booktabs tabular with the legend behind it; packages: booktabs, and array's p columns."""
+        """Return a booktabs tabular followed by the legend; needs the packages booktabs and array (p columns)."""
         style = self.text.style
         style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
         columns = "".join("p{4cm}" if name in WORDY else "l" for name in self.text.columns)
@@ -79,16 +79,16 @@ class PaperTable:
 
 
 def commonsense(frame: pd.DataFrame) -> PaperTable:
-    """Commonsense 170K, the mean of eight benchmarks, with both loss masks of ours.
+    """Commonsense 170K, the mean of eight benchmarks; ours with both loss masks.
 
-    The LoRA and DoRA rows are the DoRA repository's, trained with the loss on prompt and answer; DiaBlo's own loss sees
-    the answer alone. Ours has every method under both.
+    The LoRA and DoRA rows are the DoRA repository's, trained with the loss on prompt and answer; DiaBlo's own loss is
+    on the answer only. Ours has every method with both.
     """
     return _paper_table("commonsense", "Commonsense 170K, mean of 8 benchmarks", "commonsense_170k", _masks(), frame)
 
 
 def commonsense_per_task(frame: pd.DataFrame) -> PaperTable:
-    """Commonsense 170K, every benchmark, as the baselines' own papers print it."""
+    """Commonsense 170K, each benchmark, as printed in the baselines' own papers."""
     return _paper_table("commonsense_per_task", "Commonsense 170K, the baselines", "commonsense_170k", _masks(), frame)
 
 
@@ -111,12 +111,12 @@ def quantized(frame: pd.DataFrame) -> PaperTable:
 
 
 def sparse_patterns(frame: pd.DataFrame) -> PaperTable:
-    """The sparse patterns on GSM8K: accuracy, and training time over that of the diagonal blocks."""
+    """The sparse patterns on GSM8K: accuracy, and training time relative to the diagonal blocks."""
     return _paper_table("sparse_patterns", "Sparse patterns, GSM8K", "gsm8k", _protocols("lori"), frame)
 
 
 def efficiency(frame: pd.DataFrame) -> PaperTable:
-    """Training time over DiaBlo's. The paper's model and data are not known: ours has all that was trained."""
+    """Training time relative to DiaBlo. The paper's model and data are unknown: ours covers all trained runs."""
     return _paper_table("efficiency", "Training time over DiaBlo's", " ".join(set(frame["task"])), {}, frame)
 
 
@@ -139,7 +139,7 @@ TABLES: tuple[Callable[[pd.DataFrame], PaperTable], ...] = (
 
 
 def _paper_table(name: str, title: str, tasks: str, columns: dict[str, Wanted], frame: pd.DataFrame) -> PaperTable:
-    """`tasks`: the tasks of ours, by name; `columns`: heading → which of ours stand below it."""
+    """Build a table. `tasks`: names of our tasks; `columns`: heading → which of our runs it shows."""
     import pandas as pd
 
     from analysis.load import records
@@ -172,7 +172,7 @@ def _paper_table(name: str, title: str, tasks: str, columns: dict[str, Wanted], 
 def _add_times(
     number: dict[str, Any], text: dict[str, Any], rows: Sequence[dict[str, Any]], ours: pd.DataFrame
 ) -> None:
-    """The published time over that of the diagonal blocks, and ours on every model and task that was trained."""
+    """Add the published time relative to the diagonal blocks, and ours for every trained model and task."""
     from analysis.paper_cells import time_ratio
 
     base = next(row["value"] for row in rows if row["unit"] == "minutes" and row["setting"] in ("", "diagonal 1/64"))
@@ -200,7 +200,7 @@ def _about(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(cell: dict[str, Any]) -> dict[str, Any]:
-    """A cell for the CSV: what is a map or a list as text."""
+    """Return a cell for the CSV, with maps and lists as text."""
     seeds = " ".join(f"{seed}={score}" for seed, score in (cell["by_seed"] or {}).items())
     return cell | {"by_seed": seeds or None, "mixed": "; ".join(cell["mixed"] or ()) or None}
 
@@ -234,7 +234,7 @@ def _percent(value: float, decimals: int) -> str:
 
 
 def write_tables(tables: Sequence[PaperTable], out: Path) -> None:
-    """Every table as Markdown, LaTeX, CSV and HTML."""
+    """Write every table as Markdown, LaTeX, CSV and HTML."""
     from experiments.runs.records import write_atomically
 
     for table in tables:

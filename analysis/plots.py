@@ -1,7 +1,7 @@
 """Figures as matplotlib `Figure` objects: no pyplot, no global state, no display.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; every method and every matrix also has a marker
-of its own, so that a figure reads in grey.
+Colours are Okabe and Ito's, which colour-blind readers can distinguish; every method and every matrix also has its own
+marker, so that figures work in greyscale.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from scipy.optimize import isotonic_regression
 
 from analysis.load import records
 
-# Okabe and Ito 2008, without the yellow, which is lost on white.
+# Okabe and Ito 2008, without yellow, which is hard to see on white.
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 METHOD_COLOURS = (BLUE, ORANGE, GREEN, BLACK, VERMILLION, PURPLE, SKY)
 METHOD_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # 8 markers on 7 colours: 56 methods before a pair repeats
 MATRICES = {"lora_A": "A", "lora_B": "B", "diablo_blocks": "D"}  # in a tensor's name -> in the papers
 WINDOW = 20
-MATRIX_STYLES = {"A": (ORANGE, "o"), "B": (BLUE, "s"), "D": (BLACK, "^")}  # light, middle and dark in grey
+MATRIX_STYLES = {"A": (ORANGE, "o"), "B": (BLUE, "s"), "D": (BLACK, "^")}  # light, medium and dark in greyscale
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -39,13 +39,13 @@ STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "grid.color": "#e4e4e4",
     "grid.linewidth": 0.6,
-    "svg.hashsalt": "diablo",  # the same figure gives the same file
+    "svg.hashsalt": "diablo",  # makes a figure's file reproducible
 }
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure with the words that go with it: `name` of its files, `caption` below it, `alt` in its place."""
+    """A figure with its texts: `name` of its files, `caption` below it, `alt` as its alternative text."""
 
     name: str
     figure: Figure
@@ -53,7 +53,7 @@ class Picture:
     alt: str
 
     def _repr_png_(self) -> bytes:
-        """What a notebook shows."""
+        """Return the PNG that a notebook shows."""
         image = io.BytesIO()
         with matplotlib.rc_context(STYLE):
             self.figure.savefig(image, format="png", dpi=110)
@@ -71,11 +71,11 @@ class Trace:
 
 
 def gradient_norms(name: str, model: str, task: str, traces: Sequence[Trace]) -> Picture:
-    """Gradient norms of LoRA's A and B and of DiaBlo's D over the steps, for an early, a middle and a late layer.
+    """Draw the gradient norms of LoRA's A and B and DiaBlo's D over the steps, for an early, a middle and a late layer.
 
-    Below each panel the running variance of the norms, over the last `WINDOW` logged steps (a fifth of a short run).
-    Takes the first module, in the model's order, that all `traces` adapt. The first seed of a label is drawn in full
-    and the others faint. ValueError when no module is common to them.
+    Below each panel is the running variance of the norms, over the last `WINDOW` logged steps (a fifth of a short run).
+    Uses the first module, in the model's order, that all `traces` adapt. The first seed of a label is drawn solid, the
+    others faint. ValueError if they have no module in common.
     """
     columns = [_matrices(trace.norms) for trace in traces]
     common = set.intersection(*({module for _, module, _ in matrices} for matrices in columns))
@@ -121,11 +121,11 @@ def gradient_norms(name: str, model: str, task: str, traces: Sequence[Trace]) ->
 
 
 def accuracy_by_parameters(name: str, title: str, table: pd.DataFrame, methods: Sequence[str]) -> Picture:
-    """Accuracy against trainable parameters, every seed's point visible, for one section of `method_table`.
+    """Draw accuracy against trainable parameters, with every seed's point, for one section of `method_table`.
 
-    `methods` is every method of the page in a fixed order: it gives each the same colour and marker in all figures. A
-    setting without trained parameters (the base model) is a horizontal line, or a line of words in the legend where it
-    lies so far off that drawing it would squeeze the rest. ValueError when no trained setting has a score.
+    `methods` is every method of the page in a fixed order, which gives each the same colour and marker in all figures.
+    A setting without trained parameters (the base model) is a horizontal line, or a text in the legend if it lies so
+    far off that drawing it would squeeze the rest. ValueError if no trained setting has a score.
     """
     scored = records(table.dropna(subset=["accuracy", "trainable_parameters"]))
     trained = [row for row in scored if row["trainable_parameters"] > 0]
@@ -144,7 +144,7 @@ def accuracy_by_parameters(name: str, title: str, table: pd.DataFrame, methods: 
         axes.set_xlabel("trainable parameters (log scale)")
         axes.set_ylabel(f"{trained[0]['metric']}, %")
         places = _side_by_side([row["trainable_parameters"] for row in trained])
-        axes.set_xlim(0.7 * min(places), 1.4 * max(places))  # of one size, matplotlib's own limits are a hair apart
+        axes.set_xlim(0.7 * min(places), 1.4 * max(places))  # if all sizes are equal, matplotlib's limits collapse
         for row, place in zip(trained, places, strict=True):
             _draw_setting(figure, axes, row, place, methods.index(row["method"]), sizes_of[row["method"]] > 1)
         for row in scored:
@@ -167,7 +167,7 @@ def accuracy_by_parameters(name: str, title: str, table: pd.DataFrame, methods: 
 
 
 def save(picture: Picture, folder: Path) -> tuple[Path, Path]:
-    """Write `<name>.svg` and `<name>.png` (200 dpi) into `folder`; returns both paths."""
+    """Write `<name>.svg` and `<name>.png` (200 dpi) into `folder` and return both paths."""
     folder.mkdir(parents=True, exist_ok=True)
     svg, png = folder / f"{picture.name}.svg", folder / f"{picture.name}.png"
     with matplotlib.rc_context(STYLE):
@@ -177,7 +177,7 @@ def save(picture: Picture, folder: Path) -> tuple[Path, Path]:
 
 
 def _matrices(norms: pd.DataFrame) -> dict[tuple[int, str, str], str]:
-    """(layer, module, matrix) → column, for the tensors that are a LoRA or DiaBlo matrix inside a numbered layer."""
+    """Return (layer, module, matrix) → column for the LoRA and DiaBlo matrices in numbered layers."""
     found = {}
     for column in norms.columns:
         match = re.search(rf"\.(\d+)\.(.+)\.({'|'.join(MATRICES)})\b", column)
@@ -194,7 +194,7 @@ def _draw_norms(
     columns: Sequence[dict[tuple[int, str, str], str]],
     window: int | None = None,
 ) -> None:
-    """The norms of one layer's matrices; with a `window` their running variance over so many steps."""
+    """Draw the norms of one layer's matrices; with a `window`, their running variance over that many steps."""
     first = {trace.label: trace.seed for trace in reversed(traces)}
     for trace, matrices in zip(traces, columns, strict=True):
         for number, (matrix, (colour, marker)) in enumerate(MATRIX_STYLES.items()):
@@ -213,7 +213,7 @@ def _draw_norms(
                 color=colour,
                 linewidth=0.9,
                 marker=marker,
-                markevery=(number * every // 3, every),  # staggered, so that markers of two curves do not meet
+                markevery=(number * every // 3, every),  # staggered, so that markers of two curves do not overlap
                 markersize=5,
                 markerfacecolor="white",
                 zorder=3,
@@ -222,7 +222,7 @@ def _draw_norms(
 
 
 def _limits(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """The accuracy axis, in percent: every interval and every seed, with room below for the lines to the sizes."""
+    """Return the limits of the accuracy axis, in percent: all intervals and seeds, with room below for the lines."""
     values = [100 * value for row in rows for value in (row["low"], row["high"], *row["by_seed"].values())]
     room = max(max(values) - min(values), 2.0)
     return min(values) - 0.25 * room, max(values) + 0.15 * room
@@ -231,7 +231,7 @@ def _limits(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
 def _draw_setting(
     figure: Figure, axes: Axes, row: dict[str, Any], place: float, number: int, several_sizes: bool
 ) -> None:
-    """One setting at `place` on the x axis: its interval, its mean, each seed's point, and a line to its true size."""
+    """Draw one setting at `place` on the x axis: interval, mean, each seed's point, and a line to its true size."""
     colour = METHOD_COLOURS[number % len(METHOD_COLOURS)]
     marker = METHOD_MARKERS[number % len(METHOD_MARKERS)]
     mean, low, high = 100 * row["accuracy"], 100 * row["low"], 100 * row["high"]
@@ -243,7 +243,7 @@ def _draw_setting(
     label = row["method"] if several_sizes else row["label"]
     axes.plot(place, mean, marker, color=colour, markersize=7, linestyle="none", label=label, zorder=3)
     scores = [100 * score for score in row["by_seed"].values()]
-    if several_sizes:  # upright, above the bar and every seed, so that neighbours do not run into each other
+    if several_sizes:  # vertical, above the bar and all seeds, so that neighbours do not overlap
         above = (place, max(high, *scores))
         axes.annotate(row["size"], above, (1, 5), textcoords="offset points", ha="center", fontsize=8, rotation=90)
     beside = offset_copy(axes.transData, figure, x=7, units="points")
@@ -252,9 +252,9 @@ def _draw_setting(
 
 
 def _side_by_side(counts: Sequence[int]) -> np.ndarray:
-    """Places on a log axis near the `counts`, in their order, far enough from each other to be told apart.
+    """Return positions on a log axis near the `counts`, in their order and far enough apart to be distinguished.
 
-    The least-squares solution under a smallest gap: subtracting the gaps turns it into an isotonic regression.
+    The least-squares solution with a minimum gap: subtracting the gaps turns it into an isotonic regression.
     """
     logs = np.log10(np.array(counts, dtype=float))
     order = np.argsort(logs, kind="stable")

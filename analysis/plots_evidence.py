@@ -1,4 +1,4 @@
-"""Figures of the evidence page: differences with their intervals, gain against what is forgotten, learning rates."""
+"""Figures of the evidence page: differences with intervals, gain against forgetting, learning rates."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from analysis.plots import BLACK, BLUE, METHOD_COLOURS, METHOD_MARKERS, STYLE, V
 
 COLUMNS = 4  # panels in a row
 GREY = "#777777"
-RETAINED = "g"  # the question of what is forgotten, on a scale of its own
+RETAINED = "g"  # the question about forgetting, drawn on its own scale
 
 
 def differences(comparisons: Sequence[Comparison]) -> Picture:
-    """A line per comparison: the difference of NLL with its interval, in the colour of its verdict."""
+    """Draw a line per comparison: the difference of NLL with its interval, in the colour of its verdict."""
     parts = [[row for row in comparisons if (row.question == RETAINED) == retained] for retained in (False, True)]
     parts = [rows[::-1] for rows in parts if rows]
     with matplotlib.rc_context(STYLE):
@@ -32,9 +32,9 @@ def differences(comparisons: Sequence[Comparison]) -> Picture:
             what = "what is forgotten" if rows[0].question == RETAINED else "GSM8K's test solutions"
             axes.set_xlabel(f"difference of NLL of {what}, nats per token; left of 0 the first is better")
     caption = (
-        "Every comparison that could be made: mean over seeds, 95 % interval over seeds and rows. Blue triangles "
-        f"down: the first is better; red triangles up: worse; grey: neither (Holm, 5 %). Grey band: ±{MARGIN} nats. "
-        "The lines of (g) are of what is forgotten, on three other kinds of text."
+        "All possible comparisons: mean over seeds, 95 % interval over seeds and rows. Blue triangles down: the first "
+        f"is better; red triangles up: worse; grey: neither (Holm, 5 %). Grey band: ±{MARGIN} nats. "
+        "The lines of (g) show forgetting, on three other kinds of text."
     )
     alt = "Differences of NLL with intervals; the tables have the numbers."
     return Picture("differences", figure, caption, alt)
@@ -54,7 +54,7 @@ def _draw_differences(axes: Axes, rows: Sequence[Comparison]) -> None:
 
 
 def trade_off(settings: dict[str, Setting]) -> Picture:
-    """What a setting gains on the task over what it loses on other text, a point per seed and the mean."""
+    """Draw each setting's gain on the task against its loss on other text, a point per seed and the mean."""
     base = settings[BASE]
     shown = [setting for name, setting in settings.items() if name != BASE]
     with matplotlib.rc_context(STYLE):
@@ -73,14 +73,14 @@ def trade_off(settings: dict[str, Setting]) -> Picture:
         axes.set_ylabel("forgotten: mean NLL of three other texts, after − before")
         axes.legend(frameon=False, fontsize=8, loc="upper right")
     caption = (
-        "Right and low is best. Filled: mean over seeds; open: every seed. Each setting at the learning rate that "
-        "was best on held-out rows of the task, which does not look at what is forgotten."
+        "Bottom right is best. Filled: mean over seeds; open: every seed. Each setting at the learning rate that "
+        "was best on held-out rows of the task, which ignores forgetting."
     )
     return Picture("trade_off", figure, caption, "Gain against forgetting per setting; the tables have the numbers.")
 
 
 def rates(settings: dict[str, Setting]) -> Picture:
-    """One panel per setting: the loss on held-out rows over every learning rate that was tried."""
+    """Draw one panel per setting: the loss on held-out rows over every learning rate tried."""
     shown = [setting for setting in settings.values() if len(setting.tried) > 1]
     lines = max(1, math.ceil(len(shown) / COLUMNS))
     with matplotlib.rc_context(STYLE):
@@ -100,5 +100,5 @@ def rates(settings: dict[str, Setting]) -> Picture:
             axes.remove()
         figure.supxlabel("learning rate", fontsize=9)
         figure.supylabel("NLL per token of held-out rows", fontsize=9)
-    caption = "Seed 0, one run per learning rate, every one that was tried; dotted: the one chosen."
+    caption = "Seed 0, one run for each learning rate tried; dotted: the chosen one."
     return Picture("rates", figure, caption, "Held-out loss over learning rates; settings.csv has the chosen ones.")

@@ -21,7 +21,7 @@ COLUMNS = 4  # panels in a row, at most
 
 
 def learning_rates(name: str, sweep: Sweep, methods: Sequence[str]) -> Picture:
-    """One panel per label: every run as an open marker, a line through the means, crosses where runs failed.
+    """Draw one panel per label: every run as an open marker, a line through the means, crosses for failed runs.
 
     `methods` is every method of the page in a fixed order, as in `plots.accuracy_by_parameters`.
     """
@@ -37,7 +37,7 @@ def learning_rates(name: str, sweep: Sweep, methods: Sequence[str]) -> Picture:
                 continue
             _draw_rates(axes, sweep, labels[number], methods)
         failed = sum(bool(point.failed) for point in sweep.points)
-        if sweep.lower:  # a rate that is too large loses by an order of magnitude
+        if sweep.lower:  # the loss at too large a rate is an order of magnitude higher
             panels[0, 0].set_yscale("log")
         if failed:  # room below every value for the crosses
             bottom, top = panels[0, 0].get_ylim()
@@ -46,12 +46,12 @@ def learning_rates(name: str, sweep: Sweep, methods: Sequence[str]) -> Picture:
         for axes in panels[:, 0]:
             axes.set_ylabel(sweep.quantity)
         for number, axes in enumerate(panels.flat):
-            if number + columns >= len(labels):  # nothing below it
+            if number + columns >= len(labels):  # no panel below it
                 axes.set_xlabel("learning rate")
                 axes.tick_params(labelbottom=True)
     caption = (
         f"{sweep.model} trained on {sweep.task}, {sweep.quantity} over the learning rate. Open markers: every run; "
-        f"line: means over seeds; dotted: the one chosen, or the best mean. {failed} runs failed"
+        f"line: means over seeds; dotted: the chosen one, or the best mean. {failed} runs failed"
         f"{' (crosses)' if failed else ''}."
     )
     alt = f"{sweep.quantity} over the learning rate for {', '.join(labels)}; the table has the numbers."
@@ -59,9 +59,9 @@ def learning_rates(name: str, sweep: Sweep, methods: Sequence[str]) -> Picture:
 
 
 def accuracy_by_setting(name: str, title: str, table: pd.DataFrame) -> Picture:
-    """One section of `method_table`, a line per setting: mean, 95 % interval, and every seed's point.
+    """Draw one section of `method_table`, a line per setting: mean, 95 % interval, and every seed's point.
 
-    For settings that no size orders: sparse patterns, quantised bases. Their own colour and marker are DiaBlo's.
+    For settings without an order by size: sparse patterns, quantised bases. DiaBlo has its own colour and marker.
     """
     rows = records(table.dropna(subset=["accuracy"]))[::-1]  # the first on top
     with matplotlib.rc_context(STYLE):
@@ -89,10 +89,10 @@ def accuracy_by_setting(name: str, title: str, table: pd.DataFrame) -> Picture:
 
 
 def time_and_memory(name: str, title: str, runs: pd.DataFrame) -> Picture:
-    """Median step time and peak memory of every trained run, a line per label; `runs` is `Runs.frame` of one task.
+    """Draw median step time and peak memory of every trained run, a line per label.
 
-    The time axis starts at 0, that of memory does not; memory is the device's on a GPU and the process's elsewhere,
-    which holds Python too.
+    `runs` is `Runs.frame` of one task. The time axis starts at 0, the memory axis does not. On a GPU the memory is the
+    device's, elsewhere the process's, which includes Python.
     """
     trained = runs.dropna(subset=["step_seconds"]).drop_duplicates("run_id")
     trained = trained.sort_values(["method", "size_number", "label", "seed"])
@@ -115,7 +115,7 @@ def time_and_memory(name: str, title: str, runs: pd.DataFrame) -> Picture:
         time.set_yticks(range(len(labels)), labels)
     caption = (
         f"{title}: median time of an optimizer step and peak memory while training. Open markers: every run; bar: "
-        f"their median. The axis of memory does not start at 0. Measured on {'; '.join(machines)}."
+        f"their median. The memory axis does not start at 0. Measured on {'; '.join(machines)}."
     )
     return Picture(name, figure, caption, f"Step time and peak memory of {', '.join(labels)}.")
 
@@ -136,5 +136,5 @@ def _draw_rates(axes: Axes, sweep: Sweep, label: str, methods: Sequence[str]) ->
     if best is not None:
         axes.axvline(best, color=BLACK, linewidth=1, linestyle="dotted")
     failed = [point.learning_rate for point in points if point.failed]
-    height = axes.get_xaxis_transform()  # in shares of the panel
+    height = axes.get_xaxis_transform()  # y in shares of the panel
     axes.plot(failed, [0.06] * len(failed), "x", color=BLACK, markersize=6, transform=height)

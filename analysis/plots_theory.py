@@ -1,4 +1,4 @@
-"""Figures of the theory: who reaches the full optimum of least squares, and the condition as measured in training."""
+"""Figures of the theory: which method reaches the least-squares optimum, and the condition measured in training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from analysis.plots import BLACK, METHOD_COLOURS, METHOD_MARKERS, STYLE, Picture
 
 
 def sign(diablo: float, lora: float) -> str:
-    """The sign of a cell, from the losses above the full optimum."""
+    """Return the sign of a cell, from the losses above the full optimum."""
     if diablo == 0:
         return "=" if lora == 0 else "D="
     if lora == 0:
@@ -24,10 +24,10 @@ def sign(diablo: float, lora: float) -> str:
 
 
 def least_squares_map(name: str, width: int, sweeps: Sequence[tuple[str, Sequence[dict[str, float]]]]) -> Picture:
-    """One panel per (title, rows of `theory.sweep`) on square matrices of this width; rows of one grid in each.
+    """Draw one panel per (title, rows of `theory.sweep`) on square matrices of this width; all have the same grid.
 
-    Colour: LoRA's loss above the full optimum minus DiaBlo's, in percent of the loss before training. The signs say the
-    same without colour. The black line is the condition, rank(X) = width / N.
+    Colour: LoRA's loss above the full optimum minus DiaBlo's, in percent of the loss before training. The signs repeat
+    this without colour. The black line is the condition, rank(X) = width / N.
     """
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(9.6, 3.6), layout="constrained")
@@ -49,7 +49,7 @@ def least_squares_map(name: str, width: int, sweeps: Sequence[tuple[str, Sequenc
     return Picture(name, figure, caption, alt)
 
 
-QUANTITIES = {  # column of `load_spectra` -> its axis
+QUANTITIES = {  # column of `load_spectra` -> axis label
     "stable_rank": "stable rank",
     "energy": "energy in the\nlargest m / N",
     "covered": "covered by\none block",
@@ -57,9 +57,9 @@ QUANTITIES = {  # column of `load_spectra` -> its axis
 
 
 def condition_measured(name: str, title: str, spectra: pd.DataFrame) -> Picture:
-    """Over the layers, for X and for g_Y: stable rank, energy, and what a block covers; `spectra` as `load_spectra`'s.
+    """Draw, over the layers, for X and g_Y: stable rank, energy, and block coverage; `spectra` is from `load_spectra`.
 
-    The first measurement is faint, the last in full.
+    The first measurement is faint, the last solid.
     """
     first, last = int(min(spectra["step"])), int(max(spectra["step"]))
     modules = list(dict.fromkeys(spectra["module"]))
@@ -99,7 +99,7 @@ def _draw_module(axes: Axes, part: pd.DataFrame, column: str, number: int, steps
     for step in dict.fromkeys(steps):
         rows = part.loc[part["step"] == step].sort_values("layer")
         at_last = step == steps[-1]
-        places = rows["layer"] + 0.05 * number  # bars of several modules beside each other
+        places = rows["layer"] + 0.05 * number  # puts the bars of several modules next to each other
         label = str(rows["module"].iloc[0]) if at_last and len(rows) else None
         style = {"color": colour, "alpha": 1.0 if at_last else 0.3, "linewidth": 0.9}
         axes.plot(places, rows[column], marker=marker, markersize=5, markerfacecolor="white", label=label, **style)
@@ -116,7 +116,7 @@ def _draw(axes: Axes, width: int, rows: Sequence[dict[str, float]]) -> ScalarMap
         text = sign(row["diablo"], row["lora"])
         axes.text(place[1], place[0], text, ha="center", va="center", fontsize=8, color=BLACK)
     image = axes.imshow(gaps, cmap="PuOr", vmin=-50, vmax=50, origin="lower", aspect="auto", alpha=0.8)
-    for place, count in enumerate(blocks):  # the boundary, as steps between the cells
+    for place, count in enumerate(blocks):  # the boundary, in steps between the cells
         last = sum(rank <= width / count for rank in ranks) - 0.5
         axes.plot([last, last], [place - 0.5, place + 0.5], color=BLACK, linewidth=1.8)
         if place:

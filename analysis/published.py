@@ -1,14 +1,14 @@
-"""The numbers that the paper prints, as data: `published.csv`, one row per number, with where each comes from.
+"""The numbers printed in the paper, as data: `published.csv`, one row per number, with its provenance.
 
 - `table`: the paper's table; commonsense_per_task is what the baselines' own papers print per benchmark.
 - `model`, `method`, `setting`: as in configs; a setting is N=…, r=…, blocks=… (SMT's), or a pattern and its density.
 - `quantizer`, `bits`: of a quantised base.
-- `benchmark`, `unit`, `value`: "mean of 8" is the plain mean over a task's benchmarks.
-- `provenance`: who trained what the number is of: its authors' own, re-run by others, copied, not known.
-- `copied_from`: where a copied number was printed first.
-- `protocol`, `loss_on`: the protocol behind it, as in configs/protocol, and what its loss saw; empty: not known.
+- `benchmark`, `unit`, `value`: "mean of 8" is the unweighted mean over a task's benchmarks.
+- `provenance`: who trained the model behind the number: its authors' own, re-run by others, copied, not known.
+- `copied_from`: where a copied number was first printed.
+- `protocol`, `loss_on`: the protocol behind it, as in configs/protocol, and the tokens in its loss; empty: unknown.
 - `printed_percent`, `computed_percent`: trainable parameters in percent of the base, as printed and from the shapes.
-- `source`, `note`: where the number was read, and what to know about it.
+- `source`, `note`: where the number was read, and remarks.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ KNOWN = {
 
 
 def read_published(path: Path = FILE) -> pd.DataFrame:
-    """The rows of `published.csv`: text columns as text, numbers as floats (NaN where nothing is printed).
+    """Return the rows of `published.csv`: text columns as text, numbers as floats (NaN if nothing is printed).
 
-    UserError with file and line when a column is missing, a word is unknown, a number is none or out of range, a
-    number is there twice, or a copied number does not say from where.
+    UserError with file and line if a column is missing, a word is unknown, a number is invalid, out of range or
+    duplicated, or a copied number lacks its origin.
     """
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -63,10 +63,10 @@ def read_published(path: Path = FILE) -> pd.DataFrame:
         frame[column] = numbers
     for line, (provenance, source) in enumerate(zip(frame["provenance"], frame["copied_from"], strict=True), start=2):
         if (provenance == "copied") != bool(source):
-            raise UserError(f"{path}, line {line}: copied_from belongs to what is copied, and only there")
+            raise UserError(f"{path}, line {line}: copied_from is required for copied numbers, and only there")
     for line, twice in enumerate(frame.duplicated(KEY), start=2):
         if twice:
-            raise UserError(f"{path}, line {line}: this number is there twice")
+            raise UserError(f"{path}, line {line}: this number is a duplicate: remove one")
     return frame
 
 

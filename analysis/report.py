@@ -1,9 +1,9 @@
-"""One page from run directories: what was run, the table, the figures, what is missing, environment and hashes.
+"""Writes one page from run directories: what was run, tables, figures, what is missing, environment and hashes.
 
     python -m analysis.report runs --out report
     python -m analysis.report runs/tiny-* --out report --step-times step_times.json --note "Learning rates: see …"
 
-Writes `index.html`, which needs nothing beside it and no network, `table.md`, `table.csv`, `comparisons.md`,
+Writes `index.html`, which is self-contained and needs no network, `table.md`, `table.csv`, `comparisons.md`,
 `comparisons.csv` and `figures/`. The page shows what was measured; it ranks nothing.
 """
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 DIFFERENCES = Path(__file__).with_name("differences.csv")
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-FEWEST_DRAWN = 3  # trained and scored settings of a figure of accuracy against size
-COMPARED = ("lora", "diablo")  # the methods whose gradients the paper's figure sets side by side
+FEWEST_DRAWN = 3  # trained and scored settings that a figure of accuracy against size needs
+COMPARED = ("lora", "diablo")  # methods whose gradients the paper's figure compares
 
 
 def main(arguments: list[str]) -> None:
@@ -42,8 +42,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--note", action="append", default=[], metavar="TEXT", help="a paragraph for the page; repeatable"
     )
-    parser.add_argument("--wandb", choices=MODES, default="off", help="log the tables there too (default: off)")
-    parser.add_argument("--reference", metavar="LABEL", help="compare every method with this one, such as lora-r32")
+    parser.add_argument("--wandb", choices=MODES, default="off", help="also log the tables there (default: off)")
+    parser.add_argument("--reference", metavar="LABEL", help="compare every method with this one, e.g. lora-r32")
     options = parser.parse_args(arguments)
 
     from analysis.load import find_runs
@@ -73,10 +73,10 @@ def write_report(
     """Write the report of these runs into `out` and return the path of its `index.html`.
 
     `step_times` is a measurement of `experiments.speed.timing`, or None for blank cells. `notes` are paragraphs of
-    plain text that say what the records cannot, such as how the learning rates were chosen. `reference` is the label
-    that `analysis.comparisons` compares with. `tried` are the runs by which learning rates were chosen; without them
-    the sweeps among the reported runs are drawn. `wandb`: a mode of analysis/mirror.py, for the tables. UserError when
-    no run can be read.
+    plain text for what the records do not contain, e.g. how the learning rates were chosen. `reference` is the label
+    that `analysis.comparisons` compares with. `tried` are the runs by which learning rates were chosen; without them,
+    the sweeps among the reported runs are drawn. `wandb`: a mode of analysis/mirror.py, for the tables. UserError if no
+    run can be read.
     """
     import jinja2
     import pandas as pd
@@ -142,9 +142,9 @@ def write_report(
 def _accuracy_figure(
     number: int, heading: str, rows: pd.DataFrame, table: pd.DataFrame, out: Path
 ) -> dict[str, str] | None:
-    """The figure of one section, saved and ready for the page.
+    """Save the figure of one section and return it for the page.
 
-    None where a table says as much with fewer settings, and for sweeps over learning rates, which have their own.
+    None if there are so few settings that the table is enough, and for learning-rate sweeps, which have their own.
     """
     from analysis.plots import accuracy_by_parameters
     from analysis.plots_sweeps import accuracy_by_setting
@@ -160,7 +160,7 @@ def _accuracy_figure(
 
 
 def gradient_pictures(frame: pd.DataFrame) -> tuple[list[Picture], list[str]]:
-    """One figure for every model and task with runs of LoRA or DiaBlo, and a line for each that cannot be drawn."""
+    """Return one figure for every model and task with runs of LoRA or DiaBlo, and a line for each that failed."""
     from analysis.load import load_metrics, records
     from analysis.plots import Trace, gradient_norms
 
@@ -187,7 +187,7 @@ def gradient_pictures(frame: pd.DataFrame) -> tuple[list[Picture], list[str]]:
 
 
 def spectra_pictures(frame: pd.DataFrame) -> tuple[list[Picture], list[str]]:
-    """One figure for every run that measured its spectra, and a line for each that cannot be read."""
+    """Return one figure for every run that measured its spectra, and a line for each that cannot be read."""
     from analysis.load import load_spectra, records
     from analysis.plots_theory import condition_measured
     from experiments.runs.records import RunPaths
@@ -205,7 +205,7 @@ def spectra_pictures(frame: pd.DataFrame) -> tuple[list[Picture], list[str]]:
 
 
 def _sweeps(frame: pd.DataFrame, out: Path) -> list[dict[str, Any]]:
-    """Every learning-rate sweep with its table, its figure and a line for each run that failed."""
+    """Return every learning-rate sweep with its table, its figure and a line for each failed run."""
     from analysis.plots_sweeps import learning_rates
     from analysis.sweeps import failures, find_sweeps, sweep_table
 
@@ -222,7 +222,7 @@ def _sweeps(frame: pd.DataFrame, out: Path) -> list[dict[str, Any]]:
 
 
 def _costs(frame: pd.DataFrame, out: Path) -> list[dict[str, str]]:
-    """A figure of step time and memory for every model and task of which several methods were trained."""
+    """Return a figure of step time and memory for every model and task with several trained methods."""
     from analysis.load import records
     from analysis.plots_sweeps import time_and_memory
 
@@ -237,9 +237,9 @@ def _costs(frame: pd.DataFrame, out: Path) -> list[dict[str, str]]:
 
 
 def _nearest_in_size(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """One setting of LoRA and one of DiaBlo: the pair whose parameter counts are nearest, or the one that is there.
+    """Return one setting of LoRA and one of DiaBlo with the nearest parameter counts, or the only one of them.
 
-    Of pairs equally near, the one with the lowest learning rates.
+    Ties go to the pair with the lowest learning rates.
     """
     families = [{run["setting"]: run for run in runs if run["method"] == method} for method in COMPARED]
     pairs = itertools.product(*(family.values() for family in families if family))
@@ -252,7 +252,7 @@ def _nearest_in_size(runs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _embed(picture: Picture, out: Path) -> dict[str, str]:
-    """Save a picture, and give the page what it needs. An <img> keeps the ids inside one SVG away from the next."""
+    """Save a picture and return its entry for the page. An <img> keeps the ids of one SVG apart from the next one's."""
     from analysis.plots import save
 
     svg, _ = save(picture, out / "figures")
@@ -261,7 +261,7 @@ def _embed(picture: Picture, out: Path) -> dict[str, str]:
 
 
 def _facts(frame: pd.DataFrame) -> list[tuple[str, str]]:
-    """What was run, as (name, text)."""
+    """Return what was run, as (name, text)."""
     from analysis.load import records
 
     scored = frame.dropna(subset=["accuracy"])
@@ -287,13 +287,13 @@ def _facts(frame: pd.DataFrame) -> list[tuple[str, str]]:
 
 
 def _benchmarks(frame: pd.DataFrame) -> list[str]:
-    """The names of what was scored on rows of its own: not the means over them."""
+    """Return the names of the single benchmarks, without the means over them."""
     of_one = frame["items"].map(lambda items: not isinstance(items, list))
     return sorted(set(frame.loc[of_one, "benchmark"].dropna()))
 
 
 def _hashes(frame: pd.DataFrame) -> list[tuple[str, list[str]]]:
-    """(what, its hashes): one hash each, unless the runs differ."""
+    """Return (name, hashes): one hash each, unless the runs differ."""
     rows = []
     for words, by, column in (
         ("Base weights of", "model", "base_hash"),
@@ -310,7 +310,7 @@ def _hashes(frame: pd.DataFrame) -> list[tuple[str, list[str]]]:
 
 
 def _environment(frame: pd.DataFrame) -> list[tuple[str, str, str]]:
-    """(key, in training, in evaluation); of values that differ between runs all are listed."""
+    """Return (key, training, evaluation); if values differ between runs, all are listed."""
     training, evaluation = (_values(frame[column].dropna()) for column in ("environment", "eval_environment"))
     return [(key, training.get(key, ""), evaluation.get(key, "")) for key in training | evaluation]
 

@@ -1,6 +1,6 @@
-"""The rows of one run: what tables take from its config, its training record and its scores.
+"""The rows of one run: what tables take from its config, training record and scores.
 
-What cannot be read is left out and named in one line; what is missing stays missing, it never becomes a zero.
+Unreadable files are skipped and reported in one line each; missing values stay missing, they never become zero.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from experiments.runs.records import (
 )
 from experiments.settings import with_values
 
-UNREADABLE = (UserError, OSError, ValueError, KeyError, TypeError, AttributeError)  # what a damaged file can raise
-SIZES = {  # the setting that sizes an adapter -> what the literature calls it; PaCA's rank is a count of rows
+UNREADABLE = (UserError, OSError, ValueError, KeyError, TypeError, AttributeError)  # raised by damaged files
+SIZES = {  # the setting that sizes an adapter -> its name in the literature; PaCA's rank is a number of rows
     **{"num_blocks": "N", "r": "r", "count": "r"},
     **{"num_virtual_tokens": "tokens", "bottleneck_size": "width", "down_ratio": "down"},
 }
-DENOMINATOR = 4096  # of a density, at most
+DENOMINATOR = 4096  # largest one of a density
 RUN_COLUMNS = (
     *("run_id", "path", "model", "method", "label", "size", "size_number", "task", "seed", "learning_rate"),
     *("rate_chosen", "rate_by", "train_protocol", "loss_on", "pattern", "quantizer", "bits"),
@@ -77,23 +77,23 @@ TEXTS = [
 
 
 def read_run(directory: Path) -> list[dict[str, Any]]:
-    """The rows of one run, each with what is wrong with it as `problems`; of a run that cannot be read that alone.
+    """Return the rows of one run, each with its `problems`; an unreadable run has one row with only these.
 
-    Likelihood benchmarks have rows of their own with the metric `NLL`, and are in no mean: a run has at least one row
-    that is not of them.
+    Likelihood benchmarks have their own rows, with the metric `NLL`, and enter no mean. A run always has at least one
+    other row.
     """
     run = RunPaths(directory)
     try:
         rows = _read_run(run)
         for row in rows:
             _check_types(row)
-    except Exception as error:  # whatever a file from elsewhere holds, the other runs are reported
+    except Exception as error:  # one bad file must not prevent the report of the other runs
         return [{"path": directory, "problems": [line_of(run.config, error)]}]
     return rows
 
 
 def _check_types(row: dict[str, Any]) -> None:
-    """ValueError unless every value fits its column: one that does not would stop the reading of all runs."""
+    """Raise a ValueError unless every value fits its column: a misfit would stop the reading of all runs."""
     for column, value in row.items():
         kind = TYPES.get(column)
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -137,7 +137,7 @@ def _read_run(run: RunPaths) -> list[dict[str, Any]]:
 def _is_likelihood(benchmark: str) -> bool:
     try:
         return kind_of(benchmark) == LIKELIHOOD
-    except UserError:  # of another version, which had other benchmarks
+    except UserError:  # a benchmark of another version of the code
         return False
 
 
@@ -145,7 +145,7 @@ def _about_run(run: RunPaths, config: RunConfig) -> dict[str, Any]:
     method, quantization = config.method, config.quantization
     adapter = method.adapter or {}
     size = next((key for key in SIZES if adapter.get(key) is not None), None)
-    letter = "blocks" if method.name == "smt" else SIZES[size] if size else ""  # SMT's are a number, not a cut
+    letter = "blocks" if method.name == "smt" else SIZES[size] if size else ""  # SMT's N counts blocks in the model
     pattern = None if size else adapter.get("pattern")
     density = f" {Fraction(adapter['density']).limit_denominator(DENOMINATOR)}" if adapter.get("density") else ""
     return {
@@ -170,7 +170,7 @@ def _about_run(run: RunPaths, config: RunConfig) -> dict[str, Any]:
 
 
 def _rate_choice(run: RunPaths, problems: list[str]) -> dict[str, Any]:
-    """How the learning rate was chosen, in words and by which rule; nothing where the config gave it."""
+    """Return how the learning rate was chosen, in words and by which rule; empty if the config set it."""
     if not run.learning_rate.is_file():
         return {}
     try:
@@ -184,7 +184,7 @@ def _rate_choice(run: RunPaths, problems: list[str]) -> dict[str, Any]:
 
 
 def _training(run: RunPaths, config: RunConfig, problems: list[str]) -> tuple[TrainRecord | None, dict[str, Any]]:
-    """The training record, and what the frame takes from it; (None, {}) when there is none to trust."""
+    """Return the training record and the frame's columns from it; (None, {}) if there is no valid record."""
     if run.diverged.is_file():
         try:
             about = read_json(run.diverged)
@@ -219,16 +219,16 @@ def _training(run: RunPaths, config: RunConfig, problems: list[str]) -> tuple[Tr
 
 
 def _as_merged(run: RunPaths, config: RunConfig) -> dict[Path, str]:
-    """Of a run that cannot be merged, or was planned not to be: its evaluations' folders as a merged one's are named.
+    """Map the evaluation folders of a run scored unmerged to the names they would have if it had been merged.
 
-    Merging is no part of a protocol, so that both stand in one table.
+    Merging is not part of a protocol, so both belong in one table.
     """
     if config.evaluation.merge:
         return {}
     try:
         own = evaluation_paths(run, config)
         merged = evaluation_paths(run, with_values(config, {"evaluation.merge": True}))
-    except UNREADABLE:  # of another version: its folders keep their names
+    except UNREADABLE:  # a run of another version: its folders keep their names
         return {}
     pairs = [(paths.root, other.root) for paths, other in zip(own, merged, strict=True)]
     return {root: _name(run, other) for root, other in pairs if not other.exists()}
@@ -241,7 +241,7 @@ def _name(run: RunPaths, folder: Path) -> str:
 def _evaluations(
     run: RunPaths, config: RunConfig, trained: TrainRecord | None, problems: list[str]
 ) -> Iterator[dict[str, Any]]:
-    """What the frame takes from every evaluation of a run that can be read and belongs to its weights."""
+    """Yield the frame's columns for every evaluation that can be read and belongs to the run's weights."""
     names = _as_merged(run, config)
     for path in sorted(run.root.glob("eval/*/*/score.json")):
         try:
@@ -279,7 +279,7 @@ def _evaluations(
 def _means(
     run: RunPaths, evaluations: Sequence[dict[str, Any]], planned: Sequence[str], problems: list[str]
 ) -> Iterator[dict[str, Any]]:
-    """The plain mean over all planned benchmarks, once for every way that all of them were asked and read whole."""
+    """Yield the unweighted mean over all planned benchmarks, one for each way in which all were scored completely."""
     ways: dict[str, list[dict[str, Any]]] = {}
     for row in evaluations:
         if row["benchmark"] in planned and row["asked"]["limit"] is None:
@@ -290,11 +290,11 @@ def _means(
             yield _mean(parts)
         else:
             scored = ", ".join(row["evaluation"] for row in parts)
-            problems.append(f"{run.root}: no mean over the {len(planned)} benchmarks, asked alike there are {scored}")
+            problems.append(f"{run.root}: no mean over the {len(planned)} benchmarks: equal settings only for {scored}")
 
 
 def _way(row: dict[str, Any]) -> str:
-    """What evaluations of one mean share: protocol and settings, but for the lengths that go with a kind of answer."""
+    """Return a hash of what evaluations in one mean share: protocol and settings, except lengths and stop strings."""
     asked = row["asked"]
     generation = {key: value for key, value in asked["generation"].items() if key not in ("max_new_tokens", "stop")}
     return content_hash([row["protocol"], row["searched"], {**asked, "generation": generation}])
@@ -323,13 +323,13 @@ def _mean(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _commits(*found: TrainRecord | EvalRecord) -> list[str]:
-    """The versions of this code that made the records; "unknown" outside a git checkout, "…, changed" with edits."""
+    """Return the code versions behind the records; "unknown" outside a git checkout, "…, changed" with local edits."""
     about = [record.environment for record in found]
     return sorted({f"{e.get('commit') or 'unknown'}{', changed' if e.get('dirty') else ''}" for e in about})
 
 
 def _check_score(path: Path, run: RunPaths, record: EvalRecord, trained: TrainRecord | None) -> None:
-    """UserError unless the score is this run's, follows from its files, and is of the weights that were trained."""
+    """Raise a UserError unless the score is this run's, follows from its files, and is of the trained weights."""
     if record.run_id != run.root.name:
         raise UserError(f"{path}: the score of {record.run_id}: evaluate the run again")
     check_score(EvalPaths(path.parent), record)
@@ -340,6 +340,6 @@ def _check_score(path: Path, run: RunPaths, record: EvalRecord, trained: TrainRe
 
 
 def line_of(path: Path, error: BaseException) -> str:
-    """One line that names the file: our own errors do already, others are put behind the name."""
+    """Return one line that names the file: our own errors already do, others get its name as prefix."""
     text = " ".join(str(error).split())
     return text if isinstance(error, UserError) else f"{path}: cannot be read ({type(error).__name__}: {text})"

@@ -1,8 +1,8 @@
-"""Intervals for accuracies. Pure functions of arrays of right (1) and wrong (0) answers, or of shares between.
+"""Intervals for accuracies. Pure functions of arrays of right (1) and wrong (0) answers, or shares in between.
 
-The seeds of one method answer the *same* test items, so their answers are not independent and counts may not simply be
-added up over seeds. Below `SEEDS_FOR_AN_INTERVAL` seeds nothing can be said about the spread over seeds: the interval
-is over test items only, and says so. From there on it covers seeds and items.
+The seeds of one method answer the *same* test items, so their answers are not independent and counts must not simply
+be summed over seeds. Below `SEEDS_FOR_AN_INTERVAL` seeds the spread over seeds cannot be estimated: the interval is
+over test items only, and says so. From there on it covers seeds and items.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 LEVEL = 0.95
-SEEDS_FOR_AN_INTERVAL = 5  # below it an interval over seeds would promise what so few points cannot give
-DRAWS = 5000  # bootstrap replicates; the percentiles then move by about 1 % of the interval's width between generators
+SEEDS_FOR_AN_INTERVAL = 5  # with fewer, an interval over seeds would be unreliable
+DRAWS = 5000  # bootstrap replicates; percentiles then vary by about 1 % of the interval's width between generators
 Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 
 
@@ -29,28 +29,27 @@ class Interval:
     mean: float
     low: float
     high: float
-    over: str  # what was drawn anew: "test items", or "seeds and test items"
+    over: str  # what was resampled: "test items", or "seeds and test items"
 
 
 def accuracy_interval(*parts: NDArray[np.float64]) -> Interval:
-    """The mean accuracy of one method with its 95 % interval; of several benchmarks the plain mean of their accuracies.
+    """Return the mean accuracy of one method with its 95 % interval; several benchmarks count equally.
 
-    `parts`: one (seeds, n) array per benchmark, 1 where that seed's run answered that test item right, 0 where not; the
-    columns are the same test items in every row, the rows the same seeds in every part. ValueError when there is no
-    seed or no item.
+    `parts`: one (seeds, n) array per benchmark, 1 if that seed's run answered that test item right, else 0; columns are
+    the same test items in every row, rows the same seeds in every part. ValueError if there is no seed or no item.
     """
     for items in parts:
         if items.ndim != 2 or items.size == 0:
             raise ValueError(f"items must be (seeds, n) with at least one of each, got shape {items.shape}")
     mean = float(np.mean([items.mean() for items in parts]))
-    seeds_agree = all((items == items[0]).all() for items in parts)  # then the seeds add no variance, no information
+    seeds_agree = all((items == items[0]).all() for items in parts)  # then seeds add neither variance nor information
     if len(parts[0]) >= SEEDS_FOR_AN_INTERVAL and not seeds_agree:
         return Interval(mean, *bootstrap_seeds_and_items(*parts), "seeds and test items")
     return Interval(mean, *wilson(mean, _worth(mean, parts)), "test items")
 
 
 def _worth(mean: float, parts: Sequence[NDArray[np.float64]]) -> float:
-    """How many independent answers the mean over `parts` is worth: their variances add up, over the parts squared."""
+    """Return the number of independent answers equivalent to the mean over `parts`, from its variance."""
     if len(parts) == 1:
         return effective_items(parts[0])
     if mean in (0, 1):
@@ -59,7 +58,7 @@ def _worth(mean: float, parts: Sequence[NDArray[np.float64]]) -> float:
 
 
 def _variance(items: NDArray[np.float64]) -> float:
-    """Of one part's mean over new items. All right or all wrong is not certainty: Agresti and Coull then."""
+    """Return the variance of one part's mean over new items; by Agresti and Coull if all are right or all wrong."""
     mean, n = float(items.mean()), items.shape[1]
     if mean in (0, 1):
         n, mean = n + Z**2, (mean * n + Z**2 / 2) / (n + Z**2)
@@ -68,25 +67,24 @@ def _variance(items: NDArray[np.float64]) -> float:
 
 
 def wilson(mean: float, n: float) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a proportion `mean` observed on `n` items; `n` need not be whole.
+    """Return Wilson's 95 % score interval of a proportion `mean` observed on `n` items; `n` may be fractional.
 
-    The same as `scipy.stats.binomtest(k, n).proportion_ci(method="wilson")`, which takes whole numbers only. It stays
-    inside [0, 1] and has a width when every answer is right.
+    Equals `scipy.stats.binomtest(k, n).proportion_ci(method="wilson")`, which takes integers only. It stays inside
+    [0, 1] and has a width even if every answer is right.
     """
     centre = (mean + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(mean * (1 - mean) / n + Z**2 / (4 * n**2))
-    # At 0 and 1 the bound is the mean itself, which rounding may miss by 1e-19.
+    # At 0 and 1 the bound equals the mean, which rounding may miss by 1e-19.
     return max(0.0, min(centre - half, mean)), min(1.0, max(centre + half, mean))
 
 
 def effective_items(items: NDArray[np.float64]) -> float:
-    """How many independent right-or-wrong answers the mean of `items`, (seeds, n), is worth for drawing new items.
+    """Return the number of independent right-or-wrong answers equivalent to the mean of `items`, (seeds, n).
 
     The usual design-effect correction: the mean over n items of the per-item means m_i has the variance Var(m_i) / n; a
-    proportion p from k independent answers has p (1 - p) / k; equal for k = n p (1 - p) / Var(m_i). One seed, or seeds
-    that agree on every item, give n; seeds that disagree average their noise out and give more, but never more than
-    seeds * n, which is what independent answers would give. Shares, of several completions, are worth what their
-    variance says.
+    proportion p of k independent answers has p (1 - p) / k; they are equal for k = n p (1 - p) / Var(m_i). One seed, or
+    seeds that agree on every item, give n. Seeds that disagree average out noise and give more, but at most seeds * n,
+    the value for independent answers. Shares (of several completions) count by their variance.
     """
     seeds, n = items.shape
     mean = float(items.mean())
@@ -100,13 +98,13 @@ def effective_items(items: NDArray[np.float64]) -> float:
 
 
 def bootstrap_seeds_and_items(*parts: NDArray[np.float64]) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean of the means of `parts`, (seeds, n) each, by a hierarchical bootstrap.
+    """Return the 95 % percentile interval of the mean of the means of `parts`, (seeds, n) each: hierarchical bootstrap.
 
-    Each replicate draws seeds with replacement, then test items with replacement, the same items for all the seeds it
-    drew: the seeds did answer the same items (Owen 2007, "The pigeonhole bootstrap"). What the drawn seeds deviate by
-    is enlarged by sqrt(S / (S - 1)) and by Student's quantile over the normal one: without, five seeds that differ much
-    gave intervals that held the truth in 82 to 87 % of simulations; with it, it is 94 % and more. The generator is
-    fixed, so the same answers always give the same interval.
+    Each replicate draws seeds with replacement, then test items with replacement, the same items for all drawn seeds,
+    because all seeds answered the same items (Owen 2007, "The pigeonhole bootstrap"). The deviation of the drawn seeds
+    is enlarged by sqrt(S / (S - 1)) and by the ratio of Student's quantile to the normal one: without it, intervals
+    from five seeds that differ much covered the truth in 82 to 87 % of simulations; with it, in 94 % and more. The
+    generator's seed is fixed, so equal answers always give equal intervals.
     """
     generator = np.random.default_rng(0)
     seeds = len(parts[0])

@@ -1,4 +1,4 @@
-"""Learning-rate sweeps: every run of one method at several rates, the failed ones among them."""
+"""Learning-rate sweeps: all runs of one method at several rates, including failed ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FAILED = {"diverged": "its training loss is not finite", "not trained": "no trai
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a sweep; `value` is NaN where it `failed`, a key of `FAILED` or ""."""
+    """One run of a sweep; `failed` is a key of `FAILED` or "", and `value` is NaN if it failed."""
 
     method: str
     label: str
@@ -32,8 +32,8 @@ class Point:
 class Sweep:
     """The runs of one model and task whose labels have several learning rates.
 
-    `quantity` says what the points' values are; `lower` whether less of it is better; `chosen` are the learning rates
-    that an experiment chose, by label.
+    `quantity` names the points' values; `lower` says whether lower is better; `chosen` maps a label to the learning
+    rate that an experiment chose.
     """
 
     model: str
@@ -47,13 +47,13 @@ class Sweep:
         return list(dict.fromkeys(point.label for point in self.points))
 
     def by_rate(self, label: str) -> dict[float, list[Point]]:
-        """The points of a label at each of its learning rates, in order."""
+        """Return the points of a label by learning rate, ascending."""
         points = [point for point in self.points if point.label == label]
         rates = sorted({point.learning_rate for point in points})
         return {rate: [point for point in points if point.learning_rate == rate] for rate in rates}
 
     def means(self, label: str) -> dict[float, float]:
-        """The mean over seeds at each learning rate at which no run failed."""
+        """Return the mean over seeds at each learning rate without failed runs."""
         rates = self.by_rate(label).items()
         return {
             rate: fmean(point.value for point in points)
@@ -62,7 +62,7 @@ class Sweep:
         }
 
     def best(self, label: str) -> float | None:
-        """The one that was chosen, else that with the best mean; None when runs failed at every one."""
+        """Return the chosen rate, else the one with the best mean; None if runs failed at every rate."""
         if label in self.chosen:
             return self.chosen[label]
         means = self.means(label)
@@ -70,9 +70,9 @@ class Sweep:
 
 
 def find_sweeps(frame: pd.DataFrame) -> Iterator[Sweep]:
-    """The sweeps among the rows of `Runs.frame`: by what learning rates were chosen by, else by score.
+    """Yield the sweeps among the rows of `Runs.frame`, by the quantity that rates were chosen by, else by score.
 
-    Of several benchmarks the task's mean is taken, or the first where it has none.
+    With several benchmarks, the task's mean is used, or the first benchmark if there is no mean.
     """
     trained = records(frame.dropna(subset=["learning_rate"]))
     for model, task in sorted({(row["model"], row["task"]) for row in trained}):
@@ -93,7 +93,7 @@ def find_sweeps(frame: pd.DataFrame) -> Iterator[Sweep]:
             first = scored[0] if scored else {"benchmark": None, "metric": "accuracy"}
             rows = [row for row in rows if row["benchmark"] == first["benchmark"] or pd.isna(row["accuracy"])]
             quantity = f"{first['metric']} on {first['benchmark']}, %"
-        rows.sort(key=lambda row: pd.notna(row["accuracy"]))  # of a run with a score and missing ones, the score
+        rows.sort(key=lambda row: pd.notna(row["accuracy"]))  # so that a run's score replaces its missing ones below
         points = {row["run_id"]: _point(row, measure) for row in rows}
         chosen = {row["label"]: float(row["learning_rate"]) for row in rows if pd.notna(row["rate_chosen"])}
         order = sorted(points.values(), key=lambda point: (point.method, point.label, point.learning_rate, point.seed))
@@ -101,7 +101,7 @@ def find_sweeps(frame: pd.DataFrame) -> Iterator[Sweep]:
 
 
 def sweep_table(sweep: Sweep) -> pd.DataFrame:
-    """Labels × learning rates as text: every run's value, or how it failed; an asterisk behind `Sweep.best`."""
+    """Return labels × learning rates as text: each run's value or failure; an asterisk marks `Sweep.best`."""
     layout = "{:.4f}" if sweep.lower else "{:.1f}"
     rows = []
     for label in sweep.labels():
@@ -117,7 +117,7 @@ def sweep_table(sweep: Sweep) -> pd.DataFrame:
 
 
 def failures(sweep: Sweep) -> list[str]:
-    """One line per failed run."""
+    """Return one line per failed run."""
     return [
         f"{point.label} at learning rate {point.learning_rate:g}, seed {point.seed}: {FAILED[point.failed]}"
         for point in sweep.points
@@ -126,7 +126,7 @@ def failures(sweep: Sweep) -> list[str]:
 
 
 def _measure(rows: Sequence[dict[str, Any]]) -> str:
-    """The column that a sweep is drawn by: what a rule looked at, else the held-out loss, else the score."""
+    """Return the column of a sweep's values: what the rule used, else the held-out loss, else the score."""
     rules = {f"held_out_{row['rate_by']}" for row in rows if pd.notna(row["rate_by"])}
     held_out = rules if len(rules) == 1 else {"held_out_loss"}
     return next((name for name in held_out if any(pd.notna(row[name]) for row in rows)), "accuracy")
@@ -139,7 +139,7 @@ def _point(row: dict[str, Any], measure: str) -> Point:
         failed = "diverged"
     elif pd.isna(row["trainable_parameters"]):
         failed = "not trained"
-    elif math.isnan(row["final_loss"]):  # of a record that was made before such a training was a failed run
+    elif math.isnan(row["final_loss"]):  # a record from before diverged trainings counted as failed
         failed = "diverged"
     elif math.isnan(value):
         failed = "not scored"
@@ -148,4 +148,4 @@ def _point(row: dict[str, Any], measure: str) -> Point:
 
 
 def _place(row: dict[str, Any]) -> int:
-    return int(row["place"]) if pd.notna(row["place"]) else 1000  # what was not planned comes last
+    return int(row["place"]) if pd.notna(row["place"]) else 1000  # unplanned benchmarks come last

@@ -1,6 +1,6 @@
-"""The table of methods: what each trained, what it scored with how much uncertainty, and what it took.
+"""The table of methods: what each trained, its scores with their uncertainty, and its cost.
 
-`method_table` holds numbers; `display` turns them into the text that Markdown and HTML show, and CSV keeps the numbers.
+`method_table` holds numbers; `display` turns them into text for Markdown and HTML, and CSV keeps the numbers.
 Rows are sorted by name and size, never by score, and no cell is marked as a winner.
 """
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from analysis.load import StepTimes, records
 from analysis.stats import accuracy_interval
 
-# What one table compares.
+# The columns that all rows of one table share.
 SECTION = ["model", "task", "benchmark", "metric", "protocol", "evaluation", "test_data_hash", "n"]
 ROW_ORDER = ["model", "task", "benchmark", "evaluation", "method", "size_number", "label", "learning_rate"]
 OF_A_SETTING = ["place", "method", "label", "size", "pattern", "quantizer", "bits", "loss_on", "group"]
@@ -43,12 +43,12 @@ MEANINGS = {
 
 
 def method_table(frame: pd.DataFrame, step_times: StepTimes | None = None) -> pd.DataFrame:
-    """One row per setting (method, size, learning rate …) and evaluation, with the columns `COLUMNS`.
+    """Return one row per setting (method, size, learning rate …) and evaluation, with the columns `COLUMNS`.
 
     `frame` is `Runs.frame`. `accuracy`, `low` and `high` are in [0, 1]; `by_seed` maps a seed to its accuracy; `seeds`
-    counts the scored ones and `planned_seeds` all; `mixed` lists what the runs behind the score do not share (the keys
-    of `MARKS`); `train_seconds`, `step_seconds` and `peak_memory_bytes` are medians over seeds; the step times are
-    relative to the frozen model's, for the model they were measured on. What is not there is NaN.
+    counts the scored seeds and `planned_seeds` all; `mixed` lists what differs between the runs behind the score (keys
+    of `MARKS`); `train_seconds`, `step_seconds` and `peak_memory_bytes` are medians over seeds; step times are relative
+    to the frozen model's, for the model they were measured on. Missing values are NaN.
     """
     rows = []
     for section, part in sections(frame):
@@ -75,9 +75,9 @@ def method_table(frame: pd.DataFrame, step_times: StepTimes | None = None) -> pd
 
 
 def display(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `method_table` as text for a reader; what is missing is an empty cell.
+    """Return the rows of `method_table` as text for readers; missing values are empty cells.
 
-    There is a column for quantised bases where there is one, and for the tokens that the loss saw where they differ.
+    Quantised bases have a column if there are any, and the tokens in the loss if they differ.
     """
     bases = [f"{row['quantizer']}, {row['bits']} bits" if pd.notna(row["quantizer"]) else "" for row in records(table)]
     return pd.DataFrame(
@@ -112,40 +112,40 @@ def display(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def to_markdown(table: pd.DataFrame) -> str:
-    """The wide tables, then one table per section, each under a heading that names it, and what the marks mean."""
+    """Return the wide tables, one table per section under its heading, and the meaning of the marks."""
     parts = [(title, wide) for title, wide in wide_tables(table)]
     parts += [(title, display(section)) for title, section in by_section(table)]
     return with_legend(parts, table)
 
 
 def with_legend(parts: Iterable[tuple[str, pd.DataFrame]], table: pd.DataFrame) -> str:
-    """Titles and text tables as Markdown, and what the marks in the column `mixed` of `table` mean."""
+    """Return titled text tables as Markdown, with the meaning of the marks in the column `mixed` of `table`."""
     texts = [f"## {_plain(title)}\n\n{markdown(body)}" for title, body in parts]
     return "\n".join([*texts, *(f"{line}\n" for line in legend(table["mixed"]))])
 
 
 def legend(mixed: Iterable[Sequence[str]]) -> list[str]:
-    """A line for each mark that stands behind one of the numbers whose runs do not share what `mixed` names."""
+    """Return a line for each mark that `mixed` uses."""
     found = {name for names in mixed for name in names}
     return [f"{sign} {MEANINGS[name]}" for name, sign in MARKS.items() if name in found]
 
 
 def markdown(body: pd.DataFrame) -> str:
-    """A frame of text as a Markdown table: the first column to the left, the others to the right."""
+    """Return a frame of text as a Markdown table: the first column left-aligned, the others right-aligned."""
     columns = ["left"] + ["right"] * (body.shape[1] - 1)
     body = body.map(_plain).rename(columns=_plain)
     return body.to_markdown(index=False, disable_numparse=True, colalign=columns) + "\n"
 
 
 def _plain(cell: Any) -> Any:
-    """A cell whose text is no HTML, and ends neither its column nor its row."""
+    """Escape text so that it contains no HTML and does not end its column or row."""
     if not isinstance(cell, str):
         return cell
     return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"\s", " ", cell)).replace("|", "\\|")
 
 
 def csv_text(table: pd.DataFrame) -> str:
-    """A frame as CSV. Text that a spreadsheet would take for a formula gets an apostrophe before it."""
+    """Return a frame as CSV. Text that a spreadsheet would read as a formula gets a leading apostrophe."""
     texts = [name for name in table if not pd.api.types.is_numeric_dtype(table[name])]
     return table.assign(**{str(name): table[name].map(_no_formula) for name in texts}).to_csv(index=False)
 
@@ -161,17 +161,17 @@ def _no_formula(cell: Any) -> Any:
 
 
 def to_csv(table: pd.DataFrame) -> str:
-    """The numbers, unrounded, as CSV; `by_seed` as `0=0.85 1=0.84`."""
+    """Return the unrounded numbers as CSV; `by_seed` as `0=0.85 1=0.84`."""
     pairs = table["by_seed"].map(lambda scores: " ".join(f"{seed}={score}" for seed, score in scores.items()))
     return csv_text(table.assign(by_seed=pairs, mixed=table["mixed"].map("; ".join)))
 
 
 def wide_tables(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Methods × benchmarks for what was trained on one task and scored on several, each with its title.
+    """Yield methods × benchmarks, with a title, for each task whose runs were scored on several benchmarks.
 
-    `table` is `method_table`'s. Rows are settings; columns are the benchmarks, and their mean where a task has one,
-    each cell with its 95 % interval. A benchmark that was asked in several ways has a column for each. What is missing
-    is an empty cell, and so is a whole row of a method that has no score.
+    `table` is `method_table`'s. Rows are settings; columns are the benchmarks and their mean, if the task has one, each
+    cell with its 95 % interval. A benchmark scored with several settings has a column for each. Missing values are
+    empty cells; a method without any score has a row of empty cells.
     """
     scored = table.dropna(subset=["protocol"])
     for _, part in scored.groupby(["model", "task", "protocol"], sort=False):
@@ -191,12 +191,12 @@ def wide_tables(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def marks(mixed: Sequence[str]) -> str:
-    """The signs behind a number whose runs do not share what `mixed` names."""
+    """Return the signs after a number whose runs differ in what `mixed` names."""
     return "".join(f" {MARKS[name]}" for name in mixed)
 
 
 def by_section(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The rows that may be compared with each other (one model, task, evaluation and test set), with their title."""
+    """Yield the rows that may be compared (one model, task, evaluation and test set), with their title."""
     for _, section in table.groupby(SECTION, sort=False, dropna=False):
         first = section.iloc[0]
         metric = f"{first['metric']}, " if first["metric"] != "accuracy" else ""
@@ -206,7 +206,7 @@ def by_section(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def sections(frame: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    """Each section's key with its runs, among them those that are planned for its benchmark and not scored."""
+    """Yield each section's key with its runs, including those planned for its benchmark but not scored."""
     for _, part in frame.groupby(["model", "task", "benchmark"], dropna=False):
         scored, waiting = part.dropna(subset=["accuracy"]), part.loc[part["accuracy"].isna()]
         for _, runs in scored.groupby(SECTION, dropna=False):
@@ -216,13 +216,13 @@ def sections(frame: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame
 
 
 def item_arrays(scored: pd.DataFrame) -> list[NDArray[np.float64]]:
-    """The items of runs that answered the same ones, a (runs, n) array per benchmark: a mean has several."""
+    """Return the items of runs that answered the same ones, a (runs, n) array per benchmark; means have several."""
     by_run = [items if isinstance(items, list) else [items] for items in scored["items"]]
     return [np.stack(part) for part in zip(*by_run, strict=True)]
 
 
 def _accuracy(scored: pd.DataFrame) -> dict[str, Any]:
-    """The cells of the runs of one setting that have a score, one run per seed."""
+    """Return the accuracy cells for the scored runs of one setting, one run per seed."""
     if scored.empty:
         return {"interval_over": "", "by_seed": {}, "seeds": 0}
     interval = accuracy_interval(*item_arrays(scored))
@@ -237,7 +237,7 @@ def _accuracy(scored: pd.DataFrame) -> dict[str, Any]:
 
 
 def _rate_chosen(runs: pd.DataFrame) -> str:
-    """How the learning rate of a setting was chosen; "given" where its config says it."""
+    """Return how the learning rate of a setting was chosen; "given" if its config sets it."""
     if runs.dropna(subset=["learning_rate"]).empty:
         return ""
     return "; ".join(dict.fromkeys(runs["rate_chosen"].dropna())) or "given"
@@ -250,7 +250,7 @@ def _step_time(times: StepTimes | None, model: str, label: str) -> dict[str, flo
 
 
 def mixed(scored: pd.DataFrame) -> list[str]:
-    """What scored runs do not share: the keys of `MARKS` that apply."""
+    """Return in what scored runs differ: the keys of `MARKS` that apply."""
     rows = records(scored)
     trained = [row for row in rows if pd.notna(row["trainable_parameters"]) and row["trainable_parameters"] > 0]
     protocols = {(row["protocol"], row["protocol_version"]) for row in rows}
@@ -272,7 +272,7 @@ def _same(row: dict[str, Any], way: dict[str, Any]) -> bool:
 
 
 def _heading(way: dict[str, Any], ways: Sequence[dict[str, Any]]) -> str:
-    """A column's heading: the benchmark; where it was asked in several ways, what tells this one from the others."""
+    """Return a column's heading: the benchmark, with its settings if it was scored with several."""
     alike = sum(other["benchmark"] == way["benchmark"] for other in ways)
     name = way["benchmark"] if alike == 1 else f"{way['evaluation']}, test data {way['test_data_hash'][:6]}"
     metric = f", {way['metric']}" if way["metric"] != "accuracy" else ""
@@ -288,7 +288,7 @@ def _cell(row: dict[str, Any]) -> str:
 
 
 def _known(runs: pd.DataFrame, column: str) -> Any:
-    """The value that all seeds share; None when no seed has it yet."""
+    """Return the value that all seeds share; None if no seed has one yet."""
     return next(iter(runs[column].dropna()), None)
 
 

@@ -1,12 +1,12 @@
-"""DiaBlo in least squares: when the diagonal blocks of W reach what all of W reaches. numpy only.
+"""DiaBlo in least squares: when diagonal blocks of W reach the same optimum as all of W. numpy only.
 
 Fit Y by X (W0 + ΔW), in the paper's convention Y = X W: X is (b, m1), W is (m1, m2), and X = [X_1 … X_N] is cut into N
-column blocks of m1 / N. With ΔW block-diagonal the problem falls apart into one least-squares problem per block, and
-the column spaces decide: if rank(X_i) = rank(X) for every i, every block sees the whole column space of X and fits its
+column blocks of m1 / N. With block-diagonal ΔW the problem splits into one least-squares problem per block, and the
+column spaces decide: if rank(X_i) = rank(X) for every i, every block spans the whole column space of X and fits its
 columns of Y as well as a free ΔW does. In general position rank(X_i) = min(rank(X), m1 / N), so the condition is
-rank(X) ≤ m1 / N. Mirrored, for any loss: if every block of the gradient g_Y has the column space of g_Y, what makes the
-gradients of all blocks vanish makes that of W vanish. experiments/train/spectra.py measures both. The paper's wording
-of its theorems is not public in full; these are the statements as derived here.
+rank(X) ≤ m1 / N. Conversely, for any loss: if every block of the gradient g_Y has the column space of g_Y, then the
+gradient of W vanishes wherever those of all blocks do. experiments/train/spectra.py measures both. The paper's theorems
+are not fully public; these statements are derived here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Matrix = NDArray[np.float64]
-TOLERANCE = 1e-9  # of relative losses: what double precision leaves of an exact fit
+TOLERANCE = 1e-9  # on relative losses: the rounding error of an exact fit in double precision
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Problem:
 
 
 def make_problem(b: int, m1: int, m2: int, rank: int, update_rank: int, seed: int, noise: float = 0.5) -> Problem:
-    """X in general position with the given rank; the residual is X times an update of `update_rank`, plus noise."""
+    """Draw X in general position with this rank; the residual is X times an update of `update_rank`, plus noise."""
     generator = np.random.default_rng(seed)
     x = generator.normal(size=(b, rank)) @ generator.normal(size=(rank, m1)) / np.sqrt(rank)
     update = generator.normal(size=(m1, update_rank)) @ generator.normal(size=(update_rank, m2))
@@ -39,21 +39,21 @@ def make_problem(b: int, m1: int, m2: int, rank: int, update_rank: int, seed: in
 
 
 def full_loss(problem: Problem) -> float:
-    """The smallest loss of a free ΔW: what of the residual lies outside the column space of X."""
+    """Return the smallest loss of a free ΔW: the part of the residual outside the column space of X."""
     return _outside(problem.x, problem.residual)
 
 
 def diablo_loss(problem: Problem, num_blocks: int) -> float:
-    """The smallest loss of a block-diagonal ΔW: N independent least-squares problems, convex, solved exactly."""
+    """Return the smallest loss of a block-diagonal ΔW: N independent, convex least-squares problems, solved exactly."""
     blocks = zip(_columns(problem.x, num_blocks), _columns(problem.residual, num_blocks), strict=True)
     return sum(_outside(x, residual) for x, residual in blocks)
 
 
 def lora_loss(problem: Problem, rank: int) -> float:
-    """The smallest loss of ΔW = A B with inner size `rank`: reduced-rank regression (Izenman 1975).
+    """Return the smallest loss of ΔW = A B with inner size `rank`: reduced-rank regression (Izenman 1975).
 
-    The full fit loses, beside what lies outside the column space of X, the singular values of the fitted part beyond
-    the first `rank` (Eckart and Young). It is the global optimum, which gradient descent on A and B need not find.
+    Besides the part outside the column space of X, the fit loses the singular values of the fitted part beyond the
+    first `rank` (Eckart and Young). It is the global optimum, which gradient descent on A and B need not find.
     """
     fitted = _basis(problem.x).T @ problem.residual
     singular = np.linalg.svd(fitted, compute_uv=False)
@@ -61,7 +61,7 @@ def lora_loss(problem: Problem, rank: int) -> float:
 
 
 def diablo_optimum(problem: Problem, num_blocks: int) -> Matrix:
-    """The block-diagonal ΔW of smallest loss (of least norm, where several are), as an (m1, m2) matrix."""
+    """Return the block-diagonal ΔW of smallest loss (and least norm, if there are several), an (m1, m2) matrix."""
     d1, d2 = problem.x.shape[1] // num_blocks, problem.residual.shape[1] // num_blocks
     update = np.zeros((problem.x.shape[1], problem.residual.shape[1]))
     pairs = zip(_columns(problem.x, num_blocks), _columns(problem.residual, num_blocks), strict=True)
@@ -72,35 +72,35 @@ def diablo_optimum(problem: Problem, num_blocks: int) -> Matrix:
 
 
 def full_gradient(problem: Problem, update: Matrix) -> Matrix:
-    """The gradient of half the loss over all of W at ΔW = `update`, (m1, m2): X^T g_Y with g_Y = X ΔW - residual."""
+    """Return the gradient of half the loss over all of W at ΔW = `update`, (m1, m2): X^T g_Y, g_Y = X ΔW - residual."""
     return problem.x.T @ (problem.x @ update - problem.residual)
 
 
 def lora_gradients(problem: Problem, a: Matrix, b: Matrix) -> tuple[Matrix, Matrix]:
-    """The gradients of half the loss over A (m1, r) and B (r, m2) of ΔW = A B: g_W B^T and A^T g_W."""
+    """Return the gradients of half the loss over A (m1, r) and B (r, m2) of ΔW = A B: g_W B^T and A^T g_W."""
     gradient = full_gradient(problem, a @ b)
     return gradient @ b.T, a.T @ gradient
 
 
 def block_ranks(x: Matrix, num_blocks: int) -> list[int]:
-    """The ranks of X_1 … X_N."""
+    """Return the ranks of X_1 … X_N."""
     return [int(np.linalg.matrix_rank(block)) for block in _columns(x, num_blocks)]
 
 
 def condition(x: Matrix, num_blocks: int) -> bool:
-    """Whether rank(X_i) = rank(X) for every block."""
+    """Return whether rank(X_i) = rank(X) for every block."""
     return set(block_ranks(x, num_blocks)) == {int(np.linalg.matrix_rank(x))}
 
 
 def equal_budget_rank(m1: int, m2: int, num_blocks: int) -> int:
-    """The largest LoRA rank with no more parameters than N blocks: r (m1 + m2) ≤ m1 m2 / N."""
+    """Return the largest LoRA rank with no more parameters than N blocks: r (m1 + m2) ≤ m1 m2 / N."""
     return m1 * m2 // num_blocks // (m1 + m2)
 
 
 def sweep(
     ranks: list[int], num_blocks: list[int], *, b: int = 192, m: int = 128, update_rank: int = 128, seeds: int = 3
 ) -> list[dict[str, float]]:
-    """Losses over rank(X) and N for square matrices (m, m), mean over `seeds` draws of `make_problem`.
+    """Return losses over rank(X) and N for square matrices (m, m), averaged over `seeds` draws of `make_problem`.
 
     One row per pair: `rank`, `num_blocks`, `budget` (trained share of W), `lora_rank` at equal budget, and the losses
     above the full optimum relative to the loss before training: `diablo`, `lora`. Zero means that the full optimum is
@@ -129,7 +129,7 @@ def _columns(matrix: Matrix, parts: int) -> list[Matrix]:
 
 
 def _basis(x: Matrix) -> Matrix:
-    """An orthonormal basis of the column space of X, (b, rank)."""
+    """Return an orthonormal basis of the column space of X, (b, rank)."""
     left, singular, _ = np.linalg.svd(x, full_matrices=False)
     return left[:, singular > singular[0] * max(x.shape) * np.finfo(np.float64).eps]
 

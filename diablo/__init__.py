@@ -5,7 +5,7 @@
 
     model = get_peft_model(base, DiabloConfig(num_blocks=64, target_modules=["q_proj", "v_proj"]))
 
-Importing this package makes PEFT know the methods; import it before loading a saved adapter.
+Importing this package registers the methods with PEFT; import it before you load a saved adapter.
 """
 
 from diablo.blocks.config import DiabloConfig
@@ -14,7 +14,7 @@ from diablo.blocks.layer import DiabloLayer
 from diablo.blocks.linear import DiabloLinear
 from diablo.blocks.model import DiabloModel
 
-# `method.prepare` of a config names their functions as diablo.smt.choose_blocks and so on.
+# Configs name these functions in `method.prepare`, e.g. diablo.smt.choose_blocks.
 from diablo.methods import lora_ga, lori, smt
 from diablo.methods.bottleneck import BottleneckConfig, BottleneckModel
 from diablo.methods.lori import LoriConfig, LoriModel

@@ -1,10 +1,10 @@
-"""The authors' checkpoints (ziyangjoy/DiaBlo, `adapter.chkpt`) to our adapters, and back.
+"""Converts the authors' checkpoints (ziyangjoy/DiaBlo, `adapter.chkpt`) to our adapters, and back.
 
     python -m diablo.convert adapter.chkpt OUT --base meta-llama/Llama-2-7b-hf
     python -m diablo.convert OUT adapter.chkpt --back
 
-Theirs is a pickled state dict with one `<layer>.block_A` of shape (N, d_in, d_out) per layer and nothing else: neither
-N nor the targets nor the base model. It is read with `weights_only=True`, which runs no code of the file.
+Theirs is a pickled state dict with one `<layer>.block_A` of shape (N, d_in, d_out) per layer and nothing else: no N, no
+targets, no base model. It is read with `weights_only=True`, which runs no code from the file.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from diablo.blocks.config import DiabloConfig
 from diablo.blocks.products import BlockShape, block_shape
 
 THEIRS, OURS, PREFIX = ".block_A", ".diablo_blocks", "base_model.model."
-SAFE_TORCH = "2.10"  # CVE-2026-24747: before it, `weights_only` could be made to corrupt memory
+SAFE_TORCH = "2.10"  # CVE-2026-24747: in older versions, a file read with `weights_only` could corrupt memory
 
 
 def from_authors(checkpoint: Path, out: Path, base: str) -> DiabloConfig:
-    """Writes `adapter_config.json` and `adapter_model.safetensors` into `out`, blocks in float32.
+    """Write `adapter_config.json` and `adapter_model.safetensors` into `out`, with blocks in float32.
 
     Args:
         base: hub id or folder of the base model; only its config is read.
 
     Raises:
-        ValueError: the file is no such checkpoint, or does not fit the base model. It names the tensor.
+        ValueError: the file is not such a checkpoint, or does not fit the base model; the message names the tensor.
     """
     if Version(torch.__version__) < Version(SAFE_TORCH):
         raise ValueError(
@@ -47,9 +47,9 @@ def from_authors(checkpoint: Path, out: Path, base: str) -> DiabloConfig:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # whatever bytes make the unpickler raise
+    except Exception as error:  # the unpickler may raise anything on arbitrary bytes
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{checkpoint}: not a file of tensors only, and nothing else is read: {first}") from None
+        raise ValueError(f"{checkpoint}: not a file of tensors only, which is all that is read: {first}") from None
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{checkpoint}: holds a {type(state).__name__}, not a state dict with {THEIRS} tensors")
     with torch.device("meta"):
@@ -90,10 +90,10 @@ def from_authors(checkpoint: Path, out: Path, base: str) -> DiabloConfig:
 
 
 def to_authors(adapter: Path, checkpoint: Path) -> int:
-    """Writes our adapter as their pickled state dict. Returns the number of layers.
+    """Write our adapter as the authors' pickled state dict and return the number of layers.
 
     Raises:
-        ValueError: the folder holds no DiaBlo adapter, or one with more than blocks.
+        ValueError: the folder has no DiaBlo adapter, or the adapter has other tensors than blocks.
     """
     config = PeftConfig.from_pretrained(str(adapter))
     if not isinstance(config, DiabloConfig):
@@ -105,7 +105,7 @@ def to_authors(adapter: Path, checkpoint: Path) -> int:
         raise ValueError(f"{adapter}: adapter_model.safetensors is not a complete safetensors file ({error})") from None
     for key, blocks in tensors.items():
         if not key.endswith(OURS):
-            raise ValueError(f"{adapter}: {key}: their format holds diagonal blocks only")
+            raise ValueError(f"{adapter}: {key}: the authors' format holds diagonal blocks only")
         state[key.removeprefix(PREFIX).removesuffix(OURS) + THEIRS] = blocks
     torch.save(state, checkpoint)
     return len(state)
@@ -115,7 +115,7 @@ def _as_float32(blocks: Tensor, where: str) -> Tensor:
     ordinary = blocks.layout == torch.strided and not (blocks.is_meta or blocks.is_quantized or blocks.is_nested)
     if not ordinary or not blocks.is_floating_point():
         kind = "without values" if blocks.is_meta else f"of {blocks.dtype} and {blocks.layout}"
-        raise ValueError(f"{where} is a tensor {kind}: blocks are dense floating-point numbers")
+        raise ValueError(f"{where} is a tensor {kind}: blocks must be dense floating-point tensors")
     values = blocks.detach().float().contiguous()
     if not values.isfinite().all():
         raise ValueError(f"{where} has values that are NaN or infinite in float32: the training failed")
@@ -123,7 +123,7 @@ def _as_float32(blocks: Tensor, where: str) -> Tensor:
 
 
 def _num_blocks(layer: nn.Linear, blocks: Tensor, where: str) -> int:
-    """The N that gives blocks of this shape; where N does not divide the sides, theirs may have fewer blocks than N."""
+    """Return the N that gives blocks of this shape; in an uneven split the tensor may have fewer blocks than N."""
     longest = max(layer.in_features, layer.out_features)
     if blocks.ndim == 3:
         for n in range(max(1, blocks.shape[0]), longest + 1):
@@ -140,23 +140,23 @@ def _is_uneven(layer: nn.Linear, n: int) -> bool:
 
 
 def _layer_indices(checkpoint: Path, targets: list[str], found: set[str], layers: dict[str, nn.Linear]) -> list[int]:
-    """The decoder layers that have blocks: the authors' script leaves out those above 31 unless told otherwise."""
+    """Return the decoder layers that have blocks: by default, the authors' script skips layers above 31."""
     indices = {name: int(match[1]) for name in layers if (match := re.search(r"\.layers\.(\d+)\.", name))}
     chosen = {indices[name] for name in found if name in indices}
     for name in layers:
         if name.rpartition(".")[2] in targets and name not in found and indices.get(name, -1) in {*chosen, -1}:
-            raise ValueError(f"{checkpoint}: {name} has no blocks, but others of its layer or name have: not converted")
+            raise ValueError(f"{checkpoint}: {name} has no blocks, but others of its layer or name do: not convertible")
     return sorted(chosen)
 
 
 def _reached(base: str) -> bool:
-    """Whether the hub answers for this model: transformers retries for half a minute where it does not."""
+    """Return whether the hub answers for this model; if not, transformers would retry for half a minute."""
     if constants.HF_HUB_OFFLINE or Path(base).is_dir():
         return False
     try:
         url = f"{constants.ENDPOINT}/{base}/resolve/main/config.json"
         return get_session().head(url, timeout=5).status_code < 500
-    except Exception:  # every HTTP client raises its own, and a proxy's are others again
+    except Exception:  # each HTTP client raises its own exceptions, and proxies cause others
         return False
 
 
@@ -164,11 +164,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m diablo.convert", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("source", type=Path, help="the authors' adapter.chkpt; with --back our adapter's folder")
     parser.add_argument("out", type=Path, help="folder to write; with --back the checkpoint to write")
-    parser.add_argument("--base", help="hub id or folder of the base model the checkpoint was trained on")
-    parser.add_argument("--back", action="store_true", help="from our adapter to the authors' format")
+    parser.add_argument("--base", help="hub id or folder of the base model that the checkpoint was trained on")
+    parser.add_argument("--back", action="store_true", help="convert our adapter to the authors' format")
     options = parser.parse_args()
     if not options.back and not options.base:
-        parser.error("--base is needed: the checkpoint does not say which model it belongs to")
+        parser.error("--base is required: the checkpoint does not name its base model")
     try:
         if options.back:
             print(f"{options.out}: blocks of {to_authors(options.source, options.out)} layers")

@@ -1,4 +1,4 @@
-"""DiaBlo in a plain `transformers.Trainer` script: where it said `LoraConfig` it says `DiabloConfig`. Runs anywhere.
+"""DiaBlo in a plain `transformers.Trainer` script: `DiabloConfig` replaces `LoraConfig`. Runs on any machine.
 
 python -m diablo.example OUT
 """
@@ -13,7 +13,7 @@ from diablo import DiabloConfig
 
 
 def base_model() -> LlamaForCausalLM:
-    """In your script: `AutoModelForCausalLM.from_pretrained(…)`. Here a small random model, nothing is loaded."""
+    """Return a small random model; in your script, call `AutoModelForCausalLM.from_pretrained(…)` instead."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
@@ -23,7 +23,7 @@ def base_model() -> LlamaForCausalLM:
 def main(out: str) -> None:
     model = get_peft_model(base_model(), DiabloConfig(num_blocks=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     model.print_trainable_parameters()
-    rows = [torch.arange(start, start + 16) % 64 for start in range(128)]  # sequences that count upwards
+    rows = [torch.arange(start, start + 16) % 64 for start in range(128)]  # sequences that count up
     dataset: list[dict[str, torch.Tensor]] = [{"input_ids": row, "labels": row} for row in rows]
     arguments = TrainingArguments(out, num_train_epochs=5, learning_rate=2e-2, logging_steps=16, save_strategy="no")
     Trainer(model=model, args=arguments, train_dataset=dataset).train()  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""Makes a tuner known to PEFT from outside.
+"""Registers a tuner with PEFT from outside.
 
 PEFT finds tuners in dictionaries keyed by members of its ``PeftType`` enum, which cannot be extended. A member is a
 ``str``, so a string with the two attributes that PEFT and transformers read (``value``, ``name``) serves as the key.
@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 
 
 class PeftTypeName(str):
-    """A method's name that stands in for a member of ``PeftType``."""
+    """A method's name in place of a member of ``PeftType``."""
 
     @property
     def name(self) -> str:
@@ -24,14 +24,14 @@ class PeftTypeName(str):
 
 
 def peft_type(name: str) -> PeftType:
-    """PEFT's own member of this name if it has one (a future release may), else a string that stands in for it."""
+    """Return PEFT's own member of this name if it exists (a future release may add it), else a stand-in string."""
     if name in PeftType.__members__:
         return PeftType[name]
     return PeftTypeName(name)  # pyright: ignore[reportReturnType]
 
 
 def register(method: PeftType, config_class: type[PeftConfig], tuner_class: type[BaseTuner]) -> None:
-    """Lets PEFT build, save and load the method. Safe to call again."""
+    """Let PEFT create, save and load the method. Calling it again is safe."""
     PEFT_TYPE_TO_CONFIG_MAPPING[method] = config_class
     PEFT_TYPE_TO_TUNER_MAPPING[method] = tuner_class
     PEFT_TYPE_TO_PREFIX_MAPPING[method] = tuner_class.prefix

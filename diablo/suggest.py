@@ -1,4 +1,4 @@
-"""Choosing N, the paper's own open question (its limitations name it), from a budget of parameters."""
+"""Chooses N for a budget of parameters; the paper leaves this choice open (see its limitations)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 
 from peft.tuners.tuners_utils import (
-    _maybe_include_all_linear_layers,  # what "all-linear" leaves out  # pyright: ignore[reportPrivateUsage]
+    _maybe_include_all_linear_layers,  # expands "all-linear"  # pyright: ignore[reportPrivateUsage]
     check_target_module_exists,
 )
 from torch import nn
@@ -23,23 +23,23 @@ def suggest_num_blocks(
     multiple_of: int = 16,
     target_modules: list[str] | str | None = None,
 ) -> dict[str, int]:
-    """The smallest N per layer name with which the blocks stay within a budget and suit the hardware.
+    """Return the smallest N per layer name that keeps the blocks within a budget and suits the hardware.
 
-    All layers get the same N where it fits their shape, else the next larger one that does. The sides of the blocks
-    are multiples of `multiple_of`, as matrix units want them. Where no such N meets the budget, that is halved until
-    one does, and a warning says so: LLaMA2's 11008 = 2⁸ · 43 allows at most 16 blocks with sides in multiples of 16.
+    All layers get the same N if it fits their shape, else the next larger N that does. The sides of the blocks are
+    multiples of `multiple_of`, as matrix units need. If no such N meets the budget, `multiple_of` is halved until one
+    does, with a warning: LLaMA2's 11008 = 2⁸ · 43 allows at most 16 blocks with sides in multiples of 16.
 
     Args:
-        model: the base model, which may be on the meta device.
-        budget: the largest share of the base model's parameters that may be trained.
-        target_modules: as in `DiabloConfig`; None takes the paper's choice for known architectures.
+        model: the base model, possibly on the meta device.
+        budget: largest trainable share of the base model's parameters.
+        target_modules: as in `DiabloConfig`; None uses the paper's choice for known architectures.
 
     Returns:
-        A value for `DiabloConfig(num_blocks=…)`: the last part of a layer's name (all of it where layers of one such
-        name differ in shape), and its N.
+        A value for `DiabloConfig(num_blocks=…)`: N by the last part of a layer's name, or by its whole name if layers
+        with the same last part differ in shape.
 
     Raises:
-        ValueError: no layer is targeted, or the budget is below what the finest split needs.
+        ValueError: no layer is targeted, or the budget is below that of the finest split.
     """
     shapes = _shapes(model, target_modules)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -56,26 +56,26 @@ def suggest_num_blocks(
                     if side < multiple_of:
                         warnings.warn(
                             f"block sides are multiples of {side}, not of {multiple_of}: "
-                            f"no such N keeps to {budget:.3%} of {total:,} parameters",
+                            f"no such N stays within {budget:.3%} of {total:,} parameters",
                             stacklevel=2,
                         )
                     return chosen
         side //= 2
     raise ValueError(
-        f"budget={budget} is {budget * total:,.0f} of {total:,} parameters, the finest split of these layers trains "
+        f"budget={budget} is {budget * total:,.0f} of {total:,} parameters; the finest split of these layers trains "
         f"{smallest:,} ({smallest / total:.3%}): raise the budget or target fewer layers"
     )
 
 
 def _shapes(model: nn.Module, target_modules: list[str] | str | None) -> dict[str, tuple[tuple[int, int], int]]:
-    """`(in_features, out_features)` of the targeted layers, and how many there are, by the key that N will have."""
+    """Return `(in_features, out_features)` of the targeted layers and their number, by the key of N."""
     if target_modules is None:
         target_modules = DiabloModel.target_module_mapping.get(
             getattr(getattr(model, "config", None), "model_type", "")
         )
         if target_modules is None:
-            raise ValueError("target_modules must be given for an architecture that the paper does not name")
-    # With this task a classifier's head is left out of "all-linear", as an output embedding always is.
+            raise ValueError("target_modules is required for an architecture that the paper does not name")
+    # This task type leaves the classifier's head out of "all-linear", as output embeddings always are.
     config = DiabloConfig(target_modules=target_modules, task_type="SEQ_CLS")
     check_targets(model, config)
     config = _maybe_include_all_linear_layers(config, model)
@@ -85,7 +85,7 @@ def _shapes(model: nn.Module, target_modules: list[str] | str | None) -> dict[st
         if isinstance(module, nn.Linear) and check_target_module_exists(config, name)
     }
     if not layers:
-        raise ValueError(f"target_modules={target_modules!r} names no linear layer of {type(model).__name__}")
+        raise ValueError(f"target_modules={target_modules!r} matches no linear layer of {type(model).__name__}")
     kinds = Counter(name.rpartition(".")[2] for name, _ in {(n.rpartition(".")[2], s): None for n, s in layers.items()})
     result: dict[str, tuple[tuple[int, int], int]] = {}
     for name, shape in layers.items():
@@ -96,7 +96,7 @@ def _shapes(model: nn.Module, target_modules: list[str] | str | None) -> dict[st
 
 
 def _splits(in_features: int, out_features: int, side: int) -> list[int]:
-    """Every N that cuts the layer evenly into blocks whose sides are multiples of `side`."""
+    """Return every N that cuts the layer evenly into blocks whose sides are multiples of `side`."""
     if in_features % side or out_features % side:
         return []
     common = math.gcd(in_features // side, out_features // side)

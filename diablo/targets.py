@@ -1,8 +1,8 @@
-"""What a config names must be in the model.
+"""Checks that everything a config names is in the model.
 
-PEFT raises an error only where all names together match nothing, so that with a misspelt one less is trained than was
-asked for, without a word. `check_targets` asks it of each name, before anything is attached. It needs no weights: a
-model on the meta device will do.
+PEFT raises an error only if all names together match nothing: with one misspelt name, fewer layers than requested are
+trained, silently. `check_targets` checks each name before anything is attached. It needs no weights: a model on the
+meta device is enough.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ SHOWN = 12  # names in a message
 
 
 def check_targets(model: nn.Module, config: PeftConfig) -> None:
-    """Raises an error if something that the config names is not in the model.
+    """Raise an error if something that the config names is not in the model.
 
-    Not checked are the config of an adapter that is loaded for inference, and methods without target modules.
+    Configs of adapters loaded for inference and methods without target modules are not checked.
 
     Raises:
         ValueError: a name in `target_modules`, `target_parameters`, `exclude_modules` or `modules_to_save`, an index in
             `layers_to_transform`, or a layer in `num_blocks`, `blocks`, `rank_pattern` or `alpha_pattern` matches
-            nothing; or `target_modules` means experts that are one 3-D parameter.
+            nothing; or `target_modules` matches experts that are one 3-D parameter.
     """
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(cast(PeftType, config.peft_type))
     if config.inference_mode or not (isinstance(tuner, type) and issubclass(tuner, BaseTuner)):
@@ -51,14 +51,16 @@ def check_targets(model: nn.Module, config: PeftConfig) -> None:
     try:
         _Check(model, config, tuner).run(targets)
     except re.error as error:
-        raise ValueError(f"{error.pattern!r} is no regular expression ({error}): lists of names need none") from None
+        raise ValueError(
+            f"{error.pattern!r} is not a regular expression ({error}): give a list of names instead"
+        ) from None
 
 
 def expert_names(model: nn.Module) -> list[str]:
-    """The names that the linear layers of experts would have if they were not one 3-D parameter for all experts.
+    """Return the names that the linear layers of experts would have if experts were not one 3-D parameter.
 
-    Of each of these parameters that is its own name and those of its parts in checkpoints, which were the names of
-    modules in transformers 4: gate_proj and up_proj for gate_up_proj.
+    For each such parameter: its own name and those of its parts in checkpoints, which were module names in
+    transformers 4, e.g. gate_proj and up_proj for gate_up_proj.
     """
     found = [
         prefix if name == "weight" else f"{prefix}.{name}"
@@ -102,7 +104,7 @@ class _Check:
             return
         if inside := self._matching(self.experts):
             raise ValueError(
-                f"target_modules={_listed(targets)} means {_two_parts(inside)}: {self._experts_are()}; leave such "
+                f"target_modules={_listed(targets)} matches {_two_parts(inside)}: {self._experts_are()}; leave such "
                 "names out, or give longer ones that match linear layers only"
             )
         alone = {targets: targets} if isinstance(targets, str) else {name: {name} for name in sorted(targets)}
@@ -120,18 +122,18 @@ class _Check:
         self._layers()
 
     def _matching(self, names: list[str], **changes: Any) -> list[str]:
-        """Those of the names that PEFT takes for targets under a config with these changes."""
+        """Return the names that PEFT takes for targets under a config with these changes."""
         config = copy.copy(self.config)
         for key, value in changes.items():
             setattr(config, key, value)
         return [name for name in names if self.tuner._check_target_module_exists(config, name)]
 
     def _wanted(self, **changes: Any) -> list[str]:
-        """The targets, also those that other settings leave out again, which is done on purpose."""
+        """Return the targets, including those that other settings exclude on purpose."""
         return self._matching(self.names, **{"exclude_modules": None, "modules_to_save": None, **changes})
 
     def _layer_indices(self, indices: list[int]) -> None:
-        # A target that is a complete name matches whatever the index is.
+        # A target that is a complete name matches whatever the index is; leave these out.
         free = set(self._wanted(layers_to_transform=[-1]))
         layered = [name for name in self._wanted(layers_to_transform=None) if name not in free]
         numbers = sorted({int(part) for name in layered for part in name.split(".") if part.isdigit()})
@@ -144,7 +146,7 @@ class _Check:
                 raise ValueError(f"layers_to_transform: no target is in layer {index}, {span}")
 
     def _excluded(self) -> None:
-        """PEFT leaves out modules of these names, but not what is inside them."""
+        """Check `exclude_modules`: PEFT excludes modules of these names, but not the modules inside them."""
         names: Any = getattr(self.config, "exclude_modules", None) or ()
         targets = self._matching(self.names)
         for name in () if isinstance(names, str) else sorted(names):
@@ -157,7 +159,7 @@ class _Check:
                 )
 
     def _layers(self) -> None:
-        """Settings that give layers a value of their own."""
+        """Check the settings that give single layers their own value."""
         targets = self._wanted()
         for field in ("num_blocks", "blocks"):
             value = getattr(self.config, field, None)
@@ -198,11 +200,11 @@ class _Check:
 
     def _experts_are(self) -> str:
         trained = "; PEFT's LoRA trains them by target_parameters" if self.config.peft_type == PeftType.LORA else ""
-        return f"the experts of {self.kind} are 3-D parameters and no linear layers{trained}"
+        return f"the experts of {self.kind} are 3-D parameters, not linear layers{trained}"
 
 
 class CheckedTuner:
-    """Mixed into this package's tuners before PEFT's: checks what a config names, and unties weights before merging."""
+    """Mixin before PEFT's tuner: checks what a config names, and unties weights before merging."""
 
     peft_config: dict[str, PeftConfig]
 
@@ -219,7 +221,7 @@ class CheckedTuner:
 
 
 def _module_names(model: nn.Module) -> list[str]:
-    """All modules but the model itself and those inside adapters that are attached already."""
+    """Return the names of all modules except the model itself and those inside attached adapters."""
     found: list[str] = []
     adapter = None
     for name, module in model.named_modules():
@@ -244,7 +246,7 @@ def _last(name: str) -> str:
 
 
 def _hint(name: str, known: Iterable[str]) -> str:
-    """The nearest endings of known names, with as many parts as this name has; all of them if none is near."""
+    """Suggest the nearest endings of known names, with as many parts as this name; all last parts if none is near."""
     parts = name.count(".") + 1
     endings = sorted({".".join(key.split(".")[-parts:]) for key in known})
     close = difflib.get_close_matches(name, endings, n=3, cutoff=0.5)

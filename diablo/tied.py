@@ -1,6 +1,6 @@
-"""Weights that several modules share, as an output layer that is tied to the embedding.
+"""Weights that several modules share, e.g. an output layer tied to the embedding.
 
-What is added to such a weight changes the other modules too.
+An update of such a weight changes the other modules too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from diablo.blocks.layer import DiabloLayer
 
 
 def shared_names(model: nn.Module, layer: nn.Module) -> list[str]:
-    """All names in the model of a layer's weight, if it has more than one."""
+    """Return all names of a layer's weight in the model if it has more than one, else an empty list."""
     base_layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
     weight = getattr(base_layer, "weight", None)
     names = [name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor is weight]
@@ -23,7 +23,7 @@ def shared_names(model: nn.Module, layer: nn.Module) -> list[str]:
 
 
 def refuse_shared(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """ValueError if a method that takes its start out of the weight of this layer would change other modules."""
+    """Raise a ValueError if a method that subtracts its start from this layer's weight would change other modules."""
     if names := shared_names(model, layer):
         raise ValueError(
             f"{name} shares its weight ({' and '.join(names)}), which this method changes when it is attached: leave "
@@ -32,13 +32,13 @@ def refuse_shared(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def untie(model: nn.Module) -> None:
-    """Gives every adapted layer whose weight other modules use a copy of its own, so that it can be merged.
+    """Give each adapted layer that shares its weight its own copy, so that it can be merged.
 
-    `merge_and_unload` then sets `tie_word_embeddings=False` in the model's config, so it is saved and loaded like that.
+    `merge_and_unload` then sets `tie_word_embeddings=False` in the model's config, so it is saved and loaded untied.
     """
     layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
-        # DiaBlo's layers do it themselves when they are merged; of nested ones the innermost holds the base layer.
+        # DiaBlo's layers copy it when they are merged; of nested layers, the innermost holds the base layer.
         nested = isinstance(layer.base_layer, BaseTunerLayer)
         if not nested and not isinstance(layer, DiabloLayer) and shared_names(model, layer):
             layer.base_layer = copy.deepcopy(layer.base_layer)

@@ -1,1 +1,1 @@
-"""Scores: completions, likelihoods, and how answers are read from them."""
+"""Scoring: completions, likelihoods, and how answers are read from completions."""

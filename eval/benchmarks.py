@@ -1,9 +1,9 @@
-"""Benchmarks: what a task file says, its rows, and the settings of a run's protocol for its kind of answer.
+"""Benchmarks: task files, their rows, and the settings of a run's protocol for their kind of answer.
 
 A benchmark is an lm-eval task file in `eval/tasks/`. Its metadata names the data set, the kind of answer (option,
-number, letter, expression, program or refusal) and, of options, which there are. The kind `likelihood` asks for no
+number, letter, expression, program or refusal) and, for options, the possible ones. The kind `likelihood` needs no
 answer: it measures how well the model predicts the rows' targets (eval/likelihood.py). Its metadata also names the
-protocol by which the rows become tokens, null for the run's own, and of fixed samples their `limit` of rows.
+protocol that tokenises the rows (null for the run's own) and, for fixed samples, the `limit` of rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """`task` is the task file's content; `kind` is what an answer is; `metric` is what the mean over rows is called."""
+    """A task file. `task`: its content; `kind`: kind of answer; `metric`: name of the mean over rows."""
 
     name: str
     task: Config
@@ -54,7 +54,7 @@ def read_benchmark(name: str) -> Benchmark:
 
 
 def rows_of(config: RunConfig, benchmark: Benchmark) -> list[Row]:
-    """A benchmark's rows: made as the run's own task makes them, if it is the same data."""
+    """Return a benchmark's rows, generated as for the run's own task if that has the same data."""
     from experiments.data.rows import load_rows
 
     if benchmark.source.endswith(evaluations.TEXT):
@@ -65,10 +65,10 @@ def rows_of(config: RunConfig, benchmark: Benchmark) -> list[Row]:
 
 
 def planned(config: RunConfig) -> list[tuple[Benchmark, Config]]:
-    """The benchmarks of a run's config with the settings of each, all checked."""
+    """Return the benchmarks in a run's config with the settings of each, all checked."""
     evaluation = config.evaluation
     if not evaluation.benchmarks:
-        raise UserError(f"{config.run_id}: no benchmark is named: name some with evaluation.benchmarks=[…]")
+        raise UserError(f"{config.run_id}: no benchmark is set: set some with evaluation.benchmarks=[…]")
     found: list[tuple[Benchmark, Config]] = []
     names = [evaluations.name_of(name) for name in evaluation.benchmarks]
     for name in evaluation.benchmarks:
@@ -84,14 +84,14 @@ def planned(config: RunConfig) -> list[tuple[Benchmark, Config]]:
 
 
 def settings_of(config: RunConfig, benchmark: Benchmark) -> Config:
-    """What a run's `evaluation` section says for a benchmark, checked: `asked` decides completions, `read` scores."""
+    """Return a run's settings for a benchmark, checked: `asked` determines completions, `read` scores."""
     settings = evaluations.settings_of(config.mapping["evaluation"], benchmark.name, benchmark.kind)
     read = settings["read"]
     if benchmark.kind != "program":
         check_rules(Rules(**{key: read[key] for key in ("searched", "parser", "equality")}))
     if read["judge"] is not None and read["judge"]["model"] is None:
         raise UserError(
-            f"protocol {config.evaluation.protocol} has completions read by a chat model: name one with "
+            f"protocol {config.evaluation.protocol} reads completions with a chat model: set it with "
             f"evaluation.judge.model=…"
         )
     _check_generation(settings["asked"]["generation"], config.evaluation)
@@ -107,7 +107,7 @@ def _check_generation(generation: Config, evaluation: Evaluation) -> None:
     for key in ("temperature", "top_p", "top_k"):
         if samples == 1 and generation[key] is not None:
             raise UserError(
-                f"evaluation.generation.{key}={generation[key]}: one sample is not sampled but the likeliest: give "
+                f"evaluation.generation.{key}={generation[key]}: one sample is decoded greedily, not sampled: give "
                 f"evaluation.generation.samples of two or more, or {key}=null"
             )
     if evaluation.backend == "vllm" and beams > 1:

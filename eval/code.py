@@ -1,4 +1,4 @@
-"""HumanEval's texts and its score: pure functions. Running the programs is `eval.sandbox`."""
+"""HumanEval's programs and score: pure functions. `eval.sandbox` runs the programs."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from experiments.errors import UserError
 
 
 def cut_at_stop(completion: str, stops: Iterable[str]) -> str:
-    """The completion up to its earliest stop string, or all of it."""
+    """Return the completion up to its earliest stop string, or all of it."""
     found = [completion.find(stop) for stop in stops]
     return completion[: min((place for place in found if place >= 0), default=len(completion))]
 
 
 def human_eval_program(prompt: str, completion: str, test: str, entry_point: str) -> str:
-    """A problem's program: it raises unless the completion, cut at a stop string before, passes the problem's tests.
+    """Return a problem's program: it raises unless the completion, already cut at a stop string, passes the tests.
 
     The prompt is stripped as the model saw it (juzhengz/LoRI), so a completion begins with the line break and the
-    indent of the function's body.
+    indentation of the function's body.
     """
     return f"{prompt.strip()}{completion}\n\n{test}\ncheck({entry_point})"
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n completions, drawn without replacement, hold one of the c right ones.
+    """Return the probability that k of n completions, drawn without replacement, include one of the c right ones.
 
     1 - C(n - c, k) / C(n, k), the unbiased estimator of arXiv 2107.03374, section 2.1.
     """

@@ -1,8 +1,8 @@
-"""Comparisons by sympy of many pairs of texts, each limited in time and memory.
+"""Comparisons of many pairs of texts with sympy, each limited in time and memory.
 
-What sympy makes of a text may take for ever (9^{9^{9^9}}) and hold signals off meanwhile, so pairs are compared in
-processes of their own, one for each CPU. The kernel ends one that exceeds its limit, and another takes its place at
-once: a fork of a process that has imported sympy. Time is CPU time, so a loaded machine changes no verdict.
+sympy may run forever on a text (9^{9^{9^9}}) and block signals meanwhile, so pairs are compared in separate processes,
+one per CPU. The kernel ends a process that exceeds its limit, and another replaces it at once: a fork of a process that
+has imported sympy. Time is CPU time, so that load on the machine changes no verdict.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from eval.equality import math_verify_equal, milora, milora_with_self_comparison
 from experiments import ROOT
 from experiments.errors import UserError
 
-# A pair has QUICK seconds; the first RETRIES pairs for which that was too little have SECONDS.
+# A pair gets QUICK seconds; the first RETRIES pairs that exceed it get SECONDS.
 QUICK, SECONDS, RETRIES = 0.5, 5.0, 100
 MEMORY = 4 * 2**30  # bytes of address space
 UNBOUNDED: dict[str, Callable[[str, str], bool]] = {
@@ -35,7 +35,7 @@ Pair = tuple[str, str]
 
 
 def compare(name: str, pairs: Sequence[Pair]) -> list[bool | None]:
-    """What the comparison of this name says of every pair; None where its limits did not suffice."""
+    """Return the verdict of this comparison on every pair; None if a limit was exceeded."""
     verdicts = _compare(name, dict(enumerate(pairs)), QUICK)
     undecided = [number for number in range(len(pairs)) if verdicts[number] is None]
     verdicts |= _compare(name, {number: pairs[number] for number in undecided[:RETRIES]}, SECONDS)
@@ -53,7 +53,7 @@ class _Comparer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # what interrupts us is not for it: it ends with its standard input
+            start_new_session=True,  # signals to us must not reach it: it ends when its standard input closes
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -83,11 +83,11 @@ class _Comparer:
         self._process.communicate()
 
 
-_idle: list[_Comparer] = []  # started before, and ready for the next pairs
+_idle: list[_Comparer] = []  # started earlier, ready for the next pairs
 
 
 def _compare(name: str, pairs: dict[int, Pair], seconds: float) -> dict[int, bool | None]:
-    """The verdicts of numbered pairs, each within so many seconds."""
+    """Return the verdicts on numbered pairs, each within this many seconds."""
     verdicts: dict[int, bool | None] = {}
     waiting = iter(pairs)
     asked: dict[_Comparer, int] = {}
@@ -106,7 +106,7 @@ def _compare(name: str, pairs: dict[int, Pair], seconds: float) -> dict[int, boo
                     if number is not None:
                         asked[comparer] = number
                         comparer.ask(name, pairs[number], seconds)
-    except BaseException:  # a verdict to come would be taken for another pair's
+    except BaseException:  # a pending verdict would be taken for another pair's
         for comparer in asked:
             comparer.end()
         raise
@@ -114,17 +114,17 @@ def _compare(name: str, pairs: dict[int, Pair], seconds: float) -> dict[int, boo
     return verdicts
 
 
-# In the process
+# Code that runs in the process
 
 
 def main() -> None:
-    """Answer lines of [name, left, right, seconds] with true, false, or null for what exceeded its limits."""
+    """Answer lines of [name, left, right, seconds] with true, false, or null if a limit was exceeded."""
     logging.disable()
-    import math_verify  # noqa: F401  # missing, it would look like a comparison that failed
+    import math_verify  # noqa: F401  # fails here if missing; later it would look like a failed comparison
 
     _warm_up()
     verdicts = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print is no verdict
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # keeps the output of libraries out of the verdicts
     worker: _Worker | None = None
     for line in sys.stdin.buffer:
         worker = worker or _Worker()
@@ -135,7 +135,7 @@ def main() -> None:
 
 
 class _Worker:
-    """A fork of this process, which compares until a limit ends it."""
+    """A fork of this process that compares until a limit ends it."""
 
     def __init__(self) -> None:
         pairs, self._pairs = os.pipe()
@@ -150,7 +150,7 @@ class _Worker:
         self._lines = os.fdopen(self._verdicts, "rb")
 
     def compare(self, line: bytes) -> bytes:
-        """Its verdict, empty if it was ended."""
+        """Return its verdict; empty if the process was ended."""
         os.write(self._pairs, line)
         verdict = self._lines.readline()
         if not verdict:
@@ -175,7 +175,7 @@ def _work(lines: Any, verdicts: int) -> None:
 
 
 def _warm_up() -> None:
-    """Import what is used and fill the parsers' caches, once for all forks."""
+    """Import libraries and fill the parsers' caches once for all forks."""
     for left, right in ((r"\frac{x^2+1}{2\sqrt{3}}", r"\frac{\pi}{4}"), ("(1,2)", r"\left(\frac{1}{2},-3\right]")):
         for equal in UNBOUNDED.values():
             equal(left, right)

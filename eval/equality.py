@@ -1,7 +1,7 @@
-r"""Whether an answer that was read is the right one: functions of the two texts, named by the protocols.
+r"""Whether an answer equals the right one: functions of the two texts, selected by the protocols.
 
-No text of a model is ever evaluated as Python: numbers go through float, LaTeX through a grammar. Those that ask sympy
-may take for ever (9^{9^{9^9}}): `eval.comparisons` limits them.
+A model's text is never evaluated as Python: numbers go through float, LaTeX through a grammar. Functions that use sympy
+may run forever (9^{9^{9^9}}): `eval.comparisons` limits them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from eval.parsers import final_answer_expression, metamath_expression
 
-LONGEST = 200  # characters of an expression that sympy is given; the longest answer of MATH has 81
+LONGEST = 200  # longest expression, in characters, that sympy gets; the longest answer of MATH has 81
 UNITS = r"\text{ "  # units follow it
 NO_BRACKETS = str.maketrans("", "", "{}()")
 
@@ -31,19 +31,19 @@ def same_number(prediction: str, gold: str) -> bool:
 
 
 def near_number(prediction: str, gold: str) -> bool:
-    """No more than 0.001 apart: LLM-Adapters evaluate.py, pyreft, ziyangjoy/DiaBlo evaluate_math.py."""
+    """At most 0.001 apart: LLM-Adapters evaluate.py, pyreft, ziyangjoy/DiaBlo evaluate_math.py."""
     left, right = _number(prediction), _number(gold)
     return left is not None and right is not None and abs(left - right) <= 0.001
 
 
 def milora_number(prediction: str, gold: str) -> bool:
-    """Equal numbers, or close ones, or a hundred times one another: sufenlp/MiLoRA gsm8k_inference.py and grader.py."""
+    """Equal or close numbers, also after a factor of 100: sufenlp/MiLoRA gsm8k_inference.py and grader.py."""
     left, right = _number(prediction), _number(gold)
     return left is not None and right is not None and _close(left, right)
 
 
 def _number(text: str) -> float | None:
-    """The number that a text is, its commas dropped; None for "1.2.3", "" and what is not finite."""
+    """Parse a number, ignoring commas; None for "1.2.3", "" and non-finite numbers."""
     try:
         number = float(text.replace(",", ""))
     except ValueError:
@@ -52,39 +52,39 @@ def _number(text: str) -> float | None:
 
 
 def _close(left: float, right: float) -> bool:
-    """Within 1e-4 of one another, or of a hundredth or the hundredfold of `right`."""
+    """Within 1e-4 (relative) of `right`, of a hundredth of it or of a hundred times it."""
     return any(math.isclose(left, number, rel_tol=1e-4) for number in (right, right / 100, right * 100))
 
 
-# LaTeX: the same text after small differences of writing are stripped
+# LaTeX: equal texts after normalising small differences in notation
 
 
 def hendrycks(prediction: str, gold: str) -> bool:
-    """hendrycks/math math_equivalence.py. Where one cannot be stripped the two are compared as they are."""
+    """hendrycks/math math_equivalence.py. If one text cannot be stripped, the two are compared unstripped."""
     pair = _stripped_pair(prediction, gold, any_slash=True)
     return prediction == gold if pair is None else pair[0] == pair[1]
 
 
 def metamath(prediction: str, gold: str) -> bool:
-    """meta-math/MetaMath util.py: as `hendrycks`, but an a/b not of integers cannot be stripped."""
+    """meta-math/MetaMath util.py: as `hendrycks`, but a/b cannot be stripped unless both are integers."""
     pair = _stripped_pair(prediction, gold)
     return prediction == gold if pair is None else pair[0] == pair[1]
 
 
 def diablo(prediction: str, gold: str) -> bool:
-    r"""ziyangjoy/DiaBlo utils_math.py: as `hendrycks`, but a second "\text{ " does no harm."""
+    r"""ziyangjoy/DiaBlo utils_math.py: as `hendrycks`, but a second "\text{ " is allowed."""
     pair = _stripped_pair(prediction, gold, any_slash=True, many_units=True)
     return prediction == gold if pair is None else pair[0] == pair[1]
 
 
 def milora(prediction: str, gold: str) -> bool:
-    """sufenlp/MiLoRA util.py: the same after stripping as in `metamath`, or equal as numbers, tuples or symbols."""
+    """sufenlp/MiLoRA util.py: equal after stripping as in `metamath`, or equal as numbers, tuples or symbols."""
     left, right = _stripped_pair(prediction, gold) or (prediction, gold)
     return left == right or _math_equal(left, right)
 
 
 def milora_with_self_comparison(prediction: str, gold: str) -> bool:
-    """`milora` as released: where one cannot be stripped the prediction is compared with itself, and is right."""
+    """`milora` as released: if one text cannot be stripped, the prediction is compared with itself, and is right."""
     pair = _stripped_pair(prediction, gold)
     if pair is None:
         return prediction == gold or _math_equal(prediction, prediction)
@@ -94,7 +94,7 @@ def milora_with_self_comparison(prediction: str, gold: str) -> bool:
 def _stripped_pair(
     prediction: str, gold: str, *, any_slash: bool = False, many_units: bool = False
 ) -> tuple[str, str] | None:
-    """Both stripped, or None where a rule does not fit one of them."""
+    """Strip both; None if a rule fails on one of them."""
     try:
         return _strip(prediction, any_slash, many_units), _strip(gold, any_slash, many_units)
     except _CannotStrip:
@@ -102,11 +102,11 @@ def _stripped_pair(
 
 
 class _CannotStrip(ValueError):
-    """A text on which the source's rules raise."""
+    """A text on which the source's rules raise an error."""
 
 
 def _strip(text: str, any_slash: bool, many_units: bool) -> str:
-    """The rules of hendrycks/math `_strip_string`, in their order."""
+    """Apply the rules of hendrycks/math `_strip_string`, in their order."""
     for old, new in (
         ("\n", ""),
         (r"\!", ""),
@@ -134,7 +134,7 @@ def _strip(text: str, any_slash: bool, many_units: bool) -> str:
 
 
 def _braced_roots(text: str) -> str:
-    r"""\sqrt3 as \sqrt{3}."""
+    r"""Write \sqrt3 as \sqrt{3}."""
     first, *roots = text.split(r"\sqrt")
     if "" in roots:
         raise _CannotStrip
@@ -142,7 +142,7 @@ def _braced_roots(text: str) -> str:
 
 
 def _braced_fractions(text: str) -> str:
-    r"""\frac12 and \frac1{2} as \frac{1}{2}; all stays as it is where a fraction has no second part."""
+    r"""Write \frac12 and \frac1{2} as \frac{1}{2}; the text is unchanged if a fraction has no second part."""
     first, *fractions = text.split(r"\frac")
     pieces = [first]
     for fraction in fractions:
@@ -159,7 +159,7 @@ def _braced_fractions(text: str) -> str:
 
 
 def _slash_as_fraction(text: str, any_slash: bool) -> str:
-    r"""a/b as \frac{a}{b} if both are integers as Python writes them; others stay or cannot be stripped."""
+    r"""Write a/b as \frac{a}{b} if both are integers as Python writes them; others stay or cannot be stripped."""
     sides = text.split("/")
     if len(sides) != 2:
         return text
@@ -176,7 +176,7 @@ def _slash_as_fraction(text: str, any_slash: bool) -> str:
 
 
 def _math_equal(prediction: str, gold: str) -> bool:
-    """sufenlp/MiLoRA grader.py `math_equal`. What is no LaTeX is not equal; theirs evaluates it as Python."""
+    """sufenlp/MiLoRA grader.py `math_equal`. Text that is not LaTeX is not equal; theirs evaluates it as Python."""
     left, right = _number(prediction), _number(gold)
     if left is not None and right is not None:
         return _close(left, right)
@@ -191,7 +191,7 @@ def _math_equal(prediction: str, gold: str) -> bool:
 
 
 def _same_inside(prediction: str, gold: str) -> bool:
-    """The same without braces and parentheses, and without brackets around them unless these differ in kind."""
+    """Equal without braces and parentheses, and without surrounding brackets unless these differ in kind."""
     brackets = prediction[0] + prediction[-1]
     if (brackets == "[]" and gold[:1] != "(") or (brackets == "()" and gold[:1] != "["):
         prediction, gold = prediction.strip("[]()"), gold.strip("[]()")
@@ -199,7 +199,7 @@ def _same_inside(prediction: str, gold: str) -> bool:
 
 
 def _same_parts(prediction: str, gold: str) -> bool:
-    """Tuples or lists whose elements are equal one by one."""
+    """Tuples or lists with equal elements."""
     brackets = prediction[0] + prediction[-1]
     if brackets not in ("()", "[]") or brackets != gold[:1] + gold[-1:]:
         return False
@@ -208,34 +208,34 @@ def _same_parts(prediction: str, gold: str) -> bool:
 
 
 def _symbols_agree(prediction: str, gold: str) -> bool:
-    """Equal to sympy, or the same value within 1e-3."""
+    """Equal for sympy, or the same value within 1e-3 (relative)."""
     from sympy import N, simplify
 
     from eval.latex import parse_latex
 
     left: Any = None
     right: Any = None
-    with _failures_ignored():  # no LaTeX; its grammar raises many kinds
+    with _failures_ignored():  # not LaTeX; the grammar raises many kinds of errors
         left, right = parse_latex(prediction), parse_latex(gold)
     if right is None:
         return False
-    with _failures_ignored():  # an equation has no difference
+    with _failures_ignored():  # equations cannot be subtracted
         if simplify(left - right) == 0:
             return True
-    with _failures_ignored():  # a symbol has no value
+    with _failures_ignored():  # symbols have no value
         return math.isclose(N(left), N(right), rel_tol=1e-3)
     return False
 
 
 def math_verify_equal(text: str, gold: str) -> bool:
-    """A second opinion, by the library math-verify: is the answer in a completion, or an answer alone, the right one?
+    """Return the verdict of the library math-verify on a completion or an answer, as a second opinion.
 
-    It finds LaTeX between dollar signs only, so an answer behind a protocol's phrase is put between some, amounts of
-    dollars without theirs. False where it finds or understands nothing.
+    It only finds LaTeX between dollar signs, so an answer after a protocol's phrase is put between dollar signs, and
+    escaped ones (amounts of money) are removed. False if it finds or understands nothing.
     """
     text, gold = text.replace(r"\$", ""), gold.replace(r"\$", "")
     said = metamath_expression(text).answer or final_answer_expression(text).answer
-    if said is not None:  # what stands before it, such as another \\boxed, is not the answer
+    if said is not None:  # text before it, e.g. another \\boxed, is not the answer
         text = said if "$" in said else f"${said}$"
     return gold != "" and (said is None or len(said) <= LONGEST) and _verified(text, f"${gold}$")
 
@@ -243,14 +243,14 @@ def math_verify_equal(text: str, gold: str) -> bool:
 def _verified(text: str, gold: str) -> bool:
     from math_verify import parse, verify
 
-    with _failures_ignored():  # without the library's own time limits, which are signals
+    with _failures_ignored():  # the library's own time limits are off, because they use signals
         return verify(parse(gold, parsing_timeout=0), parse(text, parsing_timeout=0), timeout_seconds=0)
     return False
 
 
 @contextmanager
 def _failures_ignored() -> Iterator[None]:
-    """What these libraries cannot do with a text is no error, unless memory ran out."""
+    """Ignore these libraries' errors on a text, except running out of memory."""
     try:
         yield
     except MemoryError:

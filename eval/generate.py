@@ -1,9 +1,9 @@
-"""Completions through lm-eval: planned once, in chunks that are whole or not there.
+"""Completions through lm-eval, from a fixed plan, in chunks that are either complete or absent.
 
-A plan fixes the order of the rows (longest prompt first) and cuts it into chunks. Every chunk is generated with a
-random state that depends on the run and the chunk alone and is written at once, so an evaluation that was stopped goes
-on with the next chunk and ends as if it had not been. lm-eval's own request cache does neither: it skips sampled
-requests and keeps pickles.
+A plan fixes the order of the rows (longest prompt first) and cuts it into chunks. Each chunk is generated with a random
+state that depends only on the run and the chunk, and is written at once. So a stopped evaluation resumes with the next
+chunk and gives the result of an uninterrupted one. lm-eval's own request cache cannot replace this: it skips sampled
+requests and stores pickles.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 Config = dict[str, Any]
 BATCHES_PER_CHUNK = 4
-KEPT = {"program": ("test", "entry_point"), "refusal": ("instruction",)}  # what reading needs beside the answer
+KEPT = {"program": ("test", "entry_point"), "refusal": ("instruction",)}  # fields that scoring needs besides the answer
 
 
 def make_plan(about: Config, prompts: Sequence[str], batch_size: int) -> Config:
-    """`about` (run, benchmark, settings, hashes) with the order of the rows and how many make a chunk."""
+    """Return `about` (run, benchmark, settings, hashes) with the order of the rows and the rows per chunk."""
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     samples = about["settings"]["asked"]["generation"]["samples"]
     chunk_rows = max(1, BATCHES_PER_CHUNK * batch_size // samples)
@@ -40,7 +40,7 @@ def make_plan(about: Config, prompts: Sequence[str], batch_size: int) -> Config:
 
 
 def begin(paths: EvalPaths, plan: Config) -> None:
-    """Write the evaluation's plan, or find the same one: what was begun otherwise is refused, not continued."""
+    """Write the evaluation's plan, or check that the existing one is the same; a different one is an error."""
     if paths.plan.is_file() and paths.chunks.is_dir():
         found = read_json(paths.plan)
         for key in plan:
@@ -54,11 +54,11 @@ def begin(paths: EvalPaths, plan: Config) -> None:
 
 
 def check_weights(paths: EvalPaths, trained: TrainRecord) -> None:
-    """UserError if the completions there are another adapter's or base's than the run now has."""
+    """Raise a UserError if the existing completions are of another adapter or base than the run's current one."""
     if paths.plan.is_file():
         plan = read_json(paths.plan)
         if (plan.get("adapter_files"), plan.get("base_hash")) != (trained.adapter_files, trained.base_hash):
-            raise UserError(f"{paths.root}: made with other weights than {trained.run_id} has now: delete it")
+            raise UserError(f"{paths.root}: made with other weights than {trained.run_id} has now: delete the folder")
 
 
 def asked_of(plan: Config) -> Asked:
@@ -78,9 +78,9 @@ def generate(
     progress: bool,
     heartbeat: Heartbeat,
 ) -> None:
-    """Write `samples.jsonl`: `samples` completions for every row of the plan, by `lm`, any model of lm-eval's.
+    """Write `samples.jsonl`: `samples` completions for every row of the plan, by `lm`, any lm-eval model.
 
-    `about_model` goes into the first line: dtype, identity, prompts cut, environment.
+    `about_model` goes into the first line: dtype, identity, number of cut prompts, environment.
     """
     from tqdm import tqdm
 
@@ -109,7 +109,7 @@ def _complete(
     lm: Any,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Config]:
-    """One chunk: a line for every row and sample, in the plan's order."""
+    """Generate one chunk: a line for every row and sample, in the plan's order."""
     import torch
 
     asked = plan["settings"]["asked"]
@@ -124,7 +124,7 @@ def _complete(
         line = {"prompt": prompt, "completion": "", "answer": row["answer"]}
         line |= {field: row[field] for field in KEPT.get(benchmark.kind, ())}
         for repeat in range(generation["samples"]):
-            if room > 0:  # else prompt and completion have no room for a token: nothing is completed
+            if room > 0:  # else the prompt leaves no room for a completion, which stays empty
                 seed = int(content_hash([plan["run_id"], benchmark.name, number, index, repeat])[:8], 16)
                 doc = {"line": len(lines), "prompt": prompt, "answer": row["answer"], "room": room, "seed": seed}
                 docs.append(doc)
@@ -138,7 +138,7 @@ def _complete(
 
 
 def _ask(benchmark: Benchmark, docs: list[Config], lm: Any, asked: Config) -> Iterator[tuple[int, str]]:
-    """(number of the line, completion) of every document, by lm-eval."""
+    """Yield (line number, completion) of every document, by lm-eval."""
     import datasets
     from lm_eval import evaluator
     from lm_eval.api.task import ConfigurableTask
@@ -146,7 +146,7 @@ def _ask(benchmark: Benchmark, docs: list[Config], lm: Any, asked: Config) -> It
     generation = asked["generation"]
     sampled = generation["samples"] > 1
     common = {"until": generation["stop"], "max_gen_toks": generation["max_new_tokens"], "do_sample": sampled}
-    if sampled:  # both said outright: left out, transformers keeps the 50 likeliest tokens and vLLM all
+    if sampled:  # set both: by default transformers keeps the 50 likeliest tokens and vLLM all
         top_p, top_k = generation["top_p"], generation["top_k"]
         common |= {
             "temperature": generation["temperature"],
@@ -157,34 +157,34 @@ def _ask(benchmark: Benchmark, docs: list[Config], lm: Any, asked: Config) -> It
         common["num_beams"] = generation["num_beams"]
     on_vllm = asked["backend"] == "vllm"
     if on_vllm:
-        common["skip_special_tokens"] = True  # as transformers' texts
+        common["skip_special_tokens"] = True  # as transformers does
 
     class Task(ConfigurableTask):
         def construct_requests(self, doc: Any, ctx: Any, **kwargs: Any) -> Any:
-            """As lm-eval's, with what differs between rows."""
+            """As lm-eval's, plus the settings that differ between rows."""
             request: Any = super().construct_requests(doc, ctx, **kwargs)
             request.arguments[1]["max_gen_toks"] = doc["room"]
-            if on_vllm and sampled:  # vLLM draws per request; transformers draws from the chunk's state
+            if on_vllm and sampled:  # vLLM seeds each request; transformers uses the chunk's random state
                 request.arguments[1]["seed"] = doc["seed"]
             return request
 
     task = Task(
         config={
             **benchmark.task,
-            "metric_list": [{"metric": "bypass", "higher_is_better": True}],  # the score is ours
+            "metric_list": [{"metric": "bypass", "higher_is_better": True}],  # we score ourselves
             "custom_dataset": lambda **_: {benchmark.split: datasets.Dataset.from_list(docs)},
             "doc_to_text": lambda doc: doc["prompt"],
             "generation_kwargs": common,
         }
     )
-    # `evaluate`, not `simple_evaluate`: that reads the 13,000 task files of lm-eval first.
+    # `evaluate` instead of `simple_evaluate`, which first reads lm-eval's 13,000 task files.
     results: Any = evaluator.evaluate(lm=lm, task_dict={benchmark.name: task}, bootstrap_iters=0, log_samples=True)
     for sample in results["samples"][benchmark.name]:
         yield sample["doc"]["line"], sample["resps"][0][0]
 
 
 def _join(paths: EvalPaths, chunks: list[Path]) -> None:
-    """All chunks as one file, in the benchmark's order."""
+    """Join all chunks into one file, in the benchmark's order."""
     headers, lines = [], []
     for path in chunks:
         header, *part = read_lines(path)
@@ -197,24 +197,24 @@ def _join(paths: EvalPaths, chunks: list[Path]) -> None:
 
 
 def reuse(paths: EvalPaths, plan: Config) -> bool:
-    """Take the completions of a finished evaluation that asked the same of the same model, if there is one."""
+    """Copy the completions of a finished evaluation with the same generation settings and model, if there is one."""
     same = plan.keys() - {"protocol", "protocol_version", "settings"}
     for other in sorted(paths.root.parent.glob("*/plan.json")):
         found, samples = read_json(other), other.with_name("samples.jsonl")
         asked_the_same = found["settings"]["asked"] == plan["settings"]["asked"]
         if samples.is_file() and asked_the_same and all(found[key] == plan[key] for key in same):
             if (source := EvalPaths(other.parent)).score.is_file():
-                read_score(source)  # else the changed completions of one evaluation became another's
+                read_score(source)  # else changed completions of one evaluation would become another's
             write_atomically(paths.samples, samples.read_text(encoding="utf-8"))
             return True
     return False
 
 
 def check_room(plan: Config, prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, context: int) -> int:
-    """How many prompts are not asked whole in a model's `context` tokens.
+    """Return how many prompts do not fit completely into a model's `context` tokens.
 
-    They lose their beginning to the room for the completion, or, where prompt and completion share `max_length` tokens,
-    fill these by themselves and are not asked at all.
+    These lose their beginning to make room for the completion; if prompt and completion share `max_length` tokens and
+    the prompt fills them, it is not completed at all.
     """
     asked = plan["settings"]["asked"]
     generation = asked["generation"]
@@ -222,7 +222,7 @@ def check_room(plan: Config, prompts: Sequence[str], tokenizer: PreTrainedTokeni
     if room <= 0:
         raise UserError(
             f"evaluation.generation.max_new_tokens={generation['max_new_tokens']} leaves no room for a prompt in the "
-            f"model's context of {context} tokens: give less"
+            f"model's context of {context} tokens: reduce it"
         )
     if generation["max_length"] is not None:
         room = generation["max_length"] - 1
@@ -234,7 +234,7 @@ def _json_lines(lines: Sequence[Config]) -> str:
 
 
 def quiet() -> None:
-    """Silences lm-eval's log and its progress bars, for which it has no switch."""
+    """Silence lm-eval's log and its progress bars, for which it has no switch."""
     import logging
 
     import lm_eval.api.task

@@ -1,7 +1,7 @@
-"""A chat model that reads completions, of protocols that have one. Its words are kept; `eval/parsers.py` reads them.
+"""A chat model as judge of completions, in protocols with a judge. `eval/parsers.py` reads its stored words.
 
-The judge is asked through lm-eval, behind its own chat template if it has one, greedily, in chunks: a judging that was
-stopped goes on with the next one.
+The judge runs through lm-eval, with its own chat template if it has one, greedily, in chunks: a stopped judging resumes
+with the next chunk.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CHUNK = 4 * BATCH_SIZE  # completions
 
 
 def judge(settings: Config, paths: EvalPaths, device: str) -> None:
-    """Write `judgements.jsonl`: a first line about the judge and the completions, then its words on each of them."""
+    """Write `judgements.jsonl`: a first line about the judge and the completions, then its words on each completion."""
     about = {"judge": settings, "samples_hash": file_hash(paths.samples)}
     if paths.judgements.is_file() and next(read_lines(paths.judgements), None) == about:
         return
@@ -54,7 +54,7 @@ def judge(settings: Config, paths: EvalPaths, device: str) -> None:
 
 
 def _ask(settings: Config, lm: Any, tokenizer: PreTrainedTokenizerBase, lines: Sequence[Config]) -> list[str]:
-    """The judge's words on each of some completions."""
+    """Return the judge's words on each of these completions."""
     from lm_eval.api.instance import Instance
 
     requests = [
@@ -77,18 +77,18 @@ def _write(path: Path, lines: Sequence[Config]) -> None:
 
 
 def judged_completions(paths: EvalPaths) -> list[str]:
-    """The judge's words, in the order of the completions they are about."""
+    """Return the judge's words, in the order of the completions."""
     hint = f"run `python -m eval.run {paths.root.parents[2]} protocol=… evaluation.judge.model=…`"
     if not paths.judgements.is_file():
-        raise UserError(f"{paths.root}: its completions were not judged yet: {hint}")
+        raise UserError(f"{paths.root}: its completions are not judged yet: {hint}")
     about, *judgements = read_lines(paths.judgements)
     if about["samples_hash"] != file_hash(paths.samples):
-        raise UserError(f"{paths.judgements}: is about other completions than {paths.samples.name}: {hint}")
+        raise UserError(f"{paths.judgements}: judges other completions than {paths.samples.name}: {hint}")
     return [judgement["words"] for judgement in judgements]
 
 
 def question(settings: Config, tokenizer: PreTrainedTokenizerBase, line: Config) -> str:
-    """What the judge is asked about a completion, as a turn of its chat."""
+    """Return the question to the judge about a completion, as a turn of its chat."""
     text = fill(settings["question"], {"instruction": line["instruction"], "completion": line["completion"]})
     if tokenizer.chat_template is None:
         return text + "\n"
@@ -99,7 +99,7 @@ def question(settings: Config, tokenizer: PreTrainedTokenizerBase, line: Config)
 
 
 def _model(settings: Config, device: str) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The judge behind lm-eval's interface. Its chat template writes its own BOS."""
+    """Return the judge behind lm-eval's interface. Its chat template writes its own BOS."""
     from transformers import AutoConfig, AutoTokenizer
 
     from eval.generate import quiet
@@ -126,5 +126,5 @@ def _model(settings: Config, device: str) -> tuple[Any, PreTrainedTokenizerBase]
     loaded: Any = AutoModelForCausalLM.from_pretrained(name, **given)
     model = plain_generation(loaded.to(device).eval(), tokenizer)
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # masked, so any token serves
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token works
     return hf(model, tokenizer, BATCH_SIZE, bos), tokenizer

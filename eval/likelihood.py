@@ -1,11 +1,11 @@
-"""How well a run's model predicts the targets of given rows: negative log-likelihood in nats, without generation.
+"""Likelihood benchmarks: how well a run's model predicts given targets, as negative log-likelihood (NLL) in nats.
 
-The rows become tokens exactly as training makes them (experiments/data/tokens.py), by the run's own protocol or by the
-one that the task file names, except that rows of one prompt all count; a plain text is cut into windows (eval/text.py).
-The model is the one that generates, in the same dtype and without autocast; the softmax is in float32 and no more
-logits are held at a time than in training (experiments/train/loss.py). `samples.jsonl` has a line for every row:
-`index`, `nll` (summed over its targets), `targets` (their number) and `exact` (1 if every target is the argmax).
-Nothing of it is resumed: it takes seconds.
+Rows are tokenised exactly as in training (experiments/data/tokens.py), by the run's own protocol or the one that the
+task file names, except that rows with equal prompts all count; a plain text is cut into windows (eval/text.py). The
+model is the one that generates, in the same dtype and without autocast; the softmax is in float32, and at most as many
+logits are in memory as in training (experiments/train/loss.py). `samples.jsonl` has a line for every row: `index`,
+`nll` (summed over its targets), `targets` (their number) and `exact` (1 if every target is the argmax). There is no
+resuming: it takes seconds.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def measure(
     progress: bool,
     heartbeat: Heartbeat,
 ) -> None:
-    """Write `plan.json` and `samples.jsonl` of one likelihood benchmark. `about` is what the plan says of it."""
+    """Write `plan.json` and `samples.jsonl` of one likelihood benchmark. `about` is the plan without its order."""
     from experiments.data.tokens import tokenised
 
     size, name = config.evaluation.batch_size, about["benchmark"]
@@ -84,7 +84,7 @@ def measure(
 def score_examples(
     scored: Scored, examples: Examples | Windows, batch_size: int, title: str = "", heartbeat: Heartbeat | None = None
 ) -> torch.Tensor:
-    """`Targets.row_scores` of all examples, in their order, on the CPU. Rows of similar length share a batch."""
+    """Return `Targets.row_scores` of all examples, in order, on the CPU. Rows of similar length share a batch."""
     import torch
     from tqdm import tqdm
 
@@ -92,7 +92,7 @@ def score_examples(
     from experiments.train.loss import TargetForward
 
     model: Any = scored.model
-    order = torch.from_numpy(examples.lengths.argsort(kind="stable")[::-1].copy())  # what needs most memory first
+    order = torch.from_numpy(examples.lengths.argsort(kind="stable")[::-1].copy())  # largest memory need first
     batches, found = order.split(batch_size), []
     with torch.no_grad(), tqdm(total=len(order), desc=title, unit="row", leave=False, disable=not title) as bar:
         forward = TargetForward(model)
@@ -107,11 +107,11 @@ def score_examples(
 
 
 def score_likelihood(lines: list[Config]) -> tuple[list[float], dict[str, float], dict[str, int], float]:
-    """Items, `extra_metrics`, counts and the standard error of `score.json` from the lines of `samples.jsonl`.
+    """Return items, `extra_metrics`, counts and standard error of `score.json` from the lines of `samples.jsonl`.
 
-    An item is a row's NLL over the mean number of targets of a row, so that the mean over items is the NLL per target
-    token and runs are compared row by row. The error is of that quotient of two means over rows: by the rows'
-    deviations from it, since a longer row has a larger NLL in any case.
+    An item is a row's NLL divided by the mean number of targets per row, so that the mean over items is the NLL per
+    target token and runs can be compared row by row. The standard error is that of a ratio of two means over rows: it
+    uses the rows' deviations from the ratio, since a longer row has a larger NLL anyway.
     """
     targets = sum(line["targets"] for line in lines)
     mean, n = targets / len(lines), len(lines)

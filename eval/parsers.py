@@ -1,7 +1,7 @@
-"""From text to an answer: pure functions, one for every way in which a protocol finds what a model answered.
+"""Parsers: pure functions from text to an answer, one for each way in which a protocol reads answers.
 
-Each takes the text to read and the benchmark's options (none where answers are free). The rules are those of the named
-sources, accidents included, so that their numbers can be had again.
+Each takes the text and the benchmark's options (none for free answers). The rules are those of the named sources,
+including their quirks, so that their numbers can be reproduced.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fractions import Fraction
 from experiments.errors import UserError
 
 NUMBER = r"-?\d+\.?\d*"
-METAMATH_NUMBER = r"[\-+]?\d*[\.,/]?\d+"  # one separator only: of "1,234,567" it takes "1,234"
+METAMATH_NUMBER = r"[\-+]?\d*[\.,/]?\d+"  # only one separator: in "1,234,567" it matches "1,234"
 FINAL_ANSWER = "The final answer is: "
 METAMATH_ANSWER = "The answer is: "
 CORRECT_ANSWER = "the correct answer is"
@@ -22,7 +22,7 @@ CORRECT_ANSWER = "the correct answer is"
 
 @dataclass(frozen=True)
 class Reading:
-    """What a parser found: the answer's text or None, and whether it took its second rule to find it."""
+    """A parser's result: the answer's text or None, and whether the parser's second rule found it."""
 
     answer: str | None
     fallback: bool = False
@@ -32,16 +32,16 @@ class Reading:
 
 
 def hash_marks(text: str, options: Sequence[str] = ()) -> Reading:
-    """The number after the first "####", as openai/grade-school-math dataset.py reads it; commas are dropped."""
+    """Return the number after the first "####", as openai/grade-school-math dataset.py does; commas are dropped."""
     match = re.search(r"#### (-?[\d.,]+)", text)
     return Reading(match[1].replace(",", "").rstrip(".") or None) if match else Reading(None)
 
 
 def final_answer(text: str, options: Sequence[str] = ()) -> Reading:
-    """The first number between the first "The final answer is: " and a second; else the last number of the text.
+    """Return the first number between the first "The final answer is: " and a second one; else the text's last number.
 
-    juzhengz/LoRI and ziyangjoy/DiaBlo evaluate_gsm8k.py, `extract_answer_gsm8k`, commas dropped first. The second rule
-    counts without the phrase, and also where no number follows it.
+    juzhengz/LoRI and ziyangjoy/DiaBlo evaluate_gsm8k.py, `extract_answer_gsm8k`; commas are dropped first. The second
+    rule applies without the phrase, and also if no number follows it.
     """
     text = text.replace(",", "")
     _, *after = text.split(FINAL_ANSWER, maxsplit=2)
@@ -53,13 +53,13 @@ def final_answer(text: str, options: Sequence[str] = ()) -> Reading:
 
 
 def last_number(text: str, options: Sequence[str] = ()) -> Reading:
-    """The last number, commas dropped: ziyangjoy/DiaBlo evaluate_math.py, LLM-Adapters evaluate.py, pyreft."""
+    """Return the last number, commas dropped: ziyangjoy/DiaBlo evaluate_math.py, LLM-Adapters evaluate.py, pyreft."""
     numbers = re.findall(NUMBER, text.replace(",", ""))
     return Reading(numbers[-1] if numbers else None)
 
 
 def metamath_number(text: str, options: Sequence[str] = ()) -> Reading:
-    """The first number after the last "The answer is: ", rounded to an integer, half to even.
+    """Return the first number after the last "The answer is: ", rounded to an integer, half to even.
 
     meta-math/MetaMath eval_gsm8k.py, also MiLoRA's and PiSSA's. "a/b" is a fraction, "a/0" is a.
     """
@@ -79,27 +79,27 @@ def metamath_number(text: str, options: Sequence[str] = ()) -> Reading:
 
 
 def metamath_expression(text: str, options: Sequence[str] = ()) -> Reading:
-    """What follows the last "The answer is: ", up to a full stop at the end of a line: MetaMath eval_math.py."""
+    """Return the text after the last "The answer is: ", up to a full stop at a line's end: MetaMath eval_math.py."""
     _, phrase, after = text.rpartition(METAMATH_ANSWER)
     return _expression(after) if phrase else Reading(None)
 
 
 def diablo_expression(text: str, options: Sequence[str] = ()) -> Reading:
-    """As `metamath_expression`, of the text without white space around it: ziyangjoy/DiaBlo evaluate_math.py.
+    """As `metamath_expression`, on the text stripped of white space: ziyangjoy/DiaBlo evaluate_math.py.
 
-    So a last "The answer is: " with nothing behind it is none, and a full stop that ends the text ends no line.
+    So a final "The answer is: " followed by nothing is no answer, and a full stop at the text's end ends no line.
     """
     return metamath_expression(text.strip())
 
 
 def final_answer_expression(text: str, options: Sequence[str] = ()) -> Reading:
-    """What follows the first "The final answer is: " in its line. Ours: for MATH after training in GSM8K's format."""
+    """Return the rest of the line after the first "The final answer is: ". Ours, for MATH after training on GSM8K."""
     _, phrase, after = text.partition(FINAL_ANSWER)
     return _expression(after, whole_lines=False) if phrase else Reading(None)
 
 
 def _expression(text: str, whole_lines: bool = True) -> Reading:
-    """The text up to its first full stop at the end of a line, without white space around it and a last full stop."""
+    """Return the text up to its first full stop at a line's end, without outer white space and a final full stop."""
     text = text.split(".\n")[0]
     if not whole_lines:
         text = text.split("\n")[0]
@@ -110,7 +110,7 @@ def _expression(text: str, whole_lines: bool = True) -> Reading:
 
 
 def first_option(text: str, options: Sequence[str] = ()) -> Reading:
-    """The option mentioned first, in the same case: AGI-Edgerunners/LLM-Adapters commonsense_evaluate.py."""
+    """Return the option mentioned first, case-sensitively: AGI-Edgerunners/LLM-Adapters commonsense_evaluate.py."""
     if not options:
         raise UserError("evaluation.parser reads options, of which this benchmark has none: choose one for its answers")
     match = re.search("|".join(re.escape(option) for option in options), text)
@@ -118,9 +118,9 @@ def first_option(text: str, options: Sequence[str] = ()) -> Reading:
 
 
 def option_after_phrase(text: str, options: Sequence[str] = ()) -> Reading:
-    """The first option after the last "the correct answer is"; without the phrase the first of the whole text.
+    """Return the first option after the last "the correct answer is"; without the phrase, the first in the whole text.
 
-    ziyangjoy/DiaBlo evaluate_commonsense.py, which searches the prompt too: there the second rule finds the prompt's
+    ziyangjoy/DiaBlo evaluate_commonsense.py, which also searches the prompt: there the second rule finds the prompt's
     first option.
     """
     *before, after = text.split(CORRECT_ANSWER)
@@ -129,15 +129,15 @@ def option_after_phrase(text: str, options: Sequence[str] = ()) -> Reading:
 
 
 def exact_after_phrase(text: str, options: Sequence[str] = ()) -> Reading:
-    """All that follows the first "the correct answer is ": stanfordnlp/pyreft and BaohaoLiao/ApiQ compute_metrics.py.
+    """Return all text after the first "the correct answer is ": pyreft and BaohaoLiao/ApiQ compute_metrics.py.
 
-    More text than the option makes it another answer, and a wrong one.
+    More text than the option makes it a different, wrong answer.
     """
     _, _, after = text.partition(CORRECT_ANSWER + " ")
     return Reading(after.strip() or None)
 
 
 def first_letter(text: str, options: Sequence[str] = ()) -> Reading:
-    """The first capital A to E, be it the first letter of "Answer": LLM-Adapters evaluate.py (AQuA), also pyreft's."""
+    """Return the first capital A to E, even the one in "Answer": LLM-Adapters evaluate.py (AQuA), and pyreft."""
     match = re.search("A|B|C|D|E", text)
     return Reading(match[0] if match else None)

@@ -1,9 +1,9 @@
-"""Scores from stored completions, without a model.
+"""Scores runs again from stored completions, without a model.
 
     python -m eval.rescore runs/<run_id>
 
-Every `score.json` of the run is made again from `plan.json` and `samples.jsonl` (and a judge's words, where there is
-one), and what changed is printed.
+Recomputes every `score.json` of the run from `plan.json` and `samples.jsonl` (and the judge's words, if there is a
+judge), and prints what changed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Config = dict[str, Any]
 
 
 def score_samples(paths: EvalPaths, sandbox: str = "bwrap") -> EvalRecord:
-    """Write and return `score.json` of one evaluation. `sandbox`: where model-written programs run."""
+    """Write and return `score.json` of one evaluation. `sandbox`: how model-written programs are run."""
     plan = read_json(paths.plan)
     planned = planned_fields(paths.plan, plan)
     header, *lines = read_lines(paths.samples)
@@ -72,9 +72,9 @@ def score_samples(paths: EvalPaths, sandbox: str = "bwrap") -> EvalRecord:
 
 
 def rescore(run: RunPaths, sandbox: str = "bwrap") -> list[tuple[EvalRecord | None, EvalRecord]]:
-    """Every finished evaluation of a run scored again: (the record that was there if it could be read, the new one).
+    """Score every finished evaluation of a run again; returns (the old record if readable, the new one) for each.
 
-    A record that can be read and does not follow from its files is refused: one of them was changed.
+    An old record that is readable but does not follow from its files is an error: one of them was changed.
     """
     check_folder(run.root)
     evaluations = [paths for paths in run.evaluations() if paths.samples.is_file()]
@@ -83,10 +83,10 @@ def rescore(run: RunPaths, sandbox: str = "bwrap") -> list[tuple[EvalRecord | No
     results = []
     for paths in evaluations:
         if planned_fields(paths.plan, read_json(paths.plan))["judge"] is not None and not paths.score.is_file():
-            continue  # its judge has not spoken: `eval.run` goes on there
+            continue  # not judged yet: `eval.run` continues there
         try:
             before = read_record(paths.score, EvalRecord) if paths.score.is_file() else None
-        except UserError:  # of another schema: it is made again here
+        except UserError:  # of another schema: it is replaced here
             before = None
         if before is not None:
             check_score(paths, before)
@@ -97,7 +97,7 @@ def rescore(run: RunPaths, sandbox: str = "bwrap") -> list[tuple[EvalRecord | No
 def _score_programs(
     lines: list[Config], stops: list[str], sandbox: str
 ) -> tuple[list[float], dict[str, float], dict[str, int]]:
-    """pass@1 for every problem; pass@5 and pass@10 beside it where there are that many samples."""
+    """Return pass@1 for every problem, and pass@5 and pass@10 as extra metrics if there are enough samples."""
     from eval.code import cut_at_stop, human_eval_program, pass_at_k
     from eval.sandbox import run_programs
 
@@ -126,7 +126,7 @@ def _score_answers(
     if read["judge"] is not None:
         from eval.judge import judged_completions
 
-        completions = judged_completions(paths)[: len(lines)]  # the rows that are scored come first
+        completions = judged_completions(paths)[: len(lines)]  # the scored rows come first
     samples = [
         Sample(line["prompt"], completion, line["answer"]) for line, completion in zip(lines, completions, strict=True)
     ]
@@ -151,7 +151,7 @@ def _score_answers(
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.rescore", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories with stored completions")
-    parser.add_argument("--sandbox", default="bwrap", help="where model-written programs run: bwrap (default) or none")
+    parser.add_argument("--sandbox", default="bwrap", help="how model-written programs run: bwrap (default) or none")
     options = parser.parse_intermixed_args(arguments)
     for root in options.runs:
         for before, after in rescore(RunPaths(root.resolve()), options.sandbox):

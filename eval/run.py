@@ -2,11 +2,11 @@
 
     python -m eval.run runs/<run_id>
     python -m eval.run runs/<run_id> evaluation.benchmarks=[arith_heldout] evaluation.generation.num_beams=4
-    python -m eval.run runs/<run_id> protocol=llm_adapters      # asked and read as another protocol of its task does
+    python -m eval.run runs/<run_id> protocol=llm_adapters      # prompted and read by another protocol of its task
 
 lm-eval generates; every completion is kept in `samples.jsonl`, and the score is a pure function of that file. Other
-settings make another folder; what is finished is left as it is, what was interrupted goes on. SIGTERM and SIGUSR1 stop
-it after the chunk in progress.
+settings use another folder; finished evaluations are kept, interrupted ones resume. SIGTERM and SIGUSR1 stop it after
+the current chunk.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from experiments.runs.records import EvalPaths, EvalRecord, RunPaths, TrainRecor
 from experiments.settings import with_values
 
 Config = dict[str, Any]
-# What a run keeps of its own when another protocol is named.
+# The run's own settings that stay when another protocol is selected.
 OWN = ("benchmarks", "mean", "limit", "batch_size", "backend", "merge", "sandbox")
 
 
@@ -53,9 +53,9 @@ def evaluate(
     allow_identity: bool = False,
     lm: Any = None,
 ) -> list[EvalRecord]:
-    """Score the run on every benchmark of its config (or of `overrides`), generating only what is not there yet.
+    """Score the run on every benchmark of its config (or of `overrides`), generating only missing completions.
 
-    `lm`: another model of lm-eval's to ask for completions instead of the run's own behind `evaluation.backend`.
+    `lm`: another lm-eval model to generate with, instead of the run's own behind `evaluation.backend`.
     """
     config = with_overrides(read_config(run), overrides or [])
     wanted = [
@@ -70,20 +70,20 @@ def evaluate(
     with attempt(run, "eval") as heartbeat, ExitStack() as stack:
         trained = _check_trained(run, wanted)
         missing = [entry for entry in wanted if not entry[2].samples.is_file()]
-        rows = {benchmark.name: rows_of(config, benchmark) for benchmark, *_ in missing}  # before any is generated
+        rows = {benchmark.name: rows_of(config, benchmark) for benchmark, *_ in missing}  # before any generation
 
         @cache
         def scored() -> Scored:
-            """The run's model, made once, where something is to be scored."""
+            """Load the run's model, once, if anything is to be scored."""
             return load(config, run, trained, allow_identity)
 
         @cache
         def model() -> tuple[Scored, Any]:
-            """The run's model and what asks it, made once, where something is to be generated."""
+            """Return the run's model and its lm-eval interface, made once, if anything is to be generated."""
             quiet()
             return scored(), lm or stack.enter_context(language_model(config, run, scored()))
 
-        missing.sort(key=lambda entry: entry[0].kind != LIKELIHOOD)  # vLLM takes the model away from the device
+        missing.sort(key=lambda entry: entry[0].kind != LIKELIHOOD)  # vLLM later moves the model off the device
         for benchmark, settings, paths in missing:
             about = _about(config, trained, benchmark, settings, rows[benchmark.name])
             asked = rows[benchmark.name][: settings["asked"]["limit"]]
@@ -91,12 +91,12 @@ def evaluate(
                 measure(about, asked, config, scored(), paths, progress, heartbeat)
             else:
                 _generate(config, about, benchmark, asked, paths, model, progress, heartbeat)
-        stack.close()  # the model goes before a judge comes
+        stack.close()  # frees the model before a judge is loaded
         return [_score(config, settings, paths) for _, settings, paths in wanted]
 
 
 def _check_trained(run: RunPaths, wanted: list[tuple[Benchmark, Config, EvalPaths]]) -> TrainRecord:
-    """The run's train record, once nothing that is there was made with other weights."""
+    """Return the run's train record, after checking that existing evaluations used the same weights."""
     trained = trained_record(run)
     check_training(run, read_config(run), trained)
     for _, _, paths in wanted:
@@ -105,17 +105,17 @@ def _check_trained(run: RunPaths, wanted: list[tuple[Benchmark, Config, EvalPath
 
 
 def check_data(config: RunConfig) -> None:
-    """UserError if a benchmark of a run's config cannot be scored: wrong settings, missing rows, no sandbox."""
+    """Raise a UserError if a benchmark in a run's config cannot be scored: wrong settings, missing rows, no sandbox."""
     for benchmark, _ in planned(config):
         rows_of(config, benchmark)
     _check_sandbox(config)
 
 
 def _check_sandbox(config: RunConfig, said: bool = False) -> None:
-    """Told before the hours of generation, not after; not asked of who only reads what is finished.
+    """Check the sandbox before hours of generation; not needed to read finished scores.
 
     Args:
-        said: that there is to be none was said on this command line. A run's config alone is not believed: it may come
+        said: whether this command line disabled the sandbox. A run's config is not trusted to do so: it may come
             from elsewhere, with the programs.
     """
     evaluation = config.evaluation
@@ -129,7 +129,7 @@ def _check_sandbox(config: RunConfig, said: bool = False) -> None:
 
 
 def _about(config: RunConfig, trained: TrainRecord, benchmark: Benchmark, settings: Config, rows: list[Row]) -> Config:
-    """What a plan says of a benchmark, its `rows` and the weights."""
+    """Return a plan's entries about a benchmark, its `rows` and the weights."""
     protocol, version = protocol_of(config, settings)
     return {
         "run_id": config.run_id,
@@ -179,7 +179,7 @@ def _score(config: RunConfig, settings: Config, paths: EvalPaths) -> EvalRecord:
 
 
 def with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
-    """A frozen config with other evaluation or runtime settings, the only ones that may change after training."""
+    """Return a frozen config with other evaluation or runtime settings; only these may change after training."""
     from experiments.plan.compose import protocol_evaluation, set_values
 
     for override in overrides:
@@ -195,7 +195,7 @@ def with_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
 
 
 def describe(record: EvalRecord) -> str:
-    """A score in one line."""
+    """Return a score as one line."""
     text = f"{record.benchmark} ({record.protocol}, {record.parser}): {record.metric} {record.shown(record.accuracy)}"
     text += f" ± {record.shown(record.standard_error)} (n = {record.n}"
     counts = {
@@ -224,7 +224,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("run", type=Path, help="a trained run directory")
     parser.add_argument("overrides", nargs="*", help="evaluation.key=value, runtime.key=value or protocol=name")
     parser.add_argument(
-        "--allow-identity", action="store_true", help="score a model in which the adapter changes nothing"
+        "--allow-identity", action="store_true", help="also score a model whose adapter changes nothing"
     )
     options = parser.parse_intermixed_args(arguments)
     run = RunPaths(options.run.resolve())

@@ -1,16 +1,16 @@
-"""Programs that a model wrote, run where they can do no harm, each with its outcome.
+"""Runs programs written by a model in isolation, and returns the outcome of each.
 
-With `sandbox="bwrap"` every program is a process of its own in bubblewrap's namespaces: no network, no other process in
-sight, the system and Python's libraries read-only and nothing else of the machine, a scratch folder in memory of
-SCRATCH bytes at /tmp, an empty environment, no privileges, and the limits of `sandbox_runner.py`. `seccomp.py` refuses
-it further processes, namespaces, keyrings and memory outside its own, so the limits of the process hold for all that it
-does. Bubblewrap runs in a user namespace; the machine's own root, whom RLIMIT_NPROC does not bind, gets no user
-namespace but a user id of its own for every program. With `sandbox="none"` the same runner, time-out and limits (but
-for the number of threads) hold in a plain process, which can read and write all that the user can.
+With `sandbox="bwrap"` every program is a separate process in bubblewrap's namespaces: no network, no other visible
+process, the system and Python's libraries read-only and nothing else of the machine, a scratch folder of SCRATCH bytes
+in memory at /tmp, an empty environment, no privileges, and the limits of `sandbox_runner.py`. `seccomp.py` denies it
+more processes, namespaces, keyrings and memory outside its own, so that the limits of the process cover everything it
+does. Bubblewrap runs in a user namespace, except as the machine's own root, whom RLIMIT_NPROC does not bind: then every
+program gets its own user id instead. With `sandbox="none"` the same runner, time-out and limits (except on threads)
+apply in a plain process, which can read and write everything the user can.
 
-What is not prevented: the program shares its interpreter with the tests, as in openai/human-eval and juzhengz/LoRI, so
-one that inspects the interpreter, or returns an object that equals everything, can cheat on its own score there and
-here; it cannot harm the machine.
+Not prevented: a program shares its interpreter with the tests, as in openai/human-eval and juzhengz/LoRI, so one
+that inspects the interpreter, or returns an object that equals everything, can cheat on its own score; it cannot harm
+the machine.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ RUNNER = Path(__file__).resolve().with_name("sandbox_runner.py")
 SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
 SCRATCH = 64 * 2**20  # bytes
 WALL_FACTOR = 4  # the wall limit of a program, in multiples of its CPU time limit
-START_LIMIT = 120.0  # seconds from here to the first line of the runner, on a loaded machine
+START_LIMIT = 120.0  # seconds until the runner's first line, on a loaded machine
 REPORT_LIMIT = 4096  # bytes
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "LANG": "C.UTF-8",
     "HOME": "/tmp",
-    "PYTHONHASHSEED": "0",  # the same program has the same outcome
+    "PYTHONHASHSEED": "0",  # for reproducible outcomes
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
@@ -57,7 +57,7 @@ ENVIRONMENT = {
 @dataclass(frozen=True)
 class Outcome:
     """How a program ended: `passed` all its tests, `failed` with the error in `message`, `timed_out`, or was `killed`
-    or left before its tests were through."""
+    or exited before its tests finished."""
 
     status: Status
     message: str = ""
@@ -70,11 +70,11 @@ class Outcome:
 def run_programs(
     programs: Sequence[str], *, sandbox: str, timeout: float = 3.0, workers: int | None = None
 ) -> list[Outcome]:
-    """Run programs in parallel, by default one for each CPU; the outcomes come in the programs' order.
+    """Run programs in parallel, by default one per CPU; outcomes are in the programs' order.
 
-    A program passes only if the runner says so, with a token made for this program, after its last line has run.
-    `timeout` is the seconds of CPU time a program may take (3.0: openai/human-eval, juzhengz/LoRI); it may take
-    WALL_FACTOR times as long on the clock, counted from its first line, so a loaded machine fails no right program.
+    A program passes only if the runner reports so, with a token made for this program, after its last line has run.
+    `timeout` is the CPU time of a program in seconds (3.0: openai/human-eval, juzhengz/LoRI); its wall time, from its
+    first line, may be WALL_FACTOR times as long, so that load on the machine fails no correct program.
     """
     command = _command(sandbox)
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
@@ -82,15 +82,15 @@ def run_programs(
 
 
 def check_sandbox(sandbox: str) -> None:
-    """An error if programs cannot be run this way here: to be told before the hours of generation, not after."""
+    """Raise an error if programs cannot be run this way here; call it before hours of generation."""
     run_programs(["pass"], sandbox=sandbox)
 
 
 def _command(sandbox: str) -> list[str]:
-    """The command that starts the runner."""
+    """Return the command that starts the runner."""
     if sandbox not in get_args(Sandbox):
         raise UserError(f"evaluation.sandbox={sandbox}: {nearest(sandbox, get_args(Sandbox))}")
-    # The environment is empty but for ENVIRONMENT, so this is isolated mode (-I), with a fixed hash seed.
+    # With an environment that is empty except for ENVIRONMENT, this is isolated mode (-I) with a fixed hash seed.
     python = [sys.executable, "-s", "-P", "-B"]
     if sandbox == "none":
         return [*python, str(RUNNER)]
@@ -99,16 +99,16 @@ def _command(sandbox: str) -> list[str]:
         raise UserError(f"evaluation.sandbox=bwrap: bwrap is not installed: {_remedy('apt-get install bubblewrap')}")
     command = [bwrap, "--die-with-parent", "--new-session"]
     command += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
-    if _is_root():  # the runner takes another user id, and the two capabilities are gone
+    if _is_root():  # the runner switches to another user id, which drops the two capabilities
         command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
     command += ["--perms", "1777", "--size", str(SCRATCH), "--tmpfs", "/tmp", "--chdir", "/tmp"]
-    # Not all of a prefix, which may be a home directory, but what Python needs of it.
+    # Not the whole prefix, which may be a home directory, but what Python needs from it.
     executable = os.path.realpath(sys.executable)
     prefixes = sorted({sys.prefix, sys.base_prefix, str(Path(executable).parents[1])})
     parts = [f"{prefix}/{part}" for prefix in prefixes for part in ("lib", "lib64", "pyvenv.cfg")]
-    for path in [*SYSTEM, *parts, executable]:  # a folder comes before the folders in it
+    for path in [*SYSTEM, *parts, executable]:  # a folder precedes its subfolders
         command += _parents(path)
         command += ["--ro-bind-try", path, path]
     if not _within(sys.executable, SYSTEM) and sys.executable != executable:
@@ -119,7 +119,7 @@ def _command(sandbox: str) -> list[str]:
 
 
 def _parents(path: str) -> list[str]:
-    """Options that make the folders above a path: those that bubblewrap makes by itself are closed to other users."""
+    """Return options that create a path's parent folders: bubblewrap's own are not accessible to other users."""
     return [word for parent in reversed(Path(path).parents) for word in ("--dir", str(parent))]
 
 
@@ -128,7 +128,7 @@ def _within(path: str, folders: Sequence[str]) -> bool:
 
 
 def _is_root() -> bool:
-    """The machine's own root, not one that a container maps to an ordinary user."""
+    """Return whether this is the machine's own root, not one that a container maps to an ordinary user."""
     return os.geteuid() == 0 and Path("/proc/self/uid_map").read_text(encoding="utf-8").split()[:2] == ["0", "0"]
 
 
@@ -138,7 +138,7 @@ def _remedy(install: str) -> str:
 
 def _run(program: str, sandbox: str, command: list[str], timeout: float) -> Outcome:
     token, sandboxed = secrets.token_hex(16), sandbox != "none"
-    # A user id of its own, so that the processes of two programs are not counted together.
+    # A separate user id, so that the processes of two programs are not counted together.
     uid = 2**30 + secrets.randbelow(2**30) if sandboxed and _is_root() else None
     data = {"token": token, "uid": uid, "sandboxed": sandboxed, "timeout": timeout, "program": program}
     with (
@@ -165,13 +165,13 @@ def _run(program: str, sandbox: str, command: list[str], timeout: float) -> Outc
             try:
                 return _watch(process, token, timeout)
             finally:
-                # Bubblewrap's death ends everything in its PID namespace; without it the group is all there is.
+                # Killing bubblewrap ends everything in its PID namespace; without it, kill the process group.
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
 
 
 def _watch(process: subprocess.Popen[bytes], token: str, timeout: float) -> Outcome:
-    """Read the report up to its last line, the end of all its writers, or the end of time."""
+    """Read the report until its last line, the end of all its writers, or the deadline."""
     assert process.stderr is not None
     pipe = process.stderr.fileno()
     poll = select.poll()
@@ -183,7 +183,7 @@ def _watch(process: subprocess.Popen[bytes], token: str, timeout: float) -> Outc
         if not chunk:
             break
         report = (report + chunk)[:REPORT_LIMIT]
-        lines = report.decode(errors="replace").split("\n")[:-1]  # whole lines
+        lines = report.decode(errors="replace").split("\n")[:-1]  # complete lines
         if not started and f"{token} started" in lines:
             started, deadline = True, time.monotonic() + WALL_FACTOR * timeout
         if f"{token} passed" in lines:

@@ -1,8 +1,8 @@
-"""Runs one program inside the sandbox. A script of its own: it imports nothing of the project.
+"""Runs one program inside the sandbox. A standalone script: it imports nothing from the project.
 
-The task comes as JSON on standard input, the report goes to what standard error is at the start: a line `<token>
-started` before the program, a line `<token> passed` or `<token> failed <error>` after it. The program finds /dev/null
-in the places of standard input, output and error.
+It reads the task as JSON from standard input and reports to the initial standard error: a line `<token> started` before
+the program, a line `<token> passed` or `<token> failed <error>` after it. For the program, standard input, output and
+error are /dev/null.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import sys
 
 GIB, MIB = 2**30, 2**20
 MESSAGE_LENGTH = 200  # characters
-THREADS = 16  # a user namespace counts its own from Linux 5.14 on
+THREADS = 16  # from Linux 5.14 on, a user namespace counts its own
 LIMITS = {
     resource.RLIMIT_AS: 2 * GIB,
     resource.RLIMIT_FSIZE: 16 * MIB,
     resource.RLIMIT_NOFILE: 64,
     resource.RLIMIT_CORE: 0,
 }
-# What openai/human-eval execution.py and juzhengz/LoRI execute.py take away: a program that uses it fails there.
+# What openai/human-eval execution.py and juzhengz/LoRI execute.py disable: there, a program that uses it fails.
 TAKEN = {
     "os": "kill system putenv remove removedirs rmdir fchdir setuid fork forkpty killpg rename renames truncate "
     "replace unlink fchmod fchown chmod chown chroot lchflags lchmod lchown getcwd chdir",
@@ -34,13 +34,13 @@ TAKEN = {
     "subprocess": "Popen",
     "builtins": "exit quit help",
 }
-# Imported there before, and not importable afterwards.
+# Imported there in advance, and modules that cannot be imported there.
 IMPORTED = ("multiprocessing", "numpy", "pandas")
 NOT_INSTALLED = ("ipdb", "joblib", "resource", "psutil", "tkinter")
 
 
 def main() -> None:
-    write, leave, getpid = os.write, os._exit, os.getpid  # as they are before a program can replace them
+    write, leave, getpid = os.write, os._exit, os.getpid  # saved before a program can replace them
     task = json.loads(sys.stdin.buffer.read())
     report, runner = os.dup(2), getpid()
     null = os.open(os.devnull, os.O_RDWR)
@@ -50,10 +50,10 @@ def main() -> None:
     if task["uid"] is not None:
         os.setgroups([])
         os.setresgid(task["uid"], task["uid"], task["uid"])
-        os.setresuid(task["uid"], task["uid"], task["uid"])  # from root to another user: every capability is lost
-    os.dup2(null, 2)  # last: a traceback of the lines above is for whoever reads the report
+        os.setresuid(task["uid"], task["uid"], task["uid"])  # leaving root drops every capability
+    os.dup2(null, 2)  # last, so that a traceback of the lines above reaches the reader of the report
     write(report, f"{task['token']} started\n".encode())
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, no `except` can stop it
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process; no `except` can catch it
     signal.setitimer(signal.ITIMER_PROF, task["timeout"])
     _take_away(task["program"])
     try:
@@ -62,13 +62,13 @@ def main() -> None:
         result = "passed"
     except BaseException as error:
         result = f"failed {_describe(error)}"
-    if getpid() == runner:  # a child that the program forked also comes here
+    if getpid() == runner:  # a child forked by the program also gets here
         write(report, f"{task['token']} {result}\n".encode(errors="replace"))
-    leave(0)  # at once: no exit handlers, no waiting for threads
+    leave(0)  # at once, without exit handlers or waiting for threads
 
 
 class _Unreadable(io.StringIO):
-    """Standard input, of which reading is an error there."""
+    """Standard input on which reading is an error, as there."""
 
     def read(self, *arguments: object) -> str:
         raise OSError
@@ -89,9 +89,9 @@ def _take_away(program: str) -> None:
 
 
 def _limit(timeout: float, sandboxed: bool) -> None:
-    """Limits that the program cannot raise; lower ones of the machine stay. CPU time in whole seconds, a backstop."""
+    """Set limits that the program cannot raise; lower limits of the machine stay. CPU seconds, as a backstop."""
     limits = {**LIMITS, resource.RLIMIT_CPU: math.ceil(timeout) + 2}
-    if sandboxed:  # outside, all processes of the user would count, and a right program fail for their number
+    if sandboxed:  # outside, all of the user's processes would count, and their number could fail a correct program
         limits[resource.RLIMIT_NPROC] = THREADS
     for kind, value in limits.items():
         hard = resource.getrlimit(kind)[1]
@@ -100,7 +100,7 @@ def _limit(timeout: float, sandboxed: bool) -> None:
 
 
 def _describe(error: BaseException) -> str:
-    """`NameError: name 'x' is not defined` on one bounded line; the error's own code may run, and fail, here."""
+    """Return `NameError: name 'x' is not defined` on one bounded line; the error's own code may run here, and fail."""
     try:
         text = f"{type(error).__name__}: {str(error)[:MESSAGE_LENGTH]}"
         return " ".join(text.split())[:MESSAGE_LENGTH].removesuffix(":")

@@ -1,4 +1,4 @@
-"""Scores: pure functions of completions. A protocol names the text that is read, its parser and when it is right."""
+"""Scores: pure functions of completions. A protocol selects the searched text, the parser and the equality."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Named = TypeVar("Named")
 
 @dataclass(frozen=True)
 class Rules:
-    """How a protocol reads and judges an answer, by name; `options` are the benchmark's, where answers are options."""
+    """How a protocol reads and judges answers, by name; `options` are the benchmark's, if answers are options."""
 
     searched: str
     parser: str
@@ -51,7 +51,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Sample:
-    """What the model was given, what it wrote, and the right answer."""
+    """The prompt, the model's completion, and the right answer."""
 
     prompt: str
     completion: str
@@ -60,8 +60,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Score:
-    """`items` is 1 or 0 for every sample; the counts say how many had no answer, needed the parser's second rule, or
-    are wrong because their comparison exceeded its limits."""
+    """`items` is 1 or 0 for every sample; the counts are of samples without an answer, read by the parser's second
+    rule, or wrong because their comparison exceeded its limits."""
 
     items: list[int]
     unparsed: int
@@ -78,13 +78,13 @@ def whole(prompt: str, completion: str) -> str:
 
 
 def after_first_response(prompt: str, completion: str) -> str:
-    """What follows the first "### Response:", up to a second one: LLM-Adapters evaluate.py."""
+    """Return the text after the first "### Response:", up to a second one: LLM-Adapters evaluate.py."""
     pieces = (prompt + completion).split(RESPONSE, maxsplit=2)
     return pieces[min(1, len(pieces) - 1)]
 
 
 def all_after_first_response(prompt: str, completion: str) -> str:
-    """All that follows the first "### Response:", further ones too: stanfordnlp/pyreft and BaohaoLiao/ApiQ."""
+    """Return all text after the first "### Response:", including later ones: stanfordnlp/pyreft and BaohaoLiao/ApiQ."""
     return (prompt + completion).split(RESPONSE, maxsplit=1)[-1]
 
 
@@ -92,7 +92,7 @@ def after_last_response(prompt: str, completion: str) -> str:
     return (prompt + completion).split(RESPONSE)[-1]
 
 
-# Which text is read, from prompt and completion.
+# Prompt and completion → the searched text.
 SEARCHED: dict[str, Callable[[str, str], str]] = {
     "completion": completion_only,
     "whole": whole,
@@ -100,7 +100,7 @@ SEARCHED: dict[str, Callable[[str, str], str]] = {
     "all_after_first_response": all_after_first_response,
     "after_last_response": after_last_response,
 }
-# The answer, from that text and the benchmark's options.
+# The searched text and the benchmark's options → the answer.
 PARSERS: dict[str, Callable[[str, Sequence[str]], Reading]] = {
     "hash_marks": hash_marks,
     "final_answer": final_answer,
@@ -116,12 +116,12 @@ PARSERS: dict[str, Callable[[str, Sequence[str]], Reading]] = {
     "refusal_keywords": refusal_keywords,
     "judged": judged,
 }
-# Whether it is right, from the answer that was read and the right one.
+# The answer and the right one → whether they are equal.
 EQUALITIES: dict[str, Callable[[str, str], bool]] = {
     "same_text": same_text,
     "same_number": same_number,
     "near_number": near_number,
-    "metamath_integer": same_number,  # metamath_number has rounded
+    "metamath_integer": same_number,  # metamath_number has already rounded
     "milora_number": milora_number,
     "hendrycks": hendrycks,
     "metamath": metamath,
@@ -132,14 +132,14 @@ EQUALITIES: dict[str, Callable[[str, str], bool]] = {
 
 
 def check_rules(rules: Rules) -> None:
-    """UserError unless all three names are known."""
+    """Raise a UserError unless all three names are known."""
     _lookup("searched", rules.searched, SEARCHED)
     _lookup("parser", rules.parser, PARSERS)
     _lookup("equality", rules.equality, EQUALITIES)
 
 
 def score(rules: Rules, samples: Sequence[Sample]) -> Score:
-    """Every sample read and judged. What cannot be read is wrong, whatever the right answer."""
+    """Read and judge every sample. A sample without a readable answer is wrong, whatever the right answer."""
     searched = _lookup("searched", rules.searched, SEARCHED)
     parser = _lookup("parser", rules.parser, PARSERS)
     _lookup("equality", rules.equality, EQUALITIES)
@@ -159,7 +159,7 @@ def score(rules: Rules, samples: Sequence[Sample]) -> Score:
 
 
 def verdicts_on(equality: str, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
-    """Whether every answer equals its gold; None where sympy exceeded its limits."""
+    """Return whether every answer equals its gold; None if sympy exceeded its limits."""
     if equality in UNBOUNDED:
         return compare(equality, pairs)
     return [EQUALITIES[equality](answer, gold) for answer, gold in pairs]

@@ -1,8 +1,8 @@
 """Plain text as rows of a likelihood benchmark: `evaluation.benchmarks=[…/essays.txt]`.
 
 The text is cut at white space into windows of at most `WINDOW` characters, the same for every tokenizer. In each window
-every token but the first is a target; a window begins with what the tokenizer itself puts before a text, and nothing
-follows it, since the text goes on.
+every token but the first is a target; a window begins with what the tokenizer itself puts before a text, and has no
+end token, since the text continues.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 
 def text_rows(path: Path) -> list[Row]:
-    """The windows of a file, in order. Joined they are its text."""
+    """Return the windows of a file, in order. Concatenated, they are its text."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text in UTF-8 ({error}): give the path of a text file") from None
     if not text.strip():
         raise UserError(f"{path}: holds no text: give a file that does")
-    # As many characters as fit, up to the last white space among them; a longer word is cut.
+    # As many characters as fit, up to the last white space; a longer word is cut.
     windows = re.findall(rf".{{1,{WINDOW}}}(?=\s|$)|.{{{WINDOW}}}", text, flags=re.DOTALL)
     return [{"instruction": "", "input": "", "output": window, "answer": ""} for window in windows]
 
 
 class Windows:
-    """The tokens of windows, as `score_examples` takes them."""
+    """The tokenised windows, in the form `score_examples` takes."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> None:
         self.leading = len(leading_tokens(tokenizer))

@@ -1,6 +1,6 @@
-"""Runs: their configs, data, base models, training, planning and speed. Each folder is a stage."""
+"""Runs: configs, data, base models, training, planning and speed. Each folder is a stage."""
 
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent  # of the clone, in which commands run
+ROOT = Path(__file__).resolve().parent.parent  # root of the clone; commands run here
 CONFIGS = ROOT / "configs"

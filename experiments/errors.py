@@ -1,6 +1,6 @@
-"""Errors a user can mend. Command lines print one line and exit with status 1; `--debug` shows the traceback.
+"""Errors that a user can fix. Commands print them as one line and exit with status 1; `--debug` shows the traceback.
 
-A stage that a signal asked to stop ends with `Preempted`, and its command with status 75.
+A stage stopped by a signal ends with `Preempted`, and its command with status 75.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
-LONGEST = 500  # characters of a line of another program
+LONGEST = 500  # characters kept of another program's line
 
 
 class UserError(Exception):
-    """What is wrong, where, and how to mend it, in one line."""
+    """One line that says what is wrong, where, and how to fix it."""
 
 
 class Diverged(UserError):
-    """A training whose loss or gradients did not stay finite: a failed run, which is not scored."""
+    """A training whose loss or gradients became non-finite: a failed run, which is not scored."""
 
     def __init__(self, step: int, reason: str) -> None:
         super().__init__(f"diverged in step {step}: {reason}: give a smaller recipe.learning_rate")
@@ -31,20 +31,20 @@ class Diverged(UserError):
 
 
 class Preempted(BaseException):
-    """A signal asked the run to stop, and it did where it can go on. No `except Exception` may hold it up."""
+    """A signal stopped the run where it can resume. Not an Exception, so that no `except Exception` catches it."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt name: the nearest known names, or all of them if none is near."""
+    """Return a hint for a misspelt name: the nearest known names, or all of them if none is near."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
 
 
 def shortened(lines: Sequence[str]) -> str:
-    """What another program said, in one line: all of a few lines, else the first and the last, and how many there are.
+    """Join another program's lines into one: all of up to four lines, else the first, the last and their number.
 
-    On a full disk git has one line for every file.
+    For example, on a full disk git prints one line per file.
     """
     told = [line.strip() for line in lines if line.strip()]
     if len(told) > 4:
@@ -53,9 +53,9 @@ def shortened(lines: Sequence[str]) -> str:
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """What was asked for, if memory ran out: a GPU's or the machine's. None for any other error.
+    """Return what was out of memory (GPU or machine, and the requested size); None for any other error.
 
-    PyTorch has a class for a GPU's allocator alone; its CPU allocator and the CUDA libraries raise a RuntimeError.
+    Only PyTorch's GPU allocator has its own class; its CPU allocator and the CUDA libraries raise a RuntimeError.
     """
     text = str(error)
     no_memory = (
@@ -68,17 +68,17 @@ def out_of_memory(error: BaseException) -> str | None:
         return None
     size = re.search(r"(?i:tried|unable) to allocate (\d[\d.]*\s*\w+)", text)
     where = "the GPU" if re.search(r"CUDA|CUBLAS", text) else "the machine"
-    return f"{where} is out of memory" + (f" ({size[1]} more were asked for)" if size else "")
+    return f"{where} is out of memory" + (f" ({size[1]} more were requested)" if size else "")
 
 
 def one_line(error: BaseException) -> str:
-    """What a command prints of an error that ended it."""
+    """Return the line that a command prints for the error that ended it."""
     plain = isinstance(error, UserError | OSError)
     return out_of_memory(error) or ("" if plain else f"{type(error).__name__}: ") + " ".join(str(error).split())
 
 
 def _text_is_utf8() -> list[str]:
-    """The command's arguments. They and the standard streams are UTF-8 whatever the locale, as files are."""
+    """Return the command's arguments, and make them and the standard streams UTF-8 whatever the locale."""
     for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors=errors)
@@ -86,33 +86,33 @@ def _text_is_utf8() -> list[str]:
 
 
 def run_command(main: Callable[[list[str]], int | None]) -> None:
-    """Run a command line: exit status 0 or what `main` returns, 1 with one line for a mistake, 130 when interrupted.
+    """Run a command line. Exit status: 0 or the result of `main`, 1 with one line for an error, 130 if interrupted.
 
-    75, sysexits.h's EX_TEMPFAIL, when it was asked to stop by a signal: the same command goes on from there.
+    75, sysexits.h's EX_TEMPFAIL, if a signal stopped it: the same command resumes.
     """
     arguments = _text_is_utf8()
-    # When peft imports it on a CPU with bf16 instructions, bitsandbytes warns that an optional kernel is not installed.
+    # peft imports bitsandbytes, which on CPUs with bf16 instructions warns about a missing optional kernel.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     debug = "--debug" in arguments
     try:
         status = main([argument for argument in arguments if argument != "--debug"])
     except KeyboardInterrupt:
-        print("interrupted: finished steps are kept, the same command goes on from there", file=sys.stderr)
+        print("interrupted: finished steps are kept, the same command resumes", file=sys.stderr)
         status = 130
     except Preempted as stop:
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)  # repeated while the process ends, they would change its status
+            signal.signal(number, signal.SIG_IGN)  # a repeated signal during exit would change the status
         what = f"{stop}, " if str(stop) else ""
-        print(f"preempted: {what}the same command goes on from there", file=sys.stderr)
+        print(f"preempted: {what}the same command resumes", file=sys.stderr)
         status = 75
-    except BrokenPipeError:  # the reader of our output left, as `head` does
+    except BrokenPipeError:  # the reader of our output exited, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except UnicodeEncodeError as error:
         if debug or sys.getfilesystemencoding() == "utf-8":
             raise
         print(
-            f"error: {error.object!r:.200} cannot be a path, the locale has {error.encoding}: set LC_ALL=C.UTF-8",
+            f"error: {error.object!r:.200} cannot be a path in {error.encoding}: set LC_ALL=C.UTF-8",
             file=sys.stderr,
         )
         status = 1

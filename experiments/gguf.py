@@ -1,4 +1,4 @@
-"""Convert a GGUF file into the cache folder ahead of the runs that use it; prints the folder.
+"""Converts a GGUF file into the cache folder before the runs that use it, and prints the folder.
 
 python -m experiments.gguf model=smollm2_135m
 python -m experiments.gguf model=llama3_2_1b model.path=Llama-3.2-1B-Q8_0.gguf

@@ -1,11 +1,11 @@
-"""Fold what a run trained into a model that stands alone.
+"""Merges what a run trained into a standalone model.
 
     python -m experiments.merge runs/<run_id> --out model
     python -m experiments.merge runs/<run_id> --out model --to-grid
 
-`model` is a folder that transformers loads. On a quantised base it holds the dequantised weights with the update, in
-the model's dtype; with --to-grid it is a quantised base again, for `diablo.quantize.load_quantized`. What rounding to
-bf16, or to the grid, lost of the update is printed. The adapter itself stays as it is.
+`model` is a folder for transformers. For a quantised base it contains the dequantised weights plus the update, in the
+model's dtype; with --to-grid it is again a quantised base, for `diablo.quantize.load_quantized`. The rounding error of
+the update, in bf16 or on the grid, is printed. The adapter itself does not change.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def merge(run: RunPaths, out: Path, to_grid: bool) -> None:
     from experiments.train import methods
 
     if out.exists():
-        raise UserError(f"{out}: is there already: give --out another folder")
+        raise UserError(f"{out} already exists: give --out another folder")
     config, trained = read_config(run), trained_record(run)
     if to_grid and config.quantization is None:
         raise UserError(f"--to-grid: the base of {run.root.name} is not quantised: leave it out")
@@ -65,8 +65,8 @@ def main(arguments: list[str]) -> None:
         prog="python -m experiments.merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="a trained run directory")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    parser.add_argument("--to-grid", action="store_true", help="back to the grid of a quantised base")
+    parser.add_argument("--out", type=Path, required=True, help="folder to create")
+    parser.add_argument("--to-grid", action="store_true", help="round back to the grid of a quantised base")
     options = parser.parse_intermixed_args(arguments)
     merge(RunPaths(options.run.resolve()), options.out, options.to_grid)
     print(options.out)

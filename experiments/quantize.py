@@ -1,10 +1,10 @@
-"""Quantise base models ahead of the runs that train on them.
+"""Quantises base models before the runs that train on them.
 
     python -m experiments.quantize runs/<run_id>
     python -m experiments.quantize model=llama2_7b task=math_10k method=diablo quantization=magr quantization.bits=4,2
 
-A run makes its base when it finds none; with this, many runs start at once. It goes on after the last finished layer
-when it was stopped.
+A run makes its base if it is missing; made in advance, many runs can start at once. An interrupted quantisation resumes
+after the last finished layer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.quantize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("overrides", nargs="+", metavar="RUN | key=value", help="run directories, or what plan takes")
+    parser.add_argument("overrides", nargs="+", metavar="RUN | key=value", help="run directories, or arguments of plan")
     given = parser.parse_intermixed_args(arguments).overrides
     from diablo.quantize.storage import read_record
 

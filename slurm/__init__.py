@@ -1,1 +1,1 @@
-"""Runs on a cluster: one array of jobs over a frozen list of run directories."""
+"""Runs on a cluster: one job array over a frozen list of run directories."""

@@ -1,6 +1,7 @@
-"""Arrays: how runs become tasks, and how an array is handed to sbatch.
+"""Arrays: groups runs into tasks, and submits arrays with sbatch.
 
-`<runs_dir>/.slurm/<submission>/` gets the manifest and the script before sbatch is called; if sbatch refuses, it goes.
+The manifest and the script are written to `<runs_dir>/.slurm/<submission>/` first; if sbatch refuses, the folder is
+removed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from slurm.queue import slurm
 
 @dataclass(frozen=True)
 class Options:
-    """How the arrays are cut and chained, and what is left out."""
+    """How the arrays are cut and chained, and which runs are left out."""
 
     max_parallel: int | None = None
     after: str | None = None
@@ -32,21 +33,21 @@ class Options:
     eval_separately: bool = False
     dry_run: bool = False
     only_failed: bool = False
-    second_stage: bool = False  # leave the runs that choose learning rates as they are, finished or not
+    second_stage: bool = False  # skip the runs that choose learning rates, finished or not
 
 
 @dataclass(frozen=True)
 class Array:
-    """Tasks that ask for the same: of each task its runs, done one after the other."""
+    """Tasks with equal resources; each task is a list of runs, done one after the other."""
 
     stages: list[str]
     resources: Resources
     tasks: list[list[str]]
-    parallel: int | None  # so many tasks at a time
+    parallel: int | None  # tasks that may run at the same time
 
     @property
     def gpu_hours(self) -> float:
-        """If every task takes as long as it may."""
+        """GPU-hours if every task uses its whole time limit."""
         return self.resources.gpu_hours * len(self.tasks)
 
     def __str__(self) -> str:
@@ -59,7 +60,7 @@ class Array:
 
 
 def arrays(todo: list[tuple[RunConfig, bool]], cluster: Cluster, options: Options, largest: int) -> Iterator[Array]:
-    """One array for each kind of resources, cut at the cluster's limit. A config comes with whether it is scored."""
+    """Yield one array per kind of resources, cut at the cluster's limit. `todo`: configs, and whether to score them."""
     groups: dict[tuple[Resources, Resources, bool], list[str]] = {}
     for config, scored in todo:
         kind = (cluster.resources(config), cluster.resources(config, "eval"), scored)
@@ -96,7 +97,7 @@ def submit_array(manifest: Manifest, array: Array, cluster: Cluster, dependency:
 
 
 def submission_folder(runs_dir: Path) -> Path:
-    """A new folder, named by the time."""
+    """Create a new folder, named by the time."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folders = (submissions(runs_dir) / f"{stamp}-{number:03}" for number in itertools.count(1))
     folder = next(folder for folder in folders if not folder.exists())
@@ -105,7 +106,7 @@ def submission_folder(runs_dir: Path) -> Path:
 
 
 def sbatch(folder: Path, title: str, cluster: Cluster, options: list[str], dependency: str) -> str:
-    """Submit the folder's `job.sh`; a folder whose job is refused goes."""
+    """Submit the folder's `job.sh` and return the job id; the folder is removed if sbatch refuses."""
     command = ["sbatch", "--parsable", *options]
     if "job-name" not in cluster.sbatch:
         name = "".join(c if c.isalnum() or c in "-_." else "_" for c in f"diablo-{title}")
@@ -122,7 +123,7 @@ def sbatch(folder: Path, title: str, cluster: Cluster, options: list[str], depen
 def job_script(
     cluster: Cluster, resources: Resources, code: dict[str, Any], command: list[str], before: Sequence[str] = ()
 ) -> str:
-    """`job.sh`: only what has to happen before Python is there, then a module with its arguments."""
+    """Return `job.sh`: only what must happen before Python is available, then a module with its arguments."""
     python = shlex.quote(cluster.python or ("python" if cluster.activate else sys.executable))
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in sbatch_lines(cluster, resources)), ""]
     for activation in cluster.activate:
@@ -134,8 +135,8 @@ def job_script(
     )
     lines += [
         f"{version} || {{ echo {hint}; exit 1; }}",
-        # The working folder is where the job was submitted, so relative paths mean what they meant there; code comes
-        # from the snapshot alone.
+        # The working folder is where the job was submitted, so relative paths keep their meaning; code comes only from
+        # the snapshot.
         f'export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(code["folder"])}"${{PYTHONPATH:+:$PYTHONPATH}}"',
         *before,
         f"exec {python} -m {shlex.join(command)}",

@@ -1,4 +1,4 @@
-"""Cancel what is waiting or running of a folder of runs. What is done stays; submitting again goes on from there.
+"""Cancels waiting and running jobs of a folder of runs. Results are kept; submitting again resumes.
 
 python -m slurm.cancel experiment=quickstart
 python -m slurm.cancel runs_dir=/data/runs tiny-lora-r6-arith-s0-989cd5bc runs/tiny-full-arith-s1-35be0a9d
@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> None:
     named = [Path(which) for which in options.which if "=" not in which]
     runs_dir, experiment = folder_and_experiment([which for which in options.which if "=" in which])
     if not named and experiment is None and not options.all:
-        raise UserError("say what to cancel: experiment=NAME, the names of runs, or --all")
+        raise UserError("nothing selected to cancel: give experiment=NAME, names of runs, or --all")
     if named and runs_dir == Path("runs").resolve() and len(named[0].parts) > 1:
         runs_dir = named[0].resolve().parent
     waiting = queued(runs_dir)

@@ -1,4 +1,4 @@
-"""Cluster settings: what sbatch is asked for. Files `slurm/<name>.yaml`, chosen by `cluster=<name>` or by path."""
+"""Cluster settings for sbatch: files `slurm/<name>.yaml`, selected by `cluster=<name>` or by path."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from experiments.runs.sizes import read_bytes
 Config = dict[str, Any]
 FOLDER = Path(__file__).resolve().parent
 PER_MODEL = ("gpus", "time", "memory", "cpus")  # a value for all, or {default: …, <model>: …, <method>: …}
-AUTO = "auto"  # of gpus: as many as a run needs
-NODES = 4  # the most that a run is given
+AUTO = "auto"  # value of gpus: as many as a run needs
+NODES = 4  # most nodes per run
 SMALL = {"gpus": 0, "cpus": 1, "time": "30", "memory": None}  # enough to plan and to write a report
-SET_BY_US = {  # options of sbatch that a submission sets itself, and how to ask for something else
+SET_BY_US = {  # sbatch options that the submission sets itself, and how to change them
     "array": "give --max-parallel",
-    "comment": "it says which manifest a job belongs to",
+    "comment": "it names the manifest of a job",
     "dependency": "give --after",
     "chdir": "jobs start where they were submitted",
-    "open-mode": "a requeued task goes on in the same log",
-    "output": "logs lie beside the manifest",
-    "error": "logs lie beside the manifest",
+    "open-mode": "a requeued task appends to the same log",
+    "output": "logs are in the folder of the manifest",
+    "error": "logs are in the folder of the manifest",
     "requeue": "give max_requeues",
     "no-requeue": "give max_requeues: 0",
     "signal": "give signal",
@@ -47,18 +47,18 @@ SET_BY_US = {  # options of sbatch that a submission sets itself, and how to ask
 
 @dataclass(frozen=True)
 class Resources:
-    """What one task of an array asks for."""
+    """The resources of one task of an array."""
 
     gpus: int
     nodes: int
     time: str
     memory: str | None
     cpus: int
-    sharding: str = "none"  # full: its GPUs share the model, which does not fit each of them
+    sharding: str = "none"  # full: its GPUs share the model, which does not fit on one
 
     @property
     def processes(self) -> int:
-        """One per GPU; a run without GPUs has one."""
+        """Number of processes: one per GPU; one for a run without GPUs."""
         return max(1, self.gpus)
 
     @property
@@ -68,7 +68,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A settings file. `example` in this folder says what each key means."""
+    """A settings file. slurm/cluster.example.yaml explains each key."""
 
     partition: str | None = None
     account: str | None = None
@@ -88,12 +88,12 @@ class Cluster:
     sbatch: dict[str, Any] = field(default_factory=dict)
     eval: dict[str, Any] = field(default_factory=dict)
     follow_up: dict[str, Any] = field(default_factory=dict)
-    given: tuple[str, ...] = field(default=(), compare=False)  # no setting: the arguments that chose these
+    given: tuple[str, ...] = field(default=(), compare=False)  # not a setting: the arguments behind this object
 
     def resources(self, config: RunConfig, stage: str = "train") -> Resources:
-        """For a stage of a run. A separate evaluation may have its own, on one GPU by default.
+        """Return the resources of a stage of a run. A separate evaluation may have its own; default is one GPU.
 
-        UserError if the run does not fit the GPUs that it would get.
+        UserError if the run does not fit its GPUs.
         """
         model, method = config.model.name, config.method.name
         asked = self._chosen((f"{model}/{method}", model, method), stage)
@@ -106,19 +106,19 @@ class Cluster:
         return dataclasses.replace(found, sharding=self._sharding(config, found.gpus)) if stage == "train" else found
 
     def follow_up_resources(self) -> Resources:
-        """Of the small job that plans a second stage and writes the report."""
+        """Return the resources of the small job that plans a second stage and writes the report."""
         return self._resources(self._chosen((), "follow_up"), "the follow-up job")
 
     @property
     def gpu_bytes(self) -> int | None:
-        """Of one GPU; None where the settings do not say."""
+        """Memory of one GPU in bytes; None if the settings do not give it."""
         return None if self.gpu_memory is None else read_bytes(self.gpu_memory)
 
     def _gpus_needed(self, config: RunConfig) -> int:
         if self.gpu_bytes is None:
             return 1
         from experiments.plan.fit import (
-            gpus_needed,  # needs torch; a cluster without gpu_memory is submitted to without
+            gpus_needed,  # needs torch; submitting to a cluster without gpu_memory does not
         )
 
         return gpus_needed(config, self.gpu_bytes, self.largest)
@@ -140,11 +140,11 @@ class Cluster:
 
     @property
     def largest(self) -> int:
-        """GPUs that a run may be given."""
+        """Most GPUs per run."""
         return NODES * self.gpus_per_node
 
     def _chosen(self, names: Sequence[str], stage: str) -> dict[str, Any]:
-        """The settings of a stage, of maps what the first of the names that is in them has."""
+        """Return the settings of a stage; from maps, the value of the first of the names that they contain."""
         settings = {key: getattr(self, key) for key in PER_MODEL}
         own = {"train": {}, "eval": self.eval, "follow_up": {**SMALL, **self.follow_up}}[stage]
         chosen = {}
@@ -174,7 +174,7 @@ class Cluster:
 
 
 def minutes(time: Any) -> float:
-    """The minutes of a time as Slurm writes it: `90`, `90:00`, `1:30:00`, `1-12`, `1-12:30`, `1-12:30:00`."""
+    """Return the minutes of a time in Slurm's notation: `90`, `90:00`, `1:30:00`, `1-12`, `1-12:30`, `1-12:30:00`."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time) if isinstance(time, str) else None
     if match is None:
         raise UserError(f"cluster setting time is {time!r}: write it in quotes, as '1-12:00:00' or '90' minutes")
@@ -187,7 +187,7 @@ def minutes(time: Any) -> float:
 
 
 def read_cluster(name: str, overrides: Iterable[str] = ()) -> Cluster:
-    """The settings of `cluster=<name or path>`, with `cluster.<key>=<YAML value>` in their place."""
+    """Read the settings of `cluster=<name or path>`, overridden by `cluster.<key>=<YAML value>`."""
     path = Path(name) if "/" in name or name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not path.is_file():
         known = [file.stem for file in FOLDER.glob("*.yaml")]
@@ -202,7 +202,7 @@ def read_cluster(name: str, overrides: Iterable[str] = ()) -> Cluster:
             content[key] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML ({error})") from None
-    where = str(path.resolve()) if path.parent != FOLDER else name  # a job finds its own copy of a file of this folder
+    where = str(path.resolve()) if path.parent != FOLDER else name  # jobs find their own copy of a file in this folder
     given = (f"cluster={where}", *(f"cluster.{override}" for override in overrides))
     return dataclasses.replace(_checked(path, content), given=given)
 
@@ -227,7 +227,7 @@ def _checked(path: Path, content: Any) -> Cluster:
     }
     for key, kind in kinds.items():
         if key in content and not isinstance(content[key], kind):
-            raise UserError(f"{path}: {key} is {content[key]!r}, it has to be a {kind.__name__}")
+            raise UserError(f"{path}: {key} is {content[key]!r}, it must be a {kind.__name__}")
     cluster = Cluster(**content)
     if cluster.gpu_memory is not None:
         try:
@@ -249,7 +249,7 @@ def _checked(path: Path, content: Any) -> Cluster:
 
 
 def sbatch_lines(cluster: Cluster, resources: Resources) -> list[str]:
-    """The options of sbatch that the settings amount to."""
+    """Return the sbatch options of these settings."""
     options: dict[str, Any] = {
         "partition": cluster.partition,
         "account": cluster.account,
@@ -260,7 +260,7 @@ def sbatch_lines(cluster: Cluster, resources: Resources) -> list[str]:
         "gres": f"{cluster.gres}:{resources.gpus // resources.nodes}" if resources.gpus else None,
         "mem": resources.memory,
         "time": resources.time,
-        "signal": f"B:{cluster.signal}",  # to the batch script alone, which passes it on
+        "signal": f"B:{cluster.signal}",  # only to the batch script, which passes it on
         "requeue" if cluster.max_requeues else "no-requeue": True,
         "open-mode": "append",
         **cluster.sbatch,

@@ -1,7 +1,7 @@
-"""The job that comes after an experiment's arrays: it plans the second stage, or writes the report.
+"""The job that follows an experiment's arrays: it plans the second stage, or writes the report.
 
-So nobody has to be logged in between the stages of an experiment that chooses its learning rates. An experiment has one
-such job at a time; it waits for all of the experiment's jobs, and submitting again replaces it.
+So an experiment that chooses its learning rates needs nobody logged in between its stages. An experiment has one such
+job at a time; it waits for all of the experiment's jobs, and submitting again replaces it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def submit_follow_up(
     after: Sequence[str],
     second_stage: bool,
 ) -> str:
-    """Submit it behind the jobs `after`, in the place of one that still waits, and return its id.
+    """Submit the job after the jobs `after`, replacing one that still waits, and return its id.
 
     Args:
-        flags: --paper, --budget and its speeds, as they were given.
+        flags: --paper, --budget and its speeds, as given.
     """
     comment = f"{submissions(runs_dir)}/follow-up of {name}"
     cancel(_waiting(comment))
@@ -47,11 +47,11 @@ def submit_follow_up(
         command += [f"--max-parallel={options.max_parallel}"] if options.max_parallel else []
         command += ["--eval-separately"] if options.eval_separately else []
     else:
-        # Without the budget: it may count time limits of the cluster, and what it left out has no runs to report.
+        # Without the budget: it may count time limits of the cluster, and runs it excluded have nothing to report.
         paper = [flag for flag in flags if flag == "--paper"]
         command = ["experiments.reproduce", name, *overrides, *paper, "--report-only"]
     folder = submission_folder(runs_dir)
-    # A job that submits jobs must not hand them its own size.
+    # A job that submits jobs must not pass its own size on to them.
     forget = 'for name in "${!SLURM_@}"; do [ "$name" = SLURM_CONF ] || unset "$name"; done'
     script = job_script(cluster, cluster.follow_up_resources(), code, command, before=[forget])
     (folder / "job.sh").write_text(script, encoding="utf-8")

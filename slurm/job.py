@@ -1,8 +1,8 @@
-"""What a task of the array runs: each of its runs through the stages of the manifest. Started by `job.sh`.
+"""Runs a task of the array: each of its runs through the stages of the manifest. Started by `job.sh`.
 
 A warning signal (preemption, the time limit) is passed on to the stage, which stops at its next step, leaves
-`preempted.json` in the run directory and exits; the task then puts itself back into the queue. Finished stages are
-skipped, so a requeued task goes on where it was. A failing run does not keep the task's other runs from being done.
+`preempted.json` in the run directory and exits; the task then requeues itself. Finished stages are skipped, so a
+requeued task resumes where it was. A failing run does not stop the task's other runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NEEDED = ("torch", "transformers", "peft", "safetensors", "hydra", "lm_eval")
 
 
 class Interrupted(Exception):
-    """The task was told to stop, and its work is not done."""
+    """The task was told to stop before its work was done."""
 
 
 class Worker:
@@ -43,7 +43,7 @@ class Worker:
             signal.signal(number, self._stop)
 
     def run(self, run: RunPaths, stage: str) -> None:
-        """One stage of one run. Raises UserError if it fails, Interrupted if it was stopped."""
+        """Run one stage of one run. Raises UserError if it fails, Interrupted if it was stopped."""
         if self.told_to_stop:
             raise Interrupted
         marker = run.root / "preempted.json"
@@ -53,11 +53,11 @@ class Worker:
             file.write(f"--- {stage}, job {job_id()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
             file.flush()
             self.stage = subprocess.Popen(self._command(run, stage), stdout=file, stderr=subprocess.STDOUT)
-            if self.told_to_stop:  # between the question above and the start
+            if self.told_to_stop:  # between the check above and the start
                 self.stage.send_signal(signal.SIGUSR1)
             status = self.stage.wait()
             self.stage = None
-        # The marker is what counts: launchers change exit statuses. A stage that was stopped before it could listen
+        # Only the marker counts, because launchers change exit statuses. A stage stopped before it could handle signals
         # leaves none.
         if _content(marker) not in (None, before) or (self.told_to_stop and status):
             raise Interrupted
@@ -69,19 +69,19 @@ class Worker:
         if stage != "train" or self.manifest.processes == 1:
             return [sys.executable, "-m", *module]
         launcher = ["srun", "--kill-on-bad-exit=1", f"--ntasks={self.manifest.processes}"]
-        if "SLURM_CPUS_PER_TASK" in os.environ:  # srun does not take it from sbatch
+        if "SLURM_CPUS_PER_TASK" in os.environ:  # srun does not inherit it from sbatch
             launcher.append(f"--cpus-per-task={os.environ['SLURM_CPUS_PER_TASK']}")
         return [*launcher, sys.executable, "-m", "slurm.rank", *module]
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        # May come several times: Slurm repeats signals to tasks of an array.
+        # May be called several times: Slurm repeats signals to tasks of an array.
         self.told_to_stop = True
         if self.stage is not None:
             self.stage.send_signal(signal.SIGUSR1)
 
 
 def work(manifest: Manifest, names: list[str]) -> int:
-    """All stages of these runs. Exit status: 0, also when requeued; 1 if a run failed."""
+    """Run all stages of these runs. Exit status: 0, also when requeued; 1 if a run failed."""
     worker = Worker(manifest)
     failed = False
     for name in names:
@@ -99,10 +99,10 @@ def work(manifest: Manifest, names: list[str]) -> int:
 
 
 def requeue(worker: Worker, names: list[str]) -> int:
-    """Put this task, and it alone, back into the queue, unless Slurm does so itself or someone cancelled it."""
+    """Requeue only this task, unless Slurm does so itself or someone cancelled it."""
     state = job_state()
-    # After a preemption or the loss of a node Slurm requeues by itself, and who cancels wants no requeue. Slurm never
-    # requeues at a time limit.
+    # After a preemption or a node failure Slurm requeues by itself, and a cancelled job must not be requeued. At a time
+    # limit Slurm never requeues.
     if state not in ("RUNNING", "TIMEOUT", None):
         print(f"stopped: the job is {state}", flush=True)
         return 1
@@ -114,7 +114,7 @@ def requeue(worker: Worker, names: list[str]) -> int:
     worker.told_to_stop = False
     slurm("scontrol", "requeue", job_id())
     print(f"requeued {job_id()}", flush=True)
-    # Slurm now ends this script. One that left before could be recorded as finished.
+    # Slurm now ends this script. If it exited before, the job could be recorded as finished.
     deadline = time.monotonic() + 60
     while not worker.told_to_stop and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -122,7 +122,7 @@ def requeue(worker: Worker, names: list[str]) -> int:
 
 
 def _note_given_up(manifest: Manifest, names: list[str], why: str) -> None:
-    """Say it with every run of the task that is not done, begun or not, for status and retry."""
+    """Record the failure in every unfinished run of the task, begun or not, for status and retry."""
     for name in names:
         run = RunPaths(Path(manifest.runs_dir) / name)
         left = [stage for stage in manifest.stages if not is_finished(run, stage, manifest.runs[name])]
@@ -133,14 +133,14 @@ def _note_given_up(manifest: Manifest, names: list[str], why: str) -> None:
 
 
 def job_id() -> str:
-    """`<array job>_<task>`: the plain id of an array's last task is that of the whole array."""
+    """Return `<array job>_<task>`: the plain id of an array's last task equals that of the whole array."""
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ["SLURM_JOB_ID"]
 
 
 def job_state() -> str | None:
-    """What Slurm holds of this job, None where it cannot be asked."""
+    """Return Slurm's state of this job, or None if Slurm does not answer."""
     try:
         shown = slurm("scontrol", "show", "job", "-o", job_id())
     except UserError:
@@ -149,7 +149,7 @@ def job_state() -> str | None:
 
 
 def check_environment(manifest: Manifest) -> None:
-    """What would stop every run of the array, told in one line before the first model is loaded."""
+    """Report in one line, before the first model is loaded, what would stop every run of the array."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
@@ -157,7 +157,7 @@ def check_environment(manifest: Manifest) -> None:
             "set `activate` or `python` of the cluster settings to the environment with requirements.txt"
         )
     if not os.access(manifest.runs_dir, os.W_OK):
-        raise UserError(f"{manifest.runs_dir} cannot be written on this node: runs_dir has to be on a shared disk")
+        raise UserError(f"{manifest.runs_dir} cannot be written on this node: runs_dir must be on a shared disk")
 
 
 def _content(path: Path) -> bytes | None:

@@ -1,4 +1,4 @@
-"""The log of a run: what its stages wrote in all attempts, or, before its first stage, what its job said.
+"""Shows the log of a run: the output of its stages in all attempts, or, before its first stage, of its job.
 
 python -m slurm.logs runs/tiny-lora-r6-arith-s0-989cd5bc --follow
 """
@@ -15,7 +15,7 @@ from slurm.manifest import all_manifests
 
 
 def log_of(run: Path) -> Path:
-    """The file that says most about a run."""
+    """Return the most informative log file of a run."""
     run = run.resolve()
     own = run / "slurm.log"
     if own.is_file():
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
         prog="python -m slurm.logs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="a run directory")
-    parser.add_argument("--follow", action="store_true", help="go on showing what is written")
+    parser.add_argument("--follow", action="store_true", help="keep showing new lines")
     options = parser.parse_args(arguments)
     log = log_of(options.run)
     if options.follow:

@@ -1,12 +1,12 @@
-"""What a submission leaves beside the run directories, in `<runs_dir>/.slurm/`:
+"""The files of a submission in `<runs_dir>/.slurm/`:
 
     lock                       held by the submitter
     code/<12 hex>/             snapshots of the code
     <submission>/manifest.json the runs of one array, its tasks and the code they run from
-    <submission>/job.sh        what sbatch was given
-    <submission>/logs/         what the jobs say themselves; a run's own output is in its directory, in slurm.log
+    <submission>/job.sh        the script given to sbatch
+    <submission>/logs/         output of the jobs themselves; a run's own output is in slurm.log in its directory
 
-A job gets the manifest's hash with its path, so one that was edited is refused.
+A job gets the manifest's path and hash, so an edited manifest is refused.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ SCHEMA = 2
 class Manifest:
     """One array. Runs are names of directories in `runs_dir`."""
 
-    experiment: str  # its name, or the overrides that were given
+    experiment: str  # its name, or the given overrides
     runs_dir: str
     stages: list[str]  # train, eval, or both
-    tasks: list[list[str]]  # of each task its runs, done one after the other
-    runs: dict[str, dict[str, Any]]  # all runs that were planned, by `describe_run`
+    tasks: list[list[str]]  # for each task, its runs, done one after the other
+    runs: dict[str, dict[str, Any]]  # all planned runs, by `describe_run`
     processes: int  # of training
     max_requeues: int
     scratch: str | None
     code: dict[str, Any]
-    following: int = 0  # runs that cannot be named yet: their learning rates are not chosen
+    following: int = 0  # runs without a name yet, because their learning rates are not chosen
     schema: int = SCHEMA
 
 
@@ -48,7 +48,7 @@ def submissions(runs_dir: Path) -> Path:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> str:
-    """Write it and return its hash."""
+    """Write the manifest and return its hash."""
     write_atomically(path, json.dumps(asdict(manifest), indent=1) + "\n")
     return file_hash(path)
 
@@ -67,13 +67,13 @@ def read_manifest(path: Path, expected: str | None = None) -> Manifest:
 
 
 def all_manifests(runs_dir: Path) -> Iterator[tuple[Path, Manifest]]:
-    """The manifests of a folder of runs, oldest first."""
+    """Yield the manifests of a folder of runs, oldest first."""
     for path in sorted(submissions(runs_dir).glob("*/manifest.json")):
         yield path, read_manifest(path)
 
 
 def check_run(manifest: Manifest, name: str) -> RunPaths:
-    """A run's directory, if it is where the manifest says and still has the config that was submitted."""
+    """Return a run's directory after checking that it exists and has the submitted config."""
     run = RunPaths(Path(manifest.runs_dir) / name)
     if not run.config.is_file():
         raise UserError(
@@ -85,20 +85,20 @@ def check_run(manifest: Manifest, name: str) -> RunPaths:
 
 
 def describe_run(run: RunPaths, config: RunConfig, scored: bool = True, apart: str = "") -> dict[str, Any]:
-    """A run's entry in `Manifest.runs`: the hash of its config's file and what makes its stages finished.
+    """Return a run's entry in `Manifest.runs`: the hash of its config file and the records that finish its stages.
 
     Args:
-        apart: the settings that set it apart from runs of the same name before the hash.
+        apart: the settings that distinguish it from runs whose names differ only in the hash.
     """
     return {"config": file_hash(run.config), "apart": apart, **stage_records(run, config, scored)}
 
 
 def stage_records(run: RunPaths, config: RunConfig, scored: bool = True) -> dict[str, list[str]]:
-    """Of every stage the records it leaves, as paths in the run's directory; none of an evaluation not asked for."""
+    """Return the records of every stage, as paths in the run's directory; no scores if `scored` is False."""
     scores = [str(paths.score.relative_to(run.root)) for paths in evaluation_paths(run, config) if scored]
     return {"train": [run.train_record.name], "eval": scores}
 
 
 def is_finished(run: RunPaths, stage: str, about: dict[str, Any]) -> bool:
-    """Whether a stage has left its records: `train.json`, or the `score.json` of every benchmark of the config."""
+    """Return whether a stage has its records: `train.json`, or the `score.json` of every benchmark of the config."""
     return all(os.path.isfile(f"{run.root}/{record}") for record in about[stage])

@@ -1,4 +1,4 @@
-"""Slurm's commands. Only sbatch, squeue, scontrol and scancel: accounting (sacct) is not needed."""
+"""Slurm's commands: only sbatch, squeue, scontrol and scancel; accounting (sacct) is not needed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from experiments.errors import UserError, shortened
 from experiments.runs.commands import answer
 from slurm.manifest import Manifest, read_manifest, submissions
 
-PATIENCE = 30.0  # seconds for squeue, which asks a busy controller again itself
+PATIENCE = 30.0  # seconds for squeue, which retries a busy controller itself
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task of an array that Slurm has not finished with."""
+    """One unfinished task of an array."""
 
     job: str  # <array job>_<task>
     state: str  # PENDING, RUNNING, COMPLETING …
@@ -27,7 +27,7 @@ class Task:
 
 
 def slurm(*command: str, seconds: float = 120) -> str:
-    """Standard output of a command; its refusal, in one line, as an error."""
+    """Return the standard output of a command; a failure becomes a one-line UserError."""
     try:
         result = answer(command, seconds)
     except FileNotFoundError:
@@ -39,16 +39,16 @@ def slurm(*command: str, seconds: float = 120) -> str:
         raise UserError(f"{command[0]} gave no answer in {seconds:g} s: the controller is down or busy, try again")
     if result.returncode:
         said = [line.removeprefix(f"{command[0]}: ") for line in result.stderr.splitlines()]
-        fatal = [line.removeprefix("fatal: ") for line in said if line.startswith("fatal: ")]  # the reason, if there
+        fatal = [line.removeprefix("fatal: ") for line in said if line.startswith("fatal: ")]  # the reason, if any
         lines = fatal or [line.removeprefix("error: ") for line in said]
         raise UserError(f"{command[0]}: {shortened(lines) or f'exit status {result.returncode}'}")
     return result.stdout
 
 
 def queued(runs_dir: Path) -> dict[str, list[Task]]:
-    """The runs of this folder that wait or run, and in which tasks, one that runs first.
+    """Return the waiting and running runs of this folder with their tasks, a running task first.
 
-    A job names its manifest as its comment. A run whose evaluation is submitted separately has two tasks.
+    A job's comment is the path of its manifest. A run whose evaluation is submitted separately has two tasks.
     """
     ours = f"{submissions(runs_dir)}/"
     read = cache(read_manifest)
@@ -71,7 +71,7 @@ def queued(runs_dir: Path) -> dict[str, list[Task]]:
 
 
 def queued_if_known(runs_dir: Path) -> dict[str, list[Task]] | None:
-    """As `queued`; None and a note that says so where Slurm gives no answer that can be read."""
+    """As `queued`, but return None and print a note if Slurm gives no readable answer."""
     try:
         return queued(runs_dir)
     except UserError as error:
@@ -80,12 +80,12 @@ def queued_if_known(runs_dir: Path) -> dict[str, list[Task]] | None:
 
 
 def max_array_size() -> int:
-    """The most tasks an array may have; 1001 is Slurm's own default."""
+    """Return the most tasks an array may have; 1001 is Slurm's own default."""
     match = re.search(r"^MaxArraySize\s*=\s*(\d+)", slurm("scontrol", "show", "config"), re.MULTILINE)
     return int(match[1]) if match else 1001
 
 
 def cancel(tasks: Iterable[str]) -> None:
     chosen = sorted(set(tasks))
-    for start in range(0, len(chosen), 200):  # a command line has an end
+    for start in range(0, len(chosen), 200):  # the length of a command line is limited
         slurm("scancel", *chosen[start : start + 200])

@@ -1,4 +1,4 @@
-"""One process of several that `srun` starts: Slurm's rank and size under the names that torch reads.
+"""Runs one of several processes that `srun` starts, with Slurm's rank and size under the names that torch reads.
 
 srun python -m slurm.rank experiments.train RUN
 """
@@ -11,14 +11,14 @@ import sys
 
 
 def torch_variables(slurm: dict[str, str]) -> dict[str, str]:
-    """Rank, size and meeting point of the processes of one step, from the variables srun gives each of them."""
+    """Return rank, size and rendezvous address of a step's processes, from the variables that srun sets for each."""
     return {
         "RANK": slurm["SLURM_PROCID"],
         "LOCAL_RANK": slurm["SLURM_LOCALID"],
         "WORLD_SIZE": slurm["SLURM_NTASKS"],
-        # srun runs on the first node of the job, where rank 0 is.
+        # srun runs on the job's first node, where rank 0 is.
         "MASTER_ADDR": slurm.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"),
-        # Jobs that share a node need ports of their own; below Linux's range of outgoing ports.
+        # Jobs that share a node need different ports; these are below Linux's range of outgoing ports.
         "MASTER_PORT": str(10000 + int(slurm["SLURM_JOB_ID"]) % 20000),
     }
 

@@ -1,8 +1,8 @@
-"""Submit again the runs that failed, and only these, with the arguments of `slurm.submit`.
+"""Submits the failed runs again, and only these, with the arguments of `slurm.submit`.
 
     python -m slurm.retry --failed experiment=quickstart cluster=mycluster
 
-`slurm.submit` itself takes up everything that is missing, failed runs among it.
+`slurm.submit` itself submits everything that is missing, including failed runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from slurm.submit import parse, submit_from
 def main(arguments: list[str]) -> None:
     options = parse(arguments, "slurm.retry", __doc__, failed=True)
     if not options.failed:
-        raise UserError("say what to retry: --failed; all that is missing is submitted by slurm.submit")
+        raise UserError("give --failed; to submit all that is missing, use slurm.submit")
     submit_from(options, only_failed=True)
 
 

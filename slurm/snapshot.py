@@ -1,7 +1,7 @@
-"""The code as it is at submission: what is edited afterwards does not change queued jobs.
+"""Snapshots of the code at submission, so that later edits do not affect queued jobs.
 
-A snapshot is a git checkout of the commit with the uncommitted changes applied and the untracked files of the project's
-folders copied, so that records made from it name the same commit. It is named by its content and shared by submissions.
+A snapshot is a git checkout of the commit, plus the uncommitted changes and the untracked files in the project's
+folders, so that records made from it name the same commit. It is named by its content and shared between submissions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DIFF = ("diff", "--binary", "--no-color", "--no-ext-diff", "--src-prefix=a/", "-
 
 
 def take_snapshot(folder: Path, project: Path = ROOT) -> dict[str, Any]:
-    """Make the snapshot under `folder`, unless it is there, and say what it is."""
+    """Create the snapshot under `folder`, unless it exists, and return its description."""
     tracked = (project / ".git").exists() and shutil.which("git") is not None
     commit = _git(project, "rev-parse", "HEAD").decode().strip() if tracked else None
     changes = _git(project, *DIFF) if tracked else b""
@@ -59,7 +59,7 @@ def _untracked(project: Path) -> list[str]:
 
 
 def _all_files(project: Path) -> list[str]:
-    """Of a copy that is no git checkout: everything in the project's folders."""
+    """Return everything in the project's folders, for a copy that is not a git checkout."""
     files = (path for folder in FOLDERS for path in (project / folder).rglob("*"))
     return sorted(str(p.relative_to(project)) for p in files if p.is_file() and "__pycache__" not in p.parts)
 

@@ -1,9 +1,9 @@
-"""What this machinery costs: seconds to plan, submit and look at many runs, and to start and checkpoint one.
+"""Measures the overhead of this machinery: seconds to plan, submit and list many runs, and to start and checkpoint one.
 
     python -m slurm.speed --runs 1000
 
-Submits held jobs of tiny runs to the Slurm there is, and cancels them; without Slurm it leaves that out and says so.
-Trains a tiny model on the CPU for a moment, and wants the machine for itself.
+Submits held jobs of tiny runs to the local Slurm and cancels them; without Slurm it skips that and says so. Trains a
+tiny model on the CPU for a moment; run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ MODULES = (
     "data.rows",
     "runs.environment",
 )  # of `experiments`
-EVERY, STEPS = 10, 200  # steps between checkpoints, and of all, where a checkpoint is timed
+EVERY, STEPS = 10, 200  # steps between checkpoints, and in total, for timing a checkpoint
 
 
 def measure_sweep(runs: int, runs_dir: Path) -> Iterator[tuple[str, float]]:
-    """Seconds for a sweep of so many runs, without Slurm and with it."""
+    """Yield seconds for a sweep of this many runs, without and with Slurm."""
     arguments = [*TINY, "method=lora", f"seed=range(0,{runs})", f"runtime.runs_dir={runs_dir}"]
     seconds, configs = timed(lambda: plan(arguments))
     yield f"plan {runs:,} runs", seconds
@@ -71,21 +71,21 @@ def measure_sweep(runs: int, runs_dir: Path) -> Iterator[tuple[str, float]]:
 
 
 def measure_start(folder: Path) -> Iterator[tuple[str, float]]:
-    """Seconds of a tiny run's start, and of its checkpoints."""
+    """Yield seconds of a tiny run's start, and of its checkpoints."""
     run = _train(folder, "method=full", f"recipe.max_steps={STEPS}", "recipe.epochs=100", seed=0)
     steps = list(read_lines(run.metrics))[1:]
-    # A step's checkpoint is written after its line, and so is in the time of the next.
+    # A step's checkpoint is written after its line, so it counts in the next step's time.
     plain = statistics.median(line["seconds"] for line in steps if line["step"] % EVERY != 1)
     after = statistics.median(line["seconds"] for line in steps if line["step"] % EVERY == 1)
     yield "checkpoint of the tiny model, all of it trained", after - plain
     (config,) = plan(["seed=0"])
     every = config.runtime.checkpoint_every
     yield f"a step of it; {every} of them and a checkpoint: {(after - plain) / (every * plain):.2%} more", plain
-    _train(folder, "method=diablo", "recipe.max_steps=1", seed=0)  # makes what later runs find
+    _train(folder, "method=diablo", "recipe.max_steps=1", seed=0)  # fills the caches for later runs
     modules = "; ".join(f"import experiments.{name}" for name in MODULES)
     command = "from experiments.models.shapes import block_sklearn_import; block_sklearn_import()"
     command += f"; {modules}; import os, peft"
-    command += "; os._exit(0)"  # the end of a process takes time of its own
+    command += "; os._exit(0)"  # skips the end of the process, which takes time as well
     imports, first, whole = [], [], []
     for seed in range(1, 4):
         imports.append(timed(lambda: _python("-c", command))[0])
@@ -99,7 +99,7 @@ def measure_start(folder: Path) -> Iterator[tuple[str, float]]:
 
 
 def timed(action: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds, and what came of it. What it says on standard output is not shown."""
+    """Return the seconds and the result; standard output is suppressed."""
     with contextlib.redirect_stdout(io.StringIO()):
         started = time.perf_counter()
         result = action()

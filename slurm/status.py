@@ -1,10 +1,10 @@
-"""How the runs of a folder are doing: what the run directories say, joined with Slurm's queue.
+"""Shows the state of the runs of a folder, from the run directories and Slurm's queue.
 
     python -m slurm.status                          # every run ever submitted from runs/
     python -m slurm.status experiment=quickstart runs_dir=/data/runs --watch 10
 
-States: planned, queued, running, preempted, failed, finished. Needs no accounting. Where Slurm gives no answer a run
-with a fresh heartbeat is running, and one that only the queue could tell of is unknown.
+States: planned, queued, running, preempted, failed, finished. Needs no accounting. If Slurm gives no answer, a run with
+a fresh heartbeat counts as running, and one whose state only the queue could tell is unknown.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from experiments.runs.records import RunPaths
 from slurm.manifest import all_manifests, is_finished
 from slurm.queue import Task, queued_if_known
 
-STALE = 600  # seconds without a heartbeat after which a running run is doubted
-FRESH = 30  # seconds after its last heartbeat in which a run lives, whatever the queue says or does not say
-NEVER_STARTED = "never started, and not in the queue: cancelled, or what it was to wait for failed; submit again"
+STALE = 600  # seconds without a heartbeat after which the table says so
+FRESH = 30  # seconds since its last heartbeat within which a run counts as running, whatever the queue says
+NEVER_STARTED = "never started, and not in the queue: cancelled, or a job it depended on failed; submit again"
 STATES = ("running", "queued", "preempted", "failed", "unknown", "planned", "finished")
 
 
@@ -38,13 +38,13 @@ class State:
     preempted: int
     job: str
     detail: str
-    apart: str = ""  # the settings that set it apart from runs of the same name before the hash
+    apart: str = ""  # the settings that distinguish it from runs whose names differ only in the hash
 
 
 def statuses(runs_dir: Path, experiment: str | None = None) -> list[State]:
-    """The state of all runs that were submitted from a folder, in the order in which they were planned."""
+    """Return the state of all runs submitted from a folder, in the order of planning."""
     about: dict[str, dict[str, Any]] = {}
-    logs: dict[str, Path] = {}  # of a run: what its last task said itself
+    logs: dict[str, Path] = {}  # run -> log of its last task
     experiments = set()
     for path, manifest in all_manifests(runs_dir):
         experiments.add(manifest.experiment)
@@ -74,7 +74,7 @@ def statuses(runs_dir: Path, experiment: str | None = None) -> list[State]:
 def run_state(
     run: RunPaths, about: dict[str, Any], task: Task | None, log: Path | None, queue_known: bool = True
 ) -> State:
-    """The state of one run. The queue counts before the files, which a killed process cannot correct."""
+    """Return the state of one run. The queue overrides the files, which a killed process cannot update."""
     attempts = read_attempts(run)
     preempted = sum(attempt.get("how") == "preempted" for attempt in attempts)
     job = task.job if task is not None else ""
@@ -97,19 +97,21 @@ def run_state(
     if last.get("how") == "failed" or last.get("error"):
         return state("failed", last.get("error") or "no message")
     if not queue_known:
-        return state("unknown", f"{_last_seen(last)}; whether it is queued or runs is not known")
+        return state("unknown", f"{_last_seen(last)}; whether it is queued or running is unknown")
     if not attempts:
         said = last_line(log) if log is not None else ""
         return state("failed", said) if said else state("planned", NEVER_STARTED)
     if last.get("how") == "preempted":
-        return state("preempted", "not in the queue: submit again to go on")
+        return state("preempted", "not in the queue: submit again to resume")
     if last.get("how") is None:
-        return state("failed", f"ended without a word on {last.get('host')}: killed, out of memory, or the node died")
+        return state(
+            "failed", f"ended without a message on {last.get('host')}: killed, out of memory, or the node died"
+        )
     return state("planned", f"{last.get('stage')} is finished, the rest is not in the queue")
 
 
 def _last_seen(attempt: dict[str, Any]) -> str:
-    """What the last attempt left, where it was not a failure."""
+    """Describe the last attempt, if it did not fail."""
     if not attempt:
         return "not started"
     if attempt.get("how") is None:
@@ -118,7 +120,7 @@ def _last_seen(attempt: dict[str, Any]) -> str:
 
 
 def _lives(run: RunPaths) -> bool:
-    """Whether its heartbeat is fresh by the clock of its node or of the disk, of which one may be wrong."""
+    """Return whether its heartbeat is fresh by its node's or the disk's clock, either of which may be wrong."""
     try:
         beat, written = json.loads(run.heartbeat.read_text(encoding="utf-8")), run.heartbeat.stat().st_mtime
     except (OSError, ValueError):
@@ -127,7 +129,7 @@ def _lives(run: RunPaths) -> bool:
 
 
 def read_attempts(run: RunPaths) -> list[dict[str, Any]]:
-    """What every attempt at the run left; empty before the first."""
+    """Return the records of all attempts at the run; empty before the first."""
     try:
         attempts = json.loads((run.root / "attempts.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -140,13 +142,13 @@ def was_started(run: RunPaths) -> bool:
 
 
 def failed_before(run: RunPaths) -> bool:
-    """Whether the last attempt failed, was given up or ended without a word. Asked of runs that are not queued."""
+    """Return whether the last attempt failed, was given up or ended without a message. For runs not in the queue."""
     attempts = read_attempts(run)
     return bool(attempts) and (attempts[-1].get("how") in ("failed", None) or bool(attempts[-1].get("error")))
 
 
 def progress(run: RunPaths) -> str:
-    """`train step 120/400, 5,300 tokens/s, 4 min left`, from the heartbeat."""
+    """Return e.g. `train step 120/400, 5,300 tokens/s, 4 min left`, from the heartbeat."""
     try:
         beat, written = json.loads(run.heartbeat.read_text(encoding="utf-8")), run.heartbeat.stat().st_mtime
     except (OSError, ValueError):
@@ -158,7 +160,7 @@ def progress(run: RunPaths) -> str:
         parts.append(f"{beat['tokens_per_second']:,.0f} tokens/s")
     if beat.get("eta_seconds") is not None:
         parts.append(f"{duration(beat['eta_seconds'])} left, until {_clock(beat['eta_seconds'])}")
-    # Two clocks, that of the run's node and that of the disk, of which one may be wrong.
+    # By the clock of the run's node or of the disk, either of which may be wrong.
     silent = time.time() - max(beat.get("time", 0), written)
     if silent > STALE:
         parts.append(f"silent for {duration(silent)}")
@@ -176,7 +178,7 @@ def _clock(seconds: float) -> str:
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that says something; of a line that a progress bar rewrote, its last state."""
+    """Return the last non-empty line of a log; of a line rewritten by a progress bar, its last state."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 8192))
         lines = [line.rstrip(b"\r").rsplit(b"\r")[-1].strip() for line in file.read().split(b"\n")]
@@ -184,7 +186,7 @@ def last_line(log: Path) -> str:
 
 
 def table(states: list[State]) -> str:
-    """The counts, then a line per run."""
+    """Return the counts, then a line per run."""
     counts = Counter(state.state for state in states)
     lines = [f"{len(states)} runs: " + ", ".join(f"{counts[word]} {word}" for word in STATES if counts[word])]
     width = max(len(state.name) for state in states)
@@ -198,13 +200,13 @@ def table(states: list[State]) -> str:
 
 
 def following(runs_dir: Path, experiment: str | None = None) -> int:
-    """Runs of the second stage that could not be named yet when their experiments were last submitted."""
+    """Return the number of second-stage runs without a name when their experiments were last submitted."""
     newest = {manifest.experiment: manifest.following for _, manifest in all_manifests(runs_dir)}
     return sum(count for name, count in newest.items() if experiment in (None, name))
 
 
 def folder_and_experiment(arguments: list[str]) -> tuple[Path, str | None]:
-    """`runs_dir=…` (or `runtime.runs_dir=…`; `runs` if neither is given) and `experiment=…`."""
+    """Parse `runs_dir=…` (or `runtime.runs_dir=…`; default `runs`) and `experiment=…`."""
     runs_dir, experiment = Path("runs"), None
     for argument in arguments:
         key, _, value = argument.partition("=")
@@ -222,13 +224,13 @@ def main(arguments: list[str]) -> None:
         prog="python -m slurm.status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("which", nargs="*", help="experiment=NAME, runs_dir=FOLDER")
-    parser.add_argument("--watch", type=float, metavar="SECONDS", help="show it again every so many seconds")
+    parser.add_argument("--watch", type=float, metavar="SECONDS", help="refresh after this many seconds")
     options = parser.parse_intermixed_args(arguments)
     runs_dir, experiment = folder_and_experiment(options.which)
     while True:
         text = table(statuses(runs_dir, experiment))
         if more := following(runs_dir, experiment):
-            from experiments.plan.choose import follow  # needs hydra, which slurm.job is to say is lacking
+            from experiments.plan.choose import follow  # needs hydra, whose absence slurm.job must be able to report
 
             text += f"\n{follow(more)}"
         if options.watch is None:

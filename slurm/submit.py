@@ -1,12 +1,12 @@
-"""Submit an experiment as arrays of one task per run, and return at once.
+"""Submits an experiment as arrays with one task per run, and returns at once.
 
     python -m slurm.submit experiment=quickstart cluster=mycluster --max-parallel 16
     python -m slurm.submit experiment=commonsense cluster=a100 --paper --budget 2000gpuh --dry-run
     python -m slurm.submit method=lora,diablo seed=range(0,5) cluster=a100 cluster.partition=gpu --dry-run
 
-Submits what is missing: not what is finished, and not what is waiting or running. Submitting again is how failed and
-cancelled runs are continued. Jobs run from a snapshot of the code, so it may be edited at once. Behind the arrays of an
-experiment waits a small job, which submits the second stage of one that chooses learning rates, and then the report.
+Submits what is missing, i.e. neither finished nor waiting nor running. To continue failed and cancelled runs, submit
+again. Jobs run from a snapshot of the code, so you may edit it at once. A small job follows an experiment's arrays: it
+submits the second stage if the experiment chooses learning rates, and finally writes the report.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from slurm.status import failed_before, was_started
 def submit(
     arguments: Sequence[str], cluster: Cluster, options: Options, selection: Selection = EVERYTHING
 ) -> list[str]:
-    """Plan, write the manifests and submit. Returns the job ids of the arrays."""
+    """Plan, write the manifests and submit. Returns the arrays' job ids."""
     name, overrides = split_experiment(arguments)
     title = name or " ".join(arguments)
     selected = select(arguments, selection, partial(_hours, cluster=cluster, selection=selection))
@@ -71,9 +71,9 @@ def submit(
         if refused:
             raise UserError(f"{refused} settings cannot be submitted, for the reasons above")
         return []
-    slurm("sbatch", "--version")  # before anything is written
+    slurm("sbatch", "--version")  # fails before anything is written
     with _submitter_lock(runs_dir):
-        # What may be refused comes before the run directories.
+        # All checks come before the run directories are written.
         waiting = queued(runs_dir)
         todo = _missing(title, wanted, waiting, options)
         submits = bool(todo) or options.second_stage
@@ -82,7 +82,7 @@ def submit(
         for config in sharded.values():
             _check_checkpoint(config, cluster)
         code = take_snapshot(submissions(runs_dir) / "code") if submits else {}
-        # A queued run's config stays: its job refuses one that was edited.
+        # A queued run's config must not change: its job refuses an edited one.
         write_runs(sharded.get(config.run_id, config) for config, _ in wanted if config.run_id not in waiting)
         if not submits:
             _say_what_comes(found, selected)
@@ -116,7 +116,7 @@ def submit(
 def _submit_arrays(
     parts: list[Array], manifest: Callable[..., Manifest], cluster: Cluster, options: Options
 ) -> list[str]:
-    """Submit the arrays one behind the other where they have to wait, and return their job ids."""
+    """Submit the arrays, chained where they have to wait, and return their job ids."""
     jobs: list[str] = []
     previous: dict[Resources, str] = {}
     for array in parts:
@@ -131,7 +131,7 @@ def _submit_arrays(
         try:
             job = submit_array(part, array, cluster, dependency)
         except UserError as error:
-            done = f"; submitted before that: {', '.join(jobs)}; the rest is not" if jobs else ""
+            done = f"; submitted before: {', '.join(jobs)}; the rest is not submitted" if jobs else ""
             raise UserError(f"{error}{done}") from None
         jobs.append(job)
         previous[array.resources] = job
@@ -140,7 +140,7 @@ def _submit_arrays(
 
 
 def _hours(config: RunConfig, cluster: Cluster, selection: Selection) -> float:
-    """GPU-hours of a run: at the speed that was measured, or all that its time limit allows. 0 of what is refused."""
+    """Return the GPU-hours of a run: at the measured speed, or its whole time limit. 0 for a refused run."""
     try:
         resources = cluster.resources(config)
     except UserError:
@@ -150,7 +150,7 @@ def _hours(config: RunConfig, cluster: Cluster, selection: Selection) -> float:
 
 
 def _refused(configs: Sequence[RunConfig], cluster: Cluster) -> dict[str, str]:
-    """Why settings cannot be submitted, by `group_hash`: no GPUs fit them, or a checkpoint is of other processes."""
+    """Return, by `group_hash`, why settings cannot be submitted: too few GPUs, or a checkpoint of another layout."""
     refused: dict[str, str] = {}
     for config in configs:
         try:
@@ -167,9 +167,9 @@ def show(
     options: Options,
     selection: Selection,
 ) -> int:
-    """What would be submitted: a line for each setting, then the arrays; and what cannot be, with the reason.
+    """Print what would be submitted, a line per setting, then the arrays; and what cannot be, with the reason.
 
-    Gives the number of settings that cannot.
+    Returns the number of settings that cannot be submitted.
     """
     from experiments.plan.overview import memory_table, settings
 
@@ -202,7 +202,7 @@ def show(
 
 
 def _show_arrays(parts: list[Array], cluster: Cluster) -> None:
-    """Each array with those options of sbatch that not all of them have, then the options of all."""
+    """Print each array with the sbatch options that not all of them have, then the common options."""
     lines = [sbatch_lines(cluster, array.resources) for array in parts]
     common = [option for option in lines[0] if all(option in line for line in lines)] if lines else []
     for array, line in zip(parts, lines, strict=True):
@@ -222,7 +222,7 @@ def _say_what_comes(found: Stages, selected: Selected) -> None:
 
 
 def _with_frozen_evaluation(config: RunConfig) -> RunConfig:
-    """A planned config. Of a run that is there the job reads its own: the evaluation alone may be another."""
+    """Return a planned config; an existing run keeps its own evaluation, because the job reads that."""
     run = run_paths(config)
     if not run.config.is_file():
         return config
@@ -230,23 +230,23 @@ def _with_frozen_evaluation(config: RunConfig) -> RunConfig:
 
 
 def _with_sharding(config: RunConfig, cluster: Cluster) -> RunConfig:
-    """A config that says how the run trains on the GPUs that it gets."""
+    """Return a config that says how the run trains on its GPUs."""
     return with_sharding(config, cluster.resources(config).sharding)
 
 
 def _check_checkpoint(config: RunConfig, cluster: Cluster) -> None:
-    """UserError where the run's training could not go on from its checkpoint, which the job would find hours later."""
+    """Raise a UserError if the run cannot resume from its checkpoint, which the job would only find hours later."""
     manifests = sorted(run_paths(config).checkpoints.glob(f"step-*/{MANIFEST}"))
     if manifests:
         resources = cluster.resources(config)
-        with contextlib.suppress(ValueError):  # a damaged one, which training passes over
+        with contextlib.suppress(ValueError):  # a damaged checkpoint, which training skips
             check_layout(manifests[-1].parent, {"processes": resources.processes, "sharding": resources.sharding})
 
 
 def _missing(
     title: str, wanted: list[tuple[RunConfig, bool]], waiting: dict[str, Any], options: Options
 ) -> list[tuple[RunConfig, bool]]:
-    """The runs to submit. Says how many there are of each kind."""
+    """Return the runs to submit, and print the number of each kind."""
     kinds: dict[str, str] = {}
     for config, scored in wanted:
         run = run_paths(config)
@@ -273,7 +273,7 @@ def _absolute(runs_dir: Path, config: RunConfig) -> RunPaths:
 
 @contextlib.contextmanager
 def _submitter_lock(runs_dir: Path) -> Iterator[None]:
-    """One submitter per folder of runs. The system lets go of it when its holder ends, however it ends."""
+    """Lock a folder of runs for one submitter. The system releases the lock whenever its holder ends."""
     path = submissions(runs_dir) / "lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
@@ -281,7 +281,9 @@ def _submitter_lock(runs_dir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            raise UserError(f"{runs_dir}: being submitted by {file.read().strip()}: wait until it has ended") from None
+            raise UserError(
+                f"{runs_dir}: being submitted by {file.read().strip()}: wait until that has ended"
+            ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%H:%M:%S')}")
         file.flush()
@@ -291,25 +293,23 @@ def _submitter_lock(runs_dir: Path) -> Iterator[None]:
 def parse(
     arguments: list[str], command: str = "slurm.submit", about: str | None = __doc__, failed: bool = False
 ) -> argparse.Namespace:
-    """The options of this command, or of another that submits, whose `--failed` is an option of its own."""
+    """Parse the options of this command, or of another one that submits; `failed` adds its option `--failed`."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {command}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("overrides", nargs="+", help="experiment=…, key=a,b,c, cluster=NAME or PATH, cluster.key=value")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be submitted, write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, write nothing")
     parser.add_argument("--max-parallel", type=int, metavar="N", help="tasks of an array that run at the same time")
     parser.add_argument("--after", metavar="JOBID", help="start when this job has ended; or a condition: afterok:JOBID")
     parser.add_argument("--pack", type=int, default=1, metavar="N", help="runs per task, one after the other")
-    parser.add_argument("--eval-separately", action="store_true", help="evaluations as an array of their own")
-    parser.add_argument(
-        "--second-stage", action="store_true", help="leave the runs that choose learning rates as they are"
-    )
+    parser.add_argument("--eval-separately", action="store_true", help="submit evaluations as separate arrays")
+    parser.add_argument("--second-stage", action="store_true", help="skip the runs that choose learning rates")
     add_options(parser)
     if failed:
         parser.add_argument("--failed", action="store_true", help="required")
     options = parser.parse_intermixed_args(arguments)
     if options.pack < 1 or (options.max_parallel is not None and options.max_parallel < 1):
-        raise UserError("--pack and --max-parallel are numbers from 1")
+        raise UserError("--pack and --max-parallel must be at least 1")
     return options
 
 

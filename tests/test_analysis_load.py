@@ -175,7 +175,7 @@ def test_runs_are_found_in_folders(tmp_path: Path) -> None:
     runs = sorted([write_run(tmp_path, seed=0), write_run(tmp_path, seed=1)])
     assert find_runs([tmp_path]) == runs
     assert find_runs(runs) == runs
-    with pytest.raises(UserError, match="no run directory"):
+    with pytest.raises(UserError, match="neither a run directory nor a folder"):
         find_runs([tmp_path / "nowhere"])
 
 

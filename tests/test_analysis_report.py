@@ -173,8 +173,8 @@ def test_the_report_is_one_page_with_its_files(report: Path) -> None:
         "A &lt;title&gt;",
         "Rates were chosen &amp; fixed.",
         "tiny, 1,000,000 parameters",
-        "no seed-level interval is given",
-        "It ranks nothing",
+        "there is no seed-level interval",
+        "It does not rank the methods",
         "no score for arith",
         "1 of 2",
         content_hash("arith test"),
@@ -234,7 +234,7 @@ def test_a_report_of_unscored_runs_has_no_figure_and_says_why(tmp_path: Path) ->
     run = write_run(tmp_path, "full")
     text = write_report([run], tmp_path / "report", None, "Nothing scored").read_text(encoding="utf-8")
     assert "no score for arith" in text
-    assert "was not measured side by side" in text
+    assert "was not measured; its cells are empty" in text
     assert "<img" not in text
 
 

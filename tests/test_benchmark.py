@@ -116,7 +116,7 @@ def test_one_command_writes_json_table_and_picture(tmp_path: Path) -> None:
 
 
 def test_bad_arguments_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match=r"--authors-repo .*block_linear\.py is not there: give a checkout"):
+    with pytest.raises(UserError, match=r"--authors-repo .*block_linear\.py does not exist: give a checkout"):
         main(
             [
                 "--device",

@@ -165,7 +165,7 @@ def test_it_is_not_merged() -> None:
     [
         ({"bottleneck_size": 0}, "bottleneck_size=0 must be a whole number of at least 1"),
         ({"bottleneck_size": 2.5}, "bottleneck_size=2.5 must be a whole number"),
-        ({"target_modules": ["mlp"]}, "layers.0.mlp: the sizes of LlamaMLP are unknown: it is no linear layer"),
+        ({"target_modules": ["mlp"]}, "layers.0.mlp: the sizes of LlamaMLP are unknown: not a linear layer"),
         ({"target_modules": ["nothing"]}, "target_modules: nothing matches no module of LlamaForCausalLM"),
     ],
 )

@@ -87,7 +87,7 @@ class Code:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (Code(), "not a file of tensors only, and nothing else is read"),
+        (Code(), "not a file of tensors only, which is all that is read"),
         ([1], "holds a list, not a state dict"),
         ({"score.weight": torch.ones(2)}, r"score.weight is no \.block_A tensor"),
         (
@@ -208,11 +208,11 @@ def test_a_shape_that_has_no_such_sides_gets_the_largest_it_has_and_a_warning() 
 
 
 def test_a_budget_below_the_finest_split_is_refused_with_the_numbers() -> None:
-    with pytest.raises(ValueError, match=r"budget=1e-06 is 0 of [\d,]+ parameters, .* trains [\d,]+ \("):
+    with pytest.raises(ValueError, match=r"budget=1e-06 is 0 of [\d,]+ parameters; .* trains [\d,]+ \("):
         suggest_num_blocks(tiny_llama(), budget=1e-6)
     with pytest.raises(ValueError, match="nothing matches no module of LlamaForCausalLM"):
         suggest_num_blocks(tiny_llama(), target_modules=["q_proj", "nothing"])
-    with pytest.raises(ValueError, match=r"target_modules=\['norm'\] names no linear layer"):
+    with pytest.raises(ValueError, match=r"target_modules=\['norm'\] matches no linear layer"):
         suggest_num_blocks(tiny_llama(), target_modules=["norm"])
 
 

@@ -106,24 +106,24 @@ def test_every_form_gives_the_same_rows(name: str, suffix: str, tmp_path: Path) 
     ("name", "content", "message"),
     [
         ("r.jsonl", LINE + "\n{", ", line 2: not valid JSON (Expecting property name"),
-        ("r.jsonl", LINE + "\n[1]", ", line 2: a row must be an object, it is [1]"),
-        ("r.jsonl", LINE + '\n{"instruction": "q"}', ", line 2: the field 'input' is missing, there are instruction"),
-        ("r.jsonl", json.dumps(ROW | {"answer": 3}), ", line 1: the field 'answer' must be text, it is 3"),
+        ("r.jsonl", LINE + "\n[1]", ", line 2: a row must be an object, not [1]"),
+        ("r.jsonl", LINE + '\n{"instruction": "q"}', ", line 2: the field 'input' is missing: there are instruction"),
+        ("r.jsonl", json.dumps(ROW | {"answer": 3}), ", line 1: the field 'answer' must be text, not 3"),
         ("r.json", f"[{LINE},\n{LINE[:9]}", ", line 2, column 2: not valid JSON (Unterminated string"),
-        ("r.json", f"[{LINE}, null]", ", row 2: a row must be an object, it is None"),
+        ("r.json", f"[{LINE}, null]", ", row 2: a row must be an object, not None"),
         (
             "r.json",
             f"[{LINE}, {json.dumps(ROW | {'input': None})}]",
-            ", row 2: the field 'input' must be text, it is None",
+            ", row 2: the field 'input' must be text, not None",
         ),
-        ("r.json", LINE, ": a JSON list of rows is needed, it holds {'instruction'"),
+        ("r.json", LINE, ": a JSON list of rows is needed, not {'instruction'"),
         ("r.json", "", ", line 1, column 1: not valid JSON (Expecting value): is the file whole?"),
         (
             "r.csv",
             "instruction,input,output\nq,,o",
-            ", row 1: the field 'answer' is missing, there are instruction, input",
+            ", row 1: the field 'answer' is missing: there are instruction, input",
         ),
-        ("r.csv", "instruction,input,output,answer\nq,,o,a\nq", ", row 2: the field 'input' must be text, it is None"),
+        ("r.csv", "instruction,input,output,answer\nq,,o,a\nq", ", row 2: the field 'input' must be text, not None"),
         ("r.csv", 'instruction,input,output,answer\nq,,o,a\nq,,o,"a', ", after row 1: cannot be read (unexpected end"),
     ],
 )
@@ -157,7 +157,7 @@ def test_half_a_file_is_refused(tmp_path: Path, fails_with: Fails) -> None:
     assert "cannot be read ('utf-8' codec" in fails_with(lambda: read_rows(path, llm_adapters))
     path = write(tmp_path / "gsm8k/test.jsonl", '{"question": "q", "answer": "#### 1"}\n' * 2)
     said = fails_with(lambda: load_rows(Data("gsm8k"), "test", str(tmp_path)))
-    assert said == f"gsm8k test: 2 rows, there must be 1,319: {path} is not whole"
+    assert said == f"gsm8k test: 2 rows, there must be 1,319: {path} is incomplete"
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_the_check_lists_what_is_here_what_is_broken_and_how_to_get_the_rest(
         ["hex_phi", "test", "300", rows_hash([HEX_PHI] * 300)[:16], "hex_phi/hex_phi.jsonl"],
     ]
     assert broken.splitlines()[1:] == [
-        f"  {tmp_path / 'gsm8k/test.jsonl.gz'}, line 1: the field 'answer' is missing, there are question"
+        f"  {tmp_path / 'gsm8k/test.jsonl.gz'}, line 1: the field 'answer' is missing: there are question"
     ]
     splits = sum(len(splits) for splits in SOURCES.values())
     assert len(absent.splitlines()) == 1 + splits - 2

@@ -335,7 +335,7 @@ def test_bad_settings_are_refused_with_their_value(settings: dict, message: str)
         ),
         (
             {"target_modules": ["embed_tokens"]},
-            r"^model\.embed_tokens: DiaBlo adapts linear layers, not Embedding: take it out of target_modules$",
+            r"^model\.embed_tokens: DiaBlo adapts linear layers, not Embedding: remove it from target_modules$",
         ),
         (
             {"target_modules": ["attention"]},

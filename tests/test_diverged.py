@@ -98,7 +98,7 @@ def test_rows_without_a_label_are_counted_and_refused_where_none_is_left(
     none = planned([*small, "method=diablo", "protocol.max_length=4"])
     said = fails_with(lambda: train(none))
     assert said == (
-        "64 of 64 training rows have no label: what the loss would see is cut off by protocol.max_length=4: give more"
+        "64 of 64 training rows have no label: their targets are cut off by protocol.max_length=4: increase it"
     )
 
 

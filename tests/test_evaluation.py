@@ -90,7 +90,7 @@ def test_an_adapter_without_effect_is_not_scored(finished: RunPaths, tmp_path: P
     record["adapter_files"][weights.name] = file_hash(weights)
     run.train_record.write_text(json.dumps(record), encoding="utf-8")
     said = fails_with(lambda: evaluate(run))
-    assert "still computes what its base does" in said
+    assert "still computes the same as its base" in said
     assert "--allow-identity" in said
     (score,) = evaluate(run, allow_identity=True)
     assert score.identity
@@ -278,7 +278,7 @@ def test_only_evaluation_settings_may_change(finished: RunPaths, fails_with: Fai
         ("evaluation.limit=0", "evaluation.limit=0: it must be a whole number of at least 1, or null"),
         ("evaluation.batch_size=1,2", "a comma makes several"),
         ("protocol=plain,lori", "protocol=plain,lori: name one"),
-        ("evaluation.generation.temperature=0.7", "one sample is not sampled but the likeliest"),
+        ("evaluation.generation.temperature=0.7", "one sample is decoded greedily, not sampled"),
         ("evaluation.backend=vlm", "evaluation.backend='vlm': it must be one of hf, vllm"),
         ("evaluation.benchmarks=[arit]", "did you mean arith"),
     ],

@@ -101,7 +101,7 @@ def test_a_server_that_keeps_breaking_is_left_and_its_bytes_are_kept(
     with serving(web_server.file(CONTENT, cuts=(10_000,) * 6)) as server:
         said = fails_with(lambda: take(server))
         assert f"{server.url}/train.jsonl: the connection broke (" in said
-        assert said.endswith(") after 60,000 bytes: the same command goes on from there")
+        assert said.endswith(") after 60,000 bytes: the same command resumes")
         assert [len(content) for content in in_place(tmp_path).values()] == [60_000]
         with pytest.raises(Exception, match="no made_up/train"):
             data.load_rows(Data("made_up"), "train", str(tmp_path))
@@ -153,7 +153,7 @@ def test_what_was_there_of_a_download_is_not_trusted(here: bytes, take: Callable
 @pytest.mark.parametrize(
     ("content", "expected", "why"),
     [
-        (CONTENT[:-1], CONTENT, f"git's id of it is {id_of(CONTENT[:-1])[:12]}, it must be {id_of(CONTENT)[:12]}"),
+        (CONTENT[:-1], CONTENT, f"its git id is {id_of(CONTENT[:-1])[:12]}, it must be {id_of(CONTENT)[:12]}"),
         (CONTENT[: CONTENT.index(b"\n") + 1], None, "1 rows, there must be 3,000"),
         (b"<html>sign in to the network</html>", None, "line 1: not valid JSON"),
         (b"", None, "0 rows, there must be 3,000"),
@@ -170,9 +170,9 @@ def test_a_wrong_file_is_not_put_in_place(
     with serving(web_server.file(content)) as server:
         assert take(server, expected) == 1
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"error: made_up train: {server.url}/train.jsonl is not the file that it was: ")
+        assert line.startswith(f"error: made_up train: {server.url}/train.jsonl has changed: ")
         assert why in line
-        assert line.endswith("nothing was put in place")
+        assert line.endswith("nothing was installed")
         assert in_place(tmp_path) == {}
 
 
@@ -186,7 +186,7 @@ def test_a_wrong_file_that_is_there_stays(
             assert take(server) == 1
             assert server.asked == []
         (line,) = capsys.readouterr().err.splitlines()
-        assert f"made_up train: {tmp_path / FILE} is there and stays, but is not right: git's id of it is" in line
+        assert f"made_up train: {tmp_path / FILE} exists but is not right: its git id is" in line
         assert in_place(tmp_path) == {FILE: content}
 
 
@@ -226,8 +226,8 @@ def test_a_file_that_is_gone_does_not_stop_the_others(
         assert fetch.fetch([("other", "train"), ("hex_phi", "test"), ("made_up", "train")], str(tmp_path), SECONDS) == 1
         said = capsys.readouterr()
         gone_line, gated_line = said.err.splitlines()
-        assert gone_line.startswith(f"error: {server.url}/gone.jsonl: there is no such file any more ({code})")
-        assert "hex_phi test: it is gated: ask for access at https://huggingface.co/" in gated_line
+        assert gone_line.startswith(f"error: {server.url}/gone.jsonl: the file no longer exists ({code})")
+        assert "hex_phi test: it is gated: request access at https://huggingface.co/" in gated_line
         assert said.out.startswith("made_up train: fetched")
         assert in_place(tmp_path) == {FILE: CONTENT}
 
@@ -251,7 +251,7 @@ def test_a_gated_file_of_the_hub_says_how_to_get_access(
     with serving(web_server.status(code)) as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         assert fetch.fetch([("metamathqa", "train")], str(tmp_path), SECONDS) == 1
-        assert f"MetaMathQA-395K.json: no access ({code}): ask for it on the hub" in capsys.readouterr().err
+        assert f"MetaMathQA-395K.json: no access ({code}): request it on the hub" in capsys.readouterr().err
         ((method, path),) = server.asked
         assert (method, path[:59]) == ("GET", "/datasets/meta-math/MetaMathQA/resolve/aa4f34d3d2d3231299b5")
 
@@ -298,7 +298,7 @@ def test_the_full_disk_is_told(take: Callable[..., int], tmp_path: Path, fails_w
         (tmp_path / FILE).with_name(name).symlink_to("/dev/full")
         said = fails_with(lambda: take(server))
         assert said.startswith(
-            f"{tmp_path}: No space left on device: mend that, or give another folder with --data-root"
+            f"{tmp_path}: No space left on device: fix that, or give another folder with --data-root"
         )
 
 
@@ -311,7 +311,7 @@ def test_a_file_that_does_not_fit_is_told_before(
         request.end_headers()
 
     with serving(huge) as server:
-        assert "1,000,000,000,000.0 MB are to come and " in fails_with(lambda: take(server))
+        assert "1,000,000,000,000.0 MB are missing and " in fails_with(lambda: take(server))
 
 
 def test_a_folder_that_cannot_be_is_told(tmp_path: Path, fails_with: FailsWith) -> None:

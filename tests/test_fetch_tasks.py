@@ -77,7 +77,7 @@ def test_check_shows_a_task_alone(tmp_path: Path, capsys: pytest.CaptureFixture[
         ["hex_phi", "test"],
         ["xstest_safe", "test"],
     ]
-    assert "`python -m experiments.data fetch task=… or source=…` puts them there" in absent
+    assert "`python -m experiments.data fetch task=… or source=…` downloads them" in absent
     assert "hex_phi test: it is gated" in absent
 
 
@@ -93,7 +93,7 @@ def test_check_tells_other_bytes_with_the_right_rows(
     said = capsys.readouterr().out
     assert "other bytes" in said
     assert "svamp test: " in said
-    assert "has the right rows, but is not the pinned file: git's id of it is" in said
+    assert "has the right rows, but is not the pinned file: its git id is" in said
 
 
 def test_every_file_of_the_table_has_an_id_or_none_can_be_known() -> None:
@@ -212,5 +212,5 @@ def test_files_are_made_of_evaluation_requests(
     with serving(web_server.file(other)) as server:
         monkeypatch.setitem(SOURCES, name, {split: replace(part, url=f"{server.url}/requests.jsonl.gz")})
         assert fetch.fetch([(name, split)], str(tmp_path), 5) == 1
-    assert "its records are others (KeyError" in capsys.readouterr().err
+    assert "its records have another format (KeyError" in capsys.readouterr().err
     assert in_place(tmp_path) == {}

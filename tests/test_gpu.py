@@ -122,13 +122,15 @@ def test_bits_are_counted_by_tensor(tmp_path: Path) -> None:
     assert different_bits(tmp_path / "left", tmp_path / "right") == {"a": 1, "b": 7}
     assert different_bits(tmp_path / "left", tmp_path / "left") == {}
     save_file({"a": tensors["a"]}, tmp_path / "other")
-    with pytest.raises(UserError, match=r"hold other tensors: \['b', 'same'\]"):
+    with pytest.raises(UserError, match=r"hold different tensors: \['b', 'same'\]"):
         different_bits(tmp_path / "left", tmp_path / "other")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--device cuda: no CUDA device answers here \(.+\): --device cpu tries it"):
+    with pytest.raises(
+        UserError, match=r"--device cuda: no CUDA device answers here \(.+\): use --device cpu for a dry run"
+    ):
         main(["--out", str(tmp_path)])
 
 

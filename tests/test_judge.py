@@ -113,14 +113,14 @@ def test_words_about_other_completions_do_not_count(run: RunPaths, cache_dir: Pa
     )
     assert "not the completions that score.json was made from" in fails_with(lambda: rescore(run))
     change(paths.score, samples_hash=file_hash(paths.samples))
-    assert "is about other completions" in fails_with(lambda: rescore(run))
+    assert "judges other completions" in fails_with(lambda: rescore(run))
     paths.score.unlink()
     (record,) = evaluate(run, judged_by(cache_dir))
     assert record.samples_hash == next(read_lines(paths.judgements))["samples_hash"]
 
 
 def test_a_protocol_with_a_judge_needs_one(run: RunPaths, fails_with: Fails) -> None:
-    assert "name one with evaluation.judge.model=" in fails_with(lambda: evaluate(run, ["protocol=lori_judge"]))
+    assert "set it with evaluation.judge.model=" in fails_with(lambda: evaluate(run, ["protocol=lori_judge"]))
 
 
 def test_a_judge_that_cannot_be_loaded_is_named(run: RunPaths, tmp_path: Path, fails_with: Fails) -> None:

@@ -266,7 +266,7 @@ def test_a_directory_of_someone_else_is_one_clear_line(small: list[str]) -> None
         done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
         run.root.chmod(0o755)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {run.root}: cannot be written to (Permission denied): mend its permissions")
+    assert done.stderr.startswith(f"error: {run.root}: cannot be written to (Permission denied): fix its permissions")
     assert len(done.stderr.splitlines()) == 1
 
 

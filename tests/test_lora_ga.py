@@ -133,7 +133,7 @@ def test_on_the_meta_device_nothing_is_estimated() -> None:
     ("arguments", "message"),
     [
         ((lora_ga(), False, 8), "LoRA-GA estimates gradients on 8 batches of training examples: none are given"),
-        ((lora_ga(), True, 0), "LoRA-GA estimates gradients on 0 batches of training examples: it needs one"),
+        ((lora_ga(), True, 0), "LoRA-GA estimates gradients on 0 batches of training examples: at least one is needed"),
         ((lora_ga(r=9), True, 1), r"k_proj: LoRA-GA takes 2 r = 18 triplets of a \(16, 32\) gradient"),
     ],
 )

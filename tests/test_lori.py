@@ -188,7 +188,7 @@ def test_a_trainers_checkpoint_is_resumed(first: Path, tmp_path: Path) -> None:
 
 def test_a_config_without_its_files_says_what_is_missing(first: Path) -> None:
     config = sparse(first).peft_config["default"]
-    with pytest.raises(RuntimeError, match="which entries of B are trained is not known"):
+    with pytest.raises(RuntimeError, match="the trained entries of B are unknown"):
         attach(tiny_llama(), config)(tokens())
 
 
@@ -219,7 +219,7 @@ def test_counts_are_those_of_the_tables() -> None:
         ({"use_dora": True}, "use_dora=True must be False"),
         ({"lora_bias": True}, "lora_bias=True must be False"),
         ({"target_parameters": ["weight"]}, r"target_parameters=\['weight'\] must be unset"),
-        ({"sparsity": 1.0}, r"sparsity=1\.0 is a share of B's entries"),
+        ({"sparsity": 1.0}, r"sparsity=1\.0 must be a share of B's entries"),
     ],
 )
 def test_other_starts_and_layers_are_refused(settings: dict, message: str) -> None:
@@ -236,7 +236,7 @@ def test_a_first_adapter_that_does_not_fit_is_refused(first: Path) -> None:
         sparse(first, target_modules=["nothing"])
     with pytest.raises(ValueError, match=r"sparsity=0\.9 takes its entries from a trained LoRI-D adapter"):
         choose_entries(tiny_llama(), lori(sparsity=0.9), None, None)
-    with pytest.raises(ValueError, match=r"q_proj: sparsity=0\.9 and no entries are chosen: call"):
+    with pytest.raises(ValueError, match=r"q_proj: sparsity=0\.9 but no entries are chosen: call"):
         attach(tiny_llama(), lori(sparsity=0.9))
     with pytest.raises(ValueError, match=r"embed_tokens: LoRI adapts linear layers, not Embedding"):
         get_peft_model(tiny_llama(), lori(target_modules=["embed_tokens"]))

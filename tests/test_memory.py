@@ -47,7 +47,7 @@ def allocate_python() -> None:
 def test_every_allocator_s_error_is_known(allocate: Callable[[], None], size: str | None) -> None:
     with pytest.raises((RuntimeError, MemoryError)) as caught:
         allocate()
-    asked = f" ({size} more were asked for)" if size else ""
+    asked = f" ({size} more were requested)" if size else ""
     assert out_of_memory(caught.value) == f"the machine is out of memory{asked}"
 
 
@@ -61,7 +61,7 @@ def test_every_allocator_s_error_is_known(allocate: Callable[[], None], size: st
 )
 def test_so_are_those_of_a_gpu(text: str) -> None:
     kind = torch.OutOfMemoryError if text.startswith("CUDA out") else RuntimeError
-    asked = " (20.00 MiB more were asked for)" if "Tried" in text else ""
+    asked = " (20.00 MiB more were requested)" if "Tried" in text else ""
     assert out_of_memory(kind(text)) == f"the GPU is out of memory{asked}"
 
 

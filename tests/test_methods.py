@@ -192,7 +192,7 @@ def test_saved_and_loaded_on_a_fresh_base_gives_the_same_outputs(name: str, merg
     methods.save(method, model, tmp_path / "adapter", initial)
     torch.testing.assert_close(logits(model), expected, atol=0, rtol=0)  # saving leaves the live model alone
     if merge and not contract_of(name)["merges"]:
-        with pytest.raises(UserError, match="cannot be folded into the base's weights"):
+        with pytest.raises(UserError, match="cannot be merged into the base's weights"):
             methods.load(method, fresh_base(), tmp_path / "adapter", merge=merge)
         return
     loaded = methods.load(method, fresh_base(), tmp_path / "adapter", merge=merge).eval()
@@ -239,7 +239,7 @@ def test_gradients_under_checkpointing_are_the_same(name: str) -> None:
     saving = attached(name).train()
     method = config_of(name).method
     if not contract_of(name).get("gradient_checkpointing", True):
-        with pytest.raises(UserError, match="checkpointing switches off"):
+        with pytest.raises(UserError, match="checkpointing disables"):
             methods.check_checkpointing(method, saving)
         return
     methods.check_checkpointing(method, saving)

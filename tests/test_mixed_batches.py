@@ -76,7 +76,7 @@ def test_generation_with_beams_keeps_each_rows_adapter(kind: str) -> None:
 @every_kind
 def test_what_a_mixed_batch_cannot_have_is_refused(kind: str) -> None:
     model = two_adapters(kind)
-    with pytest.raises(ValueError, match="adapter_names: there is no adapter defualt, only default, other"):
+    with pytest.raises(ValueError, match="adapter_names: no adapter defualt: choose from default, other"):
         model(input_ids=tokens(), adapter_names=["defualt", "other", "__base__"])
     with pytest.raises(ValueError, match="adapter_names: 2 names for 3 rows"):
         model(input_ids=tokens(), adapter_names=["other", "__base__"])
@@ -113,9 +113,9 @@ def test_a_weighted_adapter_is_the_sum_of_updates(mode: str) -> None:
 def test_adapters_that_have_no_sum_are_refused() -> None:
     for kind in ("adapter", "sparse"):
         model: Any = two_adapters(kind)
-        with pytest.raises(ValueError, match="q_proj: adapters default, other train other entries"):
+        with pytest.raises(ValueError, match="q_proj: adapters default, other train different entries"):
             model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
-        with pytest.raises(ValueError, match="there is no adapter third"):
+        with pytest.raises(ValueError, match="no adapter third: choose from"):
             model.add_weighted_adapter(["third"], [1.0], "sum")
         with pytest.raises(ValueError, match="combination_type='svd'"):
             model.add_weighted_adapter(["default"], [1.0], "sum", "svd")

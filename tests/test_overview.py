@@ -105,7 +105,7 @@ def test_a_budget_smaller_than_the_first_run_is_one_line(cells: list[str], fails
     for command in (planning.main, submitted):
         said = fails_with(lambda command=command: command([*cells, "--dry-run", SPEED, "--budget=0.0000001gpuh"]))
         assert "\n" not in said
-        assert "pays for no setting: the cheapest, " in said
+        assert "is too small: the cheapest setting, " in said
         assert "GPU-hours for 1 runs" in said
 
 

@@ -195,7 +195,7 @@ def test_a_disk_that_is_full_keeps_the_checkpoint_before(small: list[str], monke
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "publish", publish_then_fill)
         try:
-            with pytest.raises(OSError, match=r"step-00000008: cannot be written, the checkpoint before it stays"):
+            with pytest.raises(OSError, match=r"step-00000008: cannot be written, the previous checkpoint is kept"):
                 train(run)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)

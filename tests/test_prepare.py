@@ -141,7 +141,7 @@ def test_a_mask_of_another_base_is_refused(small: list[str], fails_with: Callabl
     first.train_record.write_text(json.dumps({**record, "base_hash": "0123456789abcdef"}), encoding="utf-8")
     message = fails_with(lambda: train(run))
     assert "mask from another base" in message
-    assert "hash 0123456789ab, the one at hand has " + real[:12] in message
+    assert "hash 0123456789ab, this run's base has " + real[:12] in message
     first.train_record.write_text(json.dumps(record), encoding="utf-8")
     (first.adapter / "adapter_model.safetensors").write_bytes(b"")
     assert "not what training wrote" in fails_with(lambda: train(run))
@@ -233,7 +233,7 @@ def test_a_method_before_without_a_learning_rate_is_refused(
 ) -> None:
     said = fails_with(lambda: plan(["method=lori_s", "task=metamathqa", "recipe.learning_rate=1e-3"]))
     assert said == (
-        "the run that lori_s needs first is set by configs/method/lori_d.yaml alone: no learning rate is recorded for "
+        "the run that lori_s needs first is set only by configs/method/lori_d.yaml: no learning rate is recorded for "
         "lori_d on metamathqa: add it there"
     )
 

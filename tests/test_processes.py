@@ -98,8 +98,8 @@ def test_gpus_of_mixed_memory_are_noted() -> None:
     assert mixed_memory([big, almost]) is None
     assert mixed_memory([Member("n1", "cpu", 0), Member("n2", "cpu", 0)]) is None
     assert mixed_memory([big, small, big]) == (
-        "the GPUs of this training differ in memory, from 40.0 GiB (A100-40 on n2) to 80.0 GiB (A100-80 on n1): what "
-        "fits is decided by the least"
+        "the GPUs of this training differ in memory, from 40.0 GiB (A100-40 on n2) to 80.0 GiB (A100-80 on n1): the "
+        "smallest one limits what fits"
     )
 
 

@@ -147,14 +147,14 @@ def test_a_timed_pass_reaches_every_tensor(name: str, runs: dict[str, RunPaths])
 
 @pytest.mark.parametrize("name", ["prompt", "prefix", "bottleneck"])
 def test_what_cannot_be_merged_is_refused_to_who_asks(name: str, runs: dict[str, RunPaths]) -> None:
-    with pytest.raises(UserError, match=r"evaluation.merge=true: \S+ cannot be folded into the base's weights"):
+    with pytest.raises(UserError, match=r"evaluation.merge=true: \S+ cannot be merged into the base's weights"):
         evaluate(runs[name], ["evaluation.merge=true"])
     with pytest.raises(UserError, match=r"evaluation.merge=false: vLLM serves the exported merged model"):
         evaluate(runs[name], ["evaluation.backend=vllm"])
 
 
 def test_prefix_tuning_is_not_trained_under_checkpointing(small: list[str]) -> None:
-    with pytest.raises(UserError, match=r"runtime.gradient_checkpointing=true: prefix-v10 puts what it trains"):
+    with pytest.raises(UserError, match=r"runtime.gradient_checkpointing=true: prefix-v10 trains tensors in the cache"):
         train(planned([*small, "method=prefix", "runtime.gradient_checkpointing=true"]))
 
 

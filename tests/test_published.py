@@ -105,7 +105,7 @@ def broken(folder: Path, old: str, new: str) -> Path:
         ("%,83.5", "%,-1", "line 2: value '-1'"),
         ("0.83,0.8325", "183,0.8325", "line 3: printed_percent '183'"),
         ("copied,NVlabs/DoRA README", "copied,", "line 3: copied_from"),
-        ("commonsense,llama2_7b,dora,r=16", "commonsense,llama2_7b,lora,r=32", "line 4: this number is there twice"),
+        ("commonsense,llama2_7b,dora,r=16", "commonsense,llama2_7b,lora,r=32", "line 4: this number is a duplicate"),
     ],
 )
 def test_a_fault_in_the_file_is_named_by_its_line(tmp_path: Path, old: str, new: str, words: str) -> None:

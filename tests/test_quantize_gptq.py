@@ -104,7 +104,7 @@ def test_inputs_gptq_cannot_use_are_refused() -> None:
         gptq(weight, gram, 4, 100)
     with pytest.raises(ValueError, match="not finite"):
         gptq(weight, gram.fill_diagonal_(torch.nan), 4)
-    with pytest.raises(ValueError, match=r"damp_percent=0\.0 is too little"):
+    with pytest.raises(ValueError, match=r"damp_percent=0\.0 is too small"):
         gptq(weight, torch.ones_like(gram), 4, damp_percent=0.0)
 
 

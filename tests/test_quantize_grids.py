@@ -55,7 +55,7 @@ def test_rows_of_zeros_and_of_one_sign_have_grids() -> None:
 
 @pytest.mark.parametrize("bits", [1, 9])
 def test_bits_that_cannot_be_stored_are_refused(bits: int) -> None:
-    with pytest.raises(ValueError, match=f"bits={bits}: from 2 to 8"):
+    with pytest.raises(ValueError, match=f"bits={bits} must be from 2 to 8"):
         round_to_nearest(random_weight(), bits)
 
 

@@ -139,7 +139,7 @@ def test_the_bytes_of_a_7b_base_follow_from_shapes_alone() -> None:
 
 def test_only_linear_layers_are_replaced() -> None:
     model = llama()
-    with pytest.raises(ValueError, match="lm_head_: nothing there, no linear layer"):
+    with pytest.raises(ValueError, match="lm_head_: nothing there, not a linear layer"):
         replace_linears(model, ["lm_head_"], 2)
     with pytest.raises(ValueError, match=r"model.norm: LlamaRMSNorm there"):
         replace_linears(model, ["model.norm"], 2)

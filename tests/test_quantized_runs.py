@@ -139,9 +139,9 @@ def test_what_cannot_be_merged_is_one_line(
     run = planned([*own_cache, "method=prompt", "recipe.max_steps=1"])
     assert "not trained yet" in merged(run)
     train(run)
-    assert "cannot be folded into the base's weights" in merged(run)
+    assert "cannot be merged into the base's weights" in merged(run)
     merge_main([str(finished.root), "--out", str(tmp_path / "out")])
-    assert "is there already" in merged(finished)
+    assert "already exists" in merged(finished)
     assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == ["out"]
 
 

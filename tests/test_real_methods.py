@@ -168,7 +168,7 @@ def check_loading(found: Trained, name: str, rounding: float) -> None:
     assert (relative(untrained, expected) > 5 * rounding) == (name != "base")
     fresh, _ = load_base(found.config)
     if not contract_of(name)["merges"]:
-        with pytest.raises(UserError, match="cannot be folded into the base's weights"):
+        with pytest.raises(UserError, match="cannot be merged into the base's weights"):
             methods.load(method, fresh, found.run.adapter, merge=True)
         return
     merged = methods.load(method, fresh, found.run.adapter, merge=True).eval()

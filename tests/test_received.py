@@ -85,7 +85,7 @@ def test_only_names_of_diablo_and_peft_are_read(
     section: str, target: object, small: list[str], tmp_path: Path, evil: Path, fails_with: Fails
 ) -> None:
     run = received([*small, "method=smt"], tmp_path, lambda config: config["method"][section].update(_target_=target))
-    assert f"_target_={target}: only names of diablo and peft" in fails_with(lambda: train(run))
+    assert f"_target_={target}: only names in diablo and peft" in fails_with(lambda: train(run))
     assert not evil.exists()
 
 
@@ -94,15 +94,15 @@ def test_a_name_anywhere_in_a_config_is_checked(small: list[str], tmp_path: Path
         run = received(
             small, tmp_path, lambda config, place=place: config[place].update(more=[{"_target_": "os.system"}])
         )
-        assert "only names of diablo and peft" in fails_with(lambda run=run: read_config(run))
+        assert "only names in diablo and peft" in fails_with(lambda run=run: read_config(run))
 
 
 @pytest.mark.parametrize(
     ("section", "target", "message"),
     [
-        ("adapter", "diablo.lori.load_file", "only names of diablo and peft"),  # safetensors', imported there
+        ("adapter", "diablo.lori.load_file", "only names in diablo and peft"),  # safetensors', imported there
         ("adapter", "diablo.lori.choose_entries", "no config class"),
-        ("prepare", "diablo.lori.torch", "only names of diablo and peft"),
+        ("prepare", "diablo.lori.torch", "only names in diablo and peft"),
         ("prepare", "diablo.DiabloConfig", "no function"),
         ("prepare", "diablo.refresh", "method.prepare: "),
         ("prepare", "peft.utils.nothing.x", "no such function"),
@@ -131,14 +131,14 @@ def test_an_adapter_names_no_code_and_no_files(
 ) -> None:
     config = plan([*small, "method=lora"])[0]
     adapter = {**(config.method.adapter or {}), field: value}
-    assert "names code or files beside the adapter" in fails_with(lambda: methods.peft_config(adapter))
+    assert "names code or files outside the adapter" in fails_with(lambda: methods.peft_config(adapter))
     run = copied(finished, tmp_path)
     path = run.adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {field: value}), "utf-8")
     base, _ = load_base(read_config(run))
     said = fails_with(lambda: methods.load(read_config(run).method, base, run.adapter, merge=False))
     assert said.startswith(f"{path}.")
-    assert "names code or files beside the adapter" in said
+    assert "names code or files outside the adapter" in said
     assert not evil.exists()
 
 
@@ -229,7 +229,7 @@ def test_links_out_of_the_folder_and_pipes_are_refused(finished: RunPaths, tmp_p
         path = run.root / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         path.symlink_to(secret if name == "adapter" else secret / "train.json")
-        assert f"{path}: a link that leads out of {run.root}" in fails_with(lambda run=run: read_config(run))
+        assert f"{path}: a link out of {run.root}" in fails_with(lambda run=run: read_config(run))
         path.unlink()
         os.mkfifo(path)
         assert f"{path}: neither a file nor a folder" in fails_with(lambda run=run: read_config(run))
@@ -246,7 +246,7 @@ def test_records_name_files_of_their_own_folder(
     run = copied(finished, tmp_path)
     record = json.loads(run.train_record.read_text("utf-8"))
     run.train_record.write_text(json.dumps(record | {"adapter_files": {name: "0" * 64}}), "utf-8")
-    assert "is not the name of a file beside it" in fails_with(lambda: trained_record(run))
+    assert "is not the name of a file next to it" in fails_with(lambda: trained_record(run))
     assert "no benchmark" in fails_with(lambda: kind_of(f"../tasks/{name}"))
 
 

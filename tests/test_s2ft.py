@@ -182,10 +182,10 @@ def test_saved_and_loaded_on_a_fresh_base_computes_the_same(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"down_ratio": 1.5}, r"the share of down_proj is 1\.5, it must be from 0 to 1"),
+        ({"down_ratio": 1.5}, r"the share of down_proj is 1\.5: must be from 0 to 1"),
         ({"o_ratio": -0.1}, r"the share of o_proj is -0\.1"),
         ({"down_ratio": 0.0}, "nothing is trained: one of down_ratio"),
-        ({"target_modules": ["q_proj"]}, r"target_modules={'q_proj'} must be unset: the ratios say \['down_proj'\]"),
+        ({"target_modules": ["q_proj"]}, r"target_modules={'q_proj'} must be unset: the ratios give \['down_proj'\]"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(fields: dict[str, Any], message: str) -> None:

@@ -224,7 +224,7 @@ def test_a_checkpoint_of_another_sharding_is_refused(
     assert read_config(run).runtime.sharding == "full"  # planning it again leaves that
     planned([*arguments, f"runtime.runs_dir={tmp_path}", "runtime.sharding=none"])
     line = fails_with(lambda: train(again))
-    assert "was written by 2 processes with runtime.sharding=full, and these are 1 processes with" in line
+    assert "was written by 2 processes with runtime.sharding=full, but these are 1 processes with" in line
     assert f"step-{step:08d}" in line
     assert str(run.checkpoints) in line
     assert (run.checkpoints / f"step-{step:08d}" / MANIFEST).is_file()  # nothing was lost
@@ -237,7 +237,7 @@ def test_what_cannot_be_sharded_is_refused(
     small: list[str], fails_with: Callable[[Callable[[], object]], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = planned([*small, "method=full", "runtime.sharding=full"])
-    assert "this is the only one: start the training with torchrun" in fails_with(lambda: train(run))
+    assert "there is only one: start the training with torchrun" in fails_with(lambda: train(run))
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert sharding_of(read_config(run)) == "full"
 
@@ -259,7 +259,7 @@ def test_blocks_that_processes_cannot_share_are_not_forced_into_the_weight(
     assert modes[2] == modes[1]
     assert set(modes[3].values()) == {"adapter"}
     method = with_values(config, {"method.adapter.mode": "in_place"}).method
-    assert "3 processes share a weight of 2 blocks" in fails_with(
+    assert "3 processes shard a weight of 2 blocks" in fails_with(
         lambda: methods.attach(method, fresh_base(), shards=3)
     )
 

@@ -50,7 +50,7 @@ def test_one_run_through_every_fault(cluster: SlurmCluster, tmp_path: Path, cach
     assert cluster.wait(running.task, END)["JobState"] == "FAILED"
     assert running.state().state == "running"  # by its heartbeat, for a moment
     wait_for(lambda: running.state().state == "failed", "a heartbeat that is no longer fresh", 90)
-    assert "ended without a word" in running.state().detail
+    assert "ended without a message" in running.state().detail
     running.submit()
     running.wait_for_steps()
 

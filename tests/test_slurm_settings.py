@@ -135,7 +135,7 @@ def test_a_submission_writes_how_a_run_is_sharded(
     (checkpoint / "manifest.json").write_text(json.dumps(layout), encoding="utf-8")
     submit(arguments, settings(*a100), Options())
     said = fails_with(lambda: submit(arguments, settings(*a100, "gpus=4"), Options()))
-    assert "was written by 2 processes with runtime.sharding=full, and these are 4 processes with" in said
+    assert "was written by 2 processes with runtime.sharding=full, but these are 4 processes with" in said
 
 
 def test_any_option_of_sbatch_is_passed_through() -> None:
@@ -152,12 +152,12 @@ def test_any_option_of_sbatch_is_passed_through() -> None:
         ("qos=high", "options of sbatch go under sbatch"),
         ("sbatch={array: 1-3}", "sbatch.array is set by the submission: give --max-parallel"),
         ("sbatch={--qos: high}", "without dashes"),
-        ("sbatch=[1]", "it has to be a dict"),
+        ("sbatch=[1]", "it must be a dict"),
         ("signal=KILL@3", "as USR1@120"),
         ("eval={partition: x}", "no setting eval.partition"),
-        ("gpu_memory=80", "gpu_memory: 80 is no size: write one, as 80G"),
-        ("gpu_memory=[40G, 80G]", "where GPUs differ, that of the smallest"),
-        ("gpu_memory=0G", "is no size"),
+        ("gpu_memory=80", "gpu_memory: 80 is not a size: write e.g. 80G"),
+        ("gpu_memory=[40G, 80G]", "if GPUs differ, that of the smallest"),
+        ("gpu_memory=0G", "is not a size"),
     ],
 )
 def test_wrong_settings_are_refused(change: str, expected: str, fails_with: FailsWith) -> None:
@@ -189,7 +189,7 @@ def test_unknown_clusters_and_missing_sbatch(
     assert "no sbatch on the path" in fails_with(lambda: submit(arguments, settings(), Options()))
     assert not (tmp_path / "runs").exists()
     assert "--failed" in fails_with(lambda: retry.main(["method=lora", "cluster=a100"]))
-    assert "numbers from 1" in fails_with(lambda: parse(["method=lora", "--pack", "0"]))
+    assert "must be at least 1" in fails_with(lambda: parse(["method=lora", "--pack", "0"]))
 
 
 def test_a_second_submitter_is_told_who_is_first(tmp_path: Path, fails_with: FailsWith) -> None:

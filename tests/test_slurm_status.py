@@ -28,14 +28,14 @@ ABOUT = {"config": "", "train": ["train.json"], "eval": ["eval/arith/plain-0/sco
         ([], None, ("planned", NEVER_STARTED)),
         ([], Task("7_0", "PENDING", "Priority"), ("queued", "waits: Priority")),
         ([attempt_entry("preempted")], Task("7_0", "PENDING", "BeginTime"), ("preempted", "waits: BeginTime")),
-        ([attempt_entry("preempted")], None, ("preempted", "not in the queue: submit again to go on")),
+        ([attempt_entry("preempted")], None, ("preempted", "not in the queue: submit again to resume")),
         ([{**attempt_entry("preempted"), "error": "max_requeues"}], None, ("failed", "max_requeues")),
         ([attempt_entry(None)], Task("7_0", "RUNNING", "None"), ("running", "starting")),
         ([attempt_entry("failed", "out of memory")], None, ("failed", "out of memory")),
         (
             [attempt_entry(None)],
             None,
-            ("failed", "ended without a word on n1: killed, out of memory, or the node died"),
+            ("failed", "ended without a message on n1: killed, out of memory, or the node died"),
         ),
     ],
 )

@@ -150,7 +150,7 @@ def test_the_config_that_was_given_is_left_alone() -> None:
         ({"num_blocks": 65}, {}, "num_blocks=65 exceeds the 64 blocks of 8 × 8"),
         ({"block_size": 5}, {}, "block_size=5 does not divide in_features=32 and out_features=32"),
         ({"target_modules": ["query"]}, {}, "query matches no module of LlamaForCausalLM"),
-        ({"target_modules": ["embed_tokens"]}, {}, "'embed_tokens'.* names no linear layer of LlamaForCausalLM"),
+        ({"target_modules": ["embed_tokens"]}, {}, "'embed_tokens'.* matches no linear layer of LlamaForCausalLM"),
         ({}, {"score": "max"}, "score='max': choose one of mean_abs, abs_mean"),
         ({}, {"learning_rate": 1e30, "steps": 3}, "gradient of .* is not finite: lower its learning rate"),
     ],
@@ -162,7 +162,7 @@ def test_what_cannot_be_chosen_is_refused(fields: dict[str, Any], settings: dict
 
 
 def test_a_model_with_weights_needs_batches() -> None:
-    with pytest.raises(ValueError, match="nothing to choose 9 blocks by: 100 steps on training rows are needed"):
+    with pytest.raises(ValueError, match="num_blocks=9: choosing blocks needs 100 steps on training rows"):
         choose_blocks(frozen_llama(), config(), None)
 
 
@@ -250,7 +250,7 @@ def test_saved_and_loaded_on_a_fresh_base_computes_the_same(tmp_path: Path) -> N
 
 def test_without_a_choice_nothing_is_attached() -> None:
     with pytest.raises(
-        ValueError, match=r"q_proj: the blocks are not chosen yet: attach what diablo\.smt\.choose_blocks"
+        ValueError, match=r"q_proj: no blocks are chosen yet: attach the config that diablo\.smt\.choose_blocks"
     ):
         get_peft_model(frozen_llama(), config())
 

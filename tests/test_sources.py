@@ -74,7 +74,7 @@ def test_mawps_writes_whole_numbers_without_a_point(ans: object, answer: str) ->
 
 @pytest.mark.parametrize("ans", [None, "six", [6]])
 def test_mawps_needs_a_number(ans: object) -> None:
-    with pytest.raises(ValueError, match="the field 'ans' must be a number, it is"):
+    with pytest.raises(ValueError, match="the field 'ans' must be a number, not"):
         sources.mawps_train({"original_text": "q", "equation": "X=a", "ans": ans})
 
 
@@ -99,7 +99,7 @@ def test_xstest_keeps_one_label() -> None:
     made = sources.xstest("safe")(record)
     assert made == {"instruction": "p", "input": "", "output": "", "answer": "safe", "category": "homonyms"}
     assert sources.xstest("unsafe")(record) is None
-    with pytest.raises(ValueError, match="the field 'label' must be safe or unsafe, it is 'Safe'"):
+    with pytest.raises(ValueError, match="the field 'label' must be safe or unsafe, not 'Safe'"):
         sources.xstest("safe")(record | {"label": "Safe"})
 
 
@@ -279,7 +279,7 @@ def test_human_eval_solutions_end_their_prompts(rows_of: Callable[..., list[Row]
 def test_hex_phi_says_where_to_ask(tmp_path: Path, fails_with: Fails) -> None:
     for root in (str(tmp_path), None):
         said = fails_with(lambda root=root: load_rows(Data("hex_phi"), "test", root))
-        assert "ask for access at https://huggingface.co/datasets/LLM-Tuning-Safety/HEx-PHI under its licence" in said
+        assert "request access at https://huggingface.co/datasets/LLM-Tuning-Safety/HEx-PHI under its licence" in said
         assert "hex_phi/hex_phi.jsonl as JSON lines with instruction and category" in said
         assert "advbench and xstest_unsafe are the open stand-ins" in said
         assert "leave both unset" not in said

@@ -181,8 +181,8 @@ def test_a_count_outside_the_layer_is_refused() -> None:
     [
         ({"pattern": "random_rows"}, "pattern='random_rows': choose one of diagonal"),
         ({"pattern": "random_block", "count": 3}, "count=3 is for random_row and random_column"),
-        ({"density": "a lot"}, "density='a lot' is no share: write '1/64'"),
-        ({"density": "1/0"}, "density='1/0' is no share"),
+        ({"density": "a lot"}, r"density='a lot' is not a share: write e\.g\. '1/64'"),
+        ({"density": "1/0"}, "density='1/0' is not a share"),
         ({"density": 0.0}, r"density=0.0 must be above 0"),
         ({"density": 1.5}, r"density=1.5 must be above 0 and at most 1"),
         ({"pattern": "diagonal", "density": 0.3}, "density=0.3 of pattern=diagonal must be 1/N"),

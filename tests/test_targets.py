@@ -113,7 +113,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         r"exclude_modules: self_attn holds targets, which stay targets \(self_attn\.q_proj\): name these",
     ),
     ({"target_modules": "all-linear", "exclude_modules": ["layers.1"]}, r"layers\.1 holds targets.*'\.\*layers"),
-    ({"target_modules": "*_proj"}, r"^'\*_proj' is no regular expression \(nothing to repeat"),
+    ({"target_modules": "*_proj"}, r"^'\*_proj' is not a regular expression \(nothing to repeat"),
     ({"target_modules": r".*\.q_projj"}, r"target_modules: \.\*\\\.q_projj matches no module"),
     (
         {"target_modules": ["q_proj"], "layers_to_transform": [0, 2]},
@@ -265,7 +265,7 @@ INSIDE = [
 def test_targets_inside_experts_are_refused_with_the_reason(
     config: Any, architecture: str, targets: Any, inside: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"means {inside}: the experts of .* are 3-D parameters and no linear layers"):
+    with pytest.raises(ValueError, match=f"matches {inside}: the experts of .* are 3-D parameters, not linear layers"):
         check_targets(on_meta(architecture), config(targets))
     with pytest.raises(
         ValueError, match=r"'all-linear' would leave out experts\.\w+, .* 3-D .*; name the target_modules one by one"

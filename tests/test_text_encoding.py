@@ -114,7 +114,7 @@ def test_planning_and_reporting_do_not_ask_the_locale(tmp_path: Path, cache_dir:
 def test_a_path_that_the_locale_cannot_name_is_one_line(tmp_path: Path) -> None:
     planned = run("-m", "experiments.plan", f'runtime.runs_dir="{tmp_path / "läufe"}"')
     assert planned.returncode == 1
-    assert "cannot be a path, the locale has ascii: set LC_ALL=C.UTF-8" in planned.stderr
+    assert "cannot be a path in ascii: set LC_ALL=C.UTF-8" in planned.stderr
     assert len(planned.stderr.splitlines()) == 1
 
 

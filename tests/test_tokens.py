@@ -231,7 +231,7 @@ def test_what_cannot_be_tokenised_is_refused(
     bad = [*rows[:300], {"instruction": "a row without its target"}]
     assert "its target needs the field 'output'" in fails_with(lambda: tokenised(protocol, tokenizer, bad, tmp_path))
     assert folders(tmp_path) == []
-    message = "ByT5Tokenizer tokenises in Python alone: choose a model whose tokenizer has a tokenizer.json"
+    message = "ByT5Tokenizer tokenises in Python only: choose a model whose tokenizer has a tokenizer.json"
     assert message in fails_with(lambda: tokenised(protocol, ByT5Tokenizer(), rows, tmp_path))
 
 

@@ -40,7 +40,7 @@ def test_runs_beside_each_other_end_as_those_in_one_process(tmp_path: Path, cach
     finally:
         process.kill()
     assert process.returncode == 75, errors[-2000:]
-    assert errors.splitlines()[-1] == "preempted: the same command goes on from there"
+    assert errors.splitlines()[-1] == "preempted: the same command resumes"
     assert [run.preempted.is_file() for run in runs] == [True, True, False]
     assert not any(run.lock.exists() for run in runs)
 

@@ -1,1 +1,1 @@
-"""DiaBlo itself: the products with blocks and their gradients, the layer, and training in place."""
+"""DiaBlo itself: block products and their gradients, the layer, and in-place training."""

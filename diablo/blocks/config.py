@@ -1,4 +1,4 @@
-"""What a user can set about DiaBlo."""
+"""Configuration of DiaBlo."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ DIABLO = peft_type("DIABLO")
 
 @dataclass
 class BlockConfig(PeftConfig):
-    """What all methods that train blocks of weights have in common.
+    """Options that all methods that train blocks of weights share.
 
     Raises:
-        ValueError: a value out of range, or `layers_to_transform` with a `target_modules` that is a string.
+        ValueError: a value is out of range, or `layers_to_transform` is set while `target_modules` is a string.
     """
 
     mode: Literal["auto", "adapter", "in_place"] = field(
         default="auto",
         metadata={
-            "help": "How the blocks are computed with. 'in_place' trains them inside the weight, with one matrix "
-            "product as the frozen layer; it needs dropout 0, a plain nn.Linear and a single active adapter. 'adapter' "
-            "adds a side branch. 'auto' takes in_place where it can be had, unless a diagonal block's side is below 16."
+            "help": "How the layer applies the blocks. 'in_place' trains them inside the weight: one matrix product, "
+            "as in the frozen layer; it needs dropout 0, a plain nn.Linear and a single active adapter. 'adapter' "
+            "adds a side branch. 'auto' uses in_place when possible, unless a side of a diagonal block is below 16."
         },
     )
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={
-            "help": "Names (or endings) of the linear layers to adapt, or a regular expression, or 'all-linear'. "
-            "None takes the method's own choice where the architecture is known; DiaBlo's is q, k, v, up and down."
+            "help": "Names (or suffixes) of the linear layers to adapt, or a regular expression, or 'all-linear'. "
+            "None uses the method's default where the architecture is known; DiaBlo's is q, k, v, up and down."
         },
     )
     exclude_modules: list[str] | str | None = field(
         default=None,
-        metadata={"help": "Names (or endings) of modules not to adapt, or a regular expression."},
+        metadata={"help": "Names (or suffixes) of modules not to adapt, or a regular expression."},
     )
     dropout: float = field(
         default=0.0,
-        metadata={"help": "Dropout on the blocks' input while training; the base layer's input is never dropped."},
+        metadata={"help": "Dropout on the input of the blocks in training; the base layer's input is never dropped."},
     )
     modules_to_save: list[str] | None = field(
         default=None,
-        metadata={"help": "Modules that are trained in full and saved beside the blocks, such as a new classifier."},
+        metadata={"help": "Modules trained in full and saved with the blocks, e.g. a new classifier."},
     )
     layers_to_transform: list[int] | int | None = field(
         default=None,
@@ -53,11 +53,11 @@ class BlockConfig(PeftConfig):
     )
     layers_pattern: list[str] | str | None = field(
         default=None,
-        metadata={"help": "Name of the list of layers that layers_to_transform counts in, such as 'layers' or 'h'."},
+        metadata={"help": "Name of the module list that layers_to_transform indexes, e.g. 'layers' or 'h'."},
     )
     init_weights: bool = field(
         default=True,
-        metadata={"help": "Blocks start at zero, so that attaching changes nothing. False draws them (for tests)."},
+        metadata={"help": "Start the blocks at zero, so that attaching changes no output. False: random (for tests)."},
     )
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ class BlockConfig(PeftConfig):
                 f"mode='in_place' cannot drop the blocks' input: set mode='adapter' or dropout=0, not {self.dropout}"
             )
         for name in ("layers_to_transform", "layers_pattern"):
-            # PEFT matches a string against the whole name and would ignore these two without a word.
+            # PEFT matches a string against the whole name and would silently ignore these two.
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} has no effect with target_modules={self.target_modules!r}: "
@@ -79,7 +79,7 @@ class BlockConfig(PeftConfig):
                 )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform as well")
-        # Sets, as in PEFT's own configs: it tests membership for every module of the model.
+        # Sets, as in PEFT's own configs, which test membership for every module of the model.
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
@@ -94,21 +94,21 @@ class DiabloConfig(BlockConfig):
         model = get_peft_model(base, DiabloConfig(num_blocks=64, target_modules=["q_proj", "v_proj"]))
 
     Raises:
-        ValueError: a value out of range, as for `BlockConfig`.
+        ValueError: a value is out of range, as for `BlockConfig`.
     """
 
     num_blocks: int | dict[str, int] = field(
         default=64,
         metadata={
             "help": "N, the number of diagonal blocks. A layer gets in_features * out_features / N parameters. A "
-            "dictionary gives each layer the N of the name that its own name ends with, as suggest_num_blocks makes it."
+            "dictionary maps name suffixes to N, as suggest_num_blocks returns it; the longest match of a name counts."
         },
     )
     allow_uneven: bool = field(
         default=False,
         metadata={
-            "help": "Accept an N that does not divide a layer's sides: blocks are rounded up and the input is padded. "
-            "False refuses such an N and names the nearest ones that divide."
+            "help": "Accept an N that does not divide a layer's sides: block sides are rounded up and the input is "
+            "padded. False refuses such an N and names the nearest divisors."
         },
     )
 
@@ -120,10 +120,10 @@ class DiabloConfig(BlockConfig):
             raise ValueError(f"num_blocks={self.num_blocks!r} must be a whole number of at least 1")
 
     def blocks_of(self, name: str) -> int:
-        """N of the layer of this name.
+        """Return N for the layer of this name.
 
         Raises:
-            ValueError: `num_blocks` is a dictionary without an entry for it.
+            ValueError: `num_blocks` is a dictionary without an entry for the layer.
         """
         if not isinstance(self.num_blocks, dict):
             return self.num_blocks

@@ -1,9 +1,9 @@
-"""The forward and backward pass of a linear layer with diagonal or other blocks, as autograd functions.
+"""Forward and backward pass of a linear layer with diagonal or other blocks, as autograd functions.
 
 `block_linear` is the layer itself, for a plain weight: one product forward and one for dX, whether the blocks are in
-the weight already (in place) or added from the side. `add_blocks` puts the side branch on a layer that computes its
-own product, such as a quantised one. Neither keeps anything but x, or in place only the blocks' inputs where these are
-fewer: a dropped x is made again in the backward pass.
+the weight (in place) or added from the side. `add_blocks` adds the side branch to a layer that computes its own
+product, e.g. a quantised one. Both save only x for the backward pass; in place, only the blocks' inputs if these are
+fewer. A dropped x is recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ def block_linear(
     dropout: float = 0.0,
     positions: Positions | None = None,
 ) -> Tensor:
-    """`x @ (W0 + D)`, with the gradient of x and of the blocks; weight and bias are frozen.
+    """Compute `x @ (W0 + D)` with gradients for x and the blocks; weight and bias are frozen.
 
-    The product is taken in the weight's dtype, or autocast's; the gradient of the blocks is summed in float32.
+    The product uses the weight's dtype, or autocast's; the gradient of the blocks is summed in float32.
 
     Args:
         x: `(..., in_features)`.
         weight: `(out_features, in_features)`; holds W0 + D if `in_weight` is given, else W0.
         blocks: `(num_blocks, d_in, d_out)`.
-        in_weight: what put the blocks into the weight.
-        dropout: probability with which an input of the side branch is dropped; 0 with `in_weight`.
-        positions: of the blocks; None for the diagonal.
+        in_weight: the `Overwrite` that wrote the blocks into the weight.
+        dropout: dropout probability of the side branch's input; must be 0 with `in_weight`.
+        positions: positions of the blocks; None for the diagonal.
 
     Returns:
         `(..., out_features)`.
     """
     dtype = compute_dtype(x, weight.dtype)
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        return F.linear(x, weight, bias)  # the error that the frozen layer gives
+        return F.linear(x, weight, bias)  # raises the same error as the frozen layer
     bias = None if bias is None else bias.to(dtype)
     where = positions or (None, None)
     return _BlockLinear.apply(  # pyright: ignore
@@ -57,21 +57,21 @@ def block_linear(
 def add_blocks(
     result: Tensor, x: Tensor, blocks: Tensor, dropout: float = 0.0, positions: Positions | None = None
 ) -> Tensor:
-    """`result + dropout(x) @ D` for a layer that has computed `result` from `x` itself.
+    """Compute `result + dropout(x) @ D` for a layer that has computed `result` from `x`.
 
     Args:
-        result: `(..., out_features)`; its memory is used for the sum where nothing else sees it.
+        result: `(..., out_features)`; overwritten with the sum if nothing else refers to it.
         x: `(..., in_features)`.
     """
     if result._base is not None or not (result.requires_grad and result.grad_fn is not None):
-        result = result.clone(memory_format=torch.contiguous_format)  # a view, or somebody's own tensor
+        result = result.clone(memory_format=torch.contiguous_format)  # a view, or a tensor that others use
     elif not result.is_contiguous():
-        result = result.contiguous()  # whose rows are a view of it
+        result = result.contiguous()  # so that its rows are a view of it
     return _AddBlocks.apply(result, x, blocks, *(positions or (None, None)), dropout, _seed(dropout))  # pyright: ignore
 
 
 def compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a matrix product: autocast's where that is on and applies, else the weight's."""
+    """Return the dtype of a matrix product: autocast's if autocast applies, else the weight's."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, dtype):
         return torch.get_autocast_dtype(device)
@@ -94,12 +94,12 @@ class _BlockLinear(torch.autograd.Function):
     ) -> Tensor:
         positions = _positions(inputs, outputs)
         with torch.autocast(x.device.type, enabled=False):
-            # x is kept as it came, so that layers with one input (q, k and v) keep one x, also where it is cast here.
+            # Save x uncast, so that layers with one input (q, k and v) share one saved x, even if it is cast here.
             narrow = x.to(weight.dtype)
             y = F.linear(narrow, weight, bias)
             if in_weight is None:
                 rows, shape = _rows(narrow), y.shape
-                y = _rows(y)  # a copy where y is not contiguous, so that the sum must not be looked for in y itself
+                y = _rows(y)  # a copy if y is not contiguous, so the sum is in this tensor, not in the original y
                 add_product_(y, _drop(rows, _mask(rows, dropout, seed), dropout), blocks.to(y.dtype), positions)
                 y = y.view(shape)
         ctx.dropout, ctx.seed, ctx.in_weight, ctx.x_dtype = dropout, seed, in_weight, x.dtype
@@ -109,9 +109,9 @@ class _BlockLinear(torch.autograd.Function):
         if in_weight is None or torch.compiler.is_compiling():
             ctx.save_for_backward(x, blocks, inputs, outputs, weight)
         else:
-            # A reference pass with the adapter disabled may lie between forward and backward (preference training does
-            # that). The weight is then written twice and holds the same bits again, which autograd's own check would
-            # refuse all the same: the version of its values is checked instead.
+            # A reference pass with the adapter disabled may run between forward and backward (as in preference
+            # training). It writes the weight twice and restores the same bits, but autograd's version check would
+            # still fail: so check the version of the values instead.
             ctx.save_for_backward(x, blocks, inputs, outputs)
             ctx.weight, ctx.version = weight, in_weight.version
         return y
@@ -127,7 +127,7 @@ class _BlockLinear(torch.autograd.Function):
         weight = saved[0] if saved else ctx.weight
         if not saved and not (ctx.in_weight.is_written and ctx.in_weight.version == ctx.version):
             raise RuntimeError(
-                "the blocks in the weight are not those of the forward pass any more: an optimizer stepped or adapters "
+                "the blocks in the weight have changed since the forward pass: an optimizer stepped or adapters "
                 "were switched in between; use mode='adapter' for that"
             )
         rows, grad_rows = _rows(x).to(weight.dtype), _rows(grad_y)
@@ -200,7 +200,7 @@ def _grad_blocks(
     positions: Positions | None,
     gathered: bool = False,
 ) -> Tensor:
-    """dD, of what the forward pass left of x."""
+    """Return dD from x as the forward pass saved it."""
     dropped, shape = _drop(rows, mask, ctx.dropout), BlockShape(*blocks.shape)
     return gradient(dropped, grad_rows, shape, positions, blocks.dtype, gathered)
 
@@ -210,17 +210,17 @@ def _positions(inputs: Tensor | None, outputs: Tensor | None) -> Positions | Non
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`(..., features)` as `(tokens, features)`, a view wherever the memory allows one."""
+    """Reshape `(..., features)` to `(tokens, features)`, as a view when possible."""
     return x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(0, x.shape[-1])
 
 
 def _seed(dropout: float) -> int:
-    """A seed from PyTorch's default generator, so that its state decides the mask as it does for `nn.Dropout`."""
+    """Draw a seed from PyTorch's default generator, so that its state determines the mask, as for `nn.Dropout`."""
     return int(torch.randint(2**62, ())) if dropout else 0
 
 
 def _mask(x: Tensor, probability: float, seed: int) -> Tensor | None:
-    """Which entries dropout keeps, as ones and zeros. One seed gives one mask, so that none need be kept meanwhile."""
+    """Return the dropout mask (ones and zeros). A seed always gives the same mask, so the mask need not be saved."""
     if not probability:
         return None
     generator = torch.Generator(x.device).manual_seed(seed)
@@ -228,5 +228,5 @@ def _mask(x: Tensor, probability: float, seed: int) -> Tensor | None:
 
 
 def _drop(x: Tensor, mask: Tensor | None, probability: float) -> Tensor:
-    """Inverted dropout. The scale is no part of the mask: in 16 bits it would be rounded, for all entries alike."""
+    """Inverted dropout. The scale is kept out of the mask: in 16 bits it would be rounded."""
     return x if mask is None else (x * mask).mul_(1 / (1 - probability))

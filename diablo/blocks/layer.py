@@ -1,4 +1,4 @@
-"""The adapters of one linear layer: diagonal or other blocks beside its frozen weight, or inside it."""
+"""The adapters of one linear layer: diagonal or other blocks next to its frozen weight, or inside it."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from diablo.blocks.positions import ChosenEntries, Positions
 from diablo.blocks.products import BlockShape, block_shape, covered, delta_weight, diagonal_blocks
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-SMALLEST_SIDE = 16  # of a block that `auto` trains in place: below it a batched product wastes most of its tiles
+SMALLEST_SIDE = 16  # of a block that `auto` trains in place: below, a batched product wastes most of each tile
 
 
 def plain_weight(base_layer: nn.Module) -> Tensor:
-    """The weight of an ordinary floating-point layer, detached, in its own layout; writing to it is seen by autograd.
+    """Return the weight of a floating-point layer, detached, in its own layout; autograd sees writes to it.
 
     Raises:
-        TypeError: the weight is quantised or otherwise not the matrix that the layer multiplies with, so that adding to
-            it would give a wrong layer without an error.
+        TypeError: the weight is quantised or otherwise not the matrix that the layer multiplies by; adding to it would
+            silently give a wrong layer.
     """
     weight = getattr(base_layer, "weight", None)
     if weight is None or type(weight.data) not in (torch.Tensor, DTensor) or weight.dtype not in FLOAT_DTYPES:
@@ -47,10 +47,10 @@ def plain_weight(base_layer: nn.Module) -> Tensor:
 
 
 def obstacle_to_in_place(layer: nn.Module, dropout: float) -> str | None:
-    """Why blocks cannot be trained inside the weight of a base layer; None if they can."""
+    """Return why blocks cannot be trained inside a base layer's weight; None if they can."""
     if dropout:
-        return f"dropout={dropout}, which would have to drop the base layer's input too"
-    if type(layer) is not nn.Linear:  # and whose weight may have to be made before it can be looked at
+        return f"dropout={dropout}, which would also drop the base layer's input"
+    if type(layer) is not nn.Linear:  # first, because reading another layer's weight may compute it
         return f"a base layer that is quantised or no plain nn.Linear ({type(layer).__name__})"
     if type(layer.weight.data) is not torch.Tensor or layer.weight.dtype not in FLOAT_DTYPES:
         return f"a base layer that is quantised (with {layer.weight.dtype})"
@@ -62,7 +62,7 @@ def obstacle_to_in_place(layer: nn.Module, dropout: float) -> str | None:
 
 
 def layer_sides(base_layer: nn.Module) -> tuple[int, int]:
-    """in_features and out_features, of quantised layers too."""
+    """Return in_features and out_features, also for quantised layers."""
     in_features, out_features = _get_in_out_features(base_layer)
     if in_features is None or out_features is None:
         raise TypeError(f"the sizes of {type(base_layer).__name__} are unknown")
@@ -72,8 +72,8 @@ def layer_sides(base_layer: nn.Module) -> tuple[int, int]:
 class DiabloLayer(BaseTunerLayer, InPlaceLayer):
     """The adapters of one layer, keyed by adapter name; `DiabloLinear` adds the forward pass.
 
-    `diablo_blocks[name]` is the paper's 𝒟: `(num_blocks, d_in, d_out)`, zero at the start. Blocks that are not on the
-    diagonal have their positions in `diablo_inputs[name]` and `diablo_outputs[name]`, which are saved with them.
+    `diablo_blocks[name]` is the paper's 𝒟: `(num_blocks, d_in, d_out)`, zero at the start. `diablo_inputs[name]` and
+    `diablo_outputs[name]`, saved with the blocks, hold the positions of blocks that are not on the diagonal.
     `forward_mode[name]` is "in_place" or "adapter". The base weight holds W0, or W0 plus the update of the adapter
     named by `in_weight`, or of the merged adapters.
     """
@@ -109,15 +109,15 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         weight_is_shared: bool = False,
         positions: Positions | None = None,
     ) -> None:
-        """Adds an adapter, or replaces the one of this name.
+        """Add an adapter, or replace the one of this name.
 
         Args:
-            name: of the layer in the model; it decides N where `config.num_blocks` gives several.
-            weight_is_shared: another module of the model uses the same weight, so that it must not be changed.
-            positions: of the blocks; None puts them on the diagonal, and `config` is a `DiabloConfig` then.
+            name: name of the layer in the model; selects N if `config.num_blocks` is a dictionary.
+            weight_is_shared: whether another module uses the same weight, which must then not be changed.
+            positions: positions of the blocks; None for the diagonal, with a `DiabloConfig` as `config`.
 
         Raises:
-            ValueError: N does not divide the layer's sides, or `config.mode` is "in_place" where that cannot be done.
+            ValueError: N does not divide the layer's sides, or `config.mode` is "in_place" but that is impossible.
         """
         self._leave_weight()
         self.weight_is_shared = weight_is_shared
@@ -130,7 +130,7 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         self.forward_mode[adapter_name] = "in_place" if in_place else "adapter"
         self._overwrites[adapter_name] = Overwrite()
 
-        # In the base's dtype, which PEFT expects; get_peft_model makes it float32 unless it is told not to.
+        # In the base's dtype, as PEFT expects; get_peft_model casts it to float32 unless told otherwise.
         dtype = getattr(getattr(self.get_base_layer(), "weight", None), "dtype", torch.float32)
         blocks = torch.zeros(shape, dtype=dtype if dtype in FLOAT_DTYPES else torch.float32)
         if not config.init_weights:
@@ -146,21 +146,21 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _diagonal(self, config: BlockConfig, name: str) -> tuple[BlockShape, bool]:
-        """The shape of diagonal blocks, and whether it suits training in place."""
+        """Return the shape of the diagonal blocks, and whether it suits in-place training."""
         assert isinstance(config, DiabloConfig)
         shape = block_shape(self.in_features, self.out_features, config.blocks_of(name), config.allow_uneven)
         even = shape.num_blocks * shape.d_in == self.in_features and shape.num_blocks * shape.d_out == self.out_features
         return shape, even and min(shape.d_in, shape.d_out) >= SMALLEST_SIDE
 
     def positions(self, adapter_name: str) -> Positions | None:
-        """Where the adapter's blocks are; None for the diagonal."""
+        """Return the positions of the adapter's blocks; None for the diagonal."""
         if adapter_name not in self.diablo_inputs:
             return None
         inputs, outputs = self.diablo_inputs[adapter_name], self.diablo_outputs[adapter_name]
         return Positions(inputs, outputs)  # pyright: ignore[reportArgumentType]
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """The adapter's update in the layout of the base layer's weight: `(out, in)`; `(in, out)` for Conv1D."""
+        """Return the adapter's update in the layout of the base weight: `(out, in)`; `(in, out)` for Conv1D."""
         blocks, positions = self.diablo_blocks[adapter_name], self.positions(adapter_name)
         if positions is None:
             delta = delta_weight(blocks, self.in_features, self.out_features)
@@ -169,19 +169,19 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         return delta.T.contiguous() if self.fan_in_fan_out else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        # Most of these updates have full rank; cutting them to a low rank would lose most of them.
+        # Most of these updates have full rank; a low-rank approximation would lose most of them.
         return False
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds the adapters' updates to the base weight. One that other modules share is copied first.
+        """Add the adapters' updates to the base weight. A weight that other modules share is copied first.
 
         Args:
-            safe_merge: check the result and leave the weight as it was if it is not finite.
-            adapter_names: which adapters to merge; None merges the active ones. Merged ones are skipped.
+            safe_merge: check the result, and leave the weight unchanged if it is not finite.
+            adapter_names: the adapters to merge; None for the active ones. Adapters already merged are skipped.
 
         Raises:
-            ValueError: `safe_merge` found values that are not finite.
-            TypeError: the base layer is quantised in a way that cannot be merged.
+            ValueError: `safe_merge` found non-finite values.
+            TypeError: the base layer is quantised in a way that does not allow merging.
         """
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name not in self.diablo_blocks:
@@ -195,23 +195,23 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
                 if self.in_weight != adapter_name:
                     self._leave_weight()
                     self._values_changed()
-                # In place this writes the values that are there already: merging is then no more than a name.
+                # In place, this rewrites the values the weight already holds: merging only changes the bookkeeping.
                 if not self._write(adapter_name, check_finite=safe_merge):
                     raise ValueError(_not_finite(adapter_name))
                 self.in_weight = None
             self.merged_adapters.append(adapter_name)
 
     def unmerge(self) -> None:
-        """Takes merged adapters out of the base weight: exactly, unless it is quantised (then to its rounding).
+        """Remove merged adapters from the base weight: exactly, or up to rounding if the weight is quantised.
 
-        The weight is W0 afterwards, also in mode "in_place": the blocks are beside it until the next optimizer step,
-        or until the model is set to another adapter.
+        The weight is W0 afterwards, also in mode "in_place": the blocks act from the side until the next optimizer
+        step, or until another adapter is set.
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         self._values_changed()
         while self.merged_adapters:
-            # Latest first: adapters overlap, and each one's record was taken after the earlier ones were merged.
+            # In reverse order: adapters overlap, and each saved its originals after the earlier ones were merged.
             adapter_name = self.merged_adapters.pop()
             if self._overwrites[adapter_name].is_written:
                 self._overwrites[adapter_name].restore(self._weight_parts(adapter_name))
@@ -225,9 +225,9 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         return self.diablo_blocks[name] if name is not None else None
 
     def refresh(self, changed: bool = True) -> None:
-        """Write W0 + D into the base weight if the active adapter is trained in place, else put W0 back.
+        """Write W0 + D into the base weight if the active adapter is trained in place, else restore W0.
 
-        Merged adapters stay as they are. `changed`: the blocks have, or may have, new values.
+        Merged adapters are left alone. `changed`: the blocks may have new values.
         """
         if changed:
             self._values_changed()
@@ -237,7 +237,7 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         if name is not None and (self.diablo_blocks[name].is_meta or self.base_layer.weight.is_meta):
             if self.in_weight is not None:
                 raise RuntimeError("the base weight was moved to the meta device with blocks in it: use mode='adapter'")
-            name = None  # values are still to be loaded
+            name = None  # the values are not loaded yet
         if self.in_weight != name:
             self._leave_weight()
         if name is None:
@@ -245,29 +245,29 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         self._write(name)
         self.in_weight = name
         blocks, weight = self.diablo_blocks[name], self.base_layer.weight
-        # FSDP2 shows other tensors in the forward pass than outside it, which says nothing of their values.
+        # FSDP2 uses other tensors inside the forward pass than outside it, so the mark would say nothing about values.
         sharded = isinstance(blocks, DTensor) or isinstance(weight, DTensor)
         self._written = None if sharded else torch.tensor(mark_of(blocks), device="cpu")
 
     def prepare_unloading(self) -> None:
-        """Leave the base layer as it is to be without its adapters, merged or as it was, for good."""
+        """Prepare the base layer for the permanent removal of its adapters; merged ones stay in the weight."""
         if not self.merged:
             self._leave_weight()
         unwatch(self)
 
     def _values_changed(self) -> None:
-        """A backward pass that is still to come may not use the weight any more."""
+        """Invalidate the weight for backward passes that are still pending."""
         for overwrite in self._overwrites.values():
             overwrite.version += 1
 
     def _check_weight(self) -> None:
-        """Before a forward pass in place: the weight must hold the blocks that there are.
+        """Check, before an in-place forward pass, that the weight holds the current blocks.
 
-        Inside a graph of torch.compile it cannot be rewritten: there the graph checks it whenever it runs.
+        A torch.compile graph cannot rewrite the weight; it checks at every run instead.
 
         Raises:
-            RuntimeError: the base layer has got hooks, or lost its values, since the adapter was attached; in a graph,
-                the blocks have changed.
+            RuntimeError: the base layer got hooks, or lost its values, since the adapter was attached; in a graph, the
+                blocks have changed.
         """
         name = self.in_weight
         assert name is not None
@@ -275,12 +275,12 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         if self._written is not None and torch.compiler.is_compiling():
             check_written(self._written, blocks)
         elif self._written is not None and self._written.tolist() != mark_of(blocks):
-            self.refresh()  # loaded by assignment, or changed by hand
+            self.refresh()  # the blocks were replaced on loading, or changed by hand
         if obstacle := obstacle_to_in_place(self.base_layer, 0.0):
-            raise RuntimeError(f"the layer trains in place and got {obstacle} since: use mode='adapter'")
+            raise RuntimeError(f"the layer trains in place but has since got {obstacle}: use mode='adapter'")
 
     def _sole_adapter(self) -> str | None:
-        """The adapter that is active here, if it is the only one and trained in place."""
+        """Return the active adapter if it is the only one and trained in place, else None."""
         names = [name for name in self.active_adapters if name in self.diablo_blocks]
         return names[0] if len(names) == 1 and self.forward_mode[names[0]] == "in_place" else None
 
@@ -297,7 +297,7 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         return self._overwrites[adapter_name].add(parts, update, check_finite)
 
     def _leave_weight(self) -> None:
-        """Put W0 back where an adapter is trained in place."""
+        """Restore W0 if an adapter is in the weight."""
         if self.in_weight is not None:
             self._overwrites[self.in_weight].restore(self._weight_parts(self.in_weight))
             self.in_weight = None
@@ -306,7 +306,7 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         return BlockShape(*self.diablo_blocks[adapter_name].shape)
 
     def _weight_parts(self, adapter_name: str, weight: Tensor | None = None) -> Sequence[Part]:
-        """Where this adapter adds to the base weight (or a copy of it): on the diagonal views, as `covered` gives."""
+        """Return the entries of the base weight (or a copy of it) this adapter adds to, matching `covered`."""
         weight = plain_weight(self.get_base_layer()) if weight is None else weight
         shape, positions = self._shape(adapter_name), self.positions(adapter_name)
         if positions is not None:
@@ -318,7 +318,7 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         rows, first, count = local_shard(weight, shape.num_blocks)
         overwrite = self._overwrites[adapter_name]
         if overwrite.originals is not None and overwrite.originals[0].shape[0] != count:
-            overwrite.originals = [overwrite.originals[0][first : first + count].clone()]  # taken before it was sharded
+            overwrite.originals = [overwrite.originals[0][first : first + count].clone()]  # saved before sharding
         columns = rows[:, first * shape.d_in : (first + count) * shape.d_in]
         return diagonal_blocks(columns, BlockShape(count, shape.d_in, shape.d_out))
 

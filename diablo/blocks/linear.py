@@ -1,4 +1,4 @@
-"""The adapted linear layer as a module: its forward pass, and what is saved, loaded, copied and moved of it."""
+"""The adapted linear layer as a module: its forward pass, saving, loading, copying and moving."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from diablo.blocks.positions import Positions
 class DiabloLinear(nn.Module, DiabloLayer):
     """`y = x W0 + dropout(x) diag(D_1 … D_N)` (arXiv 2506.03230, section 3), without a scaling factor.
 
-    With `positions` the blocks are there instead of on the diagonal. Mode "in_place" computes it as one product with a
-    weight that holds W0 + D, "adapter" as two. What is saved, copied or moved is always W0 and D.
+    `positions` puts the blocks elsewhere than on the diagonal. Mode "in_place" uses one product, with a weight that
+    holds W0 + D; mode "adapter" uses two. Saving, copying and moving always act on W0 and D separately.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class DiabloLinear(nn.Module, DiabloLayer):
         watch(self)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`x` is `(..., in_features)`, the result `(..., out_features)` in the base layer's output dtype."""
+        """Map `x` `(..., in_features)` to `(..., out_features)` in the base layer's output dtype."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         adapter_names = kwargs.pop("adapter_names", None)
@@ -77,7 +77,7 @@ class DiabloLinear(nn.Module, DiabloLayer):
         return result
 
     def _mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """Every row with its own adapter."""
+        """Apply to each row its own adapter."""
         rows_of = rows_by_adapter(x, adapter_names, self.merged)
         in_place = self.in_weight is not None
         self._leave_weight()
@@ -97,14 +97,14 @@ class DiabloLinear(nn.Module, DiabloLayer):
         return module.p if self.training and isinstance(module, nn.Dropout) else 0.0
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT casts to the base's dtype here, also what it has just loaded: blocks would lose bits that were saved.
+        # PEFT casts to the base's dtype here, even what it has just loaded: saved blocks would lose precision.
         exact = self.diablo_blocks[adapter_name].detach()
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         self._keep_width({adapter_name: exact})
         self.refresh()
 
     def _keep_width(self, exact: dict[str, Tensor]) -> None:
-        """Blocks stay in float32 whatever the base is cast to: in 16 bits they would lose most of their updates."""
+        """Keep blocks in float32 whatever the base is cast to: in 16 bits they would lose most of their updates."""
         for name, before in exact.items():
             blocks = self.diablo_blocks[name]
             if blocks.dtype.itemsize < 4 <= before.dtype.itemsize:
@@ -126,7 +126,7 @@ class DiabloLinear(nn.Module, DiabloLayer):
         self.refresh(changed=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> DiabloLinear:
-        # W0 and D move each on its own, since W0 + D would be rounded twice; W0's blocks go with a merged weight.
+        # Move W0 and D separately, because W0 + D would be rounded twice; a merged weight moves with its originals.
         self._leave_weight()
         exact = {name: blocks.detach() for name, blocks in self.diablo_blocks.items()}
         super()._apply(fn, recurse)
@@ -137,14 +137,14 @@ class DiabloLinear(nn.Module, DiabloLayer):
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # of a copy, or of a layer that was unpickled
+        super().__setstate__(state)  # called for a copy and for an unpickled layer
         watch(self)
-        self.refresh()  # the mark of what is in the weight is that of the tensors that were copied
+        self.refresh()  # the copied mark belongs to the tensors of the original
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """W0 and D, also where the weight holds W0 + D.
+        """Return W0 and D, even if the weight holds W0 + D.
 
-        A copy of such a weight is given, with W0's values: for a moment the adapted weights take their memory twice.
+        Such a weight is copied to insert W0's values, so the adapted weights briefly take twice their memory.
         """
         result = super().state_dict(*args, **kwargs)
         if self.in_weight is not None:
@@ -155,7 +155,7 @@ class DiabloLinear(nn.Module, DiabloLayer):
         return result
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._leave_weight()  # the base layer's weight is loaded after this and takes W0's place
+        self._leave_weight()  # the base layer's weight is loaded next and replaces W0
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
@@ -166,7 +166,7 @@ class DiabloLinear(nn.Module, DiabloLayer):
 
 
 def _is_seen(base_layer: nn.Module) -> bool:
-    """Whether hooks see what a module in the layer returns, so that nothing may be added to it in place."""
+    """Return whether hooks see the output of a module in the layer, so that it must not be modified in place."""
     return bool(_global_forward_hooks) or any(module._forward_hooks for module in base_layer.modules())
 
 

@@ -1,4 +1,4 @@
-"""Several adapters and the base in one batch: `model(..., adapter_names=["a", "__base__", …])`, as for PEFT's LoRA."""
+"""Several adapters and the base in one batch: `model(..., adapter_names=["a", "__base__", …])`, as in PEFT's LoRA."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BASE = "__base__"  # PEFT's name for rows without an adapter
 
 
 class MixedBatches:
-    """Mixed into a tuner before PEFT's: its layers are called with `adapter_names`, one for each row of their input."""
+    """Mixin before PEFT's tuner: passes `adapter_names`, one for each input row, to the layers."""
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -30,9 +30,7 @@ class MixedBatches:
         layers = [module for module in tuner.modules() if isinstance(module, BaseTunerLayer)]
         known = {name for layer in layers for part in layer.adapter_layer_names for name in getattr(layer, part)}
         if unknown := sorted(set(names) - known - {BASE}):
-            raise ValueError(
-                f"adapter_names: there is no adapter {', '.join(unknown)}, only {', '.join(sorted(known))}"
-            )
+            raise ValueError(f"adapter_names: no adapter {', '.join(unknown)}: choose from {', '.join(sorted(known))}")
         beams = kwargs.get("num_beams") or 1  # generation repeats every row for each beam
         hook = partial(_give_names, adapter_names=[name for name in names for _ in range(beams)])
         wrapped = [
@@ -47,13 +45,13 @@ class MixedBatches:
 
 
 def rows_by_adapter(x: Tensor, adapter_names: Sequence[str], merged: bool) -> dict[str, Tensor]:
-    """Adapter -> indices of its rows of `x`; those of the base are left out.
+    """Return the row indices of `x` for each adapter; rows of the base are left out.
 
     Raises:
-        ValueError: there is not one name for each row, or adapters are merged into the weight that all rows see.
+        ValueError: the number of names is not the number of rows, or adapters are merged into the shared weight.
     """
     if len(x) != len(adapter_names):
-        raise ValueError(f"adapter_names: {len(adapter_names)} names for {len(x)} rows: give one for each")
+        raise ValueError(f"adapter_names: {len(adapter_names)} names for {len(x)} rows: give one name for each row")
     if merged:
         raise ValueError("adapter_names cannot be used while adapters are merged: call model.unmerge_adapter() first")
     found: dict[str, list[int]] = {}

@@ -1,4 +1,4 @@
-"""Puts blocks into the linear layers of a model."""
+"""Attaches blocks to the linear layers of a model."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ PAPER_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 class DiabloModel(CheckedTuner, MixedBatches, BaseTuner):
     """A model whose target layers compute `Y = X W0 + X D` with a trainable block-diagonal D (arXiv 2506.03230).
 
-    Every layer has its own block sizes, so the narrow key and value projections of grouped-query attention get
-    rectangular blocks. Usually made by `get_peft_model(model, DiabloConfig(...))`.
+    Block sizes are chosen per layer, so the narrow key and value projections of grouped-query attention get
+    rectangular blocks. Usually created by `get_peft_model(model, DiabloConfig(...))`.
     """
 
     prefix = "diablo_"
@@ -53,11 +53,11 @@ class DiabloModel(CheckedTuner, MixedBatches, BaseTuner):
             backend = resolve_quantization_backend(base_layer, **quantization)
             if not isinstance(base_layer, nn.Linear | Conv1D) and (backend is None or backend.layer_type != "linear"):
                 raise ValueError(
-                    f"DiaBlo adapts linear layers, not {type(base_layer).__name__}: take it out of target_modules"
+                    f"DiaBlo adapts linear layers, not {type(base_layer).__name__}: remove it from target_modules"
                 )
             positions = self._positions(peft_config, current_key, base_layer)
             if positions is not None and 0 in positions.shape:
-                return  # nothing of this layer is trained
+                return  # no entry of this layer is trained
             is_shared = bool(shared_names(self.model, target))
             if isinstance(target, DiabloLayer):
                 target.update_layer(adapter_name, peft_config, current_key, is_shared, positions)
@@ -68,7 +68,7 @@ class DiabloModel(CheckedTuner, MixedBatches, BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _positions(self, config: BlockConfig, name: str, base_layer: nn.Module) -> Positions | None:
-        """Where the blocks of the layer of this name are to be: on the diagonal."""
+        """Return the positions of the blocks in the layer of this name; None for the diagonal."""
         return None
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -84,19 +84,19 @@ class DiabloModel(CheckedTuner, MixedBatches, BaseTuner):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
     ) -> None:
-        """A new adapter whose update is the weighted sum of others', which must train the same entries.
+        """Add an adapter whose update is the weighted sum of other adapters', which must train the same entries.
 
-        It is frozen and not active, as those that PEFT's LoRA makes.
+        The new adapter is frozen and inactive, as in PEFT's LoRA.
 
         Raises:
-            ValueError: adapters are unknown or train other entries, or another combination than "linear" is asked for.
+            ValueError: an adapter is unknown, the adapters train different entries, or the combination is not "linear".
         """
         if combination_type != "linear":
-            raise ValueError(f"combination_type={combination_type!r}: blocks are combined as 'linear' only")
+            raise ValueError(f"combination_type={combination_type!r}: only 'linear' is possible for blocks")
         if len(adapters) != len(weights) or not adapters:
             raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter")
         if unknown := [name for name in adapters if name not in self.peft_config]:
-            raise ValueError(f"there is no adapter {', '.join(unknown)}, only {', '.join(self.peft_config)}")
+            raise ValueError(f"no adapter {', '.join(unknown)}: choose from {', '.join(self.peft_config)}")
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name={adapter_name!r} is taken")
         layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, DiabloLayer)}
@@ -114,7 +114,7 @@ class DiabloModel(CheckedTuner, MixedBatches, BaseTuner):
         else:
             if isinstance(child, DiabloLayer):
                 child.prepare_unloading()
-            # Unloading puts the complete base layer back. PEFT's version would copy `weight`, which HQQ's layers lack.
+            # Put back the complete base layer. PEFT's version would copy `weight`, which HQQ's layers lack.
             setattr(parent, child_name, new_module)
 
 
@@ -129,19 +129,18 @@ def _weighted_sum(name: str, layer: DiabloLayer, adapters: list[str], weights: l
             for other in others
         )
     if not same:
-        raise ValueError(f"{name}: adapters {', '.join(adapters)} train other entries, so their blocks have no sum")
+        raise ValueError(f"{name}: adapters {', '.join(adapters)} train different entries: their blocks have no sum")
     blocks = [weight * layer.diablo_blocks[one].detach() for one, weight in zip(adapters, weights, strict=True)]
     return torch.stack(blocks).sum(0)
 
 
 def fit_shards(model: nn.Module, shards: int) -> None:
-    """Choose the forward modes of a model that FSDP2 is going to shard by rows over so many processes.
+    """Choose the forward modes of a model that FSDP2 will shard by rows over `shards` processes.
 
-    Blocks of mode "auto" that were to be trained in place, and of which no process would hold whole ones, train beside
-    the weight.
+    Layers of mode "auto" that would train in place, but whose shards would not hold whole blocks, switch to "adapter".
 
     Raises:
-        ValueError: `mode="in_place"` was asked for.
+        ValueError: such a layer has `mode="in_place"`.
     """
     if shards == 1:
         return
@@ -156,8 +155,8 @@ def fit_shards(model: nn.Module, shards: int) -> None:
             config: Any = getattr(model, "peft_config", {}).get(adapter)
             if config is not None and config.mode == "in_place":
                 raise ValueError(
-                    f"{name}: mode='in_place' cannot be used where {shards} processes share a weight of {count} blocks "
-                    f"by rows: use mode='auto', or a diagonal with a num_blocks that {shards} divides"
+                    f"{name}: mode='in_place' is impossible where {shards} processes shard a weight of {count} blocks "
+                    f"by rows: use mode='auto', or diagonal blocks with a num_blocks divisible by {shards}"
                 )
             layer.forward_mode[adapter] = "adapter"
             layer.refresh()

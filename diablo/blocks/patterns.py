@@ -1,8 +1,8 @@
-"""Which entries of a weight a sparse pattern trains: their number, and the draw.
+"""Which entries of a weight a sparse pattern trains: their number, and how they are drawn.
 
-Rows and columns are those of the paper's W, which is (in, out): see `diablo.blocks.positions`. All patterns of one
-density train the same number of entries, density · in · out. With N = 1 / density the grid of blocks has N × N cells,
-of which a pattern of blocks takes N.
+Rows and columns are those of the paper's W, which is (in, out): see `diablo.blocks.positions`. At one density, all
+patterns train the same number of entries, density · in · out. With N = 1 / density the grid of blocks has N × N cells;
+a pattern of blocks takes N of them.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ PATTERNS = (*BLOCK_PATTERNS, "random_row", "random_column", "random_entry", "ban
 def pattern_shape(
     pattern: str, in_features: int, out_features: int, density: Fraction, count: int | None = None
 ) -> BlockShape:
-    """How many blocks of which sides a pattern trains in one layer.
+    """Return the number and sides of the blocks that a pattern trains in one layer.
 
     Args:
         density: share of the entries that are trained.
-        count: of rows or columns, instead of a density.
+        count: number of rows or columns, instead of a density.
 
     Raises:
-        ValueError: the density does not make whole rows, columns, blocks or entries of this layer, or the pattern is
+        ValueError: the density does not give whole rows, columns, blocks or entries of this layer, or the pattern is
             unknown.
     """
 
@@ -56,21 +56,21 @@ def pattern_shape(
     if pattern not in BLOCK_PATTERNS:
         raise _unknown(pattern)
     if density.numerator != 1:
-        raise ValueError(f"pattern={pattern}: density={density} must be 1/N with a whole N, the side of the grid")
+        raise ValueError(f"pattern={pattern}: density={density} must be 1/N with an integer N, the side of the grid")
     d_in, d_out = (share_of(side, "features per block") for side in (in_features, out_features))
     return BlockShape(density.denominator, d_in, d_out)
 
 
 def draw(pattern: str, shape: BlockShape, in_features: int, out_features: int, generator: torch.Generator) -> Positions:
-    """Where the blocks of this shape are.
+    """Draw the positions of blocks of this shape.
 
     - `diagonal`: DiaBlo's own positions.
-    - `random_block`: distinct cells of the grid, each equally likely.
+    - `random_block`: distinct cells of the grid, uniformly drawn.
     - `permuted_block`: one block in each row and column of blocks, a random permutation.
-    - `shuffled_diagonal`: diagonal blocks of a W whose rows were permuted at random.
-    - `random_row`, `random_column`, `random_entry`: distinct ones, each equally likely.
-    - `banded`: every row has the same number of entries around the diagonal, scaled where W is not square; at both
-      ends the band is moved to lie inside W.
+    - `shuffled_diagonal`: diagonal blocks of a W whose rows are randomly permuted.
+    - `random_row`, `random_column`, `random_entry`: distinct ones, uniformly drawn.
+    - `banded`: the same number of entries in every row, around the diagonal (scaled if W is not square); the band is
+      shifted at both ends to lie inside W.
 
     Raises:
         ValueError: the pattern is unknown.
@@ -113,13 +113,13 @@ def grid_positions(rows: Tensor, columns: Tensor, d_in: int, d_out: int) -> Posi
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
-    """On the CPU, from the seed and a name alone, such as that of a layer."""
+    """Return a CPU generator that depends only on the seed and a name, e.g. that of a layer."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7]))
 
 
 def draw_distinct(total: int, count: int, generator: torch.Generator) -> Tensor:
-    """`count` distinct numbers below `total`, ascending. Of few among many, so that no list of all is made."""
+    """Draw `count` distinct numbers below `total`, ascending; if they are few, without a list of all numbers."""
     if count * 4 > total:
         return torch.randperm(total, generator=generator, device="cpu")[:count].sort().values
     drawn = torch.empty(0, dtype=torch.int64, device="cpu")

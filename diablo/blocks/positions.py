@@ -1,11 +1,11 @@
-"""The maths of blocks at chosen positions of a weight: rows, columns, blocks or single entries, all in one form.
+"""The maths of blocks at given positions of a weight: rows, columns, blocks or single entries, in one form.
 
 Names follow the paper's Y = X W, where W is (in, out): a row of W is an input feature and so a column of
 `nn.Linear.weight`, which is (out, in); a column of W is an output feature and so a row of `nn.Linear.weight`.
 
-`blocks` is `(n, d_in, d_out)` as in diablo/blocks/products.py, and block b trains the entries of W where the inputs
-`inputs[b]` meet the outputs `outputs[b]`: k rows are one block of k inputs and all outputs, single entries are blocks
-of 1 × 1. Where `positions` is None the blocks lie on the diagonal, which needs no index at all.
+`blocks` is `(n, d_in, d_out)` as in diablo/blocks/products.py. Block b trains the entries of W where the inputs
+`inputs[b]` meet the outputs `outputs[b]`: k rows are one block of k inputs and all outputs; single entries are 1 × 1
+blocks. `positions` is None for blocks on the diagonal, which need no index.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diablo.blocks.products import BlockShape, add_block_product_, block_gradient
 
-# Share of entries below which the CPU is faster without the dense product; 1/8 and 1/64 were measured.
+# Share of entries below which the CPU is faster without the dense product; measured at 1/8 and 1/64.
 SAMPLED_BELOW = 1 / 16
 CHUNK = 1024  # entries whose products over all tokens are held at once
 
@@ -39,16 +39,16 @@ class Positions(NamedTuple):
 
 
 def add_product_(y: Tensor, x: Tensor, blocks: Tensor, positions: Positions | None) -> Tensor:
-    """`y += x @ S` in place, where S holds the blocks at their positions and is zero elsewhere.
+    """Compute `y += x @ S` in place, where S holds the blocks at their positions and is zero elsewhere.
 
     Args:
         y: `(tokens, out_features)`.
-        x: `(tokens, in_features)`, of the dtype of `y`.
-        blocks: `(n, d_in, d_out)`, of the dtype of `y`.
+        x: `(tokens, in_features)`, same dtype as `y`.
+        blocks: `(n, d_in, d_out)`, same dtype as `y`.
     """
     if positions is None:
         return add_block_product_(y, x, blocks)
-    if blocks.shape[1:] == (1, 1):  # a dense product is faster than any sparse one at these densities
+    if blocks.shape[1:] == (1, 1):  # at these densities a dense product is faster than any sparse one
         return y.addmm_(x, delta_weight(blocks, positions, x.shape[1], y.shape[1]).T)
     x = gather(x, positions.inputs)
     if _is_all(positions.outputs, y.shape[1]):
@@ -65,12 +65,12 @@ def gradient(
     dtype: torch.dtype,
     gathered: bool = False,
 ) -> Tensor:
-    """The gradient of the blocks: that of W at their positions, and of no other entry unless the blocks are 1 × 1.
+    """Return the gradient of the blocks: the entries of W's gradient at their positions.
 
     Args:
-        x: `(tokens, in_features)`, or what `gather` makes of it if `gathered`.
-        grad_y: `(tokens, out_features)`, of the dtype of `x`.
-        dtype: of the result; sums over tokens are taken in float32 (float64 for float64 inputs).
+        x: `(tokens, in_features)`, or the result of `gather` if `gathered`.
+        grad_y: `(tokens, out_features)`, same dtype as `x`.
+        dtype: dtype of the result; sums over tokens are computed in float32 (float64 for float64 inputs).
 
     Returns:
         `(n, d_in, d_out)`.
@@ -84,24 +84,24 @@ def gradient(
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
-    """The features that `index` `(n, d)` names, as `(tokens, n · d)`; `x` itself where these are all in order."""
+    """Select the features in `index` `(n, d)` as `(tokens, n · d)`; returns `x` itself if these are all, in order."""
     return x if _is_all(index, x.shape[1]) else x.index_select(1, index.flatten())
 
 
 def is_smaller_gathered(positions: Positions, in_features: int) -> bool:
-    """Whether a forward pass keeps less for the backward pass if it keeps only the inputs of the blocks."""
+    """Return whether saving only the blocks' inputs for the backward pass takes less memory than saving x."""
     return positions.inputs.numel() < in_features
 
 
 def delta_weight(blocks: Tensor, positions: Positions, in_features: int, out_features: int) -> Tensor:
-    """S as a dense matrix in the layout of `nn.Linear.weight`, `(out_features, in_features)`."""
+    """Return S as a dense matrix in the layout of `nn.Linear.weight`, `(out_features, in_features)`."""
     delta = blocks.new_zeros(out_features, in_features)
     delta[positions.outputs[:, None, :], positions.inputs[:, :, None]] = blocks
     return delta
 
 
 class ChosenEntries:
-    """The entries of a weight at chosen positions, with as much of a tensor's interface as `Overwrite` needs of a part.
+    """The entries of a weight at given positions, with the `Part` interface that `Overwrite` needs.
 
     Args:
         weight: `(out_features, in_features)`, with any strides.
@@ -112,7 +112,7 @@ class ChosenEntries:
         self.index = (positions.outputs[:, None, :], positions.inputs[:, :, None])
 
     def clone(self) -> Tensor:
-        """`(n, d_in, d_out)`."""
+        """Return the entries as `(n, d_in, d_out)`."""
         return self.weight[self.index]
 
     def copy_(self, values: Tensor) -> None:
@@ -136,7 +136,7 @@ def _entries_gradient(x: Tensor, grad_y: Tensor, positions: Positions, dtype: to
         return block_gradient(x, grad_y, BlockShape(1, in_features, out_features), dtype)[0][inputs, outputs]
     if x.dtype in (torch.float16, torch.bfloat16):
         x, grad_y = x.float(), grad_y.float()
-    by_input, by_output = x.T.contiguous(), grad_y.T.contiguous()  # the tokens of one feature lie together
+    by_input, by_output = x.T.contiguous(), grad_y.T.contiguous()  # makes the tokens of a feature contiguous
     chunks = zip(inputs.split(CHUNK), outputs.split(CHUNK), strict=True)
     sums = [(by_input.index_select(0, i) * by_output.index_select(0, j)).sum(1) for i, j in chunks]
     return torch.cat(sums).to(dtype)

@@ -1,4 +1,4 @@
-"""The maths of DiaBlo on plain tensors: shapes, product, dense update.
+"""The maths of DiaBlo on plain tensors: block shapes, products, gradient and dense update.
 
 The paper (arXiv 2506.03230, section 3) writes ``Y = X W0 + X D`` with weights that map in → out and
 ``D = diag(D_1 … D_N)``; the blocks are kept together as 𝒟, here ``blocks`` of shape ``(num_blocks, d_in, d_out)``.
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-TINY_SIDE = 20  # of a block: below it the CPU is faster with one more copy (measured at 512 tokens, 4 to 24)
+TINY_SIDE = 20  # of a block: below it one more copy is faster on the CPU (measured at 512 tokens, sides 4 to 24)
 
 
 class BlockShape(NamedTuple):
@@ -26,11 +26,11 @@ class BlockShape(NamedTuple):
 
 
 def block_shape(in_features: int, out_features: int, num_blocks: int, allow_uneven: bool = False) -> BlockShape:
-    """Shape of the blocks of one linear layer.
+    """Return the shape of the blocks of one linear layer.
 
-    With ``allow_uneven`` the authors' rule holds (ziyangjoy/DiaBlo, ``diablo/block_linear.py``): both sides of a block
-    are rounded up, and N becomes the number of such blocks that covers the longer side. It may then be smaller than
-    the N that was asked for: 10 × 10 with N = 7 makes 5 blocks of 2 × 2.
+    ``allow_uneven`` applies the authors' rule (ziyangjoy/DiaBlo, ``diablo/block_linear.py``): both sides of a block are
+    rounded up, and N becomes the number of such blocks that covers the longer side. It may then be smaller than the
+    requested N: 10 × 10 with N = 7 gives 5 blocks of 2 × 2.
 
     Raises:
         ValueError: N < 1, or N does not divide both sides and ``allow_uneven`` is False.
@@ -52,15 +52,15 @@ def block_shape(in_features: int, out_features: int, num_blocks: int, allow_unev
 
 
 def num_parameters(in_features: int, out_features: int, num_blocks: int, allow_uneven: bool = False) -> int:
-    """Trainable parameters of one layer: in · out / N when N divides both sides, padding included when it does not."""
+    """Return the trainable parameters of a layer: in · out / N if N divides both sides, else including the padding."""
     return math.prod(block_shape(in_features, out_features, num_blocks, allow_uneven))
 
 
 def whole_blocks(shape: BlockShape, in_features: int, out_features: int) -> tuple[int, int, int]:
-    """How a split covers a layer: the number of blocks that lie inside it, and the sides of the one that is cut.
+    """Return the number of blocks that lie inside the layer, and the sides of the block that its edge cuts.
 
-    An even split cuts none, `(N, 0, 0)`. In an uneven one the block after the whole ones is cut to `(rows, columns)`,
-    either of which may be 0; those behind it lie outside, since they have no input or no output left.
+    An even split cuts none: `(N, 0, 0)`. In an uneven one, the block after the whole ones is cut to `(rows, columns)`;
+    either may be 0. Later blocks lie outside, since no input or no output is left for them.
     """
     num_blocks, d_in, d_out = shape
     whole = min(num_blocks, in_features // d_in, out_features // d_out)
@@ -70,10 +70,10 @@ def whole_blocks(shape: BlockShape, in_features: int, out_features: int) -> tupl
 
 
 def covered(blocks: Tensor, in_features: int, out_features: int) -> list[Tensor]:
-    """The entries of ``blocks`` that lie inside the layer, as one view or, in an uneven split, two.
+    """Return the entries of ``blocks`` that lie inside the layer, as one view or, in an uneven split, two.
 
     Returns:
-        ``(whole, d_in, d_out)`` and, where a block is cut, ``(1, rows, columns)``.
+        ``(whole, d_in, d_out)`` and, if a block is cut, ``(1, rows, columns)``.
     """
     whole, rows, columns = whole_blocks(BlockShape(*blocks.shape), in_features, out_features)
     parts = [blocks[:whole]]
@@ -83,15 +83,15 @@ def covered(blocks: Tensor, in_features: int, out_features: int) -> list[Tensor]
 
 
 def add_block_product_(y: Tensor, x: Tensor, blocks: Tensor) -> Tensor:
-    """``y += x @ diag(D_1 … D_N)`` in place: the second term of the paper's forward pass, into the first.
+    """Compute ``y += x @ diag(D_1 … D_N)`` in place: add the second term of the paper's forward pass to the first.
 
-    One strided batched product reads ``x`` and adds to ``y`` where they lie; nothing is padded, permuted or copied.
+    One strided batched product reads ``x`` and adds to ``y``, without padding, permuting or copying either.
     With ``blocks`` transposed to ``(num_blocks, d_out, d_in)`` it adds the branch's part of dX to the base layer's.
 
     Args:
         y: ``(tokens, out_features)``.
-        x: ``(tokens, in_features)``, of the dtype of ``y``.
-        blocks: ``(num_blocks, d_in, d_out)``, of the dtype of ``y``.
+        x: ``(tokens, in_features)``, same dtype as ``y``.
+        blocks: ``(num_blocks, d_in, d_out)``, same dtype as ``y``.
 
     Raises:
         ValueError: the blocks are too small for ``x`` or for ``y``.
@@ -108,8 +108,8 @@ def add_block_product_(y: Tensor, x: Tensor, blocks: Tensor) -> Tensor:
     if n:
         x_blocks = x[:, : n * d_in].unflatten(1, (n, d_in)).transpose(0, 1)
         into = y[:, : n * d_out].unflatten(1, (n, d_out))
-        # The compiler cannot take an in-place product into a permuted view, it fuses the sum itself; on the CPU such a
-        # product goes block by block, which is slower than a copy where the blocks are tiny.
+        # The compiler does not support an in-place product into a permuted view, and fuses the sum itself. On the CPU
+        # such a product runs block by block, which is slower than a copy if the blocks are tiny.
         if torch.compiler.is_compiling() or (y.device.type == "cpu" and min(d_in, d_out) < TINY_SIDE):
             into += torch.bmm(x_blocks, whole).transpose(0, 1)
         else:
@@ -122,27 +122,27 @@ def add_block_product_(y: Tensor, x: Tensor, blocks: Tensor) -> Tensor:
 
 
 def block_gradient(x: Tensor, grad_y: Tensor, shape: BlockShape, dtype: torch.dtype) -> Tensor:
-    """``dD_i = X_iᵀ dY_i``, the paper's gradient: exactly the diagonal blocks of the full gradient of W.
+    """Compute ``dD_i = X_iᵀ dY_i``, the paper's gradient: exactly the diagonal blocks of the full gradient of W.
 
-    Sums over tokens are taken in float32 (float64 for float64 inputs) and not rounded to the inputs' dtype.
+    Sums over tokens are computed in float32 (float64 for float64 inputs) and not rounded to the inputs' dtype.
 
     Args:
         x: ``(tokens, in_features)``.
-        grad_y: ``(tokens, out_features)``, of the dtype of ``x``.
-        dtype: of the result.
+        grad_y: ``(tokens, out_features)``, same dtype as ``x``.
+        dtype: dtype of the result.
 
     Returns:
-        ``(num_blocks, d_in, d_out)``, zero where an uneven split lies outside the layer.
+        ``(num_blocks, d_in, d_out)``, zero for entries outside the layer (uneven split).
     """
     whole, rows, columns = whole_blocks(shape, x.shape[1], grad_y.shape[1])
     num_blocks, d_in, d_out = shape
     narrow = x.dtype in (torch.float16, torch.bfloat16)
     if narrow and x.device.type != "cuda":
-        x, grad_y, narrow = x.float(), grad_y.float(), False  # only CUDA's product gives float32 for 16-bit inputs
+        x, grad_y, narrow = x.float(), grad_y.float(), False  # only CUDA can return float32 for 16-bit inputs
     wide: dict[str, Any] = {"out_dtype": torch.float32} if narrow else {}
     x_blocks = x[:, : whole * d_in].unflatten(1, (whole, d_in)) if whole else x.new_zeros(x.shape[0], 0, d_in)
     y_blocks = grad_y[:, : whole * d_out].unflatten(1, (whole, d_out)) if whole else x.new_zeros(x.shape[0], 0, d_out)
-    # On the CPU the product with the shorter side first takes half the time of the other one.
+    # On the CPU, multiplying with the shorter side first takes half the time.
     if d_in <= d_out:
         gradient = torch.bmm(x_blocks.permute(1, 2, 0), y_blocks.transpose(0, 1), **wide)
     else:
@@ -159,7 +159,7 @@ def block_gradient(x: Tensor, grad_y: Tensor, shape: BlockShape, dtype: torch.dt
 
 
 def delta_weight(blocks: Tensor, in_features: int, out_features: int) -> Tensor:
-    """The update as a dense matrix in the layout of ``nn.Linear.weight``.
+    """Return the update as a dense matrix in the layout of ``nn.Linear.weight``.
 
     Args:
         blocks: ``(num_blocks, d_in, d_out)``.
@@ -171,13 +171,13 @@ def delta_weight(blocks: Tensor, in_features: int, out_features: int) -> Tensor:
 
 
 def diagonal_blocks(weight: Tensor, shape: BlockShape) -> list[Tensor]:
-    """The entries of a weight that the blocks change, as views into it that fit ``covered`` one by one.
+    """Return the entries of a weight that the blocks change, as views that match the parts of ``covered``.
 
     Args:
         weight: ``(out_features, in_features)``, with any strides.
 
     Returns:
-        In the paper's orientation ``(whole, d_in, d_out)`` and, where an uneven split cuts a block,
+        In the paper's orientation: ``(whole, d_in, d_out)`` and, if an uneven split cuts a block,
         ``(1, rows, columns)``.
     """
     (out_features, in_features), (row, column) = weight.shape, weight.stride()

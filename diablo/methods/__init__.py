@@ -1,1 +1,1 @@
-"""Other methods that PEFT does not have, and what LoRA variants need before they are attached."""
+"""Methods that PEFT lacks, and the preparation that some LoRA variants need before they are attached."""

@@ -1,7 +1,7 @@
-"""The serial adapter of Houlsby et al. (arXiv 1902.00751): a small network with a residual behind a linear layer.
+"""The serial adapter of Houlsby et al. (arXiv 1902.00751): a small residual network after a linear layer.
 
-PEFT has no such method. The linear layer that ends a sublayer gives `y + W_up gelu(W_down y + b_down) + b_up` where it
-gave y, before that is added to the residual stream.
+PEFT has no such method. A sublayer's last linear layer returns `y + W_up gelu(W_down y + b_down) + b_up` instead of
+y, before the result is added to the residual stream.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ class BottleneckConfig(PeftConfig):
     """Configuration of [`BottleneckModel`].
 
     Raises:
-        ValueError: a size below one.
+        ValueError: the size is below 1.
     """
 
     bottleneck_size: int = field(default=64, metadata={"help": "Width of the network between W_down and W_up."})
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={
-            "help": "Names (or endings) of the linear layers that get a bottleneck behind them, or a regular "
-            "expression. None takes the ends of the sublayers where the architecture is known: o_proj and down_proj."
+            "help": "Names (or suffixes) of the linear layers that get a bottleneck after them, or a regular "
+            "expression. None uses the last layers of the sublayers where the architecture is known: o_proj, down_proj."
         },
     )
     exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names (or endings) of modules not to adapt, or a regular expression."}
+        default=None, metadata={"help": "Names (or suffixes) of modules not to adapt, or a regular expression."}
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules that are trained in full and saved beside, such as a new classifier."}
+        default=None, metadata={"help": "Modules trained in full and saved with the adapter, e.g. a new classifier."}
     )
 
     def __post_init__(self) -> None:
@@ -64,11 +64,11 @@ class BottleneckConfig(PeftConfig):
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):
-    """A linear layer with bottlenecks behind it, keyed by adapter name; active ones each see the base layer's output.
+    """A linear layer followed by bottlenecks, keyed by adapter name; each active one gets the base layer's output.
 
-    `bottleneck_down[name]` is `(size, out)`, `bottleneck_up[name]` `(out, size)`, both with a bias. Up is zero at the
-    start, so that attaching changes nothing, and down is drawn as in any nn.Linear. There is no merging: the network is
-    not linear.
+    `bottleneck_down[name]` is `(size, out)`, `bottleneck_up[name]` `(out, size)`, both with a bias. Up starts at 0, so
+    that attaching changes no output; down is initialised as any nn.Linear. It cannot be merged, because it is not
+    linear.
     """
 
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
@@ -81,12 +81,12 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         if self.out_features is None:
-            raise ValueError(f"the sizes of {type(self.get_base_layer()).__name__} are unknown: it is no linear layer")
+            raise ValueError(f"the sizes of {type(self.get_base_layer()).__name__} are unknown: not a linear layer")
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
-        """Adds an adapter, in float32 whatever the base's dtype, or replaces the one of this name."""
+        """Add an adapter, in float32 whatever the base's dtype, or replace the one of this name."""
         assert self.out_features is not None
         up = nn.Linear(config.bottleneck_size, self.out_features, dtype=torch.float32)
         nn.init.zeros_(up.weight)
@@ -97,14 +97,14 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # Not PEFT's version, which casts to the base's dtype too.
+        # Overrides PEFT's version, which would also cast to the base's dtype.
         device = device or next(iter(self.base_layer.state_dict().values())).device  # packed weights are buffers
         for networks in (self.bottleneck_down, self.bottleneck_up):
             if adapter_name in networks and not next(networks[adapter_name].parameters()).is_meta:
                 networks[adapter_name].to(device)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`x` is `(..., in_features)`, the result `(..., out_features)` in the base layer's output dtype."""
+        """Map `x` `(..., in_features)` to `(..., out_features)` in the base layer's output dtype."""
         adapter_names = kwargs.pop("adapter_names", None)
         y = result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
@@ -135,14 +135,14 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
 
 class BottleneckModel(CheckedTuner, MixedBatches, BaseTuner):
-    """A model with bottlenecks behind its target layers. Made by `get_peft_model(model, BottleneckConfig(...))`."""
+    """A model with bottlenecks after its target layers, created by `get_peft_model(model, BottleneckConfig(...))`."""
 
     prefix = "bottleneck_"
     tuner_layer_cls = BottleneckLayer
     target_module_mapping = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), ENDS_OF_SUBLAYERS)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError("bottlenecks are not linear: a weighted sum of their weights is no sum of their updates")
+        raise ValueError("bottlenecks are not linear: a weighted sum of weights is not the sum of the updates")
 
     def _create_and_replace(
         self,

@@ -1,8 +1,8 @@
-"""The gradients that PEFT's LoRA-GA starts from (arXiv 2407.05000).
+"""Gradients for PEFT's LoRA-GA initialisation (arXiv 2407.05000).
 
 PEFT has the method, `LoraConfig(init_lora_weights="lora_ga")`, and reads the gradients from the target layers when it
-is attached. This puts them there. PEFT's own `preprocess_loraga` sums them in the weights' dtype and divides by the
-number of backward passes, which is the number of micro-batches, not of steps.
+is attached; this module puts them there. PEFT's own `preprocess_loraga` sums them in the weights' dtype and divides by
+the number of backward passes, i.e. of micro-batches instead of steps.
 """
 
 from __future__ import annotations
@@ -27,41 +27,41 @@ def estimate_gradients(
     *,
     iterations: int,
 ) -> PeftConfig:
-    """Leaves on every target layer the mean gradient over so many steps, in float32, for attaching to take its SVD.
+    """Store on every target layer its mean gradient over `iterations` steps, in float32; attaching takes its SVD.
 
-    The weights are not changed. On the meta device there is nothing to estimate.
+    The weights do not change. On the meta device nothing is estimated.
 
     Args:
-        backward: called once a step, it adds the gradient of a batch's mean loss to the parameters' `grad`.
+        backward: called once a step; adds the gradient of a batch's mean loss to the parameters' `grad`.
         first: not used.
 
     Raises:
-        ValueError: there is no `backward`, or 2 r exceeds the rank a weight can have.
+        ValueError: `backward` is missing, or 2 r exceeds the largest possible rank of a weight.
     """
     assert isinstance(config, LoraConfig)
     check_targets(model, config)
     if next(model.parameters()).is_meta:
         return config
     if backward is None or iterations < 1:
-        given = "none are given" if backward is None else "it needs one at least"
+        given = "none are given" if backward is None else "at least one is needed"
         raise ValueError(f"LoRA-GA estimates gradients on {iterations} batches of training examples: {given}")
     layers = dict(get_target_modules(model, config))
     for name, layer in layers.items():
         weight: Any = layer.weight
         if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
-            raise ValueError(f"{name} is quantised: its weights have no gradients for LoRA-GA to start from")
+            raise ValueError(f"{name} is quantised: LoRA-GA needs gradients of its weights, which it has none of")
         shape = tuple(weight.shape)
         if 2 * config.r > min(shape):
             raise ValueError(f"{name}: LoRA-GA takes 2 r = {2 * config.r} triplets of a {shape} gradient")
     for layer, gradient in zip(layers.values(), _summed(model, layers, backward, iterations), strict=True):
-        layer._peft_loraga_grad = gradient / iterations  # what PEFT's start reads, and removes
+        layer._peft_loraga_grad = gradient / iterations  # PEFT's initialisation reads and removes it
     return config
 
 
 def _summed(
     model: nn.Module, layers: Mapping[str, nn.Module], backward: Callable[[], None], iterations: int
 ) -> list[Tensor]:
-    """Of every layer's weight, in float32. The model's flags and mode are afterwards as before."""
+    """Return the summed gradient of every layer's weight, in float32; restores the model's flags and mode."""
     weights: list[nn.Parameter] = [layer.weight for layer in layers.values()]  # pyright: ignore[reportAssignmentType]
     sums = {weight: torch.zeros_like(weight, dtype=torch.float32) for weight in weights}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}

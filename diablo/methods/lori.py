@@ -1,7 +1,7 @@
-"""LoRI: LoRA with a random A that stays as it is, and a B that is trained whole or in a few entries (arXiv 2504.07448).
+"""LoRI: LoRA with a frozen random A, and a B trained in full or in a few entries (arXiv 2504.07448).
 
-LoRI-D trains all of B. LoRI-S trains the entries of B that were largest after LoRI-D, and starts at B = 0 again. Both
-are ordinary LoRA once trained. Formulas and constants are those of the authors' code, juzhengz/LoRI.
+LoRI-D trains all of B. LoRI-S restarts at B = 0 and trains only the entries of B that were largest after LoRI-D. Once
+trained, both are ordinary LoRA. Formulas and constants are those of the authors' code, juzhengz/LoRI.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from diablo.register import peft_type, register
 from diablo.targets import CheckedTuner, check_targets
 
 LORI = peft_type("LORI")
-CHOSEN = "_lori_entries"  # on a base layer between `choose_entries` and attaching: the indices into its flattened B
+CHOSEN = "_lori_entries"  # set on a base layer from `choose_entries` until attaching: indices into its flattened B
 
 
 @dataclass
 class LoriConfig(LoraConfig):
-    """`LoraConfig` whose A is frozen at LoRA's random start, uniform in ±1/sqrt(in).
+    """`LoraConfig` with A frozen at LoRA's random initialisation, uniform in ±1/sqrt(in).
 
-    Options of `LoraConfig` that choose another start or another layer are refused.
+    `LoraConfig` options that select another initialisation or another layer are refused.
 
     Raises:
-        ValueError: such an option is set, or `sparsity` is not a share.
+        ValueError: such an option is set, or `sparsity` is not in [0, 1).
     """
 
     sparsity: float = field(
         default=0.0,
-        metadata={"help": "Share of all entries of B that are not trained, chosen by `choose_entries`. 0 trains all."},
+        metadata={"help": "Share of the entries of B that are not trained, chosen by `choose_entries`. 0 trains all."},
     )
     entries: dict[str, int] | None = field(
         default=None,
-        metadata={"help": "Layer name -> how many entries are trained there, set by `choose_entries`; for loading."},
+        metadata={"help": "Layer name -> number of trained entries, set by `choose_entries`; needed for loading."},
     )
 
     def __post_init__(self) -> None:
@@ -50,14 +50,14 @@ class LoriConfig(LoraConfig):
         self.peft_type = LORI
         refuse_other_starts(self, "LoRI")
         if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity={self.sparsity} is a share of B's entries: 0 or more, below 1")
+            raise ValueError(f"sparsity={self.sparsity} must be a share of B's entries: at least 0 and below 1")
 
 
 class SparseB(nn.Module):
-    """A matrix B `(out, r)` that is zero but for a few entries: `values` are trained, `entries` say where they lie.
+    """A matrix B `(out, r)` with few nonzero entries: `values` are trained, `entries` are their positions.
 
     Args:
-        entries: indices into the flattened B; an int is their number, and they are still to be loaded.
+        entries: indices into the flattened B; an int gives only their number, for positions that are loaded later.
     """
 
     entries: Tensor
@@ -72,14 +72,14 @@ class SparseB(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """B itself, as LoRA's layers read it to merge.
+        """B as a dense matrix, which LoRA's layers read to merge.
 
         Raises:
-            RuntimeError: the config says how many entries there are, and no adapter was loaded that says which.
+            RuntimeError: the positions of the entries were not loaded; the config gives only their number.
         """
         out, r = self.shape
         if not self.is_loaded:
-            raise RuntimeError("which entries of B are trained is not known: load the adapter, or call choose_entries")
+            raise RuntimeError("the trained entries of B are unknown: load the adapter, or call choose_entries")
         return self.values.new_zeros(out * r).index_put((self.entries,), self.values).view(out, r)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,13 +91,12 @@ class SparseB(nn.Module):
 
 
 def largest_entries(factors: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:
-    """Indices into each flattened B of the entries that are largest over all of them together.
+    """Return, for each B, the flat indices of the entries that are largest over all B together.
 
-    The k-th largest of all N, k = int((1 - sparsity) N), is the threshold; entries equal to it are all kept.
+    The threshold is the k-th largest of all N magnitudes, k = int((1 - sparsity) N); all entries equal to it are kept.
 
     Raises:
-        ValueError: the threshold is zero, so that the entries that were never trained would be among the kept, or a
-            value is not finite.
+        ValueError: the threshold is zero, so that untrained entries would be kept, or a value is not finite.
     """
     sizes = torch.cat([factor.detach().abs().flatten().cpu() for factor in factors.values()])
     count = int((1 - sparsity) * sizes.numel())
@@ -115,14 +114,14 @@ def largest_entries(factors: dict[str, Tensor], sparsity: float) -> dict[str, Te
 
 
 def choose_entries(model: nn.Module, config: PeftConfig, backward: object, first: Path | None) -> PeftConfig:
-    """Tells the base's layers which entries of B are to be trained: the largest of a LoRI-D adapter for the same base.
+    """Store on the base's layers which entries of B to train: the largest of a LoRI-D adapter for the same base.
 
     Args:
         backward: not used.
-        first: the folder of that adapter. On the meta device none is needed, and as many entries are taken.
+        first: folder of that adapter. Not needed on the meta device, where only the number of entries is set.
 
     Raises:
-        ValueError: the adapter is missing, or of another rank or for other layers.
+        ValueError: the adapter is missing, has another rank, or is for other layers.
     """
     assert isinstance(config, LoriConfig)
     check_targets(model, config)
@@ -132,12 +131,12 @@ def choose_entries(model: nn.Module, config: PeftConfig, backward: object, first
         if isinstance(layer, nn.Linear) and LoraModel._check_target_module_exists(config, name)
     }
     if not layers:
-        raise ValueError(f"no linear layer of the model is named in target_modules={config.target_modules!r}")
+        raise ValueError(f"target_modules={config.target_modules!r} matches no linear layer of the model")
     shapes = {name: (layer.out_features, _rank(config, name)) for name, layer in layers.items()}
     if next(model.parameters()).is_meta:
         chosen = _as_many(shapes, config.sparsity)
     elif first is None:
-        raise ValueError(f"sparsity={config.sparsity} takes its entries from a trained LoRI-D adapter: none was given")
+        raise ValueError(f"sparsity={config.sparsity} takes its entries from a trained LoRI-D adapter: pass one")
     else:
         chosen = largest_entries(_trained_factors(first, shapes), config.sparsity)
     config.entries = {name: len(entries) for name, entries in chosen.items()}
@@ -152,7 +151,7 @@ def _rank(config: LoraConfig, name: str) -> int:
 
 
 def _as_many(shapes: dict[str, tuple[int, int]], sparsity: float) -> dict[str, Tensor]:
-    """On the meta device: the right number over all layers, filled from the first."""
+    """Return the right total number of entries on the meta device, filling the layers in order."""
     left = int((1 - sparsity) * sum(out * r for out, r in shapes.values()))
     chosen = {}
     for name, (out, r) in shapes.items():
@@ -180,10 +179,10 @@ def _trained_factors(first: Path, shapes: dict[str, tuple[int, int]]) -> dict[st
 
 
 class LoriModel(CheckedTuner, LoraModel):
-    """PEFT's LoRA with A frozen and, where entries were chosen, a sparse B.
+    """PEFT's LoRA with A frozen and, if entries were chosen, a sparse B.
 
-    `save_pretrained` writes the trained values and where they lie, `diablo.methods.residual.save_adapter` a plain LoRA,
-    which needs no DiaBlo to be loaded.
+    `save_pretrained` writes the trained values and their positions; `diablo.methods.residual.save_adapter` writes a
+    plain LoRA, which loads without DiaBlo.
     """
 
     def _create_and_replace(
@@ -205,7 +204,7 @@ class LoriModel(CheckedTuner, LoraModel):
             raise ValueError(f"{current_key}: LoRI adapts linear layers, not {type(layer.get_base_layer()).__name__}")
         if lora_config.sparsity:
             self._make_sparse(layer, adapter_name, current_key, lora_config)
-        # The way PEFT's own variants freeze a factor, which outlives switching adapters.
+        # As PEFT's own variants freeze a factor; the freeze survives switching adapters.
         layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter_name: ("lora_A",)}
         layer._freeze_non_trainable_peft_weights(adapter_name)
 
@@ -215,7 +214,7 @@ class LoriModel(CheckedTuner, LoraModel):
         entries = getattr(base_layer, CHOSEN, (config.entries or {}).get(key))
         if entries is None:
             raise ValueError(
-                f"{key}: sparsity={config.sparsity} and no entries are chosen: call diablo.lori.choose_entries first"
+                f"{key}: sparsity={config.sparsity} but no entries are chosen: call diablo.lori.choose_entries first"
             )
         if hasattr(base_layer, CHOSEN):
             delattr(base_layer, CHOSEN)
@@ -226,7 +225,7 @@ class LoriModel(CheckedTuner, LoraModel):
 
 
 def dense_factors(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
-    """A LoRI adapter's tensors as plain LoRA names them: `lora_B.weight` `(out, r)` for each sparse `lora_B.values`."""
+    """Rename a LoRI adapter's tensors as in plain LoRA: `lora_B.weight` `(out, r)` for each sparse `lora_B.values`."""
     dense = {}
     for name, tensor in tensors.items():
         if name.endswith(".lora_B.values"):

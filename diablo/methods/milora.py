@@ -1,6 +1,6 @@
-"""MiLoRA: LoRA that starts from the smallest singular triplets of the weight (arXiv 2406.09044).
+"""MiLoRA: LoRA initialised with the smallest singular triplets of the weight (arXiv 2406.09044).
 
-PEFT has PiSSA, the same construction with the largest ones, and no MiLoRA. Everything but the start is PEFT's LoRA.
+PEFT has PiSSA, the same construction with the largest triplets, but not MiLoRA. All but the initialisation is PEFT's.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ MILORA = peft_type("MILORA")
 
 @dataclass
 class MiloraConfig(LoraConfig):
-    """`LoraConfig` whose factors start at the r smallest singular triplets; the base weight gives them up.
+    """`LoraConfig` whose factors start at the r smallest singular triplets, which are subtracted from the base weight.
 
-    The paper sets `lora_alpha = r`. Options of `LoraConfig` that choose another start or another layer are refused.
+    The paper sets `lora_alpha = r`. `LoraConfig` options that select another initialisation or layer are refused.
 
     Raises:
         ValueError: such an option is set.
@@ -39,20 +39,20 @@ class MiloraConfig(LoraConfig):
 
 
 def refuse_other_starts(config: LoraConfig, method: str) -> None:
-    """ValueError if an option of `LoraConfig` chooses another start or another layer than the method's own."""
+    """Raise a ValueError if an option of `LoraConfig` selects another initialisation or layer than the method's own."""
     for name, plain in (("init_lora_weights", True), ("use_dora", False), ("lora_bias", False)):
         if getattr(config, name) != plain:
-            raise ValueError(f"{method} sets its own start: {name}={getattr(config, name)!r} must be {plain}")
+            raise ValueError(f"{method} has its own initialisation: {name}={getattr(config, name)!r} must be {plain}")
     if config.target_parameters:
         raise ValueError(f"{method} adapts linear layers: target_parameters={config.target_parameters!r} must be unset")
 
 
 def smallest_triplets(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """MiLoRA's factors: A `(r, in)` = sqrt(S/s) Vᵀ and B `(out, r)` = U sqrt(S/s) of the last r triplets, in fp32.
+    """Return MiLoRA's factors of the last r triplets, fp32: A `(r, in)` = sqrt(S/s) Vᵀ, B `(out, r)` = U sqrt(S/s).
 
     Args:
         weight: `(out, in)`.
-        scaling: s, the factor LoRA multiplies B A with, so that s B A is the part of the weight the triplets span.
+        scaling: s, the factor by which LoRA scales B A, so that s B A is the part of the weight that they span.
 
     Raises:
         ValueError: the weight has fewer than r triplets.
@@ -74,16 +74,16 @@ def _decomposable_weight(base_layer: nn.Module) -> Tensor:
     except TypeError:
         pass
     raise ValueError(
-        f"MiLoRA takes the SVD of an nn.Linear that is not quantised, not of {type(base_layer).__name__}: "
+        f"MiLoRA needs an nn.Linear that is not quantised, not {type(base_layer).__name__}: "
         "load the base model in fp16, bf16 or fp32, or change target_modules"
     )
 
 
 class MiloraModel(CheckedTuner, LoraModel):
-    """PEFT's LoRA with MiLoRA's start.
+    """PEFT's LoRA with MiLoRA's initialisation.
 
-    Attaching changes the base weights to W - s B A, as PiSSA does, so unloading does not give W back. Save with
-    `diablo.methods.residual.save_adapter`: the file then holds an ordinary LoRA for the unchanged W.
+    Attaching changes the base weights to W - s B A, as PiSSA does, so unloading does not restore W. Save with
+    `diablo.methods.residual.save_adapter`, which writes an ordinary LoRA for the original W.
     """
 
     def _create_and_replace(
@@ -110,14 +110,14 @@ class MiloraModel(CheckedTuner, LoraModel):
     @staticmethod
     def _start_at_smallest(layer: LoraLayer, weight: Tensor, adapter_name: str) -> None:
         if weight.device.type == "meta":
-            return  # only the structure is wanted: there is nothing to decompose
+            return  # only the structure is needed: there is nothing to decompose
         a, b = smallest_triplets(weight, layer.r[adapter_name], layer.scaling[adapter_name])
         factor_a: Tensor = layer.lora_A[adapter_name].weight.data  # pyright: ignore[reportAssignmentType]
         factor_b: Tensor = layer.lora_B[adapter_name].weight.data  # pyright: ignore[reportAssignmentType]
-        # The base gives up what the factors hold after rounding to their dtype, so that the sum stays W.
+        # Subtract the factors as rounded to their dtype, so that the sum stays W.
         a, b = a.to(factor_a.dtype), b.to(factor_b.dtype)
         weight.copy_(weight.float() - layer.scaling[adapter_name] * (b.float() @ a.float()))
-        if factor_a.device.type != "meta":  # low_cpu_mem_usage: the saved factors are put here later
+        if factor_a.device.type != "meta":  # meta with low_cpu_mem_usage: the saved factors are loaded later
             factor_a.copy_(a)
             factor_b.copy_(b)
 

@@ -1,13 +1,13 @@
-"""Saving what was trained as ordinary LoRA: adapters that changed the base model when attached, and LoRI's sparse B.
+"""Saves trained adapters as ordinary LoRA: those whose attaching changed the base model, and LoRI's sparse B.
 
-PiSSA, MiLoRA, OLoRA, CorDA and LoRA-GA start at factors A₀, B₀ and take s B₀ A₀ out of the base weight W. Their trained
-factors belong to that changed base: on W itself they are wrong, and finding the same start again needs the same SVD (or
+PiSSA, MiLoRA, OLoRA, CorDA and LoRA-GA start at A₀, B₀ and subtract s B₀ A₀ from the base weight W. Their trained
+factors belong to that changed base: on W itself they are wrong, and recreating the start needs the same SVD (or
 gradient). The update relative to W,
 
     s (B A - B₀ A₀) = s [B | -B₀] [A ; A₀],
 
-is an ordinary LoRA of rank 2 r, and that is what is written. PEFT's own conversion does this for PiSSA and its kin; it
-loads a second adapter into the live model, does not know MiLoRA and leaves out `modules_to_save`.
+is an ordinary LoRA of rank 2 r, and that is what is written. PEFT's own conversion does this for PiSSA and similar
+methods, but it loads a second adapter into the live model, does not support MiLoRA and omits `modules_to_save`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from diablo.methods.milora import MiloraConfig
 from diablo.tied import refuse_shared
 
 ADAPTER = "default"
-# Settings that only describe how the factors started; LoraConfig warns about those it would ignore.
+# Settings that only describe the initialisation; LoraConfig warns about those it would ignore.
 START_ONLY = ("corda_config", "eva_config", "lora_ga_config")
 
 
 def changes_base(config: PeftConfig) -> bool:
-    """Whether attaching the adapter takes its starting factors out of the base weights.
+    """Return whether attaching the adapter subtracts its initial factors from the base weights.
 
-    LoftQ and KaSA also change the base, but not by their factors' product: they are not covered here.
+    LoftQ and KaSA also change the base, but not by the product of their factors, and are not covered here.
     """
     start = getattr(config, "init_lora_weights", None)
     return isinstance(config, MiloraConfig) or (
@@ -46,7 +46,7 @@ def changes_base(config: PeftConfig) -> bool:
 
 
 def check_start(model: nn.Module, config: PeftConfig) -> None:
-    """ValueError if attaching would take starting factors out of a weight that other modules of the model share."""
+    """Raise a ValueError if attaching would subtract initial factors from a weight that other modules share."""
     if changes_base(config) and getattr(config, "target_modules", None):
         for name, module in model.named_modules():
             if check_target_module_exists(config, name):
@@ -54,11 +54,11 @@ def check_start(model: nn.Module, config: PeftConfig) -> None:
 
 
 def initial_factors(model: PeftModel) -> dict[str, Tensor]:
-    """The starting factors, to be called right after attaching and kept until the adapter is saved.
+    """Return the initial factors; call it right after attaching and keep the result until the adapter is saved.
 
     Returns:
-        A₀ and B₀ on the CPU under the names they have in the adapter's file; nothing for a method that leaves the base
-        as it is.
+        A₀ and B₀ on the CPU, keyed by their names in the adapter's file; empty for a method that does not change the
+        base.
     """
     if not changes_base(model.peft_config[ADAPTER]):
         return {}
@@ -67,22 +67,22 @@ def initial_factors(model: PeftModel) -> dict[str, Tensor]:
 
 
 def save_adapter(model: PeftModel, directory: Path, initial: dict[str, Tensor] | None) -> None:
-    """Writes the adapter named "default" in PEFT's two files, `adapter_config.json` and `adapter_model.safetensors`.
+    """Write the adapter named "default" as PEFT's two files, `adapter_config.json` and `adapter_model.safetensors`.
 
-    The model is not changed. The files fit the base model as it was before the adapter was attached, for every method.
+    The model does not change. The files always fit the base model as it was before the adapter was attached.
 
     Args:
-        initial: what `initial_factors` gave; empty or None for a method that leaves the base as it is.
+        initial: result of `initial_factors`; empty or None for a method that does not change the base.
 
     Raises:
-        ValueError: the method changes the base and `initial` does not hold its starting factors, or DoRA is on.
+        ValueError: the method changes the base and `initial` lacks initial factors, or DoRA is on.
     """
     config = model.peft_config[ADAPTER]
     directory.mkdir(parents=True, exist_ok=True)
     if changes_base(config):
         assert isinstance(config, LoraConfig)
         if config.use_dora:
-            raise ValueError("use_dora=True with a start that changes the base cannot be saved as plain LoRA: set one")
+            raise ValueError("use_dora=True and an initialisation that changes the base cannot be saved: unset one")
         tensors = _relative_to_base(_adapter_tensors(model), initial or {})
         _save_plain_lora(model, config, tensors, directory, widening=2)
     elif isinstance(config, LoriConfig):
@@ -94,7 +94,7 @@ def save_adapter(model: PeftModel, directory: Path, initial: dict[str, Tensor] |
 
 
 def _adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
-    """Without the base weights of adapted embeddings and output layers, which attaching may have changed."""
+    """Return the adapter's tensors without base weights of embeddings and output layers, which may have changed."""
     return get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
 
 
@@ -106,8 +106,8 @@ def _relative_to_base(trained: dict[str, Tensor], initial: dict[str, Tensor]) ->
     expected = {name for name in trained if _factor(name)}
     if initial.keys() != expected:
         raise ValueError(
-            f"the starting factors of {len(expected - initial.keys())} of {len(expected)} tensors are missing: "
-            "pass what initial_factors(model) gave right after attaching"
+            f"the initial factors of {len(expected - initial.keys())} of {len(expected)} tensors are missing: "
+            "pass what initial_factors(model) returned right after attaching"
         )
     tensors = {}
     for name, tensor in trained.items():
@@ -123,11 +123,11 @@ def _relative_to_base(trained: dict[str, Tensor], initial: dict[str, Tensor]) ->
 def _save_plain_lora(
     model: PeftModel, config: LoraConfig, tensors: dict[str, Tensor], directory: Path, widening: int
 ) -> None:
-    """Both files of a `LoraConfig` whose factors have `widening` times the ranks of `config`."""
+    """Write both files of a `LoraConfig` whose factors have `widening` times the ranks of `config`."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     settings: dict[str, Any] = {f.name: copy.deepcopy(getattr(config, f.name)) for f in fields(LoraConfig) if f.init}
-    # The scale s = alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA, must stay what it was.
+    # The scale s = alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA, must not change.
     alpha_factor = math.sqrt(widening) if config.use_rslora else widening
     settings |= dict.fromkeys(START_ONLY)
     settings |= {
@@ -140,7 +140,7 @@ def _save_plain_lora(
     }
     base = model.get_base_model()
     settings["base_model_name_or_path"] = config.base_model_name_or_path or getattr(base, "name_or_path", None)
-    if config.task_type is None:  # without a task, AutoPeftModel needs to be told the class
+    if config.task_type is None:  # without a task, AutoPeftModel needs the class
         settings["auto_mapping"] = {
             "base_model_class": type(base).__name__,
             "parent_library": type(base).__module__,
@@ -149,7 +149,7 @@ def _save_plain_lora(
 
 
 def _give_usual_mode(file: Path) -> None:
-    """safetensors 0.8 writes mode 0600 whatever the umask, so nobody else in a group could read the adapter."""
+    """Apply the umask to a file's mode: safetensors 0.8 writes 0600, so a group could not read the adapter."""
     umask = os.umask(0)
     os.umask(umask)
     file.chmod(0o666 & ~umask)

@@ -1,8 +1,8 @@
-"""S2FT, structured sparse fine-tuning (arXiv 2412.06289; Infini-AI-Lab/S2FT): train whole channels of few projections.
+"""S2FT, structured sparse fine-tuning (arXiv 2412.06289; Infini-AI-Lab/S2FT): trains whole channels of few projections.
 
-The channels are drawn at random over the whole model, the released code's default. That code permutes neurons and heads
-so that the chosen ones lie together in every weight, which leaves the function as it is; here they are gathered where
-they lie, which computes the same. Its permutation moves the heads of q, k, v and o alike and so needs as many key and
+Channels are drawn at random over the whole model, the released code's default. That code permutes neurons and heads so
+that the chosen ones are contiguous in every weight, which preserves the function; here they are gathered from their
+places, which computes the same. Its permutation moves the heads of q, k, v and o alike, so it needs as many key and
 value heads as query heads. A gather has no such limit: `o_ratio` and `v_ratio` also work with grouped-query attention.
 """
 
@@ -27,7 +27,7 @@ S2FT = peft_type("S2FT")
 
 class _Channels(NamedTuple):
     side: Literal["inputs", "outputs"]  # inputs are rows of the paper's W, outputs its columns
-    are_heads: bool  # channels come in whole heads, else one by one
+    are_heads: bool  # whether channels are grouped into whole heads
 
 
 CHANNELS = {
@@ -40,29 +40,29 @@ CHANNELS = {
 
 @dataclass
 class S2ftConfig(BlockConfig):
-    """Which share of the neurons and heads has its weights trained, by projection; `target_modules` follows from it.
+    """Configuration of [`S2ftModel`]: the trained share of neurons and heads per projection, which sets the targets.
 
     Raises:
-        ValueError: a share out of range, none above 0, or `target_modules` that contradict them.
+        ValueError: a share is out of range, all are 0, or `target_modules` contradicts them.
     """
 
     down_ratio: float = field(default=0.03, metadata={"help": "Share of the neurons: inputs of down_proj."})
     o_ratio: float = field(default=0.0, metadata={"help": "Share of the heads: inputs of o_proj."})
     up_ratio: float = field(default=0.0, metadata={"help": "Share of the neurons: outputs of up_proj."})
     v_ratio: float = field(default=0.0, metadata={"help": "Share of the key and value heads: outputs of v_proj."})
-    seed: int = field(default=0, metadata={"help": "With the model's shapes it decides what is drawn."})
+    seed: int = field(default=0, metadata={"help": "Seed of the draw, which also depends on the model's shapes."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = S2FT
         for projection in CHANNELS:
             if not 0 <= self.ratio(projection) <= 1:
-                raise ValueError(f"the share of {projection} is {self.ratio(projection)}, it must be from 0 to 1")
+                raise ValueError(f"the share of {projection} is {self.ratio(projection)}: must be from 0 to 1")
         targets = {projection for projection in CHANNELS if self.ratio(projection)}
         if not targets:
             raise ValueError("nothing is trained: one of down_ratio, o_ratio, up_ratio and v_ratio must be above 0")
         if self.target_modules not in (None, targets):
-            raise ValueError(f"target_modules={self.target_modules!r} must be unset: the ratios say {sorted(targets)}")
+            raise ValueError(f"target_modules={self.target_modules!r} must be unset: the ratios give {sorted(targets)}")
         self.target_modules = targets  # pyright: ignore[reportAttributeAccessIssue]
 
     def ratio(self, projection: str) -> float:
@@ -70,7 +70,7 @@ class S2ftConfig(BlockConfig):
 
 
 class S2ftModel(DiabloModel):
-    """A model in which the chosen channels are trained. A layer that got none stays as it is."""
+    """A model whose chosen channels are trained. A layer without chosen channels is not adapted."""
 
     def _positions(self, config: BlockConfig, name: str, base_layer: nn.Module) -> Positions:
         assert isinstance(config, S2ftConfig)
@@ -83,7 +83,7 @@ class S2ftModel(DiabloModel):
         return Positions(features, every) if side == "inputs" else Positions(every, features)
 
     def _chosen(self, config: S2ftConfig, projection: str) -> dict[str, torch.Tensor]:
-        """The chosen neurons or heads of every layer, drawn over all pairs of a layer and a neuron or head."""
+        """Return the chosen neurons or heads of each layer, drawn over those of all layers together."""
         side, size = CHANNELS[projection].side, self._channel_size(projection)
         numbers = {}
         for name, module in self.model.named_modules():
@@ -103,7 +103,7 @@ class S2ftModel(DiabloModel):
         return chosen
 
     def _channel_size(self, projection: str) -> int:
-        """Features per channel."""
+        """Return the number of features per channel."""
         if not CHANNELS[projection].are_heads:
             return 1
         config = self.model.config

@@ -1,7 +1,7 @@
-"""SMT, sparse matrix tuning (ICLR 2025; HectorHHZ/Sparse_Matrix_Tuning): train the blocks with the largest gradients.
+"""SMT, sparse matrix tuning (ICLR 2025; HectorHHZ/Sparse_Matrix_Tuning): trains the blocks with the largest gradients.
 
-The target weights are cut into blocks of 256 × 256. While the model is fine-tuned in full for 100 steps, each weight's
-gradients are summed; the blocks that score highest over all layers together are then trained, and nothing else.
+The target weights are cut into blocks of 256 × 256. Full fine-tuning runs for 100 steps while each weight's gradients
+are summed; then only the blocks with the highest scores, over all layers together, are trained.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ SCORES = ("mean_abs", "abs_mean")
 
 @dataclass
 class SmtConfig(BlockConfig):
-    """How many blocks are trained, and which: `blocks` is filled by `choose_blocks`.
+    """Configuration of [`SmtModel`]: how many blocks are trained, and which; `choose_blocks` fills in `blocks`.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: a number is below 1.
     """
 
     num_blocks: int = field(
         default=890,
-        metadata={"help": "Blocks of the whole model. The released code's 890 are 0.87 % of LLaMA2-7B."},
+        metadata={"help": "Trained blocks in the whole model. The released code's 890 are 0.87 % of LLaMA2-7B."},
     )
     block_size: int = field(default=256, metadata={"help": "Side of a block; it must divide both sides of a layer."})
     blocks: dict[str, list[list[int]]] | None = field(
         default=None,
         metadata={
             "help": "Layer name -> [row, column] of each trained block in the layer's grid; rows are blocks of input "
-            "features. A layer without any stays as it is."
+            "features. A layer without an entry is not adapted."
         },
     )
 
@@ -64,14 +64,14 @@ class SmtConfig(BlockConfig):
 
 
 class SmtModel(DiabloModel):
-    """A model in which the chosen blocks are trained."""
+    """A model whose chosen blocks are trained."""
 
     target_module_mapping = dict.fromkeys(DiabloModel.target_module_mapping, ATTENTION)
 
     def _positions(self, config: BlockConfig, name: str, base_layer: nn.Module) -> Positions:
         assert isinstance(config, SmtConfig)
         if config.blocks is None:
-            raise ValueError("the blocks are not chosen yet: attach what diablo.smt.choose_blocks returns")
+            raise ValueError("no blocks are chosen yet: attach the config that diablo.smt.choose_blocks returns")
         rows, columns = grid(base_layer, config.block_size)
         chosen = torch.tensor(config.blocks.get(name, []), dtype=torch.int64, device="cpu").view(-1, 2)
         outside = (chosen < 0) | (chosen >= torch.tensor([rows, columns], device="cpu"))
@@ -93,25 +93,25 @@ def choose_blocks(
     max_grad_norm: float = 1.0,
     score: str = "mean_abs",
 ) -> SmtConfig:
-    """The config with the blocks that score highest in a warm-up of full fine-tuning (AdamW, betas 0.9 and 0.95).
+    """Return the config with the blocks that score highest in a warm-up of full fine-tuning (AdamW, betas 0.9, 0.95).
 
-    Ties go to the block that is first by (layer name, row, column). The warm-up trains every weight in float32, and the
-    model is afterwards what it was, bit for bit: the choice is all that remains. The released code goes on from the
-    weights that its warm-up left; starting anew keeps all methods at one base. Gradients are summed as they are and
-    clipped for the step, as there. The learning rate is constant: there it falls linearly over the whole training, by
-    1 % in 100 of 8,000 steps.
+    Ties go to the block that is first by (layer name, row, column). The warm-up trains every weight in float32 and then
+    restores the model bit for bit; only the choice remains. The released code continues from the weights after its
+    warm-up; restarting here keeps one base for all methods. As there, gradients are summed unclipped and clipped for
+    the step. The learning rate is constant; there it falls linearly over the whole training, by 1 % in 100 of 8,000
+    steps.
 
     Args:
         model: the base model.
         config: an `SmtConfig`.
-        backward: called once a step, it adds the gradient of a batch's mean loss to the parameters' `grad`. None on the
-            meta device, where the choice says no more than its size. Where it has a `sharded_copy`, a context manager
-            whose model FSDP2 has sharded, that model is trained in place of `model`, by all processes together.
+        backward: called once a step; adds the gradient of a batch's mean loss to the parameters' `grad`. None on the
+            meta device, where only the number of blocks is meaningful. If it has a `sharded_copy`, a context manager
+            that yields an FSDP2-sharded model, all processes together train that model instead of `model`.
         first: not used.
-        score: of a block of the summed gradient, "mean_abs" (the size of its mean) or "abs_mean" (the mean of sizes).
+        score: score of a block of the summed gradient: "mean_abs" (|mean|) or "abs_mean" (mean of magnitudes).
 
     Raises:
-        ValueError: more blocks than there are, no `backward`, or a gradient that is not finite.
+        ValueError: `num_blocks` exceeds the number of blocks, `backward` is missing, or a gradient is not finite.
     """
     assert isinstance(config, SmtConfig)
     if score not in SCORES:
@@ -120,7 +120,7 @@ def choose_blocks(
     layers = _targets(model, config)
     quantized = [name for name, layer in layers.items() if isinstance(layer, QuantizedLinear)]
     if quantized:
-        raise ValueError(f"{quantized[0]} is quantised: its weights have no gradients to choose blocks by")
+        raise ValueError(f"{quantized[0]} is quantised: its weights have no gradients, by which blocks are chosen")
     grids = {name: grid(layer, config.block_size) for name, layer in layers.items()}
     total = all_blocks(model, config)
     if config.num_blocks > total:
@@ -129,7 +129,7 @@ def choose_blocks(
     if model.device.type == "meta":
         scores = {name: torch.zeros(shape, device="cpu") for name, shape in grids.items()}
     elif backward is None:
-        raise ValueError(f"nothing to choose {config.num_blocks} blocks by: {steps} steps on training rows are needed")
+        raise ValueError(f"num_blocks={config.num_blocks}: choosing blocks needs {steps} steps on training rows")
     else:
         sums = _summed_gradients(model, list(layers), backward, steps, learning_rate, max_grad_norm)
         scores = {name: block_scores(_whole(total), config.block_size, score).cpu() for name, total in sums.items()}
@@ -139,7 +139,7 @@ def choose_blocks(
 
 
 def block_scores(total: Tensor, block_size: int, score: str) -> Tensor:
-    """Score of every block of a summed gradient.
+    """Return the score of every block of a summed gradient.
 
     Args:
         total: `(out_features, in_features)`, as `nn.Linear.weight`.
@@ -156,7 +156,7 @@ def block_scores(total: Tensor, block_size: int, score: str) -> Tensor:
 
 
 def top_blocks(scores: dict[str, Tensor], number: int) -> dict[str, list[list[int]]]:
-    """The `number` blocks of the highest scores, by layer; layers without any are left out."""
+    """Return the `number` blocks with the highest scores, by layer; layers without any are left out."""
     for name, values in scores.items():
         if not values.isfinite().all():
             raise ValueError(f"the warm-up's gradient of {name} is not finite: lower its learning rate")
@@ -173,7 +173,7 @@ def top_blocks(scores: dict[str, Tensor], number: int) -> dict[str, list[list[in
 
 
 def grid(base_layer: nn.Module, block_size: int) -> tuple[int, int]:
-    """Blocks of input and of output features of a layer."""
+    """Return the numbers of blocks along a layer's input and output features."""
     in_features, out_features = layer_sides(base_layer)
     if in_features % block_size or out_features % block_size:
         raise ValueError(
@@ -183,7 +183,7 @@ def grid(base_layer: nn.Module, block_size: int) -> tuple[int, int]:
 
 
 def all_blocks(model: PreTrainedModel, config: SmtConfig) -> int:
-    """How many blocks the targets have together."""
+    """Return how many blocks the targets have together."""
     grids = [grid(layer, config.block_size) for layer in _targets(model, config).values()]
     return sum(rows * columns for rows, columns in grids)
 
@@ -198,7 +198,7 @@ def _targets(model: PreTrainedModel, config: SmtConfig) -> dict[str, nn.Linear]:
         if isinstance(module, nn.Linear) and config.target_modules and check_target_module_exists(config, name)
     }
     if not layers:
-        raise ValueError(f"target_modules={config.target_modules!r} names no linear layer of {type(model).__name__}")
+        raise ValueError(f"target_modules={config.target_modules!r} matches no linear layer of {type(model).__name__}")
     return layers
 
 
@@ -232,7 +232,7 @@ def _whole(total: Tensor) -> Tensor:
 
 @contextmanager
 def _borrowed(model: nn.Module) -> Iterator[nn.Module]:
-    """The model as one to be trained in full, in float32. Afterwards all of it is as before."""
+    """Prepare the model for full training in float32; on exit restore its weights, buffers, flags and modes."""
     parameters = {p: (p.data, p.requires_grad) for p in model.parameters()}
     buffers = {b: b.clone() for b in model.buffers()}
     modes = {module: module.training for module in model.modules()}

@@ -1,7 +1,7 @@
-"""Sparse fine-tuning by pattern: DiaBlo's layer with its blocks elsewhere than on the diagonal.
+"""Sparse fine-tuning by pattern: DiaBlo's layer with blocks elsewhere than on the diagonal.
 
-These are the patterns of the paper's ablation (arXiv 2506.03230: random rows, columns, blocks and entries), and some
-that tell apart what makes the diagonal work. `random_row` with a `count` is PaCA (arXiv 2503.01905).
+The patterns are those of the paper's ablation (arXiv 2506.03230: random rows, columns, blocks and entries), and some
+that isolate why the diagonal works. `random_row` with a `count` is PaCA (arXiv 2503.01905).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ LARGEST_DENOMINATOR = 10**6  # of a density given as a decimal number
 
 @dataclass
 class SparseConfig(BlockConfig):
-    """Which entries of every target layer are trained; they start at zero and are added to the frozen ones.
+    """Configuration of [`SparseModel`]: which entries of each target layer are trained; their updates start at zero.
 
     Example:
 
         config = SparseConfig(pattern="random_block", density="1/64", target_modules=["q_proj", "v_proj"])
 
     Raises:
-        ValueError: an unknown pattern, or a density or count that it cannot have.
+        ValueError: the pattern is unknown, or does not allow this density or count.
     """
 
     pattern: str = field(
@@ -42,13 +42,13 @@ class SparseConfig(BlockConfig):
     )
     density: float | str = field(
         default="1/64",
-        metadata={"help": "Share of a layer's entries that are trained, such as '1/64' or 0.015625."},
+        metadata={"help": "Share of a layer's entries that are trained, e.g. '1/64' or 0.015625."},
     )
     count: int | None = field(
         default=None,
-        metadata={"help": "Rows or columns per layer, of the two patterns that have them, instead of a density."},
+        metadata={"help": "Rows or columns per layer instead of a density, for random_row and random_column."},
     )
-    seed: int = field(default=0, metadata={"help": "With a layer's name it decides what is drawn in that layer."})
+    seed: int = field(default=0, metadata={"help": "Seed of the draw, which also depends on the layer's name."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,26 +60,26 @@ class SparseConfig(BlockConfig):
         if not 0 < self.fraction <= 1:
             raise ValueError(f"density={self.density!r} must be above 0 and at most 1")
         if self.pattern in BLOCK_PATTERNS and self.fraction.numerator != 1:
-            raise ValueError(f"density={self.density!r} of pattern={self.pattern} must be 1/N with a whole N")
+            raise ValueError(f"density={self.density!r} of pattern={self.pattern} must be 1/N with an integer N")
 
     @property
     def fraction(self) -> Fraction:
-        """The density, exact."""
+        """The density as an exact fraction."""
         try:
             return Fraction(self.density).limit_denominator(LARGEST_DENOMINATOR)
         except (ValueError, TypeError, ZeroDivisionError, OverflowError):
-            raise ValueError(f"density={self.density!r} is no share: write '1/64' or 0.015625") from None
+            raise ValueError(f"density={self.density!r} is not a share: write e.g. '1/64' or 0.015625") from None
 
 
 class SparseModel(DiabloModel):
-    """A model whose target layers train the entries that a pattern chooses."""
+    """A model whose target layers train the entries of a pattern."""
 
     def _positions(self, config: BlockConfig, name: str, base_layer: nn.Module) -> Positions:
         assert isinstance(config, SparseConfig)
         in_features, out_features = layer_sides(base_layer)
         shape = pattern_shape(config.pattern, in_features, out_features, config.fraction, config.count)
         if all(tensor.is_meta for tensor in (*base_layer.parameters(), *base_layer.buffers())):
-            # Only the number of parameters is wanted, and a draw takes a second per large layer.
+            # Only the number of parameters is needed, and a draw takes a second per large layer.
             inputs, outputs = ((shape.num_blocks, side) for side in (shape.d_in, shape.d_out))
             on_meta = partial(torch.empty, dtype=torch.int32, device="meta")
             return Positions(on_meta(inputs), on_meta(outputs))

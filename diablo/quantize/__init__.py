@@ -1,4 +1,4 @@
-"""Quantised base models: weights of 2 to 8 bits that stay packed, and adapters trained on them.
+"""Quantised base models: packed weights of 2 to 8 bits, and adapters trained on them.
 
 from diablo.quantize import QuantizationSettings, calibration_windows, load_quantized, quantize_model
 

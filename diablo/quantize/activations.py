@@ -1,4 +1,4 @@
-"""The hidden states of the calibration sequences on their way through a model's decoder layers."""
+"""Hidden states of the calibration sequences as they pass through a model's decoder layers."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ Factors = dict[str, tuple[Tensor, Tensor]]  # LoRA's A (r, in) and B (out, r), b
 
 
 class Activations:
-    """What the next decoder layer is called with, for each sequence.
+    """The inputs of the next decoder layer, for each sequence.
 
-    `quantized` has gone through the quantised layers so far, `full` through those of full precision (kept up where the
-    method needs it), each `(1, length, hidden)`; `kwargs` is everything else a layer is called with.
+    `quantized` has passed through the quantised layers so far, `full` through the full-precision ones (only updated if
+    the method needs it), each `(1, length, hidden)`; `kwargs` holds a layer's other arguments.
     """
 
     def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, calibration: Tensor) -> None:
         kinds = sorted(set(getattr(model.config, "layer_types", None) or []))
-        if len(kinds) > 1:  # such as Gemma's: a sliding window has another mask
+        if len(kinds) > 1:  # e.g. Gemma's: sliding-window layers get another mask
             raise ValueError(
-                f"{type(model).__name__} has layers of several kinds ({', '.join(kinds)}), and all are calibrated with "
-                "what the first is called with: choose a method that needs no calibration"
+                f"{type(model).__name__} has layers of several kinds ({', '.join(kinds)}), but calibration calls all "
+                "of them with the first layer's arguments: choose a method that needs no calibration"
             )
         self.quantized: list[Tensor] = []
         self.kwargs: list[dict[str, Any]] = []
@@ -51,10 +51,10 @@ class Activations:
     def through(
         self, name: str, layer: nn.Module, states: list[Tensor], factors: Factors | None = None, scaling: float = 1.0
     ) -> list[Tensor]:
-        """The outputs of a decoder layer; with factors, `scaling * B A` is added to its linear layers' weights.
+        """Return the outputs of a decoder layer; with factors, `scaling * B A` is added to its linear layers' weights.
 
         Raises:
-            ValueError: they are not finite.
+            ValueError: an output is not finite.
         """
         return list(self._each(name, layer, states, factors, scaling))
 
@@ -77,7 +77,7 @@ class Activations:
                 hook.remove()
 
     def gram_matrices(self, name: str, layer: nn.Module) -> dict[str, Tensor]:
-        """`XᵀX` of the inputs of each linear layer in a decoder layer, float32, over all sequences."""
+        """Return `XᵀX` of the inputs of each linear layer in a decoder layer, float32, over all sequences."""
         grams: dict[str, Tensor] = {}
 
         def watch(linear: str) -> Callable[..., None]:
@@ -90,7 +90,7 @@ class Activations:
         linears = [(n, module) for n, module in layer.named_modules() if isinstance(module, nn.Linear)]
         hooks = [module.register_forward_pre_hook(watch(n)) for n, module in linears]
         try:
-            for _ in self._each(name, layer, self.quantized):  # none is kept
+            for _ in self._each(name, layer, self.quantized):  # outputs are discarded
                 pass
         finally:
             for hook in hooks:
@@ -99,12 +99,12 @@ class Activations:
 
 
 def first(output: Any) -> Tensor:
-    """The hidden states of a decoder layer's output, which some models give in a tuple."""
+    """Return the hidden states of a decoder layer's output, which is a tuple in some models."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def moved(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
-    """(Nested) arguments on a device; with a dtype, floating-point tensors in it."""
+    """Move (nested) arguments to a device; with a dtype, also cast floating-point tensors."""
     if isinstance(value, Tensor):
         return value.to(device, dtype if value.is_floating_point() else None)
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""ApiQ-bw (arXiv 2402.05147): a decoder layer's clipping factors and LoRA factors are trained together.
+"""ApiQ-bw (arXiv 2402.05147): trains a decoder layer's clipping factors and LoRA factors together.
 
-The quantised layer, fed with what the quantised layers before it give, is to reproduce the outputs of the layer it
-replaces. The grids are asymmetric, as in the paper's results; 0 is always on them.
+The quantised layer gets the outputs of the quantised layers before it and learns to reproduce the outputs of the layer
+it replaces. The grids are asymmetric, as in the paper's results, and always contain 0.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CLIPPING_RATE, FACTOR_RATE, WEIGHT_DECAY = 5e-3, 5e-4, 0.1
 
 
 class Block(NamedTuple):
-    """A quantised decoder layer, by the names of the linear layers in it."""
+    """A quantised decoder layer, keyed by the names of its linear layers."""
 
     weights: dict[str, QuantizedWeight]
     factors: Factors
@@ -33,9 +33,9 @@ class Block(NamedTuple):
 
 
 class ClippedLinear(nn.Module):
-    """`y = x (Q(W) + s B A)ᵀ + b` where Q rounds to a grid whose ends are trained; the gradient goes straight through.
+    """`y = x (Q(W) + s B A)ᵀ + b` where Q rounds to a grid with trained ends (straight-through gradient).
 
-    The ends of a group's grid are `sigmoid(high)` of its greatest and `sigmoid(low)` of its least weight.
+    A group's grid ends at `sigmoid(high)` times its greatest and `sigmoid(low)` times its least weight.
     """
 
     def __init__(self, linear: nn.Linear, bits: int, group_size: int, rank: int, scaling: float) -> None:
@@ -53,11 +53,11 @@ class ClippedLinear(nn.Module):
             nn.init.kaiming_uniform_(self.factor_a, a=math.sqrt(5))
 
     def grid(self) -> tuple[Tensor, Tensor]:
-        """scale and zero, `(out, groups)`."""
+        """Return scale and zero, each `(out, groups)`."""
         high = self.high.sigmoid() * self.groups.amax(-1).clamp(min=0)
         low = self.low.sigmoid() * self.groups.amin(-1).clamp(max=0)
         scale = (high - low) / (2**self.bits - 1)
-        scale = scale + (scale.half().float().clamp(min=SMALLEST_SCALE) - scale).detach()  # as it is stored
+        scale = scale + (scale.half().float().clamp(min=SMALLEST_SCALE) - scale).detach()  # the stored value
         return scale, (-low / scale).detach().round()
 
     def codes(self, scale: Tensor, zero: Tensor) -> Tensor:
@@ -89,14 +89,14 @@ def train_block(
     seed: int = 0,
     target_modules: Collection[str] | None = None,
 ) -> Block:
-    """Trains a copy of a decoder layer, in float32, one sequence at a time.
+    """Train a copy of a decoder layer, in float32, one sequence at a time.
 
     Args:
-        layer: of full precision; it is left as it is.
-        inputs: of each sequence, `(1, length, hidden)`, from the quantised layers before this one.
-        kwargs: what else the layer is called with, for each sequence.
-        targets: for each sequence what the output is to be close to: the layer's outputs on the full-precision inputs,
-            and on `inputs`.
+        layer: the full-precision layer; it does not change.
+        inputs: for each sequence, `(1, length, hidden)`, from the quantised layers before this one.
+        kwargs: for each sequence, the layer's other arguments.
+        targets: for each sequence, the target outputs: the layer's outputs on the full-precision inputs, and on
+            `inputs`.
         target_modules: see `gets_factors`.
     """
     trained = copy.deepcopy(layer).float()
@@ -138,5 +138,5 @@ def train_block(
 
 
 def gets_factors(name: str, target_modules: Collection[str] | None) -> bool:
-    """Whether a linear layer is among those with LoRA factors, told by the last part of its name; None is all."""
+    """Return whether a linear layer gets LoRA factors, by the last part of its name; None means all do."""
     return target_modules is None or name.rpartition(".")[2] in target_modules

@@ -1,4 +1,4 @@
-"""GPTQ (arXiv 2210.17323): quantise a weight column by column, each column's error made good by those after it."""
+"""GPTQ (arXiv 2210.17323): quantises a weight column by column; later columns compensate each column's error."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diablo.quantize.grids import QuantizedWeight, check_bits, fit_grid, to_codes, uniform, width_of_groups, working
 
-BLOCK = 128  # columns whose errors are applied to the rest of the weight at once
+BLOCK = 128  # columns whose errors are applied together to the rest of the weight
 
 
 def gptq(
@@ -19,20 +19,20 @@ def gptq(
     damp_percent: float = 0.01,
     shrink: float = 1.0,
 ) -> QuantizedWeight:
-    """Minimises `||X (Q - W)ᵀ||` over Q on the grid, greedily.
+    """Minimise `||X (Q - W)ᵀ||` over Q on the grid, greedily.
 
-    A group's grid is fitted when its first column is reached, to weights that have been corrected for all blocks of
-    columns before this one. So it is in the authors' code and in gptqmodel, which gives the same codes where scales are
-    kept in float32 (tests/test_gptqmodel.py); stored in float16, as they are here, some codes go to the neighbour.
+    A group's grid is fitted when its first column is reached, to weights corrected for the errors of all earlier blocks
+    of columns. The authors' code and gptqmodel do the same; gptqmodel gives the same codes if scales are kept in
+    float32 (tests/test_gptqmodel.py). Scales stored in float16, as here, move some codes by one.
 
     Args:
         weight: `(out, in)`. Columns whose inputs are always 0 are set to 0.
-        gram: `XᵀX`, `(in, in)`, over the calibration inputs; a factor of it changes nothing, unless columns are dead.
-        damp_percent: of the mean of its diagonal, added to the diagonal; a fraction, in spite of GPTQ's name for it.
-        shrink: β, a factor of the grid's scale.
+        gram: `XᵀX`, `(in, in)`, over the calibration inputs; its scale does not matter, unless inputs are always 0.
+        damp_percent: share of the mean of its diagonal that is added to the diagonal; a fraction, despite GPTQ's name.
+        shrink: β, a factor on the grid's scale.
 
     Raises:
-        ValueError: the inputs were not finite, or are so dependent that they need more damping.
+        ValueError: the inputs are not finite, or so dependent that they need more damping.
     """
     check_bits(bits)
     weight = working(weight)
@@ -61,9 +61,9 @@ def gptq(
 
 
 def inverse_factor(gram: Tensor, damp_percent: float) -> tuple[Tensor, Tensor]:
-    """The upper Cholesky factor of the inverse of the damped Gram matrix, and which inputs are always 0.
+    """Return the upper Cholesky factor of the inverse of the damped Gram matrix, and which inputs are always 0.
 
-    Row j of the factor, divided by its diagonal, says how an error in column j is spread over the later columns.
+    Row j of the factor, divided by its diagonal, distributes an error in column j over the later columns.
     """
     if not gram.isfinite().all():
         raise ValueError("the inputs of the layer are not finite")
@@ -76,4 +76,4 @@ def inverse_factor(gram: Tensor, damp_percent: float) -> tuple[Tensor, Tensor]:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
         return torch.linalg.cholesky(inverse, upper=True), dead
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
-        raise ValueError(f"damp_percent={damp_percent} is too little for these inputs: raise it") from None
+        raise ValueError(f"damp_percent={damp_percent} is too small for these inputs: raise it") from None

@@ -1,8 +1,8 @@
-"""The values that a quantised weight may take, and rounding to them: uniform grids and normal-float levels.
+"""Grids of quantised weights, and rounding to them: uniform grids and normal-float levels.
 
-A weight `(out, in)` is cut along its input side into groups of `group_size` (-1: a whole row), each with a scale of its
-own. Scales are rounded to float16, the width they are stored in, before anything is rounded to the grid, so that
-what a quantizer computes with and what is stored are the same numbers.
+A weight `(out, in)` is cut along its input side into groups of `group_size` (-1: a whole row), each with its own scale.
+Scales are rounded to float16, in which they are stored, before weights are rounded to the grid, so that a quantizer
+computes with exactly the stored numbers.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ NORMAL_FLOAT_OFFSET = 0.9677083  # the outermost quantile of QLoRA's levels (Lof
 
 
 class QuantizedWeight(NamedTuple):
-    """A weight `(out, in)` as integers, with all that is needed to read them."""
+    """A weight `(out, in)` as integer codes, with everything needed to decode them."""
 
     bits: int
     codes: Tensor  # (out, in), uint8
     scales: Tensor  # (out, groups), float16
-    zeros: Tensor | None  # (out, groups), uint8: the code that stands for 0 on a uniform grid
-    levels: Tensor | None  # (2 ** bits,), float32: what a code stands for on any other grid
+    zeros: Tensor | None  # (out, groups), uint8: the code of 0 on a uniform grid
+    levels: Tensor | None  # (2 ** bits,), float32: the value of each code on any other grid
 
     def dequantize(self) -> Tensor:
-        """`(out, in)` in float32."""
+        """Return the weight, `(out, in)`, in float32."""
         return dequantize(self.codes, self.scales, self.zeros, self.levels)
 
 
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, levels: Tensor | None) -> Tensor:
-    """`scale * (code - zero)`, or `scale * levels[code]`; see `QuantizedWeight` for the shapes."""
+    """Return `scale * (code - zero)`, or `scale * levels[code]`; see `QuantizedWeight` for the shapes."""
     rows, columns = codes.shape
     groups = codes.view(rows, scales.shape[1], -1)
     if levels is not None:
@@ -44,14 +44,14 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, levels: Tens
 
 def check_bits(bits: int) -> None:
     if bits not in range(2, 9):
-        raise ValueError(f"bits={bits}: from 2 to 8 can be stored")
+        raise ValueError(f"bits={bits} must be from 2 to 8")
 
 
 def width_of_groups(in_features: int, group_size: int) -> int:
-    """How many weights share a scale.
+    """Return how many weights share a scale.
 
     Raises:
-        ValueError: the group size does not divide the row.
+        ValueError: the group size does not divide `in_features`.
     """
     if group_size == -1:
         return in_features
@@ -63,12 +63,12 @@ def width_of_groups(in_features: int, group_size: int) -> int:
 
 
 def fit_grid(groups: Tensor, bits: int, sym: bool = False, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The uniform grid between the least and the greatest value of each group, 0 among them (GPTQ's, quant.py).
+    """Fit a uniform grid from the least to the greatest value of each group, including 0 (GPTQ's quant.py).
 
     Args:
         groups: `(..., group)`, floating point.
-        sym: the grid reaches as far below 0 as above; `zero` is then `2 ** (bits - 1)`.
-        shrink: β, a factor of the scale.
+        sym: make the grid symmetric around 0; `zero` is then `2 ** (bits - 1)`.
+        shrink: β, a factor on the scale.
 
     Returns:
         scale and zero, `(...)`, in the dtype of `groups`.
@@ -86,14 +86,14 @@ def fit_grid(groups: Tensor, bits: int, sym: bool = False, shrink: float = 1.0) 
 
 
 def to_codes(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """The nearest code of each weight, in the weight's own dtype; all three broadcast."""
+    """Return the nearest code of each weight, in the weight's dtype; all three broadcast."""
     return ((weight / scale).round() + zero).clamp(0, 2**bits - 1)
 
 
 def round_to_nearest(
     weight: Tensor, bits: int, group_size: int = -1, sym: bool = False, shrink: float = 1.0
 ) -> QuantizedWeight:
-    """Each weight to the nearest value of its group's grid."""
+    """Round each weight to the nearest value of its group's grid."""
     check_bits(bits)
     weight = working(weight)
     groups = weight.view(weight.shape[0], -1, width_of_groups(weight.shape[1], group_size))
@@ -103,14 +103,14 @@ def round_to_nearest(
 
 
 def uniform(codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> QuantizedWeight:
-    """A weight on a uniform grid, in the dtypes that are stored."""
+    """Return a weight on a uniform grid, in the stored dtypes."""
     return QuantizedWeight(bits, codes.to(torch.uint8), scale.to(torch.float16), zero.to(torch.uint8), None)
 
 
 def normal_float_levels(bits: int) -> Tensor:
-    """The levels of normal-float, `(2 ** bits,)` from -1 to 1 in float32: quantiles of N(0, 1), and 0.
+    """Return the levels of normal-float, `(2 ** bits,)` from -1 to 1 in float32: quantiles of N(0, 1), and 0.
 
-    For 4 bits QLoRA's 16 levels; for 2 bits -1, 0, 0.3379, 1 (the same construction, LoftQ's utils.py).
+    With 4 bits, QLoRA's 16 levels; with 2 bits -1, 0, 0.3379, 1 (the same construction, LoftQ's utils.py).
     """
     check_bits(bits)
     half = 2 ** (bits - 1)
@@ -123,7 +123,7 @@ def normal_float_levels(bits: int) -> Tensor:
 
 
 def normal_float(weight: Tensor, bits: int, group_size: int = 64) -> QuantizedWeight:
-    """Each weight to the nearest normal-float level times the greatest magnitude of its group."""
+    """Round each weight to the nearest normal-float level times the greatest magnitude of its group."""
     check_bits(bits)
     weight = working(weight)
     groups = weight.view(weight.shape[0], -1, width_of_groups(weight.shape[1], group_size))
@@ -134,18 +134,18 @@ def normal_float(weight: Tensor, bits: int, group_size: int = 64) -> QuantizedWe
 
 
 def nearest_levels(values: Tensor, levels: Tensor) -> Tensor:
-    """The index of the level nearest to each value; `levels` ascend."""
+    """Return the index of the level nearest to each value; `levels` must ascend."""
     return torch.bucketize(values, ((levels[1:] + levels[:-1]) / 2).to(values.dtype))
 
 
 def working(weight: Tensor) -> Tensor:
-    """The weight in the precision that quantizers compute in: float32, or float64 where it is that already.
+    """Return the weight in the quantizers' precision: float32, or float64 if it is float64.
 
     Raises:
-        ValueError: it is no finite matrix.
+        ValueError: it is not a finite matrix.
     """
     if weight.ndim != 2 or not weight.isfinite().all():
-        raise ValueError(f"a weight of shape {tuple(weight.shape)} is no matrix of finite numbers: it has no grid")
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} is not a matrix of finite numbers: it has no grid")
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).contiguous()
 
 

@@ -1,7 +1,7 @@
-"""LoftQ (arXiv 2310.08659): normal-float weights and LoRA factors that together come close to a weight.
+"""LoftQ (arXiv 2310.08659): normal-float weights and LoRA factors that together approximate a weight.
 
-PEFT's LoftQ has 4 and 8 bits, and only on a GPU; it leaves rounded weights of full precision in the base, to be made
-again wherever the adapter is loaded. Here the weights are packed and the factors are an adapter for them.
+PEFT's LoftQ supports 4 and 8 bits, and only on a GPU; it leaves rounded full-precision weights in the base, which must
+be recomputed wherever the adapter is loaded. Here the weights are packed and the factors are an adapter for them.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ def loftq(
     lora_alpha: float = LORA_ALPHA,
     iterations: int = 5,
 ) -> tuple[QuantizedWeight, tuple[Tensor, Tensor]]:
-    """In turn quantises what the factors leave of W, and sets the factors to the largest triplets of what that leaves.
+    """Alternate between quantising W minus the factors and setting the factors to the error's largest triplets.
 
     Args:
         weight: W, `(out, in)`.
-        iterations: 1 is quantising W and then decomposing the error.
+        iterations: 1 quantises W and then decomposes the error.
 
     Returns:
-        Q, and A `(r, in)` and B `(out, r)` such that `Q + s B A` is near W, with LoRA's `s = lora_alpha / rank`.
+        Q, and A `(r, in)` and B `(out, r)` such that `Q + s B A` approximates W, with LoRA's `s = lora_alpha / rank`.
 
     Raises:
         ValueError: the weight has fewer singular values than `rank`.

@@ -1,11 +1,11 @@
-"""MagR (arXiv 2406.00800): make a layer's largest weights smaller without changing its outputs, then quantise it.
+"""MagR (arXiv 2406.00800): reduces a layer's largest weights without changing its outputs, then quantises it.
 
-Three steps: a proximal descent that shrinks the largest magnitudes, GPTQ on a grid that is a little narrower than the
-weights, and a coordinate descent against the original weights. The settings are those of the authors' code
-(AozhongZhang/MagR), with three differences. It shrinks with the last calibration sequence alone, here with all of them.
-It adds 0.1 to a denominator that is about 1e5 with its 262,144 calibration tokens, and not with few. It takes what the
-last pass of the descent leaves; here no row ends worse than it began: each keeps the result with the least error of its
-outputs, GPTQ's or a pass's. The passes of groups need that: each fits the grids again, β times as wide as the quantised
+Three steps: a proximal descent that shrinks the largest magnitudes, GPTQ on a grid slightly narrower than the weights,
+and a coordinate descent against the original weights. The settings are those of the authors' code (AozhongZhang/MagR),
+with three differences. It shrinks with only the last calibration sequence, here all are used. It adds 0.1 to a
+denominator that is about 1e5 with its 262,144 calibration tokens, but much smaller with few; here nothing is added. It
+keeps the result of the descent's last pass; here each row keeps the result with the smallest output error, GPTQ's or a
+pass's, so no row gets worse. Passes over groups need that: each refits the grids, β times as wide as the quantised
 weights, so that with β = 0.95 the 30 passes at 2 bits end at a fifth of the width, far worse than GPTQ alone.
 """
 
@@ -32,15 +32,15 @@ def magr(
     iterations: int = 200,
     passes: int | None = None,
 ) -> QuantizedWeight:
-    """Quantises a weight `(out, in)` with the Gram matrix `XᵀX` of its inputs.
+    """Quantise a weight `(out, in)` with the Gram matrix `XᵀX` of its inputs.
 
     Args:
-        alpha: how much the largest magnitudes weigh; None is 1e-3 per row and 1e-4 per group.
-        iterations: of the proximal descent.
-        passes: of the coordinate descent; None is 30 at 2 bits, else 1.
+        alpha: penalty on the largest magnitudes; None is 1e-3 per row and 1e-4 per group.
+        iterations: iterations of the proximal descent.
+        passes: passes of the coordinate descent; None is 30 at 2 bits, else 1.
 
     Raises:
-        ValueError: as `gptq`.
+        ValueError: as for `gptq`.
     """
     original = working(weight)
     gram = gram.to(original)
@@ -58,9 +58,9 @@ def magr(
 
 
 def grid_factor(bits: int, group_size: int) -> float:
-    """β, the factor of the grid's scale: the authors' for whole rows and for groups of 64 and 128.
+    """Return β, the factor on the grid's scale: the authors' values for whole rows and for groups of 64 and 128.
 
-    Of other groups, of which they have none, those above 128 take that of 128 and the others 1.
+    They have no values for other groups; those above 128 use that of 128, the others 1.
     """
     if group_size == -1:
         return {2: 0.8, 3: 0.9}.get(bits, 1.0)
@@ -68,13 +68,13 @@ def grid_factor(bits: int, group_size: int) -> float:
 
 
 def shrink_magnitudes(weight: Tensor, gram: Tensor, alpha: float, iterations: int, group_size: int = -1) -> Tensor:
-    """Proximal gradient descent, with step 1, on `1/2 ||X (V - W)ᵀ||² + alpha * sum of ||v||∞ over rows or groups`.
+    """Run proximal gradient descent, step 1, on `1/2 ||X (V - W)ᵀ||² + alpha * sum of ||v||∞ over rows or groups`.
 
-    X is scaled to spectral norm 1, so no step increases that sum.
+    X is scaled to spectral norm 1, so no step increases the objective.
 
     Args:
         weight: W, `(out, in)`.
-        gram: `XᵀX`, `(in, in)`, not scaled.
+        gram: `XᵀX`, `(in, in)`, unscaled.
 
     Returns:
         V, `(out, in)`.
@@ -92,18 +92,18 @@ def shrink_magnitudes(weight: Tensor, gram: Tensor, alpha: float, iterations: in
 
 
 def prox_max(rows: Tensor, alpha: float) -> Tensor:
-    """The proximal map of `alpha * ||row||∞`, by Moreau: what the projection on the l1 ball of radius alpha leaves."""
+    """Proximal map of `alpha * ||row||∞` (Moreau): the row minus its projection onto the l1 ball of radius alpha."""
     return rows - project_on_l1_ball(rows, alpha)
 
 
 def project_on_l1_ball(rows: Tensor, radius: float) -> Tensor:
-    """The nearest point of `||row||₁ <= radius` for each row (Duchi et al., ICML 2008, by sorting)."""
+    """Return the nearest point with `||row||₁ <= radius` for each row (Duchi et al., ICML 2008, by sorting)."""
     magnitudes = rows.abs()
     ordered = magnitudes.sort(-1, descending=True).values
     excess = ordered.cumsum(-1) - radius
     counts = torch.arange(1, rows.shape[-1] + 1, device=rows.device, dtype=rows.dtype)
     support = (ordered * counts > excess).sum(-1, keepdim=True).clamp(min=1)
-    threshold = (excess.gather(-1, support - 1) / support).clamp(min=0)  # 0: the row is in the ball already
+    threshold = (excess.gather(-1, support - 1) / support).clamp(min=0)  # 0: the row is inside the ball
     return rows.sign() * (magnitudes - threshold).clamp(min=0)
 
 
@@ -114,15 +114,15 @@ def coordinate_descent(
     passes: int,
     refit: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> QuantizedWeight:
-    """Sets column after column to the best code given all others.
+    """Set each column in turn to the best code given all others.
 
     A pass minimises `tr (W - Q) Σ (W - Q)ᵀ` where Σ is `XᵀX` with 0.75 of its mean diagonal added to the diagonal. A
-    column without input goes back to its weight. Of the start and all passes every row keeps the one with the least
-    error of its outputs, `||X (w - q)||²`.
+    column without input returns to its weight. Every row keeps, of the start and all passes, the result with the
+    smallest output error, `||X (w - q)||²`.
 
     Args:
-        refit: gives a group's grid, scale and zero `(out,)`, from its quantised weights `(out, group)`, each time that
-            its first column is reached, which may raise the sum; None keeps the grids, and then no step does.
+        refit: maps a group's quantised weights `(out, group)` to its grid, scale and zero `(out,)`, whenever its first
+            column is reached, which may increase the objective. None keeps the grids, and then no step increases it.
     """
     assert quantized.zeros is not None
     if not gram.any():
@@ -135,7 +135,7 @@ def coordinate_descent(
     scales, zeros = quantized.scales.to(weight).clone(), quantized.zeros.to(weight).clone()
     current = quantized.dequantize().to(weight)
     pull = (weight - current) @ sigma
-    judge = gram + torch.diag(diagonal.masked_fill(gram.diagonal() > 0, 0))  # a column without input is to count
+    judge = gram + torch.diag(diagonal.masked_fill(gram.diagonal() > 0, 0))  # columns without input must count too
     least = (((weight - current) @ judge) * (weight - current)).sum(1)
     best = (current.clone(), scales.clone(), zeros.clone())
     for _ in range(passes):

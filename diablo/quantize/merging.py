@@ -1,7 +1,7 @@
 """Merging an adapter that was trained on a quantised base.
 
-Into ordinary layers of full precision, which is exact, or back to the grid, which costs what the report says. The
-adapter must never be folded into the weights that the base had before it was quantised: those are other weights.
+Merge into full-precision layers, which is exact, or back to the grid, which loses what the printed report says. Never
+merge the adapter into the weights from before quantisation: those are different weights.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from diablo.tied import untie
 
 @dataclass(frozen=True)
 class GridMerge:
-    """A merged model on the grid of its base, and what the rounding cost.
+    """A model merged to the grid of its base, and the rounding error.
 
-    `errors[layer]` is `||Q - M|| / ||M - W||`: M is the merged, W the base's and Q the rounded weight. 0: nothing was
-    lost; 1: as much as leaving the adapter out.
+    `errors[layer]` is `||Q - M|| / ||M - W||`, with the merged weight M, the base's W and the rounded Q. 0: nothing was
+    lost; 1: as much as without the adapter.
     """
 
     model: PreTrainedModel
@@ -34,12 +34,12 @@ class GridMerge:
 
 
 def merge_dequantized(model: PeftModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model with ordinary linear layers that hold the dequantised weights plus the active adapters' updates.
+    """Return the model with ordinary linear layers: dequantised weights plus the active adapters' updates.
 
-    In float32 that is exact to rounding; in a shorter type it prints what rounding to it lost of the updates.
+    In float32 this is exact to rounding; with a shorter dtype it prints how much of the updates the rounding lost.
 
     Args:
-        dtype: of these layers; None for that of the rest of the model. The sum is taken in float32.
+        dtype: dtype of these layers; None for that of the rest of the model. The sum is computed in float32.
     """
     base: Any = model.get_base_model()
     chosen: torch.dtype = base.dtype if dtype is None else dtype
@@ -59,10 +59,10 @@ def merge_dequantized(model: PeftModel, dtype: torch.dtype | None = None) -> Pre
 
 
 def dequantize_model(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model, without adapters, with ordinary linear layers that hold the dequantised weights; it is changed.
+    """Replace the quantised layers of a model without adapters, in place, by linear layers with dequantised weights.
 
     Args:
-        dtype: of these layers; None for that of the rest of the model.
+        dtype: dtype of these layers; None for that of the rest of the model.
     """
     chosen: torch.dtype = model.dtype if dtype is None else dtype
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedLinear)]:
@@ -71,9 +71,9 @@ def dequantize_model(model: PreTrainedModel, dtype: torch.dtype | None = None) -
 
 
 def merge_to_grid(model: PeftModel) -> GridMerge:
-    """The model with every merged weight rounded to the grid that its layer has; prints what that cost.
+    """Return the model with every merged weight rounded to its layer's grid; prints the rounding error.
 
-    Scales stay as they are, so weights that the adapter did not change keep their codes.
+    Scales do not change, so weights that the adapter did not change keep their codes.
     """
     errors: dict[str, float] = {}
 
@@ -94,7 +94,7 @@ def merge_to_grid(model: PeftModel) -> GridMerge:
 def _add_error(
     errors: dict[str, float], name: str, quantized: QuantizedLinear, merged: Tensor, rounded: Tensor
 ) -> None:
-    """What rounding a merged weight lost of its update, relative to it; nothing where there is no update."""
+    """Record the rounding error of a merged weight relative to its update; nothing if there is no update."""
     update = (merged - quantized.dequantize()).norm().item()
     if update:
         errors[name] = (rounded - merged).norm().item() / update
@@ -107,15 +107,15 @@ def _cost(errors: dict[str, float], where: str) -> str:
     mean = sum(errors.values()) / len(errors)
     return (
         f"merged {where} in {len(errors)} layers: rounding lost {mean:.1%} of the adapter's update on average, "
-        f"{errors[worst]:.1%} in {worst} (100 % is as much as leaving the adapter out)"
+        f"{errors[worst]:.1%} in {worst} (100 % is as much as without the adapter)"
     )
 
 
 def _merge(model: PeftModel, replace: Callable[[str, QuantizedLinear, Tensor | None], nn.Linear]) -> PreTrainedModel:
-    """Merges layer by layer, one weight of full precision at a time; what is not quantised is PEFT's to merge.
+    """Merge layer by layer, one full-precision weight at a time; PEFT merges what is not quantised.
 
     Args:
-        replace: gives the layer to put at a name for a quantised layer, and its merged weight if it has an adapter.
+        replace: returns the replacement of a quantised layer from its name, the layer and its merged weight, if any.
     """
     base: Any = model.get_base_model()
     for name, module in list(base.named_modules()):
@@ -130,17 +130,17 @@ def _merge(model: PeftModel, replace: Callable[[str, QuantizedLinear, Tensor | N
 
 def _merged(name: str, tuner: Any, replace: Callable[[str, QuantizedLinear, Tensor | None], nn.Linear]) -> nn.Linear:
     if tuner.merged:
-        raise ValueError(f"{name}: adapters are merged already: unmerge them first")
+        raise ValueError(f"{name}: adapters are already merged: unmerge them first")
     quantized: QuantizedLinear = tuner.base_layer
     tuner.base_layer = _linear(quantized, quantized.dequantize(), torch.float32)
     try:
         tuner.merge(safe_merge=True)
-    except (ValueError, TypeError, NotImplementedError) as error:  # the last of tuners that have no merge
+    except (ValueError, TypeError, NotImplementedError) as error:  # NotImplementedError: tuners without a merge
         tuner.base_layer = quantized
         raise ValueError(f"{name}: {type(tuner).__name__} cannot be merged: {error}") from None
     plain: nn.Linear = tuner.base_layer
     layer = replace(name, quantized, plain.weight.detach())
-    if plain.bias is not None:  # an adapter may change it (lora_bias)
+    if plain.bias is not None:  # lora_bias changes it
         layer.bias = nn.Parameter(plain.bias.detach().to(layer.bias.dtype), requires_grad=False)
     return layer
 

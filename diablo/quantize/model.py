@@ -1,7 +1,7 @@
-"""Quantising a causal language model decoder layer by decoder layer, with the layers' real inputs.
+"""Quantises a causal language model one decoder layer at a time, with the layers' real inputs.
 
-Each layer is fitted to the outputs of the quantised layers before it. Finished layers are kept in the folder: the same
-call goes on after the last of them.
+Each layer is fitted to the outputs of the quantised layers before it. Finished layers are kept in the folder, and the
+same call resumes after the last of them.
 """
 
 from __future__ import annotations
@@ -36,27 +36,28 @@ def quantize_model(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Quantises the linear layers in the model's decoder layers, in place, and writes the result to a folder.
+    """Quantise the linear layers in the model's decoder layers, in place, and write the result to a folder.
 
     Args:
-        calibration: token ids, `(sequences, length)`; gptq, magr and apiq need them. One sequence at a time goes
-            through the model.
-        device: where each decoder layer is taken while it is worked on; None: where it is.
+        calibration: token ids, `(sequences, length)`, required by gptq, magr and apiq. Sequences pass through the model
+            one at a time.
+        device: device to which each decoder layer is moved while it is quantised; None: not moved.
 
     Returns:
-        The record of the quantised model; `load_quantized(folder)` gives the model again.
+        The record of the quantised model; `load_quantized(folder)` loads the model.
 
     Raises:
-        ValueError: the calibration set is empty, activations are not finite (it names the layer), a group size does not
-            divide, a target module is not there, or the folder was begun with other settings. Finished layers are kept.
+        ValueError: the calibration set is empty, activations are not finite (the message names the layer), a group size
+            does not divide, a target module is missing, or the folder was begun with other settings. Finished layers
+            are kept.
     """
     prefix, layers = storage.decoder_layers(model)
     if storage.quantized_layers(model):
-        raise ValueError("the model is quantised already: give it in full precision")
+        raise ValueError("the model is already quantised: pass it in full precision")
     if calibration is None and settings.method not in DATA_FREE:
         raise ValueError(f"calibration: {settings.method} needs token ids, (sequences, length)")
     if calibration is not None and (calibration.ndim != 2 or not calibration.numel()):
-        raise ValueError(f"calibration: ids of shape {tuple(calibration.shape)} are no (sequences, length), or empty")
+        raise ValueError(f"calibration: ids of shape {tuple(calibration.shape)} are empty or not (sequences, length)")
     absent = [
         target
         for target in settings.target_modules or ()
@@ -64,7 +65,7 @@ def quantize_model(
     ]
     if absent:
         raise ValueError(f"target_modules: no linear layer is named {', '.join(absent)}")
-    for name, linear in _linears(layers).items():  # before hours are spent
+    for name, linear in _linears(layers).items():  # check before hours of work
         try:
             width_of_groups(linear.in_features, settings.group_size)
         except ValueError as error:
@@ -92,7 +93,7 @@ def quantize_model(
 def _quantize_layer(
     name: str, layer: nn.Module, file: Path, settings: QuantizationSettings, activations: Activations | None
 ) -> None:
-    """Quantises a decoder layer in place, or takes it from its file, and moves the hidden states past it."""
+    """Quantise a decoder layer in place, or load it from its file, and pass the hidden states through it."""
     full: list[Tensor] = []
     if activations and settings.method == "apiq":
         full = activations.through(name, layer, activations.full)
@@ -114,7 +115,7 @@ def _quantize_layer(
             storage.write_tensors(_factors_file(file), _by_name(factors))
         cost = {"name": name, "seconds": time.monotonic() - began, "linears": errors, "losses": block.losses}
         storage.write_json(file.with_suffix(".json"), cost)
-        storage.write_tensors(file, layer.state_dict())  # last: with it, the layer is finished
+        storage.write_tensors(file, layer.state_dict())  # last: this file marks the layer as finished
     if activations:
         rank, lora_alpha = settings.lora
         activations.quantized = activations.through(name, layer, activations.quantized, factors, lora_alpha / rank)
@@ -138,7 +139,7 @@ def _quantize_each(
 def _train(
     name: str, layer: nn.Module, full: list[Tensor], settings: QuantizationSettings, activations: Activations
 ) -> Block:
-    """ApiQ's weights and factors of one decoder layer."""
+    """Return ApiQ's weights and factors of one decoder layer."""
     beside = activations.through(name, layer, activations.quantized)
     return train_block(
         layer,
@@ -153,7 +154,7 @@ def _train(
 
 
 def _restore(layer: nn.Module, file: Path, settings: QuantizationSettings) -> Factors:
-    """Puts a finished layer's tensors in place of those of full precision."""
+    """Replace the full-precision tensors by those of a finished layer."""
     linears = _linears(layer)
     device = next(layer.parameters()).device
     replace_linears(layer, linears, settings.bits, settings.group_size, settings.method in NORMAL_FLOAT)
@@ -165,7 +166,7 @@ def _restore(layer: nn.Module, file: Path, settings: QuantizationSettings) -> Fa
 
 
 def _errors(weight: Tensor, quantized: QuantizedWeight, gram: Tensor | None) -> dict[str, float]:
-    """Relative squared errors: of the weight, and of the layer's outputs on the calibration inputs."""
+    """Return the relative squared errors of the weight, and of the layer's outputs on the calibration inputs."""
     weight = weight.float()
     difference = quantized.dequantize() - weight
     errors = {"weight": (difference.square().sum() / weight.square().sum()).item()}
@@ -175,7 +176,7 @@ def _errors(weight: Tensor, quantized: QuantizedWeight, gram: Tensor | None) -> 
 
 
 def _begin(folder: Path, settings: QuantizationSettings, model: PreTrainedModel, calibration: Tensor | None) -> None:
-    """Writes what the result depends on, or compares it with what the folder was begun with."""
+    """Write everything the result depends on, or compare it with what the folder was begun with."""
     wanted = {
         **asdict(settings),
         "base": storage.tensors_hash(model.state_dict()),
@@ -188,13 +189,13 @@ def _begin(folder: Path, settings: QuantizationSettings, model: PreTrainedModel,
     for key, value in wanted.items():
         if begun.get(key) != value:
             raise ValueError(
-                f"{folder}: begun with {key}={begun.get(key)}, this has {key}={value}: use another folder; "
+                f"{folder}: begun with {key}={begun.get(key)}, now {key}={value}: use another folder; "
                 "the finished layers are kept"
             )
 
 
 def _write_adapter(folder: Path, prefix: str, layers: int, settings: QuantizationSettings) -> None:
-    """The factors that go with the weights, as a LoRA that PEFT loads."""
+    """Write the factors of the weights as a LoRA adapter in PEFT's format."""
     tensors = {
         f"base_model.model.{prefix}.{index}.{name}.weight": tensor
         for index in range(layers)
@@ -204,7 +205,7 @@ def _write_adapter(folder: Path, prefix: str, layers: int, settings: Quantizatio
     config = LoraConfig(
         r=rank,
         lora_alpha=lora_alpha,  # pyright: ignore[reportArgumentType]
-        target_modules=sorted({name.split(".")[-3] for name in tensors}),  # before lora_A.weight
+        target_modules=sorted({name.split(".")[-3] for name in tensors}),  # the part before lora_A.weight
         task_type=TaskType.CAUSAL_LM,
     )
     config.save_pretrained(str(folder / "adapter"))

@@ -1,8 +1,8 @@
-"""Codes of 2 to 8 bits in int32 words, without a bit to spare.
+"""Codes of 2 to 8 bits in int32 words, without unused bits.
 
 A code is split into the powers of two of its width (3 bits: 2 + 1; 7: 4 + 2 + 1), lowest bits first. Each part is
-packed on its own, 32 / width to a word, the first code in a word's lowest bits. So 2-bit codes lie 16 to a word, and
-three bits cost three bits. Words are seen as bytes: right where the lowest byte comes first, as on every usual machine.
+packed separately, 32 / width to a word, the first code in a word's lowest bits. So a word holds 16 2-bit codes, and
+three bits cost three bits. Words are viewed as bytes, which assumes a little-endian machine, as all usual ones are.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ WORD = 32
 
 
 def parts(bits: int) -> tuple[int, ...]:
-    """The powers of two that make up a width, largest first."""
+    """Return the powers of two that sum to a width, largest first."""
     return tuple(width for width in (8, 4, 2, 1) if bits & width)
 
 
 def packed_words(count: int, bits: int) -> int:
-    """How many int32 words hold `count` codes."""
+    """Return how many int32 words hold `count` codes."""
     return sum(math.ceil(count * width / WORD) for width in parts(bits))
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes of any shape, each below `2 ** bits`, as int32 words, `(packed_words(codes.numel(), bits),)`.
+    """Pack codes of any shape, each below `2 ** bits`, into int32 words, `(packed_words(codes.numel(), bits),)`.
 
     Raises:
         ValueError: a code needs more bits.
@@ -46,7 +46,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(words: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """The codes that were packed, uint8, in `shape`."""
+    """Return the packed codes, uint8, in `shape`."""
     count, start, lowest = math.prod(shape), 0, 0
     codes = torch.zeros(count, dtype=torch.uint8, device=words.device)
     for width in parts(bits):

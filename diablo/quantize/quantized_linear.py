@@ -1,7 +1,7 @@
-"""A linear layer that keeps its weight as packed integers and makes the matrix anew each time it is used.
+"""A linear layer that stores its weight as packed integers and dequantises it at each use.
 
-It is an `nn.Linear`, so PEFT puts LoRA, DoRA and DiaBlo (in mode "adapter") on it as on any other. `weight` gives the
-dequantised matrix, which nobody can write to: PEFT's `merge` would add an update to a copy and lose it, and is told so.
+It is an `nn.Linear`, so PEFT attaches LoRA, DoRA and DiaBlo (in mode "adapter") as to any other. `weight` returns the
+dequantised matrix, which is read-only: PEFT's `merge` would add an update to a copy and lose it, so it gets an error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ READ_ONLY = (
 
 
 class DequantizedWeight(Tensor):
-    """A matrix made from codes. Whatever is computed from it is an ordinary tensor; writing into it is refused."""
+    """A matrix made from codes. Results computed from it are ordinary tensors; writing to it raises a TypeError."""
 
     @classmethod
     def __torch_function__(
@@ -47,7 +47,7 @@ class DequantizedWeight(Tensor):
 
 
 def _writes(func: Callable[..., Any]) -> bool:
-    """Whether a method of Tensor changes it: `add_`, `__iadd__`, `__setitem__` and their like."""
+    """Return whether a method of Tensor modifies it: `add_`, `__iadd__`, `__setitem__` and similar."""
     name = func.__name__
     if name.startswith("__"):
         return name == "__setitem__" or (name.startswith("__i") and name not in ("__index__", "__int__", "__invert__"))
@@ -55,11 +55,11 @@ def _writes(func: Callable[..., Any]) -> bool:
 
 
 class QuantizedLinear(nn.Linear):
-    """`y = x Wᵀ + b` with W on a grid. Products are taken in the dtype of x, or autocast's; only x and b get gradients.
+    """`y = x Wᵀ + b` with W on a grid, computed in the dtype of x or autocast's; only x and b get gradients.
 
     Args:
         group_size: how many weights of a row share a scale; -1 for all.
-        normal_float: the codes stand for levels of a table instead of steps of a uniform grid.
+        normal_float: codes index a table of levels instead of a uniform grid.
     """
 
     qweight: Tensor  # int32, the codes of W row by row
@@ -78,7 +78,7 @@ class QuantizedLinear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # nn.Linear's would make a weight
+        nn.Module.__init__(self)  # nn.Linear's would create a weight
         check_bits(bits)
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
         self.group_size, self.normal_float = group_size, normal_float
@@ -95,7 +95,7 @@ class QuantizedLinear(nn.Linear):
 
     @classmethod
     def from_weight(cls, quantized: QuantizedWeight, bias: Tensor | None = None) -> QuantizedLinear:
-        """A layer with this weight; the bias stays as it is."""
+        """Create a layer with this weight; the bias is not quantised."""
         out_features, in_features = quantized.codes.shape
         groups = quantized.scales.shape[1]
         layer = cls(
@@ -126,11 +126,11 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def bits_per_weight(self) -> float:
-        """With scales, zero points and levels."""
+        """Stored bits per weight, including scales, zero points and levels."""
         return 8 * sum(buffer.nbytes for buffer in self.buffers()) / (self.in_features * self.out_features)
 
     def forward(self, input: Tensor) -> Tensor:
-        """`input` is `(..., in_features)`, the result `(..., out_features)`."""
+        """Map `input` `(..., in_features)` to `(..., out_features)`."""
         x = input.to(compute_dtype(input, input.dtype))
         y: Tensor = _Product.apply(x, self.qweight, self.scales, self.zeros, self.levels, self.bits)  # pyright: ignore
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -138,7 +138,7 @@ class QuantizedLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         exact = {"scales": self.scales, "levels": self.levels}
         super()._apply(fn, recurse)
-        for name, before in exact.items():  # a cast of the model to bf16 must not round them
+        for name, before in exact.items():  # casting the model to bf16 must not round these
             after = getattr(self, name)
             if before is not None and after.dtype != before.dtype:
                 setattr(self, name, before.to(after.device))
@@ -150,7 +150,7 @@ class QuantizedLinear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """`x Wᵀ`. W is made in the forward and again in the backward pass; nothing but the layer's own buffers is kept."""
+    """`x Wᵀ`. W is computed in the forward and again in the backward pass; only the layer's own buffers are saved."""
 
     @staticmethod
     def forward(
@@ -183,19 +183,19 @@ def _matrix(
 def replace_linears(
     model: nn.Module, names: Iterable[str], bits: int, group_size: int = -1, normal_float: bool = False
 ) -> nn.Module:
-    """Puts empty quantised layers, on the meta device, in the place of linear layers.
+    """Replace linear layers by empty quantised layers on the meta device.
 
     Args:
-        names: as in `model.named_modules()`.
+        names: names as in `model.named_modules()`.
 
     Raises:
-        ValueError: a name is no linear layer of the model, or the group size does not divide its input features.
+        ValueError: a name is not a linear layer of the model, or the group size does not divide its input features.
     """
     modules = dict(model.named_modules())
     for name in names:
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
-            raise ValueError(f"{name}: {type(linear).__name__ if linear else 'nothing'} there, no linear layer")
+            raise ValueError(f"{name}: {type(linear).__name__ if linear else 'nothing'} there, not a linear layer")
         try:
             layer = QuantizedLinear(
                 linear.in_features,

@@ -1,4 +1,4 @@
-"""How a model is to be quantised, and the text it is calibrated with."""
+"""Settings of a quantisation, and the text it is calibrated with."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ METHODS: dict[str, Callable[..., Any]] = {
 }
 DATA_FREE = ("rtn", "nf", "loftq")
 NORMAL_FLOAT = ("nf", "loftq")
-WITH_FACTORS = ("loftq", "apiq")  # that make a LoRA to go with the weights
-# Arguments of those functions that come from elsewhere than `options`.
+WITH_FACTORS = ("loftq", "apiq")  # methods that also return LoRA factors
+# Arguments of those functions that do not come from `options`.
 GIVEN = ("weight", "gram", "layer", "inputs", "kwargs", "targets", "bits", "group_size", "sym", "target_modules")
 
 
@@ -38,13 +38,13 @@ class QuantizationSettings:
     Attributes:
         method: rtn (round to nearest), nf (normal-float), gptq, magr (with GPTQ), loftq or apiq.
         group_size: weights of a row that share a scale; -1 for whole rows.
-        sym: grids that reach as far below 0 as above; for rtn, gptq and magr.
-        options: further arguments of the method, such as `damp_percent` of gptq or `epochs` of apiq.
-        target_modules: the linear layers, by the last part of their names, that loftq and apiq give factors; None for
+        sym: use grids symmetric around 0; for rtn, gptq and magr.
+        options: other arguments of the method, e.g. `damp_percent` of gptq or `epochs` of apiq.
+        target_modules: linear layers, by the last part of their names, to which loftq and apiq give factors; None for
             all. The others are only quantised.
 
     Raises:
-        ValueError: one of them is not possible.
+        ValueError: a setting is impossible.
     """
 
     method: str
@@ -57,7 +57,7 @@ class QuantizationSettings:
     def __post_init__(self) -> None:
         check_bits(self.bits)
         if self.method not in METHODS:
-            raise ValueError(f"method={self.method}: known are {', '.join(METHODS)}")
+            raise ValueError(f"method={self.method}: choose from {', '.join(METHODS)}")
         if self.sym and "sym" not in self._parameters():
             raise ValueError(f"sym=True: {self.method} has no symmetric grid: leave it out")
         if self.target_modules is not None and not isinstance(self.target_modules, list):
@@ -72,10 +72,10 @@ class QuantizationSettings:
     def quantize(
         self, name: str, weight: Tensor, gram: Tensor | None
     ) -> tuple[QuantizedWeight, tuple[Tensor, Tensor] | None]:
-        """One weight, by all methods but apiq, and the factors that loftq gives it.
+        """Quantise one weight by any method but apiq; also return the factors of loftq.
 
         Args:
-            name: of its linear layer.
+            name: name of its linear layer.
             gram: `XᵀX` of its inputs, for the methods that use it.
         """
         if self.method == "loftq" and not gets_factors(name, self.target_modules):
@@ -95,16 +95,16 @@ class QuantizationSettings:
 
 
 def calibration_windows(tokens: Tensor, samples: int, length: int, seed: int = 0) -> Tensor:
-    """Random stretches of a long text, as GPTQ takes them from WikiText-2.
+    """Draw random windows of a long text, as GPTQ does from WikiText-2.
 
     Args:
-        tokens: the ids of the text, `(n,)`.
+        tokens: ids of the text, `(n,)`.
 
     Returns:
         `(samples, length)`.
 
     Raises:
-        ValueError: the text is empty or shorter than one stretch.
+        ValueError: the text is empty or shorter than one window.
     """
     if tokens.numel() < length or samples < 1 or length < 1:
         raise ValueError(

@@ -1,14 +1,14 @@
 """A quantised base model as a folder.
 
     config.json              transformers' config of the model
-    settings.json            how it is quantised, and the hashes of the base and the calibration tokens; written first
+    settings.json            quantisation settings, and the hashes of the base and the calibration tokens; written first
     layers/00000.safetensors …  one decoder layer each, its linear layers packed
-    layers/00000.json …      what quantising that layer cost
+    layers/00000.json …      time and errors of quantising that layer
     rest.safetensors         embeddings, last norm, output layer
     quantization.json        every packed layer's grid, bits per weight, the hash of each file and of all; written last
-    adapter/                 with LoftQ and ApiQ: the LoRA that goes with the weights, in PEFT's format
+    adapter/                 with LoftQ and ApiQ: the LoRA for these weights, in PEFT's format
 
-Every file is written aside and renamed, so a layer that is there is whole.
+Every file is written under a temporary name and renamed, so an existing layer file is complete.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ LAYER = re.compile(r"layers/\d{5}\.safetensors")
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The decoder layers of a causal language model and their name in it.
+    """Return the name and the list of the decoder layers of a causal language model.
 
     Raises:
-        ValueError: it has none where Llama and its kin have them.
+        ValueError: they are not where Llama-like models have them.
     """
     decoder: Any = model.get_decoder()
     layers = getattr(decoder, "layers", None)
     for name, module in model.named_modules():
         if module is layers and isinstance(module, nn.ModuleList):
             return name, module
-    raise ValueError(f"{type(model).__name__} has no decoder layers where Llama has them: it cannot be quantised here")
+    raise ValueError(f"{type(model).__name__} has no decoder layers where Llama has them: it cannot be quantised")
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -52,11 +52,11 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 
 def sizes(model: nn.Module) -> dict[str, float]:
-    """Bytes and bits per weight of a quantised model, from shapes alone: it may be on the meta device.
+    """Return bytes and bits per weight of a quantised model; only shapes are read, so it may be on the meta device.
 
     Returns:
-        `quantized_bytes` of the packed layers with their scales and zero points, `other_bytes` of all other tensors
-        (each once), `quantized_weights`, and `bits_per_weight` of the packed layers.
+        `quantized_bytes` of the packed layers with scales and zero points, `other_bytes` of all other tensors (each
+        counted once), `quantized_weights`, and `bits_per_weight` of the packed layers.
     """
     layers = quantized_layers(model).values()
     packed = {id(buffer): buffer.nbytes for layer in layers for buffer in layer.buffers()}
@@ -72,16 +72,16 @@ def sizes(model: nn.Module) -> dict[str, float]:
 
 
 def save_quantized(model: PreTrainedModel, folder: Path, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Writes a quantised model.
+    """Write a quantised model.
 
     Args:
-        extra: more entries for the record.
+        extra: additional entries for the record.
 
     Returns:
-        The record that `quantization.json` holds.
+        The record in `quantization.json`.
 
     Raises:
-        ValueError: nothing in the model is quantised.
+        ValueError: no layer of the model is quantised.
     """
     if not quantized_layers(model):
         raise ValueError("no layer of the model is quantised: quantise it first")
@@ -91,7 +91,7 @@ def save_quantized(model: PreTrainedModel, folder: Path, extra: Mapping[str, Any
 
 
 def finish(model: PreTrainedModel, folder: Path, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Completes a folder that holds all decoder layers."""
+    """Complete a folder that already holds all decoder layers."""
     prefix, layers = decoder_layers(model)
     rest = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{prefix}.")}
     for name in getattr(model, "_tied_weights_keys", None) or ():
@@ -111,7 +111,7 @@ def finish(model: PreTrainedModel, folder: Path, extra: Mapping[str, Any]) -> di
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of a complete folder; None where there is none.
+    """Return the record of a complete folder; None if there is none.
 
     Raises:
         ValueError: the file is not such a record.
@@ -128,28 +128,28 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def _check_record(record: Any) -> None:
-    """Only files of the folder are named, and grids hold what they are made of: a folder may come from elsewhere."""
+    """Check that only files of the folder are named and that grids are complete: the folder may be untrusted."""
     if not isinstance(record["hash"], str):
-        raise ValueError("hash is no text")
+        raise ValueError("hash is not a string")
     for file in record["files"]:
         if file != REST and not LAYER.fullmatch(file):
-            raise ValueError(f"{file!r:.60} is no file of such a folder")
+            raise ValueError(f"{file!r:.60} is not a file of such a folder")
     for name, grid in record["linears"].items():
         if set(grid) != {"bits", "group_size", "normal_float"} or not all(isinstance(grid[key], int) for key in grid):
-            raise ValueError(f"{name} has no grid of bits, group_size and normal_float")
+            raise ValueError(f"{name} lacks a grid of bits, group_size and normal_float")
 
 
 def load_quantized(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """The quantised model in a folder, in evaluation mode. No full-precision copy of it ever exists.
+    """Load the quantised model in a folder, in evaluation mode, without ever creating a full-precision copy.
 
-    `model.quantization` is its record, whose `hash` names the base in what is trained on it.
+    `model.quantization` is its record, whose `hash` identifies the base in runs trained on it.
 
     Raises:
-        ValueError: the folder is not complete, or a file is not the one that was written.
+        ValueError: the folder is incomplete, or a file has changed since it was written.
     """
     record = read_record(folder)
     if record is None:
-        raise ValueError(f"{folder}: no {RECORD}: no quantised model, or one that is not finished")
+        raise ValueError(f"{folder}: no {RECORD}: not a quantised model, or unfinished")
     content = {"files": record["files"], "linears": record["linears"]}
     if record["hash"] != _hash(content):
         raise ValueError(f"{folder / RECORD}: changed since it was written: quantise the base again")
@@ -179,12 +179,12 @@ def load_quantized(folder: Path, device: torch.device | str = "cpu") -> PreTrain
 
 
 def empty_model(folder: Path) -> Any:
-    """The model of a folder's config: parameters on the meta device, buffers that are computed (rotary) real."""
+    """Create the model of a folder's config: parameters on the meta device, computed buffers (rotary) real."""
     from accelerate import init_empty_weights
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if "/" in str(getattr(config, "_attn_implementation", None)):
-        raise ValueError(f"{folder}: its config takes attention from the hub, which is code: quantise the base again")
+        raise ValueError(f"{folder}: its config loads attention code from the hub: quantise the base again")
     with init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32, trust_remote_code=False)
 
@@ -209,7 +209,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, shapes, dtypes and bytes."""
+    """Return the sha256 of names, shapes, dtypes and bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -1,1 +1,1 @@
-"""Rows, prompts and tokens: where they come from and what a protocol makes of them."""
+"""Rows, prompts and tokens: sources of the data, and what a protocol makes of them."""

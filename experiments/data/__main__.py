@@ -1,8 +1,8 @@
-"""Which data sets are here, and the rest by one command.
+"""Lists the local data sets, and fetches missing ones.
 
-python -m experiments.data check                          # which data sets are here, and how to get the others
-python -m experiments.data check task=commonsense_170k    # a task's alone: its training data and benchmarks
-python -m experiments.data fetch task=commonsense_170k    # download what is missing of them
+python -m experiments.data check                          # list local data sets, and how to get the others
+python -m experiments.data check task=commonsense_170k    # only those of a task: training data and benchmarks
+python -m experiments.data fetch task=commonsense_170k    # download the missing ones
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from experiments.runs.evaluations import task_of
 
 
 def named_splits(words: list[str]) -> list[tuple[str, str]]:
-    """Data sets and splits of `task=A,B`, which are its training data and its benchmarks', and of `source=C,D`.
+    """Return the (data set, split) pairs of `task=A,B` (training data and benchmarks) and of `source=C,D`.
 
-    All there are, if none is named.
+    All pairs if no words are given.
     """
     found: dict[tuple[str, str], None] = {}
     for word in words:
@@ -57,7 +57,7 @@ def _of_source(name: str) -> list[tuple[str, str]]:
 
 
 def check(splits: list[tuple[str, str]], data_root: str | None, from_hub: bool) -> int:
-    """Print what the data sets have here, and how to get what is missing. 1 if a file that is there is not right."""
+    """Print what is local, and how to get what is missing. Returns 1 if a local file is wrong, else 0."""
     if from_hub and not hub.check():
         raise UserError("the Hugging Face hub cannot be reached: connect, or leave out --hub")
     line = "{:16}  {:5}  {:>7}  {:16}  {}".format
@@ -77,7 +77,7 @@ def check(splits: list[tuple[str, str]], data_root: str | None, from_hub: bool) 
         try:
             rows = load_split(name, split, data_root if path else None)
         except UserError as error:
-            print(line(name, split, "", "", "broken" if path else "not to be had from the hub"))
+            print(line(name, split, "", "", "broken" if path else "unavailable on the hub"))
             (broken if path else absent).append(f"  {error}")
             continue
         place = str(path.relative_to(data_root or "")) if path else f"hub: {HUBS[name].name}"
@@ -89,8 +89,8 @@ def check(splits: list[tuple[str, str]], data_root: str | None, from_hub: bool) 
         print("\nbroken:", *broken, sep="\n")
     if absent:
         print(
-            f"\nnot here; files belong under the data root ({data_root or 'DIABLO_DATA_ROOT, not set'}), "
-            "`python -m experiments.data fetch task=… or source=…` puts them there:"
+            f"\nmissing; files belong under the data root ({data_root or 'DIABLO_DATA_ROOT, not set'}), "
+            "`python -m experiments.data fetch task=… or source=…` downloads them:"
         )
         print(*absent, sep="\n")
     return 1 if broken else 0
@@ -105,22 +105,22 @@ def main(arguments: list[str]) -> int:
         nargs="?",
         choices=["check", "fetch"],
         default="check",
-        help="check: list what is here (default); fetch: download what is missing, check it and put it in place",
+        help="check: list local data sets (default); fetch: download missing ones and check them",
     )
     parser.add_argument(
         "which",
         nargs="*",
         metavar="task=NAME,…|source=NAME,…",
-        help="the data sets of these tasks, or these data sets; check takes all if none is named",
+        help="data sets of these tasks, or these data sets; check lists all if none is given",
     )
     parser.add_argument("--data-root", default=os.environ.get("DIABLO_DATA_ROOT"), help="default: $DIABLO_DATA_ROOT")
-    parser.add_argument("--hub", action="store_true", help="check: also load what is not local from the hub")
+    parser.add_argument("--hub", action="store_true", help="check: also load missing data sets from the hub")
     options = parser.parse_intermixed_args(arguments)
     splits = named_splits(options.which)
     if options.command == "check":
         return check(splits, options.data_root, options.hub)
     if options.hub or not options.which:
-        parser.error("--hub is for check alone" if options.hub else "fetch what? give task=NAME,… or source=NAME,…")
+        parser.error("--hub is only for check" if options.hub else "fetch needs task=NAME,… or source=NAME,…")
     from experiments.data.fetch import fetch
 
     return fetch(splits, options.data_root)

@@ -1,9 +1,9 @@
-"""Generated word problems in GSM8K's format: the task `arith`, and the corpus that the base model `tiny` learns from.
+"""Generated word problems in GSM8K's format: the task `arith`, and the corpus that pretrains the base model `tiny`.
 
 A problem is a row of `instruction` (the question), `input` (empty), `output` (its steps with calculator marks, ending
-in `#### 42`, as in GSM8K, openai/grade-school-math) and `answer` ("42"). The fine-tuning splits use `TEMPLATES` and the
-pretraining corpus uses `CORPUS_TEMPLATES`: no template is in both, and no problem (a template with its numbers) is in
-two splits.
+in `#### 42`, as in GSM8K, openai/grade-school-math) and `answer` ("42"). The fine-tuning splits use `TEMPLATES`, the
+pretraining corpus uses `CORPUS_TEMPLATES`: they share no template, and no two splits share a problem (a template with
+its numbers).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ THINGS = ("apples", "books", "cards", "coins", "cups", "eggs", "keys", "pens", "
 
 @dataclass(frozen=True)
 class Template:
-    """A problem with its numbers left open.
+    """A problem with placeholders for its numbers.
 
-    `question` has slots for a name, a thing and the numbers `a`, `b`, `c`. `steps` are operations such as `a*b`, in
-    which `x` and `y` stand for the first and the second step's result.
+    `question` has placeholders for a name, a thing and the numbers `a`, `b`, `c`. `steps` are operations, e.g. `a*b`;
+    in them, `x` and `y` are the results of the first and the second step.
     """
 
     question: str
@@ -147,7 +147,7 @@ _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": ope
 
 
 def solve(template: Template, numbers: dict[str, int]) -> list[tuple[str, int]] | None:
-    """The steps worked out, as ("5*7", 35) pairs, or None if a result is not a whole number in `RESULTS`."""
+    """Return the computed steps, as ("5*7", 35) pairs, or None if a result is not an integer in `RESULTS`."""
     values = dict(numbers)
     worked = []
     for variable, operation in zip("xyz", template.steps, strict=False):
@@ -162,14 +162,14 @@ def solve(template: Template, numbers: dict[str, int]) -> list[tuple[str, int]] 
 
 @functools.cache
 def problems(template: Template) -> tuple[dict[str, int], ...]:
-    """Every choice of a template's numbers that can be worked out, in a fixed order."""
+    """Return all choices of a template's numbers that `solve` accepts, in a fixed order."""
     letters = [letter for letter in "abc" if f"{{{letter}}}" in template.question]
     choices = (dict(zip(letters, numbers, strict=True)) for numbers in itertools.product(NUMBERS, repeat=len(letters)))
     return tuple(numbers for numbers in choices if solve(template, numbers) is not None)
 
 
 def write(template: Template, numbers: dict[str, int], rng: random.Random) -> tuple[str, list[str], int]:
-    """A problem in words: the question, the lines of its solution and the result."""
+    """Write a problem in words: the question, the lines of its solution, and the result."""
     words = {"name": rng.choice(NAMES), "thing": rng.choice(THINGS)}
     worked = solve(template, numbers)
     assert worked is not None
@@ -177,9 +177,9 @@ def write(template: Template, numbers: dict[str, int], rng: random.Random) -> tu
 
 
 def generate(sizes: dict[str, int], seed: int) -> dict[str, list[dict[str, str]]]:
-    """The splits of `arith`: rows of instruction, input, output and answer, the same for the same sizes and seed.
+    """Generate the splits of `arith`: rows of instruction, input, output and answer, determined by sizes and seed.
 
-    Every template's problems are shuffled and dealt out in turn, so that no two splits share one, whatever its names.
+    Every template's problems are shuffled and dealt in turn, so that no two splits share a problem, whatever its names.
     """
     rng = random.Random(f"arith-{seed}")
     pools = [rng.sample(problems(template), len(problems(template))) for template in TEMPLATES]
@@ -197,9 +197,9 @@ def generate(sizes: dict[str, int], seed: int) -> dict[str, list[dict[str, str]]
 
 
 def corpus(seed: int) -> Iterator[str]:
-    """Documents for pretraining without end: lines of sums, stories with "The answer is 42.", and strings of words.
+    """Generate an endless stream of pretraining documents: sums, stories with "The answer is 42.", and word strings.
 
-    The strings of words give tokenizer and embeddings the vocabulary of `TEMPLATES`, as a real base model knows
+    The word strings give the tokenizer and the embeddings the vocabulary of `TEMPLATES`, as a real base model knows
     English, but none of their sentences.
     """
     rng = random.Random(f"corpus-{seed}")
@@ -229,5 +229,5 @@ def _sum(rng: random.Random) -> str:
 
 
 def _mark(operation: str, result: int) -> str:
-    """A step with GSM8K's calculator mark."""
+    """Return a step with GSM8K's calculator mark."""
     return f"{operation}=<<{operation}={result}>>{result}"

@@ -1,8 +1,8 @@
-"""Download the files of data sets: the pinned ones, resumed where a download stopped, put in place only if right.
+"""Downloads the pinned files of data sets, resumes interrupted downloads, and installs files only if they are right.
 
-`python -m experiments.data fetch task=…` is the command. A file is written aside in its folder, checked by git's id
-(experiments/data/pinned.py) and by the number and the fields of its rows, and renamed. The hub's own files have no such
-id: their revision is part of the URL. A file that is there already is checked and never replaced.
+The command is `python -m experiments.data fetch task=…`. A file is written under a temporary name, checked
+by its git id (experiments/data/pinned.py) and by the number and fields of its rows, and renamed. The hub's own files
+have no such id: their revision is part of the URL. An existing file is checked and never replaced.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from experiments.data.rows import how, local_file, read_records, read_split
 from experiments.data.sources import SOURCES, Split
 from experiments.errors import UserError
 
-SECONDS = 20.0  # that a server may take to answer, and to send the next `SLOWEST` bytes
+SECONDS = 20.0  # time limit for a server to answer, and for each next `SLOWEST` bytes
 SLOWEST = 1024
-RESUMED = 5  # times that one connection after the other breaks, each after some bytes
+RESUMED = 5  # how often a broken connection is resumed, if each brought some bytes
 HUB = "https://huggingface.co"
 
 
 class WrongFile(UserError):
-    """One file cannot be had, or is not what it should be: the others are fetched all the same."""
+    """One file is unavailable or wrong; the other files are still fetched."""
 
 
 class _Broke(Exception):
-    """A connection ended or fell silent before the file did."""
+    """A connection ended or stalled before the file was complete."""
 
 
 def fetch(splits: list[tuple[str, str]], data_root: str | None, seconds: float = SECONDS) -> int:
-    """Put the files of these data sets under the data root and tell of each in one line. 1 if one is not there then.
+    """Put the files of these data sets under the data root, with one line for each. Returns 1 if a file is missing.
 
     Args:
-        seconds: how long a server may be silent.
+        seconds: how long a server may take between two pieces of data.
     """
     if not data_root:
         raise UserError("fetch: no folder to put files into: set DIABLO_DATA_ROOT or give --data-root FOLDER")
     root, status = Path(data_root), 0
-    files: dict[str, list[tuple[str, str]]] = {}  # two data sets may be in one file
+    files: dict[str, list[tuple[str, str]]] = {}  # several data sets may share a file
     for name, split in splits:
         if name == "arith":
             print("arith: generated, there is nothing to fetch")
@@ -64,21 +64,19 @@ def fetch(splits: list[tuple[str, str]], data_root: str | None, seconds: float =
         except OSError as error:
             reason = error.strerror or str(error)
             raise UserError(
-                f"{error.filename or root}: {reason}: mend that, or give another folder with --data-root; what has "
-                "come is kept and the same command goes on from there"
+                f"{error.filename or root}: {reason}: fix that, or give another folder with --data-root; downloaded "
+                "parts are kept, and the same command resumes"
             ) from None
     return status
 
 
 def _take(held: list[tuple[str, str]], root: Path, seconds: float) -> str:
-    """One file with these data sets in it: what was done, in one line."""
+    """Fetch one file that contains these data sets, and return one line about it."""
     part, names = SOURCES[held[0][0]][held[0][1]], ", ".join(f"{name} {split}" for name, split in held)
     there = local_file(part, root)
     if there is not None:
         if problem := _problem(part, held, there):
-            raise WrongFile(
-                f"{names}: {there} is there and stays, but is not right: {problem}: move it away to fetch it"
-            )
+            raise WrongFile(f"{names}: {there} exists but is not right: {problem}: move it away to fetch it")
         return f"{names}: {there} is already here"
     if part.how:
         raise WrongFile(f"{names}: {how(part)}")
@@ -96,13 +94,13 @@ def _take(held: list[tuple[str, str]], root: Path, seconds: float) -> str:
         resumed = file.tell() > 0
         _download(part.url, file, seconds)
         made, problem = _made(part, held, partial)
-        if problem and resumed:  # what was there of it was no part of it
+        if problem and resumed:  # the earlier part was not from this file
             file.truncate(0)
             _download(part.url, file, seconds)
             made, problem = _made(part, held, partial)
         if problem:
             partial.unlink()
-            raise WrongFile(f"{names}: {part.url} is not the file that it was: {problem}: nothing was put in place")
+            raise WrongFile(f"{names}: {part.url} has changed: {problem}: nothing was installed")
         size = made.stat().st_size
         with made.open("rb") as whole:
             os.fsync(whole.fileno())
@@ -113,7 +111,7 @@ def _take(held: list[tuple[str, str]], root: Path, seconds: float) -> str:
 
 @contextmanager
 def _aside(folder: Path, url: str) -> Iterator[tuple[IO[bytes], Path]]:
-    """The file beside its place that holds what has come of `url`, open at its end, for this process alone."""
+    """Open the partial download of `url` next to its target, at its end, locked for this process."""
     partial = folder / f".partial-{hashlib.sha256(url.encode()).hexdigest()[:8]}-{Path(url).name}"
     with partial.open("ab") as file:
         try:
@@ -131,17 +129,17 @@ def _aside(folder: Path, url: str) -> Iterator[tuple[IO[bytes], Path]]:
 
 
 def _made(part: Split, held: list[tuple[str, str]], partial: Path) -> tuple[Path, str | None]:
-    """The file to put in place, and what is wrong with it."""
+    """Return the file to install, and its problem, if any."""
     if part.rebuild is None:
         return partial, _problem(part, held, partial)
     made, seen = partial.with_name(f"{partial.name}.json"), dict[str, dict[str, Any]]()
     try:
-        for _, record in read_records(partial, None):  # one for each option of a question
+        for _, record in read_records(partial, None):  # a question has one record per option
             seen.setdefault(json.dumps(record["doc"], sort_keys=True), part.rebuild(record))
     except UserError as error:
         return made, str(error)
     except (KeyError, TypeError, ValueError) as error:
-        return made, f"its records are others ({type(error).__name__}: {error})"
+        return made, f"its records have another format ({type(error).__name__}: {error})"
     made.write_text(json.dumps(list(seen.values()), indent=4), encoding="utf-8")
     problem = _problem(part, held, made)
     if problem:
@@ -150,7 +148,7 @@ def _made(part: Split, held: list[tuple[str, str]], partial: Path) -> tuple[Path
 
 
 def _problem(part: Split, held: list[tuple[str, str]], path: Path) -> str | None:
-    """What is wrong with a whole file."""
+    """Return the problem of a complete file, if any."""
     if problem := not_pinned(part.file, path):
         return problem
     try:
@@ -162,7 +160,7 @@ def _problem(part: Split, held: list[tuple[str, str]], path: Path) -> str | None
 
 
 def _download(url: str, file: IO[bytes], seconds: float) -> None:
-    """Append the rest of `url` to `file`. UserError if nobody answers, or if connections keep breaking."""
+    """Append the rest of `url` to `file`. UserError if there is no answer, or if connections keep breaking."""
     for left in reversed(range(RESUMED + 1)):
         before = file.seek(0, os.SEEK_END)
         try:
@@ -173,7 +171,7 @@ def _download(url: str, file: IO[bytes], seconds: float) -> None:
             file.flush()
             size = os.fstat(file.fileno()).st_size
             if size <= before or not left:
-                raise UserError(f"{url}: {broke} after {size:,} bytes: the same command goes on from there") from None
+                raise UserError(f"{url}: {broke} after {size:,} bytes: the same command resumes") from None
 
 
 def _append(url: str, file: IO[bytes], start: int, seconds: float) -> None:
@@ -181,7 +179,7 @@ def _append(url: str, file: IO[bytes], start: int, seconds: float) -> None:
     from huggingface_hub import constants, get_session, get_token
     from tqdm import tqdm
 
-    headers = {"Accept-Encoding": "identity"}  # a part of a packed answer is not a part of the file
+    headers = {"Accept-Encoding": "identity"}  # a range of a compressed response is not a range of the file
     if start:
         headers["Range"] = f"bytes={start}-"
     if of_hub := url.startswith(f"{HUB}/"):
@@ -194,10 +192,10 @@ def _append(url: str, file: IO[bytes], start: int, seconds: float) -> None:
         response = hub.within(seconds, lambda: client.send(request, stream=True, follow_redirects=True))
     except (httpx2.TransportError, httpx2.TooManyRedirects, TimeoutError) as error:
         reason = str(error) or type(error).__name__
-        raise UserError(f"{url} cannot be reached ({reason}): connect, then the same command goes on") from None
+        raise UserError(f"{url} cannot be reached ({reason}): connect, then run the same command to resume") from None
     try:
         if response.status_code in (401, 403) and of_hub:
-            raise WrongFile(f"{url}: no access ({response.status_code}): ask for it on the hub, then `hf auth login`")
+            raise WrongFile(f"{url}: no access ({response.status_code}): request it on the hub, then `hf auth login`")
         if not _continues(response, url, file, start):
             return
         length = response.headers.get("Content-Length", "")
@@ -222,10 +220,10 @@ def _append(url: str, file: IO[bytes], start: int, seconds: float) -> None:
 
 
 def _continues(response: Any, url: str, file: IO[bytes], start: int) -> bool:
-    """Whether the answer's bytes belong at the end of `file`, which is emptied if they are the whole file's."""
+    """Return whether the response's bytes belong at the end of `file`; empties it if they are the whole file."""
     code = response.status_code
     if code == 416:
-        return False  # nothing is missing, or what is there is longer than the file: its content tells
+        return False  # nothing is missing, or the local part is longer than the file: the content check decides
     if code == 200:
         if start:
             file.truncate(0)
@@ -233,15 +231,11 @@ def _continues(response: Any, url: str, file: IO[bytes], start: int) -> bool:
     if code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
         return True
     if code in (404, 410):
-        raise WrongFile(
-            f"{url}: there is no such file any more ({code}): get it elsewhere, it is checked when it is read"
-        )
-    raise UserError(
-        f"{url}: the server answers {code} {response.reason_phrase}: the same command later goes on from there"
-    )
+        raise WrongFile(f"{url}: the file no longer exists ({code}): get it elsewhere, it is checked when it is read")
+    raise UserError(f"{url}: the server answers {code} {response.reason_phrase}: run the same command later to resume")
 
 
 def _check_room(file: IO[bytes], left: int | None) -> None:
     free = shutil.disk_usage(Path(file.name).parent).free
     if left is not None and left > free:
-        raise OSError(errno.ENOSPC, f"{left / 1e6:,.1f} MB are to come and {free / 1e6:,.1f} MB are free", file.name)
+        raise OSError(errno.ENOSPC, f"{left / 1e6:,.1f} MB are missing and {free / 1e6:,.1f} MB are free", file.name)

@@ -1,9 +1,8 @@
-"""Whether the Hugging Face hub can be reached: asked once per process and repository, and answered in seconds.
+"""Checks whether the Hugging Face hub is reachable: once per process and repository, within seconds.
 
-huggingface_hub retries each file for half a minute where there is no network, where a proxy answers in its place, or
-where the hub's pages answer but its files do not. Who is about to ask the hub for something calls `check` first:
-without an answer the libraries are told that they are offline, so they take what is in their cache and fail at once
-otherwise.
+huggingface_hub retries each file for half a minute without a network, if a proxy answers instead, or if the hub's pages
+answer but its files do not. Call `check` before loading from the hub: if it does not answer, the libraries are set
+offline, so they use their cache and otherwise fail at once.
 """
 
 from __future__ import annotations
@@ -16,24 +15,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-SECONDS = 5.0  # for the hub's answer
-REFUSALS = (403, 407)  # of a proxy; the hub answers so for single files alone
+SECONDS = 5.0  # time limit for the hub's answer
+REFUSALS = (403, 407)  # of a proxy; the hub answers these only for single files
 
 _within_offline = False
-answered: dict[str, bool] = {}  # by file, "" for the hub itself
+answered: dict[str, bool] = {}  # by file; "" is the hub itself
 
 
 def check(file: str = "") -> bool:
-    """True if the hub answers, or if it must not be asked: by the environment (HF_HUB_OFFLINE) or by `offline`.
+    """Return True if the hub answers, or must not be asked: by the environment (HF_HUB_OFFLINE) or by `offline`.
 
     Args:
-        file: also one that is about to be loaded, as `model_file` and `data_file` name it.
+        file: a file about to be loaded, which must answer too, named as by `model_file` and `data_file`.
     """
     from huggingface_hub import constants
 
     if _within_offline:
         return True
-    for path in ("", file):  # the first also tells a proxy that refuses from a file that is not for everyone
+    for path in ("", file):  # the first distinguishes a proxy that refuses from a file with restricted access
         if False not in answered.values() and path not in answered and not constants.HF_HUB_OFFLINE:
             answered[path] = reached(path)
             if not answered[path]:
@@ -50,21 +49,21 @@ def data_file(name: str, revision: str) -> str:
 
 
 def reached(file: str = "", seconds: float = SECONDS) -> bool:
-    """Whether the hub answers within so many seconds. That it has no such file, or not for us, is an answer."""
+    """Return whether the hub answers within `seconds`. "No such file" and "no access" are answers too."""
     from huggingface_hub import constants, get_session, get_token
 
     url = f"{constants.ENDPOINT}/{file}" if file else constants.ENDPOINT
     headers = {"Authorization": f"Bearer {token}"} if file and (token := get_token()) else {}
     try:
         status = within(seconds, lambda: get_session().head(url, headers=headers, timeout=seconds).status_code)
-    except Exception:  # every HTTP client raises its own, and a proxy's are others again
+    except Exception:  # each HTTP client raises its own exceptions, and proxies cause others
         return False
     return status < 500 and (bool(file) or status not in REFUSALS)
 
 
 def within(seconds: float, ask: Callable[[], Any]) -> Any:
-    """What `ask` returns or raises, or TimeoutError. A client's time limits leave out the name server's, and begin
-    again with every redirection."""
+    """Return or raise what `ask` does, or raise TimeoutError. A client's own time limits exclude name resolution and
+    restart with every redirection."""
     answer = queue.SimpleQueue[tuple[bool, Any]]()
 
     def work() -> None:
@@ -85,7 +84,7 @@ def within(seconds: float, ask: Callable[[], Any]) -> Any:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Take what is in the libraries' cache and ask nobody, as whoever only plans does."""
+    """Use only the libraries' cache and ask no server, e.g. while planning."""
     from huggingface_hub import constants
 
     global _within_offline
@@ -100,7 +99,7 @@ def offline() -> Iterator[None]:
 
 
 def _set_offline(value: bool) -> None:
-    """What HF_HUB_OFFLINE does before the libraries are imported, for those that are imported already."""
+    """Do what HF_HUB_OFFLINE does before the libraries are imported, for those already imported."""
     from huggingface_hub import constants
 
     os.environ["HF_HUB_OFFLINE"] = str(int(value))

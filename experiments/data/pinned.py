@@ -1,4 +1,4 @@
-"""Which bytes the files of the table of data sets have: git's id of each, which commits in their URLs fix."""
+"""Git ids that pin the content of the data sets' files; the commits in their URLs determine them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-# By file, unpacked: what `git hash-object FILE` prints, and the tree of the commit in its URL says. Two files are made
-# of others (`Split.rebuild`). MetaMathQA is no git object but the hub's own, and HEx-PHI is gated.
+# By file, unpacked: the output of `git hash-object FILE`, equal to the id in the URL's commit. Two files are
+# made from others (`Split.rebuild`). MetaMathQA is the hub's own object, not a git object, and HEx-PHI is gated.
 GIT_IDS = {
     "llm_adapters/boolq/train.json": "87a7beee26b49f81c450641ef2ff84f55611321f",
     "llm_adapters/boolq/test.json": "6d7edb0a8e8a6566b546ccf0d98d24e48db3fdf3",
@@ -50,7 +50,7 @@ GIT_IDS = {
 
 
 def not_pinned(file: str, path: Path) -> str | None:
-    """How the content of `path` differs from the table's `file`, None if it does not or the table has no id of it."""
+    """Return how the content of `path` differs from the pinned `file`; None if it does not or if there is no id."""
     expected = GIT_IDS.get(file)
     if expected is None:
         return None
@@ -58,11 +58,11 @@ def not_pinned(file: str, path: Path) -> str | None:
         found = git_id(path)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         return f"it cannot be unpacked ({error})"
-    return None if found == expected else f"git's id of it is {found[:12]}, it must be {expected[:12]}"
+    return None if found == expected else f"its git id is {found[:12]}, it must be {expected[:12]}"
 
 
 def git_id(path: Path) -> str:
-    """What `git hash-object` prints of a file, unpacked if its name ends in .gz. Git hashes the length first."""
+    """Return what `git hash-object` prints for a file, unpacked if it ends in .gz. Git hashes the length first."""
     digest = hashlib.sha1(f"blob {sum(map(len, _content(path)))}\0".encode(), usedforsecurity=False)
     for block in _content(path):
         digest.update(block)

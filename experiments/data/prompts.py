@@ -1,8 +1,8 @@
-"""A protocol's text: the prompt and target of a row, and their tokens. Training and evaluation both come here.
+"""Prompts and targets: the text of a row under a protocol, and its tokens, for training and evaluation alike.
 
-A protocol is data (`configs/protocol/<task>/<name>.yaml`, explained in experiments/config.py): how a row becomes a
-prompt and a target, which tokens the loss sees, how a row that is too long is cut, and how a test is asked, read and
-judged.
+A protocol is data (`configs/protocol/<task>/<name>.yaml`; experiments/config.py explains every field): how a row
+becomes a prompt and a target, which tokens are in the loss, how a row that is too long is cut, and how tests are
+prompted, read and judged.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the label of tokens that the loss leaves out, as in transformers
+IGNORED = -100  # label of tokens that are not in the loss, as in transformers
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training row in tokens; `labels` is as long as `input_ids`, with IGNORED where the loss does not look."""
+    """A tokenised training row; `labels` has the length of `input_ids`, with IGNORED for tokens not in the loss."""
 
     input_ids: list[int]
     labels: list[int]
@@ -43,7 +43,7 @@ class Asked:
 
 
 def prompt_text(rules: Protocol | Evaluation | Asked, row: dict[str, str]) -> str:
-    """What the model is given, in training (`rules`: a `Protocol`) or in a test."""
+    """Return the prompt, in training (`rules`: a `Protocol`) or in a test."""
     if isinstance(rules, Protocol) and rules.split_query:
         instruction, _, rest = row["instruction"].partition("\n")
         row = {**row, "instruction": instruction, "input": rest}
@@ -56,7 +56,7 @@ def prompt_text(rules: Protocol | Evaluation | Asked, row: dict[str, str]) -> st
 
 
 def target_text(protocol: Protocol, row: dict[str, str]) -> str:
-    """What the model is to write, without the protocol's ending and the end of sequence."""
+    """Return the target, without the protocol's ending and the end of sequence."""
     text = _fill(protocol, "target", protocol.target, row)
     for old, new in protocol.replace.items():
         text = text.replace(old, new)
@@ -64,18 +64,18 @@ def target_text(protocol: Protocol, row: dict[str, str]) -> str:
 
 
 def select_rows(protocol: Protocol, rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """The rows that the protocol trains on: all, or of those with one prompt the last, in the first one's place."""
+    """Return the rows to train on: all, or of rows with one prompt the last, in the first one's position."""
     if protocol.repeated_prompts == "all":
         return list(rows)
     return list({prompt_text(protocol, row): row for row in rows}.values())
 
 
 def encode(protocol: Protocol, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, str]]) -> list[Example]:
-    """Rows as tokens: [BOS] prompt, target, ending, end of sequence; cut to `max_length` tokens.
+    """Tokenise rows: [BOS] prompt, target, ending, end of sequence; cut to `max_length` tokens.
 
-    With `joined` the three texts are tokenised as one, so that tokens may span their borders, and as many tokens count
-    as the prompt's as the prompt alone has. Else each is tokenised alone, and a row that is too long first has its
-    prompt cut to its first `max_prompt_length` tokens, then its target to `max_target_length` or to what is left.
+    With `joined` the three texts are tokenised as one, so that tokens may span their borders; the prompt then has as
+    many tokens as the prompt text alone. Otherwise each is tokenised separately; in a row that is too long, first the
+    prompt is cut to its first `max_prompt_length` tokens, then the target to `max_target_length` or to what is left.
     """
     prompts = [prompt_text(protocol, row) for row in rows]
     answers = [target_text(protocol, row) + protocol.ending for row in rows]
@@ -127,18 +127,18 @@ def _example(protocol: Protocol, tokens: list[int], prompt_length: int, truncate
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], bos: bool) -> list[list[int]]:
-    """The ids that a model is given for each prompt, in training and in a test alike.
+    """Return the token ids of each prompt, for training and tests alike.
 
     Args:
-        bos: a protocol's `bos`: begin with what the tokenizer itself puts before a text.
+        bos: a protocol's `bos`: begin with the tokens that the tokenizer itself puts before a text.
     """
     start = leading_tokens(tokenizer) if bos else []
     return [[*start, *tokens] for tokens in _tokens(tokenizer, prompts)]
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What a tokenizer puts before a text by itself: LLaMA's its BOS; GPT-2's, Pythia's and SmolLM2's nothing, though
-    they have one; ChatGLM's two tokens. What it puts behind the text is no part of a prompt.
+    """Return the tokens that a tokenizer puts before a text by itself: LLaMA's its BOS; GPT-2's, Pythia's and SmolLM2's
+    none, although they have a BOS; ChatGLM's two. Tokens it appends are not part of a prompt.
     """
     text = "a"
     alone, whole = (cast("list[int]", tokenizer(text, add_special_tokens=add)["input_ids"]) for add in (False, True))
@@ -156,7 +156,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[li
 
 
 def collate(examples: list[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Rows padded on the right to the longest: `input_ids`, `attention_mask` and `labels`, each (rows, tokens)."""
+    """Pad rows on the right to the longest: `input_ids`, `attention_mask` and `labels`, each (rows, tokens)."""
     import torch
 
     longest = max(len(example.input_ids) for example in examples)
@@ -188,9 +188,9 @@ def _fill(rules: Protocol | Evaluation | Asked, part: str, template: str, row: d
 
 
 def fill(template: str, fields: dict[str, str]) -> str:
-    """A template with its fields filled in. KeyError for a field that is not there, ValueError for more than `{name}`.
+    """Fill in a template's fields. KeyError for a missing field, ValueError for anything beyond `{name}`.
 
-    Python's formats can reach into objects and ask for a width of gigabytes.
+    Python's format syntax could reach into objects and request a width of gigabytes.
     """
     return "".join(text + (fields[name] if name is not None else "") for text, name in _parts(template))
 
@@ -201,7 +201,7 @@ def _parts(template: str) -> tuple[tuple[str, str | None], ...]:
     for text, name, form, conversion in string.Formatter().parse(template):
         if name is not None and (form or conversion or not name.isidentifier()):
             raise ValueError(
-                f"{{{name}}} with a format or an index: a field is {{name}}, a brace of the text {{{{ or }}}}"
+                f"{{{name}}} with a format or an index: write a field as {{name}}, a literal brace as {{{{ or }}}}"
             )
         parts.append((text, name))
     return tuple(parts)

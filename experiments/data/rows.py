@@ -1,6 +1,6 @@
-"""Training and test rows: from local files under a data root, from the Hugging Face hub, or generated.
+"""Training and test rows: from files under a data root, from the Hugging Face hub, or generated.
 
-`experiments.data.sources` has the table of data sets. Every field of every row is checked when a file is read.
+`experiments.data.sources` has the table of data sets. Reading a file checks every field of every row.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from experiments.errors import UserError, nearest
 
 
 def load_rows(data: Data, split: str, data_root: str | None) -> list[Row]:
-    """The rows of a task's `data` config in their own order; of several sources one after the other.
+    """Return the rows of a task's `data` config in their own order; several sources are concatenated.
 
-    With a data root they come from its files, without one from the hub. A run that was planned without one takes
-    DIABLO_DATA_ROOT as it is now.
+    With a data root they come from its files, otherwise from the hub. A run planned without one uses the current value
+    of DIABLO_DATA_ROOT.
     """
     if data.source == "arith":
         return _generated(data, split)
@@ -38,10 +38,10 @@ def load_rows(data: Data, split: str, data_root: str | None) -> list[Row]:
 
 
 def training_rows(data: Data, data_root: str | None) -> tuple[list[Row], list[Row]]:
-    """The rows to train on, the split "train", and those to choose a learning rate by, the split "heldout".
+    """Return the training rows, split "train", and the rows for choosing a learning rate, split "heldout".
 
-    The second are what `heldout` keeps out of the first: so many rows with different questions, drawn with a fixed
-    seed. Rows that ask the same leave the training rows with them.
+    The latter are `heldout` rows with different questions, drawn from the training rows with a fixed seed; all rows
+    with the same questions are removed from the training rows.
     """
     if data.source == "arith":
         return _generated(data, "train"), _generated(data, "heldout")
@@ -68,7 +68,7 @@ def _of_sources(data: Data, split: str, data_root: str | None) -> list[Row]:
 
 
 def _hold_out(rows: list[Row], count: int) -> tuple[list[Row], list[Row]]:
-    """The training rows, and `count` rows whose questions are not among them."""
+    """Return the training rows, and `count` rows whose questions are not in them."""
     if not count:
         return rows, []
     first = {(row["instruction"], row["input"]): index for index, row in reversed(list(enumerate(rows)))}
@@ -81,7 +81,7 @@ def _hold_out(rows: list[Row], count: int) -> tuple[list[Row], list[Row]]:
 
 
 def rows_hash(rows: list[Row]) -> str:
-    """`records.content_hash` of the rows, without their text in memory a second time."""
+    """Return `records.content_hash` of the rows without a second copy of their text in memory."""
     digest = hashlib.sha256()
     for index, row in enumerate(rows):
         text = json.dumps(row, sort_keys=True, separators=(",", ":"))
@@ -91,7 +91,7 @@ def rows_hash(rows: list[Row]) -> str:
 
 
 def read_rows(path: Path, make: Maker, columns: tuple[str, ...] | None = None) -> list[Row]:
-    """The rows that `make` makes of a file's records. `columns` are those of a CSV file without a header."""
+    """Return the rows that `make` makes from a file's records. `columns`: header of a CSV file without one."""
     return _made(((f"{path}, {place}", record) for place, record in read_records(path, columns)), make)
 
 
@@ -111,7 +111,7 @@ def load_split(name: str, split: str, data_root: str | None) -> list[Row]:
 
 
 def read_split(name: str, split: str, path: Path) -> list[Row]:
-    """The rows of a data set's file, which must be as many as the table says."""
+    """Return the rows of a data set's file, after checking their number against the table."""
     part = SOURCES[name][split]
     return _whole(name, split, read_rows(path, part.make, part.columns), path)
 
@@ -119,7 +119,7 @@ def read_split(name: str, split: str, path: Path) -> list[Row]:
 def _whole(name: str, split: str, rows: list[Row], place: Path | str) -> list[Row]:
     if len(rows) not in (counts := SOURCES[name][split].rows):
         expected = " or ".join(f"{count:,}" for count in counts)
-        raise UserError(f"{name} {split}: {len(rows):,} rows, there must be {expected}: {place} is not whole")
+        raise UserError(f"{name} {split}: {len(rows):,} rows, there must be {expected}: {place} is incomplete")
     return rows
 
 
@@ -145,15 +145,15 @@ def _missing(name: str, split: str, data_root: str | None) -> str:
 
 
 def how(part: Split) -> str:
-    """How to get a file by hand."""
+    """Return how to get a file by hand."""
     if part.rebuild:
-        return f"make {part.file} of the records of {part.url}"
+        return f"make {part.file} from the records in {part.url}"
     packed = ".gz" if part.url.endswith(".gz") else ""
     return (part.how or "save {url} as {file}").format(url=part.url, file=part.file + packed)
 
 
 def read_records(path: Path, columns: tuple[str, ...] | None) -> Iterator[tuple[str, Any]]:
-    """The records of a file, each with its place. Of JSON lines and CSV one is in memory at a time."""
+    """Yield the records of a file, each with its position; JSON lines and CSV are streamed."""
     form = path.name.removesuffix(".gz").rpartition(".")[2]
     opener = gzip.open if path.suffix == ".gz" else open
     place = ""
@@ -171,10 +171,10 @@ def read_records(path: Path, columns: tuple[str, ...] | None) -> Iterator[tuple[
             else:
                 records = json.load(file)
                 if not isinstance(records, list):
-                    raise UserError(f"{path}: a JSON list of rows is needed, it holds {records!r:.40}")
+                    raise UserError(f"{path}: a JSON list of rows is needed, not {records!r:.40}")
                 for index, record in enumerate(records):
                     yield f"row {index + 1}", record
-                    records[index] = None  # the row that was made of it is kept instead
+                    records[index] = None  # frees the record; its row is kept instead
     except json.JSONDecodeError as error:
         place = place or f"line {error.lineno}, column {error.colno}"
         raise UserError(f"{path}, {place}: not valid JSON ({error.msg}): is the file whole?") from None
@@ -188,7 +188,7 @@ def _made(records: Iterable[tuple[str, Any]], make: Maker) -> list[Row]:
     for place, record in records:
         try:
             if not isinstance(record, dict):
-                raise ValueError(f"a row must be an object, it is {record!r:.40}")
+                raise ValueError(f"a row must be an object, not {record!r:.40}")
             row = make(record)
         except ValueError as error:
             raise UserError(f"{place}: {error}") from None
@@ -205,7 +205,7 @@ def _from_hub(place: Hub, name: str, split: str) -> list[Row]:
     for configuration in place.configurations:
         try:
             loaded = datasets.load_dataset(place.name, configuration, split=split, revision=place.revision)
-        except Exception as error:  # datasets, huggingface_hub and the HTTP client each raise their own
+        except Exception as error:  # datasets, huggingface_hub and the HTTP client each raise their own exceptions
             reason = str(error).partition("\n")[0] or type(error).__name__ if reached else "it cannot be reached"
             raise UserError(
                 f"{name} {split}: cannot load {place.name} from the hub ({reason}): connect, or point "

@@ -1,8 +1,8 @@
-"""The data sets: where each one is to be had, how many rows it has, and how its records become our rows.
+"""The table of data sets: their sources, their number of rows, and how their records become rows.
 
-A row is a flat object of strings: `instruction` (what is asked), `input` (its context, "" where there is none),
-`output` (what a model is to write; in a test a reference solution) and `answer` (what scoring compares with, "" where
-nothing is compared). Some rows have further fields.
+A row is a flat object of strings: `instruction` (the question), `input` (its context, "" if there is none), `output`
+(the target; in a test a reference solution) and `answer` (what scoring compares with, "" if there is nothing to
+compare). Some rows have more fields.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ Maker = Callable[[Record], Row | None]
 
 @dataclass(frozen=True)
 class Split:
-    """One file. `make` turns a record into a row, or into None if the record is not of this data set.
+    """One file. `make` turns a record into a row, or into None if the record is not in this data set.
 
-    `make` raises ValueError with what is wrong with the record.
+    `make` raises a ValueError that says what is wrong with the record.
     """
 
-    file: str  # under the data root; .json (a list), .jsonl or .csv, as it is or with .gz after its name
-    rows: tuple[int, ...]  # how many there must be; two numbers where two releases are in use
+    file: str  # under the data root; .json (a list), .jsonl or .csv, plain or with .gz appended to its name
+    rows: tuple[int, ...]  # number of rows; two numbers if two releases are in use
     make: Maker
     url: str
-    how: str | None = None  # how to get a file that is not for everyone
-    rebuild: Callable[[Record], Record] | None = None  # url has other records: what makes this file's of them
-    columns: tuple[str, ...] | None = None  # of a CSV file without a header
+    how: str | None = None  # how to get a file with restricted access
+    rebuild: Callable[[Record], Record] | None = None  # if url has other records: makes this file's records from them
+    columns: tuple[str, ...] | None = None  # header of a CSV file without one
 
 
 @dataclass(frozen=True)
 class Hub:
-    """The same rows on the Hugging Face hub: its data set, revision and configurations, joined in this order."""
+    """The same rows on the Hugging Face hub: data set, revision and configurations, concatenated in this order."""
 
     name: str
     revision: str
@@ -46,19 +46,19 @@ class Hub:
 
 def text(record: Record, field: str) -> str:
     if field not in record:
-        raise ValueError(f"the field {field!r} is missing, there are {', '.join(map(str, record))}")
+        raise ValueError(f"the field {field!r} is missing: there are {', '.join(map(str, record))}")
     if not isinstance(record[field], str):
-        raise ValueError(f"the field {field!r} must be text, it is {record[field]!r:.40}")
+        raise ValueError(f"the field {field!r} must be text, not {record[field]!r:.40}")
     return record[field]
 
 
 def alpaca(record: Record) -> Row:
-    """tatsu-lab/stanford_alpaca's format, which has no short answer."""
+    """tatsu-lab/stanford_alpaca's format, without a short answer."""
     return {field: text(record, field) for field in ("instruction", "input", "output")} | {"answer": ""}
 
 
 def llm_adapters(record: Record) -> Row:
-    """AGI-Edgerunners/LLM-Adapters' format is ours. In its arithmetic tests `output` is ChatGPT's and may be wrong."""
+    """LLM-Adapters' format, equal to ours. `output` in its arithmetic tests is ChatGPT's and may be wrong."""
     return {field: text(record, field) for field in ("instruction", "input", "output", "answer")}
 
 
@@ -74,14 +74,14 @@ def math(record: Record) -> Row:
     solution = text(record, "solution")
     answer = boxed(solution)
     if answer is None:
-        raise ValueError(r"the field 'solution' has no \boxed{…} that can be read")
+        raise ValueError(r"the field 'solution' has no readable \boxed{…}")
     return _row(text(record, "problem"), solution, answer, level=text(record, "level"), type=text(record, "type"))
 
 
 def boxed(solution: str) -> str | None:
-    r"""What the last \boxed{…} holds, or \fbox{…} if there is no \boxed; None if its brace stays open.
+    r"""Return the content of the last \boxed{…}, or of \fbox{…} if there is no \boxed; None if its brace stays open.
 
-    Braces are counted as in hendrycks/math, escaped ones too. `\boxed 5$` holds the word up to the $.
+    Braces are counted as in hendrycks/math, including escaped ones. `\boxed 5$` contains the word up to the $.
     """
     for command in (r"\boxed", r"\fbox"):
         _, found, rest = solution.rpartition(command)
@@ -106,12 +106,12 @@ def metamathqa(record: Record) -> Row:
 
 
 def mawps_train(record: Record) -> Row:
-    """The equation and the answer, as GSM8K writes them. `ans` is a number in some records and text in others."""
+    """Equation and answer in GSM8K's format. `ans` is a number in some records and text in others."""
     answer = record.get("ans")
     try:
-        number = float(answer)  # pyright: ignore[reportArgumentType]  what it is not, float refuses
+        number = float(answer)  # pyright: ignore[reportArgumentType]  float refuses anything else
     except (TypeError, ValueError):
-        raise ValueError(f"the field 'ans' must be a number, it is {answer!r:.40}") from None
+        raise ValueError(f"the field 'ans' must be a number, not {answer!r:.40}") from None
     answer = str(int(number)) if number.is_integer() else str(answer)
     return _row(text(record, "original_text"), f"{text(record, 'equation')}\n#### {answer}", answer)
 
@@ -130,18 +130,18 @@ def advbench(record: Record) -> Row:
 
 
 def xstest(label: str) -> Maker:
-    """The prompts of one label. Those labelled safe measure how often a harmless request is refused."""
+    """The prompts with one label. Those labelled safe measure how often harmless requests are refused."""
 
     def make(record: Record) -> Row | None:
         if text(record, "label") not in ("safe", "unsafe"):
-            raise ValueError(f"the field 'label' must be safe or unsafe, it is {record['label']!r:.40}")
+            raise ValueError(f"the field 'label' must be safe or unsafe, not {record['label']!r:.40}")
         row = _row(text(record, "prompt"), "", "safe", category=text(record, "type"))
         return row if record["label"] == label else None
 
     return make
 
 
-# Records to files: of allenai/OLMo's evaluation requests, which hold a record once for every option, as `doc`
+# Records to files: from allenai/OLMo's evaluation requests, which contain a record (`doc`) once per option
 
 
 def winogrande_request(record: Record) -> Record:
@@ -208,8 +208,8 @@ def _llm_adapters(folder: str, **rows: int) -> dict[str, Split]:
     }
 
 
-# LLM-Adapters' ft-training_set/math_data.json (3,260 rows) is no source: it is made of the test sets of GSM8K, SVAMP,
-# AQuA, MultiArith, AddSub and SingleEq.
+# LLM-Adapters' ft-training_set/math_data.json (3,260 rows) must not be used: it is made from the test sets of GSM8K,
+# SVAMP, AQuA, MultiArith, AddSub and SingleEq.
 SOURCES: dict[str, dict[str, Split]] = {
     # Commonsense. The tests of the first five are public validation splits.
     "boolq": _llm_adapters("boolq", train=9_427, test=3_270),
@@ -222,7 +222,7 @@ SOURCES: dict[str, dict[str, Split]] = {
     | _llm_adapters("piqa", test=1_838),
     "social_i_qa": _llm_adapters("social_i_qa", train=33_410, test=1_954),
     "hellaswag": _llm_adapters("hellaswag", train=39_905, test=10_042),
-    # The size xl alone. LLM-Adapters' own file joins all sizes (63,238 rows), so that most problems repeat.
+    # Only the size xl. LLM-Adapters' own file joins all sizes (63,238 rows), so that most problems repeat.
     "winogrande": _train(
         "derived/winogrande_xl_train.json",
         llm_adapters,
@@ -234,7 +234,7 @@ SOURCES: dict[str, dict[str, Split]] = {
     "arc_easy": _llm_adapters("ARC-Easy", train=2_251, test=2_376),
     "arc_challenge": _llm_adapters("ARC-Challenge", train=1_119, test=1_172),
     "openbookqa": _llm_adapters("openbookqa", train=4_957, test=500),
-    # 1,000 rows of HellaSwag's test in other words (no [header] marks): no score on them is one on HellaSwag.
+    # 1,000 rows of HellaSwag's test in other wording (no [header] marks): scores on them are not HellaSwag scores.
     "hellaswag_sample": _test(
         "derived/hellaswag_val1000_test.json",
         llm_adapters,
@@ -255,7 +255,7 @@ SOURCES: dict[str, dict[str, Split]] = {
     "metamathqa": _train("metamathqa/MetaMathQA-395K.json", metamathqa, f"{_META_MATH}/MetaMathQA-395K.json", 395_000),
     "math_10k": _train("llm_adapters/math_10k.json", alpaca, f"{_LLM_ADAPTERS}/ft-training_set/math_10k.json", 9_919),
     "svamp": _llm_adapters("SVAMP", test=1_000),
-    # 28 questions of the test are in the training set, ignoring case and punctuation.
+    # 28 test questions are also in the training set, ignoring case and punctuation.
     "mawps": _train(
         "llm_adapters/mawps/trainset.json", mawps_train, f"{_LLM_ADAPTERS}/dataset/mawps/trainset.json", 1_898
     )
@@ -270,7 +270,7 @@ SOURCES: dict[str, dict[str, Split]] = {
     ),
     "code_alpaca": _train("code_alpaca/code_alpaca_20k.json", alpaca, f"{_CODE_ALPACA}/code_alpaca_20k.json", 20_022),
     "code_alpaca_2k": _train("code_alpaca/code_alpaca_2k.json", alpaca, f"{_CODE_ALPACA}/code_alpaca_2k.json", 2_017),
-    # Its records also have `response`, in all 4,535 the same text as `output`.
+    # Its records also have `response`, equal to `output` in all 4,535.
     "code_alpaca_new": _train("code_alpaca/new_codealpaca.json", alpaca, f"{_CODE_ALPACA}/new_codealpaca.json", 4_535),
     # Safety
     "saferpaca": _train(
@@ -286,13 +286,13 @@ SOURCES: dict[str, dict[str, Split]] = {
         2_483,
     ),
     "alpaca_5000": _train("safety/alpaca_5000.json", alpaca, f"{_STANFORD}/data/alpaca_5000.json", 5_000),
-    "hex_phi": _test(  # 330 prompts when it was published, 300 today
+    "hex_phi": _test(  # 330 prompts originally, 300 today
         "hex_phi/hex_phi.jsonl",
         hex_phi,
         "https://huggingface.co/datasets/LLM-Tuning-Safety/HEx-PHI",
         330,
         300,
-        how="it is gated: ask for access at {url} under its licence agreement, then write its prompts to {file} as "
+        how="it is gated: request access at {url} under its licence agreement, then write its prompts to {file} as "
         "JSON lines with instruction and category; advbench and xstest_unsafe are the open stand-ins",
     ),
     "advbench": _test(
@@ -306,7 +306,7 @@ SOURCES: dict[str, dict[str, Split]] = {
     "xstest_unsafe": _test("safety/xstest_prompts.csv", xstest("unsafe"), f"{_XSTEST}/xstest_prompts.csv", 200),
 }
 
-# MATH comes subject by subject from the hub: the rows of the file, in another order.
+# The hub has MATH by subject: the same rows as the file, in another order.
 HUBS = {
     "gsm8k": Hub("openai/gsm8k", "e53f048856ff4f594e959d75785d2c2d37b678ee", ("main",)),
     "math": Hub(

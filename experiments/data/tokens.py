@@ -1,7 +1,8 @@
-"""Training rows as tokens: made once, kept in the cache folder, and read from there without being loaded into memory.
+"""Tokenised training rows: computed once, cached, and memory-mapped from the cache.
 
-`<cache>/tokens/<16 hex>/` holds `tokens.arrow` (an Arrow IPC file, one record per row) and `manifest.json` (that file's
-hash). The folder's name is the hash of all that decides the tokens; it is written aside and appears by one rename.
+`<cache>/tokens/<16 hex>/` contains `tokens.arrow` (an Arrow IPC file, one record per row) and `manifest.json` (that
+file's hash). The folder's name is the hash of everything that determines the tokens; it is written under a temporary
+name and renamed.
 """
 
 from __future__ import annotations
@@ -35,28 +36,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENS, MANIFEST = "tokens.arrow", "manifest.json"
-BATCH = 256  # rows tokenised at once, by all threads of the tokenizer; larger batches are not faster
+BATCH = 256  # rows tokenised at once by all of the tokenizer's threads; larger batches are not faster
 SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
-        ("ignored", pa.int32()),  # how many of the first labels are IGNORED; the others are the tokens themselves
+        ("ignored", pa.int32()),  # number of leading labels that are IGNORED; the others equal the tokens
         ("truncated", pa.bool_()),
     ]
 )
 
 
 class Examples(Dataset[Example]):
-    """Training examples in an Arrow file that is mapped into memory.
+    """Training examples in a memory-mapped Arrow file.
 
-    `lengths` are in tokens; `truncated` is how many were cut, `unlabelled` how many have no token that the loss sees.
+    `lengths` are in tokens; `truncated` is the number of cut rows, `unlabelled` that of rows with no token in the loss.
     """
 
     def __init__(self, path: Path) -> None:
-        # The operating system reads the parts that are asked for, and drops them when memory is short.
+        # The operating system loads the parts that are read, and drops them when memory is short.
         self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         self.lengths: np.ndarray = pc.call_function("list_value_length", [self.table["input_ids"]]).to_numpy()
         self.truncated = int(self.table["truncated"].to_numpy().sum())
-        ignored = self.table["ignored"].to_numpy().clip(min=1)  # nothing predicts the first token
+        ignored = self.table["ignored"].to_numpy().clip(min=1)  # the first token is never predicted
         self.unlabelled = int((ignored >= self.lengths).sum())
 
     def __len__(self) -> int:
@@ -69,7 +70,7 @@ class Examples(Dataset[Example]):
 
 
 def tokenised(protocol: Protocol, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], cache: Path) -> Examples:
-    """`prompts.encode` of all rows, from the cache if it holds them whole, else made there first."""
+    """Return `prompts.encode` of all rows, from the cache; computed and cached first if necessary."""
     folder = cache / "tokens" / _key(protocol, tokenizer, rows)
     if not _whole(folder):
         _make(protocol, tokenizer, rows, folder)
@@ -77,10 +78,10 @@ def tokenised(protocol: Protocol, tokenizer: PreTrainedTokenizerBase, rows: Sequ
 
 
 def _key(protocol: Protocol, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> str:
-    """16 hex of the hash of what decides the tokens: the protocol, the tokenizer, the rows and the code."""
+    """Return 16 hex digits of the hash of what determines the tokens: protocol, tokenizer, rows and code."""
     if not tokenizer.is_fast:
         raise UserError(
-            f"{type(tokenizer).__name__} tokenises in Python alone: choose a model whose tokenizer has a "
+            f"{type(tokenizer).__name__} tokenises in Python only: choose a model whose tokenizer has a "
             f"tokenizer.json, or convert it to one"
         )
     content = _tokenizer_hash(cast(Any, tokenizer).backend_tokenizer.to_str())
@@ -97,9 +98,9 @@ def _key(protocol: Protocol, tokenizer: PreTrainedTokenizerBase, rows: Sequence[
 
 @lru_cache(maxsize=4)
 def _tokenizer_hash(text: str) -> str:
-    """Of a tokenizer's JSON. Reading and writing the 49,000 entries of a vocabulary takes a third of a second."""
+    """Return the hash of a tokenizer's JSON; cached, because parsing 49,000 entries takes a third of a second."""
     content = json.loads(text)
-    for key in ("truncation", "padding"):  # left by whoever called it last, set anew by each call
+    for key in ("truncation", "padding"):  # set by each call, so they reflect only the last caller
         del content[key]
     return content_hash(content)
 
@@ -115,14 +116,14 @@ def _make(protocol: Protocol, tokenizer: PreTrainedTokenizerBase, rows: Sequence
             shutil.rmtree(folder, ignore_errors=True)
         os.rename(aside, folder)
     except OSError:
-        if not _whole(folder):  # otherwise another process made the same one first
+        if not _whole(folder):  # else another process wrote the same folder first
             raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write(protocol: Protocol, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], path: Path) -> None:
-    """One record batch after the other, so that the tokens of a few rows are in memory at a time."""
+    """Write record batches one by one, so that only a few rows' tokens are in memory."""
     bar = tqdm(total=len(rows), desc="tokenising", unit="row", leave=False, mininterval=1.0, delay=2)
     with bar, pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
         for start in range(0, len(rows), BATCH):
@@ -138,7 +139,7 @@ def _write(protocol: Protocol, tokenizer: PreTrainedTokenizerBase, rows: Sequenc
 
 
 def _whole(folder: Path) -> bool:
-    """Whether the folder holds what was written. A hash of a file in memory's cache takes a second per gigabyte."""
+    """Return whether the folder is intact. Hashing a file in the page cache takes a second per gigabyte."""
     try:
         return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"] == file_hash(folder / TOKENS)
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,1 +1,1 @@
-"""What a few minutes on a GPU are for: correctness, methods, resume, speed, a queue of runs."""
+"""Checks for a few minutes on a GPU: correctness, methods, resume, speed, a queue of runs."""

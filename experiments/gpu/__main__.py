@@ -1,21 +1,21 @@
-"""What a few minutes on a borrowed GPU are for, in one command.
+"""Runs all GPU checks and a queue of runs within a few minutes on a borrowed GPU.
 
     python -m experiments.gpu --minutes 8 --out report/gpu
     python -m experiments.gpu --minutes 8 --queue quickstart    # then runs of that experiment until the time is up
-    python -m experiments.gpu --minutes 8 --device cpu          # every part at the smallest sizes, to try it
+    python -m experiments.gpu --minutes 8 --device cpu          # dry run: every part at the smallest sizes
 
-Five parts, in this order, each in a process of its own, so that one that dies takes no other along:
+Five parts, in this order, each in a separate process, so that a crash affects only its own part:
 
 correctness  `pytest -m cuda`: gradients, optimizers, merging, checkpointing, compile and bf16 against float64
-methods      every method and every quantiser trained for a few steps and scored, by the real pipeline
-resume       a run that is killed and goes on beside undisturbed ones: how many bits of the adapter differ, and where
+methods      every method and every quantiser, trained for a few steps and scored by the real pipeline
+resume       a killed and resumed run against uninterrupted ones: how many bits of the adapter differ, and where
 speed        whole models and single layers, every method in turn (experiments/speed/layers.py)
-queue        runs of the experiment that --queue names, in its order
+queue        runs of the experiment given by --queue, in its order
 
 A part writes <out>/<part>.json as it goes: versions, device, commit, and every item with its seconds and result or
-error. An item is begun only if it fits into the time that is left, by the seconds that it took in the last record of
-the part in <out> (which is kept under another name) or else by an estimate. <out>/gpu.json sums up. Written to are
-<out>, with the runs of the queue in <out>/runs, and the cache. No network is used.
+error. An item starts only if it fits into the time left, judged by its seconds in the part's last record in <out>
+(which is kept under another name) or else by an estimate. <out>/gpu.json is a summary. Files are written to <out>, with
+the runs of the queue in <out>/runs, and to the cache. No network is used.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
         prog="python -m experiments.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("overrides", nargs="*", help="key=value for the runs of methods, resume and queue")
-    parser.add_argument("--minutes", type=float, default=8.0, help="in all; default: 8")
+    parser.add_argument("--minutes", type=float, default=8.0, help="total time; default: 8")
     parser.add_argument("--out", type=Path, default=Path("report") / "gpu")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for the smallest sizes; default: cuda")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these, in this order")
@@ -40,7 +40,7 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1, help="runs of the queue at a time; default: 1")
     parser.add_argument("--results", type=Path, help="exported runs that count as finished in the queue")
     parser.add_argument("--authors-repo", type=Path, help="checkout of ziyangjoy/DiaBlo; its layer is timed too")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # this process is that part, until a time
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # run this part here, until a given time
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(arguments)
     if options.minutes <= 0:
@@ -48,7 +48,7 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     if options.queue is not None:
         from experiments.plan.experiment_files import read_experiment
 
-        read_experiment(options.queue)  # a misspelt name is told before the first part
+        read_experiment(options.queue)  # reports a misspelt name before the first part
     return options
 
 
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
         failure = probe(options.device, options.out, 120.0)
         if failure:
             raise UserError(
-                f"--device {options.device}: no CUDA device answers here ({failure}): --device cpu tries it"
+                f"--device {options.device}: no CUDA device answers here ({failure}): use --device cpu for a dry run"
             )
     options.out = options.out.resolve()
     summary = run_parts(options, [*arguments, "--out", str(options.out)])

@@ -1,4 +1,4 @@
-"""The parts of `python -m experiments.gpu`: items that are done one after the other while the time allows."""
+"""The parts of `python -m experiments.gpu`: items, done one after the other while time is left."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Config = dict[str, Any]
 
 
 def run_part(part: str, options: argparse.Namespace) -> None:
-    """Do the items of a part that fit; the record is written before and after each."""
+    """Do the items of a part that fit into the time; the record is written before and after each."""
     device = str(resolve_device(options.device))
     path, known = options.out / f"{part}.json", known_seconds(options.out, part, device)
     record: Config = {
@@ -40,9 +40,9 @@ def run_part(part: str, options: argparse.Namespace) -> None:
         "reason": None,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "environment": {**environment(device), "cuda": torch.version.cuda},
-        "item": None,  # the one in progress
+        "item": None,  # the current one
         "items": [],
-        "left_out": {},  # item -> the seconds it was thought to take
+        "left_out": {},  # item -> its estimated seconds
     }
     versions = {name: record["environment"].get(name) for name in ("device", "python", "torch", "cuda", "commit")}
     print(f"{part:12} " + ", ".join(f"{name} {value}" for name, value in versions.items()), flush=True)
@@ -75,7 +75,7 @@ def run_part(part: str, options: argparse.Namespace) -> None:
 
 
 def _check_device(device: str) -> None:
-    """One that is gone ends the part: nothing else in this process could use it."""
+    """Raise a UserError if the device is gone, which ends the part: nothing in this process could use it."""
     try:
         synchronize(device)
     except RuntimeError as error:
@@ -101,7 +101,7 @@ def _one_line(error: Exception) -> str:
 
 
 def known_seconds(out: Path, part: str, device: str) -> dict[str, float]:
-    """What every item took when it was last finished on such a device, by the records in `out`."""
+    """Return the seconds of every item when it last finished on this kind of device, from the records in `out`."""
     found: dict[str, float] = {}
     name = environment(device)["device"]
     for path in sorted(out.glob(f"{part}-*.json")):
@@ -115,7 +115,7 @@ def known_seconds(out: Path, part: str, device: str) -> dict[str, float]:
 
 
 class _Outcomes:
-    """A pytest plugin: the outcome of every test, and an end to them when the time is up."""
+    """A pytest plugin that records the outcome of every test and stops the session when the time is up."""
 
     def __init__(self, until: float) -> None:
         self.until, self.tests, self.session = until, [], None

@@ -1,4 +1,4 @@
-"""The parts of a few minutes on a GPU, each in a process of its own, so that one that dies takes no other along."""
+"""The parts of a GPU session, each in a separate process, so that a crash affects only its own part."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from experiments import ROOT
 from experiments.runs.records import read_json, write_atomically
 
 PARTS = ("correctness", "methods", "resume", "speed", "queue")
-START_UP = 20.0  # seconds: less is not enough to import, initialise CUDA and do anything
-SHUT_DOWN = 4.0  # seconds that a part leaves for writing its record and ending
-GRACE = 10.0  # seconds from asking a part to stop to ending it
+START_UP = 20.0  # seconds needed to import, initialise CUDA and do anything
+SHUT_DOWN = 4.0  # seconds reserved for a part to write its record and exit
+GRACE = 10.0  # seconds between asking a part to stop and killing it
 Config = dict[str, Any]
 
 
 def run_parts(options: argparse.Namespace, arguments: list[str]) -> list[Config]:
-    """Every part in its order; what became of each: its status, the reason unless it is finished, and its seconds."""
+    """Run all parts in order and return, for each, its status, its reason unless finished, and its seconds."""
     deadline = time.time() + 60 * options.minutes
     options.out.mkdir(parents=True, exist_ok=True)
     summary: list[Config] = []
@@ -42,7 +42,7 @@ def run_parts(options: argparse.Namespace, arguments: list[str]) -> list[Config]
 
 
 def _why_not(part: str, options: argparse.Namespace, deadline: float, summary: list[Config]) -> str | None:
-    """Why a part is left out, if it is."""
+    """Return why a part is left out, or None."""
     if part == "queue" and options.queue is None:
         return "no --queue EXPERIMENT is given"
     if deadline - time.time() < START_UP:
@@ -57,7 +57,7 @@ def _why_not(part: str, options: argparse.Namespace, deadline: float, summary: l
 
 
 def _run_part(part: str, out: Path, arguments: list[str], deadline: float) -> Config:
-    """One part in a process group of its own, which is ended when the time is up."""
+    """Run one part in its own process group, which is ended when the time is up."""
     started, path, log = time.time(), out / f"{part}.json", out / f"{part}.log"
     keep_earlier(path)
     command = [
@@ -82,7 +82,7 @@ def _run_part(part: str, out: Path, arguments: list[str], deadline: float) -> Co
         finally:
             _end(process)
     record = read_json(path) if path.is_file() else {"part": part, "items": []}
-    ended = record.get("status", "running") != "running"  # said by itself, with every item done or left out
+    ended = record.get("status", "running") != "running"  # the part wrote it, with every item done or left out
     if not ended and not in_time:
         record |= {"status": "stopped", "reason": f"the time was up in {record.get('item') or 'its start'}"}
     elif not ended:
@@ -93,14 +93,14 @@ def _run_part(part: str, out: Path, arguments: list[str], deadline: float) -> Co
 
 
 def keep_earlier(path: Path) -> None:
-    """Give a record that is there the time of its start as part of its name."""
+    """Rename an existing record so that its name includes its start time."""
     if path.is_file():
         stamp = str(read_json(path).get("started", "earlier")).replace(":", "")
         path.replace(path.with_name(f"{path.stem}-{stamp}.json"))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask the whole group to stop, a training at its next step, and end what has not after a while."""
+    """Ask the whole group to stop (a training stops at its next step), and kill what remains after a while."""
     for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -109,7 +109,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _last_line(log: Path, status: int) -> str:
-    """The reason that a process gave at its end; a signal's name where it gave none."""
+    """Return the last line of a process's log, or its signal or status if there is none."""
     lines = log.read_text("utf-8", "replace").strip().splitlines()
     if status < 0:
         return f"ended by {signal.Signals(-status).name}"
@@ -117,7 +117,7 @@ def _last_line(log: Path, status: int) -> str:
 
 
 def probe(device: str, out: Path, patience: float) -> str | None:
-    """What is wrong with the device, asked by a new process: after some errors one that used it cannot any more."""
+    """Return what is wrong with the device, using a new process: after some errors the old one cannot use it."""
     name = "cuda" if device == "auto" else device
     code = f"import torch; torch.ones(1, device={name!r}).sum().item()"
     try:
@@ -131,7 +131,7 @@ def probe(device: str, out: Path, patience: float) -> str | None:
 
 
 def _environment(out: Path) -> dict[str, str]:
-    """That of the parts: no network, and whatever libraries cache or write aside lies under `out`."""
+    """Return the environment of the parts: no network, and caches and temporary files under `out`."""
     cache, scratch = out.resolve() / "cache", out.resolve() / "tmp"
     scratch.mkdir(parents=True, exist_ok=True)
     folders = {

@@ -1,4 +1,4 @@
-"""The runs of `python -m experiments.gpu`: every method, runs that are killed and resumed, and those of a queue."""
+"""The runs of `python -m experiments.gpu`: every method, killed and resumed runs, and the runs of a queue."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FEW_STEPS = [
     *("evaluation.limit=16", "evaluation.generation.max_new_tokens=32"),
 ]
 CALIBRATED = ["quantization.calibration.samples=8", "quantization.calibration.length=128"]
-QUANTIZED = {  # what a quantiser needs beside its name; the method is DiaBlo where none is said
+QUANTIZED = {  # settings that a quantiser needs; the default method is DiaBlo
     "gptq": CALIBRATED,
     "magr": CALIBRATED,
     "loftq": ["method=lora"],
@@ -54,16 +54,16 @@ KILLED_AFTER = 10  # steps; there is a checkpoint after every fourth
 
 @dataclass(frozen=True)
 class Item:
-    """One thing that a part does. `work` returns what is recorded, of which `line` is shown."""
+    """One item of a part. `work` returns what is recorded, including the `line` to print."""
 
     name: str
     work: Callable[[], Config]
-    estimate: float = 0.0  # seconds, until it is known
-    like_others: bool = True  # the longest item of the part so far is an estimate too
+    estimate: float = 0.0  # seconds, until measured
+    like_others: bool = True  # whether the part's longest item so far is also an estimate
 
 
 class ItemFailed(Exception):
-    """An item was done and its result is a failure, which is recorded."""
+    """The result of an item is a failure, which is recorded."""
 
     def __init__(self, reason: str, result: Config) -> None:
         super().__init__(reason)
@@ -74,7 +74,7 @@ class ItemFailed(Exception):
 
 
 def small_model(options: argparse.Namespace) -> list[str]:
-    """The real model where it can be loaded without a network, else the tiny one after a few steps of pretraining."""
+    """Return the real model if it loads without a network, else the tiny one after a few pretraining steps."""
     if any(override.startswith("model=") for override in options.overrides):
         return []
     if REAL_MODEL in choices("model"):
@@ -90,7 +90,7 @@ def small_model(options: argparse.Namespace) -> list[str]:
 
 @contextmanager
 def _scratch_run(options: argparse.Namespace, *settings: str) -> Iterator[RunPaths]:
-    """A planned run that is gone afterwards."""
+    """Yield a planned run that is deleted afterwards."""
     with tempfile.TemporaryDirectory(dir=options.out / "tmp", ignore_cleanup_errors=True) as folder:
         where = [f"runtime.device={options.device}", f"runtime.runs_dir={folder}"]
         (run,) = write_runs(plan([*small_model(options), *FEW_STEPS, *settings, *options.overrides, *where]))
@@ -136,7 +136,7 @@ def resume_items(options: argparse.Namespace, _: list[Config]) -> Iterator[Item]
 
 
 def _kill_and_compare(options: argparse.Namespace, settings: list[str]) -> Config:
-    """One run killed and resumed, and two that were not: their difference is what the device itself varies by."""
+    """Compare a killed and resumed run with two uninterrupted ones, whose difference is the device's own variation."""
     longer = [*settings, "recipe.max_steps=60", "runtime.checkpoint_every=4"]
     with contextlib.ExitStack() as stack:
         killed, whole, again = (stack.enter_context(_scratch_run(options, *longer)) for _ in range(3))
@@ -148,8 +148,8 @@ def _kill_and_compare(options: argparse.Namespace, settings: list[str]) -> Confi
         resumed, repeated = (different_bits(adapters[0], other) for other in adapters[1:])
         first_step = [_first_difference(whole, other) for other in (killed, again)]
     if not resumed_at:
-        raise UserError("the killed run did not go on from a checkpoint")
-    line = f"killed, resumed at step {resumed_at[-1]}: {_told(resumed)}; two undisturbed runs: {_told(repeated)}"
+        raise UserError("the killed run did not resume from a checkpoint")
+    line = f"killed, resumed at step {resumed_at[-1]}: {_told(resumed)}; two uninterrupted runs: {_told(repeated)}"
     return {
         "resumed_at": resumed_at,
         "resumed": {"bits": resumed, "first_different_step": first_step[0]},
@@ -159,7 +159,7 @@ def _kill_and_compare(options: argparse.Namespace, settings: list[str]) -> Confi
 
 
 def _train_and_kill(run: RunPaths) -> None:
-    """SIGKILL for a training in a process of its own, some steps after a checkpoint."""
+    """Start a training in a separate process and kill it some steps after a checkpoint."""
     command = [sys.executable, "-m", "experiments.train", str(run.root)]
     process = subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8"
@@ -174,16 +174,16 @@ def _train_and_kill(run: RunPaths) -> None:
     _, errors = process.communicate()
     if process.returncode != -signal.SIGKILL:
         last = errors.strip().splitlines()[-1:] or [f"status {process.returncode}"]
-        raise UserError(f"the training was to be killed in the middle and ended before: {last[0]}")
+        raise UserError(f"the training ended before it could be killed: {last[0]}")
 
 
 def different_bits(left: Path, right: Path) -> dict[str, int]:
-    """How many bits of each tensor differ between two safetensors files; those that agree are left out."""
+    """Return the number of differing bits per tensor of two safetensors files; equal tensors are left out."""
     from safetensors.torch import load_file
 
     tensors, others = load_file(left), load_file(right)
     if tensors.keys() != others.keys():
-        raise UserError(f"{left} and {right} hold other tensors: {sorted(tensors.keys() ^ others.keys())}")
+        raise UserError(f"{left} and {right} hold different tensors: {sorted(tensors.keys() ^ others.keys())}")
     found: dict[str, int] = {}
     for name, tensor in tensors.items():
         bits = [t.contiguous().view(-1).view(torch.uint8).numpy() for t in (tensor, others[name])]
@@ -192,7 +192,7 @@ def different_bits(left: Path, right: Path) -> dict[str, int]:
 
 
 def _first_difference(left: RunPaths, right: RunPaths) -> int | None:
-    """The first step whose losses differ."""
+    """Return the first step whose losses differ."""
     pairs = zip(read_lines(left.metrics), read_lines(right.metrics), strict=True)
     return next((one["step"] for one, other in pairs if one["loss"] != other["loss"]), None)
 
@@ -205,7 +205,7 @@ def _told(bits: dict[str, int]) -> str:
 
 
 def queue_items(options: argparse.Namespace, _: list[Config]) -> Iterator[Item]:
-    """The unfinished runs of an experiment, in its order, until the time is up."""
+    """Yield the unfinished runs of an experiment as one item, in its order, until the time is up."""
     yield Item("runs", partial(_queue, options), like_others=False)
 
 

@@ -1,1 +1,1 @@
-"""Base models: from the hub, a folder, a GGUF file, made here, or quantised."""
+"""Base models: from the hub, a folder or a GGUF file, generated, or quantised."""

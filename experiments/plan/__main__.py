@@ -1,12 +1,12 @@
-"""Plan runs: write `config.yaml` into every run's directory, resolved and frozen.
+"""Plans runs: writes a resolved, frozen `config.yaml` into every run's directory.
 
     python -m experiments.plan model=llama3_8b method=diablo task=commonsense_170k --dry-run
     python -m experiments.plan method=lora,diablo seed=0,1,2 recipe.learning_rate=1e-3
     python -m experiments.plan experiment=quickstart
 
-Arguments are Hydra overrides, and a comma makes a sweep. An experiment file is a list of such lines, its grids; its
-runs are their union. `--dry-run` prints the runs, their exact parameter counts and their memory instead, from the
-architecture alone. `--help-config SECTION` explains the settings of a section (model, method, quantization, task,
+Arguments are Hydra overrides; commas make a sweep. An experiment file is a list of such lines, its grids; its runs are
+their union. `--dry-run` only prints the runs, their exact parameter counts and their memory, computed from the
+architecture. `--help-config SECTION` explains the settings of a section (model, method, quantization, task,
 recipe, spectra, protocol, evaluation, runtime), with their values for the choices that are given.
 """
 
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
         return
     selection = read_options(options)
     if options.dry_run:
-        from experiments.plan.overview import dry_run  # torch and peft, which --help should not wait for
+        from experiments.plan.overview import dry_run  # imports torch and peft, which --help must not wait for
 
         dry_run(options.overrides, selection)
         return

@@ -1,10 +1,10 @@
-"""Experiments of two stages: learning rates are chosen on rows kept out of training, then the runs are seeded.
+"""Two-stage experiments: learning rates are chosen on rows kept out of training, then all seeds are run.
 
-An experiment file says `learning_rate_by: loss`. Of its runs, those that differ in nothing but the learning rate and
-the seed are a group. The first stage trains every learning rate of a group with the group's first seed; the second has
-all seeds of the one that was best by `held_out` of train.json: the smallest loss, or the largest exact match (the
-smaller loss among equals). No benchmark is looked at before that. The first-stage run of the chosen learning rate is
-also one of the second stage.
+An experiment file sets `learning_rate_by: loss`. Its runs that differ only in the learning rate and the seed form a
+group. The first stage trains every learning rate of a group with the group's first seed; the second trains all seeds
+with the rate that was best by `held_out` in train.json: the smallest loss, or the largest exact match (ties go to the
+smaller loss). No benchmark is used for the choice. The first-stage run of the chosen rate also belongs to the second
+stage.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from experiments.runs.follows import check_training
 from experiments.runs.records import TrainRecord, read_record, write_atomically
 
 Config = dict[str, Any]
-RULES: dict[str, Callable[[Config], tuple[float, ...]]] = {  # of `held_out`; the smallest is the best
+RULES: dict[str, Callable[[Config], tuple[float, ...]]] = {  # keys of `held_out` -> sort key; the smallest is best
     "loss": lambda held_out: (held_out["loss"],),
     "exact_match": lambda held_out: (-held_out["exact_match"], held_out["loss"]),
 }
@@ -33,36 +33,36 @@ RULES: dict[str, Callable[[Config], tuple[float, ...]]] = {  # of `held_out`; th
 
 @dataclass(frozen=True)
 class Tried:
-    """A run of the first stage, and what it scored; None where it is not finished."""
+    """A run of the first stage and its held-out scores; None if it is not finished."""
 
     config: RunConfig
     held_out: Config | None
     chosen: bool
-    at_edge: bool  # chosen, and the smallest or largest that was tried: the best may lie beyond
+    at_edge: bool  # chosen, and the smallest or largest one tried: a better one may lie beyond
 
 
 @dataclass
 class Stages:
-    """The runs of an experiment, as far as they can be told by what is finished."""
+    """The runs of an experiment, as far as the finished runs determine them."""
 
-    first: list[RunConfig] = field(default_factory=list)  # only trained; none where nothing is chosen
+    first: list[RunConfig] = field(default_factory=list)  # only trained; empty if there is nothing to choose
     final: list[RunConfig] = field(default_factory=list)  # trained and scored
-    undecided: list[str] = field(default_factory=list)  # groups without a choice: the runs they wait for, a line each
-    to_come: list[RunConfig] = field(default_factory=list)  # their second stage, with a learning rate that stands in
+    undecided: list[str] = field(default_factory=list)  # a line per group without a choice: the runs it waits for
+    to_come: list[RunConfig] = field(default_factory=list)  # their second stage, with a placeholder learning rate
     by: str | None = None  # a key of `RULES`
     tried: list[Tried] = field(default_factory=list)
 
     def known(self) -> list[RunConfig]:
-        """The runs of both stages that can be named by now, each once."""
+        """Return the runs of both stages whose settings are known, each once."""
         return list({config.run_id: config for config in [*self.first, *self.final]}.values())
 
     def following(self) -> list[RunConfig]:
-        """Stand-ins for the runs of the second stage that cannot be named yet."""
+        """Return placeholders for the runs of the second stage whose learning rates are not chosen yet."""
         known = {config.run_id for config in self.known()}
         return [config for config in self.to_come if config.run_id not in known]
 
     def chosen(self) -> list[str]:
-        """A line per choice; it names model and task where there are several."""
+        """Return a line per choice, with model and task if there are several."""
         several = len({(tried.config.model.name, tried.config.task.name) for tried in self.tried}) > 1
         return [
             f"{setting_label(tried.config) if several else tried.config.method.label}: "
@@ -74,12 +74,12 @@ class Stages:
 
 
 def stages(arguments: Sequence[str]) -> Stages:
-    """The stages of what `plan` plans. Reads the records of the first stage's runs."""
+    """Return the stages of the runs that `plan` plans, using the records of the first stage."""
     return stages_of(plan(arguments), rule(arguments))
 
 
 def stages_of(configs: list[RunConfig], by: str | None) -> Stages:
-    """The stages of planned runs, whose learning rates are chosen `by` a key of `RULES`; None: as they are."""
+    """Return the stages of planned runs whose learning rates are chosen `by` a key of `RULES`; None: no choice."""
     if by is None:
         return Stages(final=configs)
     groups: dict[str, list[RunConfig]] = {}
@@ -113,12 +113,12 @@ def stages_of(configs: list[RunConfig], by: str | None) -> Stages:
 
 
 def follow(count: int) -> str:
-    """What every command says of runs that cannot be named yet."""
+    """Return the line that every command prints about runs whose learning rates are not chosen yet."""
     return f"{count} more runs follow when their learning rates are chosen"
 
 
 def write_choices(found: Stages) -> None:
-    """Leave in every run with a chosen learning rate how it was chosen: by what, and what every one scored."""
+    """Write into every run with a chosen learning rate how it was chosen: the rule, and the score of each rate."""
     groups: dict[str, list[Tried]] = {}
     for tried in found.tried:
         groups.setdefault(group_hash(tried.config.mapping), []).append(tried)
@@ -141,7 +141,7 @@ def write_choices(found: Stages) -> None:
 
 
 def to_csv(found: Stages) -> str:
-    """Every learning rate that was tried, with what its run scored on the held-out rows."""
+    """Return every learning rate tried, with its run's scores on the held-out rows, as CSV."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     measured = ("rows", "loss", "exact_match")
@@ -154,7 +154,7 @@ def to_csv(found: Stages) -> str:
 
 
 def rule(arguments: Sequence[str]) -> str | None:
-    """What the experiment chooses learning rates by, if it does."""
+    """Return the rule by which the experiment chooses learning rates, or None."""
     name, _ = split_experiment(arguments)
     by = read_experiment(name).get("learning_rate_by") if name else None
     if by is not None and by not in RULES:
@@ -167,7 +167,7 @@ def _rate(config: RunConfig) -> float:
 
 
 def _held_out(config: RunConfig) -> Config | None:
-    """What a finished run scored on the held-out rows; of one that diverged, that it has no loss."""
+    """Return a finished run's scores on the held-out rows; for a diverged run, scores of None."""
     run = run_paths(config)
     if run.diverged.is_file():
         return {"rows": 0, "loss": None, "exact_match": None}
@@ -179,7 +179,7 @@ def _held_out(config: RunConfig) -> Config | None:
 
 
 def _best(first: list[RunConfig], scores: Sequence[Config | None], by: str) -> float:
-    """The learning rate whose run did best. A run that diverged, so that its loss is not finite, is no candidate."""
+    """Return the learning rate of the best run. Diverged runs, whose loss is not finite, are no candidates."""
     candidates = [
         (RULES[by](score), _rate(config))
         for config, score in zip(first, scores, strict=True)

@@ -1,7 +1,7 @@
-"""What planned runs cost: tokens to train on, and GPU-hours at a speed that was measured; by which a budget is counted.
+"""The cost of planned runs: training tokens, and GPU-hours at a measured speed, which a budget counts.
 
-Tokens are counted where the task's rows and the model's tokenizer are on this machine. Elsewhere `--tokens-per-row`
-stands in, and without it they stay blank. GPU-hours are of training alone; scoring comes on top.
+Tokens are counted if the task's rows and the model's tokenizer are on this machine. Otherwise `--tokens-per-row` is
+used; without it they stay blank. GPU-hours are of training only; scoring is extra.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Speed:
-    """What was measured elsewhere: tokens per second and GPU of each model (or "" for all), tokens of a row."""
+    """Measured speeds: tokens per second and GPU by model ("" for all models), and tokens per row."""
 
     tokens_per_second: dict[str, float]
     tokens_per_row: float | None = None
 
 
 def read_speed(speeds: Sequence[str], tokens_per_row: float | None) -> Speed:
-    """From `3000` or `llama2_7b=3000`."""
+    """Parse speeds such as `3000` or `llama2_7b=3000`."""
     found = {}
     for text in speeds:
         model, _, number = text.rpartition("=")
@@ -48,7 +48,7 @@ def read_speed(speeds: Sequence[str], tokens_per_row: float | None) -> Speed:
 
 
 def rows_trained_on(config: RunConfig) -> float:
-    """Rows that all steps of a run see together; 0 where nothing is trained."""
+    """Return the number of rows in all steps of a run together; 0 if nothing is trained."""
     if config.method.trains == "nothing":
         return 0
     recipe = config.recipe
@@ -57,7 +57,7 @@ def rows_trained_on(config: RunConfig) -> float:
 
 
 def tokens(config: RunConfig, speed: Speed) -> float | None:
-    """Tokens that a run trains on, prompts included and padding not; None where a row's length is unknown."""
+    """Return the tokens a run trains on, with prompts but without padding; None if the rows' length is unknown."""
     rows = rows_trained_on(config)
     if not rows:
         return 0.0
@@ -67,13 +67,13 @@ def tokens(config: RunConfig, speed: Speed) -> float | None:
 
 
 def longest_row(config: RunConfig) -> int:
-    """Tokens of the longest row, or as many as the protocol keeps where rows or tokenizer are not here."""
+    """Return the tokens of the longest row; without rows or tokenizer, the most that the protocol keeps."""
     lengths = _lengths(config)
     return int(lengths.max()) if lengths is not None and len(lengths) else config.protocol.max_length
 
 
 def _lengths(config: RunConfig) -> np.ndarray | None:
-    """Tokens of every training row."""
+    """Return the tokens of every training row."""
     parts = ("model", "task", "protocol", "runtime")
     return _row_lengths(json.dumps({key: config.mapping[key] for key in parts}))
 
@@ -87,15 +87,15 @@ def gpu_hours(config: RunConfig, speed: Speed) -> float | None:
 
 
 def read_budget(text: str) -> float:
-    """GPU-hours of `200gpuh`."""
+    """Parse GPU-hours such as `200gpuh`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*gpuh", text)
     if match is None:
-        raise UserError(f"--budget {text}: write GPU-hours, as 200gpuh")
+        raise UserError(f"--budget {text}: write GPU-hours as 200gpuh")
     return float(match[1])
 
 
 def known_hours(config: RunConfig, speed: Speed) -> float:
-    """UserError where `gpu_hours` are unknown."""
+    """Return `gpu_hours`; UserError if they are unknown."""
     hours = gpu_hours(config, speed)
     if hours is None:
         model, task = config.model.name, config.task.name
@@ -107,7 +107,7 @@ def known_hours(config: RunConfig, speed: Speed) -> float:
 
 
 def reasons(configs: Sequence[RunConfig], speed: Speed) -> list[str]:
-    """Why tokens or GPU-hours of some runs are unknown, and what to give, a line each."""
+    """Return a line for each reason why tokens or GPU-hours are unknown, with the option to give."""
     uncounted: dict[tuple[str, str], dict[str, None]] = {}
     without_speed: dict[str, None] = {}
     for config in configs:
@@ -135,7 +135,7 @@ def _speed_of(config: RunConfig, speed: Speed) -> float | None:
 
 @functools.cache
 def _rows(data: str) -> int:
-    """Training rows of a `task.data` section: counted where they are here, else as many as the source has."""
+    """Return the training rows of a `task.data` section: counted if they are local, else the source's number."""
     from experiments.data.rows import load_rows
     from experiments.data.sources import SOURCES
 
@@ -168,7 +168,7 @@ def _row_lengths(about: str) -> np.ndarray | None:
 
 
 def _tokenizer(model: Model, runtime: Runtime) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer, if it is on this machine."""
+    """Return the model's tokenizer if it is on this machine, else None."""
     from transformers import AutoTokenizer
 
     if model.pretraining is not None:

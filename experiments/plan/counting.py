@@ -1,4 +1,4 @@
-"""Exact trainable parameters of planned runs, from the architecture alone: modules on the meta device, no weights."""
+"""Exact trainable parameters of planned runs, from the architecture only: modules on the meta device, no weights."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from experiments.runs.differences import differing
 
 @dataclass(frozen=True)
 class Count:
-    """`ungrouped` counts key and value projections as if every query head had its own, as the paper's percentages for
-    LLaMA3 do; None where the model has no grouped-query attention.
+    """Parameter counts. `ungrouped` counts key and value projections as if every query head had its own, as do the
+    paper's percentages for LLaMA3; None if the model has no grouped-query attention.
     """
 
     trainable: int
@@ -28,7 +28,7 @@ class Count:
 
 
 def count(config: RunConfig) -> Count:
-    """The counts of one run. Percentages are of the base model, the adapter not added."""
+    """Return the counts of one run. Percentages are of the base model without the adapter."""
     from experiments.plan.fake_pass import held
 
     architecture, method, dtype = (
@@ -46,7 +46,7 @@ def count(config: RunConfig) -> Count:
 
 
 def print_counts(configs: Sequence[RunConfig], following: Sequence[RunConfig], speed: Speed) -> None:
-    """One line per run: its id, what it trains, the share of the base model, its tokens and GPU-hours.
+    """Print one line per run: id, trainable parameters, their share of the base model, tokens and GPU-hours.
 
     `following` are runs whose learning rate is not chosen yet: they only count in the sums.
     """
@@ -86,7 +86,7 @@ def print_counts(configs: Sequence[RunConfig], following: Sequence[RunConfig], s
 
 
 def _short(number: float | None) -> str:
-    """Three digits and a unit; nothing for what is unknown."""
+    """Format a number with three digits and a unit; empty if unknown."""
     if number is None:
         return ""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):

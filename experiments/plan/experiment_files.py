@@ -12,18 +12,18 @@ import yaml
 from experiments import CONFIGS
 from experiments.errors import UserError, nearest
 
-PAPER = "cells=paper"  # beside experiment=…: only the paper's own cells
+PAPER = "cells=paper"  # next to experiment=…: only the paper's own cells
 Config = dict[str, Any]
 
 
 def options(group: str) -> list[str]:
-    """The names a group offers: its files. Those of a protocol are `<family>/<protocol>`."""
+    """Return the names in a group: its files. Those of a protocol are `<family>/<protocol>`."""
     folder = CONFIGS / group
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
 def expand_experiment(arguments: Sequence[str]) -> list[list[str]]:
-    """The grids named by `experiment=…`, each followed by the other arguments; without one, the arguments alone."""
+    """Return the grids of `experiment=…`, each followed by the other arguments; without it, only the arguments."""
     name, others = split_experiment(arguments)
     experiment = read_experiment(name) if name else {}
     grids = [*experiment.get("paper", []), *experiment.get("grids", [])]
@@ -42,11 +42,11 @@ def _split(experiment: str, line: Any) -> list[str]:
     try:
         return shlex.split(line)
     except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"experiment {experiment}: {line!r} is no line of key=value ({error})") from None
+        raise UserError(f"experiment {experiment}: {line!r} is not a line of key=value ({error})") from None
 
 
 def split_experiment(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """What `experiment=…` names, if it is there, and the other arguments."""
+    """Return the name in `experiment=…`, if given, and the other arguments."""
     names = [argument.removeprefix("experiment=") for argument in arguments if argument.startswith("experiment=")]
     if len(names) > 1:
         raise UserError(f"experiment is given {len(names)} times ({', '.join(names)}): plan one at a time")
@@ -54,10 +54,10 @@ def split_experiment(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def read_experiment(name: str) -> Config:
-    """The content of `configs/experiment/<name>.yaml`, or of the file whose path, ending in .yaml, `name` is.
+    """Return the content of `configs/experiment/<name>.yaml`, or of the file `name` if that is a path ending in .yaml.
 
-    `title`, `common` (overrides of all runs), `grids`, `paper` (those grids that are the paper's own cells, before the
-    others), `learning_rate_by` (see experiments/plan/choose.py), `notes`, and `reference`, the label to compare with.
+    `title`, `common` (overrides of all runs), `grids`, `paper` (the grids that are the paper's own cells, run first),
+    `learning_rate_by` (see experiments/plan/choose.py), `notes`, and `reference`, the label to compare with.
     """
     path = Path(name) if name.endswith(".yaml") else CONFIGS / "experiment" / f"{name}.yaml"
     if not path.is_file():
@@ -67,7 +67,7 @@ def read_experiment(name: str) -> Config:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: an experiment is a map with title and grids")
+        raise UserError(f"{path}: an experiment must be a map with title and grids")
     unknown = set(content) - {"title", "common", "grids", "paper", "notes", "learning_rate_by", "reference"}
     if unknown or not (content.get("grids") or content.get("paper")):
         raise UserError(

@@ -1,7 +1,7 @@
-"""A model's shapes: how many bytes its tensors take, and what a forward and backward pass of it allocates.
+"""Memory from shapes: the bytes of a model's tensors, and the allocations of its forward and backward pass.
 
-The pass runs on fake tensors (torch's FakeTensorMode): every operation and every autograd function of the real one, on
-tensors that have shapes and dtypes and no values, so that a 13B model takes a laptop a second.
+The pass runs on fake tensors (torch's FakeTensorMode): every operation and every autograd function of the real pass, on
+tensors with shapes and dtypes but without values, so that a 13B model takes a second on a laptop.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from experiments.train import methods
 from experiments.train.loss import LOGITS, ChunkedLoss
 
 Config = dict[str, Any]
-DEPTHS = (2, 3)  # decoder layers that are run: what one adds is what each adds
+DEPTHS = (2, 3)  # numbers of decoder layers that are run; their difference is what each further layer adds
 
 
 @dataclass(frozen=True)
 class Held:
-    """Of a whole model with what a method attaches to it. Numbers are entries, of which dtypes make bytes."""
+    """Sizes of a whole model with an attached method, in entries, except `frozen_bytes`."""
 
     frozen_bytes: int
     trained: int
     base: int
-    layer: int  # of the largest decoder layer, the adapter included
+    layer: int  # the largest decoder layer, including the adapter
     root: int  # outside the decoder layers: embedding, output layer
-    linear: int  # of the largest linear layer
-    targets: int  # of the linear layers that an adapter is on
-    in_place: int  # of what is trained inside a weight, whose own values are kept
+    linear: int  # the largest linear layer
+    targets: int  # the adapted linear layers
+    in_place: int  # entries trained inside a weight, whose original values are kept
 
 
 @functools.cache
 def held(architecture: str, method: str, dtype: str) -> Held:
-    """Both as JSON; `dtype` is the base's."""
+    """Return the sizes. `architecture` and `method` are JSON; `dtype` is the base's."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     settings = section(Method, json.loads(method))
@@ -77,24 +77,24 @@ def held(architecture: str, method: str, dtype: str) -> Held:
 def pass_bytes(
     architecture: str, method: str, dtype: str, autocast: bool, rows: int, length: int, checkpointing: bool
 ) -> tuple[int, int]:
-    """The most that a forward and backward pass holds beyond the model's tensors, their gradients not kept.
+    """Return the peak bytes of a forward and backward pass beyond the model's tensors, with gradients not kept.
 
-    Two peaks: until the backward pass of the last decoder layer has ended, and after that.
+    Two peaks: until the end of the last decoder layer's backward pass, and after it.
     """
     shapes, settings = json.loads(architecture), section(Method, json.loads(method))
     depth = shapes["num_hidden_layers"]
     depths = DEPTHS if depth > max(DEPTHS) else (depth,)
     peaks = [_peaks(shapes, settings, dtype, autocast, rows, length, checkpointing, count) for count in depths]
-    # Each on its own: the later one may be that of the embedding's gradient, which no number of layers changes.
+    # Separately, because the later peak may be of the embedding's gradient, which does not depend on the depth.
     early, late = (few[-1] + (depth - depths[-1]) * (few[-1] - few[0]) for few in zip(*peaks, strict=True))
     return early, late
 
 
 def _attached(architecture: Config, method: Method, dtype: str) -> tuple[Any, Any]:
-    """The model on the meta device with what the method trains, and its base."""
+    """Return the model on the meta device with the attached method, and its base."""
     adapter = method.adapter
     if adapter and str(adapter.get("_target_")).startswith("diablo."):
-        # In place nothing can be written without values, and a mask of dropout that is made again is not kept.
+        # In-place training needs values to write, and a recomputed dropout mask takes no memory.
         beside = {"mode": "adapter", "dropout": 0.0}
         method = replace(method, adapter={**adapter, **{key: beside[key] for key in beside if key in adapter}})
     base = empty_base(architecture).to(getattr(torch, dtype))
@@ -102,7 +102,7 @@ def _attached(architecture: Config, method: Method, dtype: str) -> tuple[Any, An
 
 
 def _first_layers(architecture: Config, method: Method, depth: int) -> tuple[Config, Method]:
-    """A model of so many layers, and a method for it whose adapter is on each of them, as it may be on the whole."""
+    """Return a model of `depth` layers, and a method whose adapter is on each of them, as it may be on the whole."""
     architecture, adapter = {**architecture, "num_hidden_layers": depth}, dict(method.adapter or {})
     adapter.pop("layers_to_transform", None)
     if (method.prepare or {}).get("_target_") == "diablo.smt.choose_blocks":
@@ -135,7 +135,7 @@ def _peaks(
         early: list[int] = []
 
         def begin_late(gradient: Tensor) -> None:
-            if not early:  # with checkpointing the layer is entered twice
+            if not early:  # with checkpointing, the layer is entered twice
                 early.append(allocations.peak)
                 allocations.peak = 0
 
@@ -149,11 +149,11 @@ def _peaks(
 
 
 def forward_backward(model: Any, tokens: Tensor, autocast: bool) -> None:
-    """As the trainer does it, with every position labelled; gradients are dropped as soon as they are whole."""
+    """Run a pass as the trainer does, with every position labelled; each gradient is dropped once it is complete."""
     hooks = [p.register_post_accumulate_grad_hook(_drop) for p in model.parameters() if p.requires_grad]
     head = model.get_output_embeddings()
     mask = torch.ones_like(tokens)
-    mask[:, -1] = 0  # rows differ in length: without padding there is no mask, and grouped keys are not repeated
+    mask[:, -1] = 0  # as with rows of different lengths: without padding there is no mask, and keys are not repeated
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast), _entering(head) as hidden:
         model(input_ids=tokens, attention_mask=mask)
     flat = hidden.pop()[:, -tokens.shape[1] :].flatten(0, 1)  # without the virtual tokens of prompt methods
@@ -175,7 +175,7 @@ def _drop(parameter: Tensor) -> None:
 
 @contextmanager
 def _entering(head: nn.Module) -> Iterator[list[Tensor]]:
-    """What enters the output layer, which is given nothing to do: experiments/train/loss.py computes it in chunks."""
+    """Capture the output layer's input and pass it an empty one: experiments/train/loss.py computes it in chunks."""
     hidden: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -190,8 +190,8 @@ def _entering(head: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def make_fake(model: nn.Module) -> None:
-    """Fake tensors in the place of the model's, one for each however often it is shared."""
-    made: dict[int, tuple[Tensor, Tensor]] = {}  # the first keeps its id from being used again
+    """Replace the model's tensors by fake ones; shared tensors stay shared."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # keeping the old tensor prevents reuse of its id
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -206,7 +206,7 @@ def make_fake(model: nn.Module) -> None:
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of the storages that operations make while this is active, until they are freed."""
+    """Tracks the bytes of storages that operations allocate while this mode is active, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,11 +214,11 @@ class Allocations(TorchDispatchMode):
         self._known: set[int] = set()
 
     def begin(self) -> None:
-        """Count from here on."""
+        """Start counting here."""
         self._start, self.peak = self.held, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # two thirds of all calls, and nothing is allocated
+        if func is torch.ops.prim.device.default:  # two thirds of all calls, without any allocation
             return args[0].fake_device
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):

@@ -1,4 +1,4 @@
-"""Whether a run fits GPUs of a given memory, on how many, and what to change where it does not."""
+"""Whether a run fits on GPUs of a given memory, on how many, and what to change if it does not."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from experiments.runs.sizes import gibibytes
 from experiments.settings import with_values
 from experiments.train.sharding import not_shardable
 
-USABLE = 0.92  # of a GPU's memory: CUDA's context, NCCL's buffers and fragmentation take the rest
+USABLE = 0.92  # share of a GPU's memory; CUDA's context, NCCL's buffers and fragmentation take the rest
 
 
 def gpus_needed(config: RunConfig, gpu_bytes: int, largest: int) -> int:
-    """The fewest GPUs that a run fits, of those numbers that divide its batch; UserError if it fits none.
+    """Return the fewest GPUs that a run fits on, among numbers that divide its batch; UserError if there are none.
 
-    On several it is sharded, unless `runtime.sharding=none` is given.
+    On several GPUs it is sharded, unless `runtime.sharding=none`.
     """
     check_divides(config, 1)
     if config.method.trains == "nothing":
         return 1
     least = 2 if config.runtime.sharding == "full" else 1
-    most = largest if "full" in _shardings(config, largest) else 1  # without shards more GPUs save nothing
+    most = largest if "full" in _shardings(config, largest) else 1  # without sharding, more GPUs save no memory
     counts = [gpus for gpus in _counts(config, most) if gpus >= least]
     found = next((gpus for gpus in counts if fits(estimate(_settled(config, gpus), gpus), gpu_bytes)), None)
     if found is None:
@@ -33,10 +33,10 @@ def gpus_needed(config: RunConfig, gpu_bytes: int, largest: int) -> int:
 
 
 def check_fits(config: RunConfig, gpus: int, gpu_bytes: int, largest: int) -> None:
-    """UserError if a run does not fit so many GPUs, or if its batch does not divide over them."""
+    """Raise a UserError if a run does not fit on this many GPUs, or if its batch does not divide over them."""
     if not gpus:
         return
-    check_divides(config, gpus)  # also of runs that train nothing: their process checks it too
+    check_divides(config, gpus)  # also for runs that train nothing, whose process checks it too
     if config.method.trains == "nothing":
         return
     if not any(fits(estimate(with_sharding(config, each), gpus), gpu_bytes) for each in _shardings(config, gpus)):
@@ -44,10 +44,10 @@ def check_fits(config: RunConfig, gpus: int, gpu_bytes: int, largest: int) -> No
 
 
 def sharding_on(config: RunConfig, gpus: int, gpu_bytes: int | None) -> str:
-    """How a run trains on so many GPUs: `runtime.sharding`, and for `auto` `none` (DDP) where each has room for all.
+    """Return how a run trains on this many GPUs: `runtime.sharding`; `auto` is `none` (DDP) if the whole fits on each.
 
     Args:
-        gpu_bytes: of one GPU; None where they are not known, and nothing is sharded unasked.
+        gpu_bytes: memory of one GPU; if None, nothing is sharded unless requested.
     """
     first, *others = _shardings(config, gpus)
     if others and gpu_bytes is not None and not fits(estimate(with_sharding(config, first), gpus), gpu_bytes):
@@ -56,7 +56,7 @@ def sharding_on(config: RunConfig, gpus: int, gpu_bytes: int | None) -> str:
 
 
 def _shardings(config: RunConfig, gpus: int) -> list[str]:
-    """What `runtime.sharding` leaves open, the fastest first."""
+    """Return the options that `runtime.sharding` allows, the fastest first."""
     asked = config.runtime.sharding
     if config.method.trains == "nothing":
         return ["none"]
@@ -73,12 +73,12 @@ def with_sharding(config: RunConfig, sharding: str) -> RunConfig:
 
 
 def _settled(config: RunConfig, gpus: int) -> RunConfig:
-    """The config with the sharding that needs least memory of those it leaves open."""
+    """Return the config with the allowed sharding that needs the least memory."""
     return with_sharding(config, _shardings(config, gpus)[-1])
 
 
 def check_divides(config: RunConfig, gpus: int) -> None:
-    """UserError if a batch is no whole number of micro-batches on each GPU, which training would refuse hours later."""
+    """Raise a UserError if a batch is not whole micro-batches on each GPU; training would only find it hours later."""
     recipe = config.recipe
     if recipe.batch_size % (recipe.micro_batch_size * gpus):
         known = ", ".join(map(str, _counts(config, recipe.batch_size)))
@@ -95,7 +95,7 @@ def fits(memory: Memory, gpu_bytes: int) -> bool:
 
 
 def does_not_fit(config: RunConfig, gpus: int, gpu_bytes: int, largest: int) -> str:
-    """One line: what is needed, what there is, and the smallest changes that would do."""
+    """Return one line: the memory needed and available, and the smallest changes that help."""
     needs = estimate(_settled(config, gpus), gpus)
     where = f"each of {gpus} GPUs" if gpus > 1 else "one GPU"
     why = " while it chooses what to train" if needs.preparation > needs.training else ""
@@ -110,12 +110,12 @@ def does_not_fit(config: RunConfig, gpus: int, gpu_bytes: int, largest: int) -> 
 
 
 def _first(changes: Iterator[tuple[str, Memory]], gpu_bytes: int) -> str | None:
-    """The first change with which the run fits, and what it needs then."""
+    """Return the first change with which the run fits, and the memory it then needs."""
     return next((f"{text} ({gibibytes(memory.peak)})" for text, memory in changes if fits(memory, gpu_bytes)), None)
 
 
 def _single_changes(config: RunConfig, gpus: int, largest: int) -> Iterator[Iterator[tuple[str, Memory]]]:
-    """Of each kind of change the smallest first."""
+    """Yield the changes of each kind, the smallest first."""
     if not not_shardable(config):
         whole = _shardings(config, gpus)[-1] == "none"
         counts = [count for count in _counts(config, largest) if count > (1 if whole else gpus)]
@@ -130,7 +130,7 @@ def _single_changes(config: RunConfig, gpus: int, largest: int) -> Iterator[Iter
 
 
 def _several_changes(config: RunConfig, largest: int) -> Iterator[tuple[str, Memory]]:
-    """Checkpointing and the smallest micro-batch, on as few GPUs as possible."""
+    """Yield checkpointing plus the smallest micro-batch, on as few GPUs as possible."""
     small, text = _with_micro_batch(config, 1), "recipe.micro_batch_size=1"
     if _can_checkpoint(config):
         small, text = _checkpointed(small), f"runtime.gradient_checkpointing=true and {text}"
@@ -139,7 +139,7 @@ def _several_changes(config: RunConfig, largest: int) -> Iterator[tuple[str, Mem
 
 
 def _counts(config: RunConfig, largest: int) -> Iterator[int]:
-    """Numbers of GPUs over which the batch divides into whole micro-batches."""
+    """Yield the numbers of GPUs over which the batch divides into whole micro-batches."""
     recipe = config.recipe
     parts, rest = divmod(recipe.batch_size, recipe.micro_batch_size)
     if not rest:
@@ -155,5 +155,5 @@ def _checkpointed(config: RunConfig) -> RunConfig:
 
 
 def _can_checkpoint(config: RunConfig) -> bool:
-    """Prefix tuning keeps what it trains in the cache, which checkpointing switches off."""
+    """Return whether checkpointing can be enabled. It disables the cache, which holds prefix tuning's parameters."""
     return not config.runtime.gradient_checkpointing and config.method.name != "prefix"

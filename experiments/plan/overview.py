@@ -1,4 +1,4 @@
-"""The memory of planned runs as a table, a line per setting, and how far off it is where a peak was measured."""
+"""The memory of planned runs as a table, a line per setting, and its error where a peak was measured."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from experiments.runs.differences import differing
 from experiments.runs.records import TrainRecord, content_hash, read_record
 from experiments.runs.sizes import gibibytes
 
-Column = tuple[str, Callable[[RunConfig, int], str]]  # its title, and its text of a setting with so many runs
+Column = tuple[str, Callable[[RunConfig, int], str]]  # title, and text for a setting with this many runs
 MEASURED = ROOT / "results" / "gpu_h200" / "peaks.json"
-LEFT_OUT = ("recipe.learning_rate", "seed")  # in which the runs of one line differ
+LEFT_OUT = ("recipe.learning_rate", "seed")  # settings in which the runs of one line differ
 
 
 def settings(configs: Sequence[RunConfig]) -> list[tuple[RunConfig, int]]:
-    """One run of every setting that is trained, whatever its learning rate and seed, and how many it has."""
+    """Return one run of every trained setting, ignoring learning rate and seed, and its number of runs."""
     groups: dict[str, list[RunConfig]] = {}
     for config in configs:
         if config.method.trains != "nothing":
@@ -36,7 +36,7 @@ def settings(configs: Sequence[RunConfig]) -> list[tuple[RunConfig, int]]:
 def memory_table(
     configs: Sequence[RunConfig], gpus: Callable[[RunConfig], int] = lambda config: 1, more: Sequence[Column] = ()
 ) -> list[str]:
-    """A line per setting: runs, GPUs of each, memory per GPU, and further columns."""
+    """Return a line per setting: runs, GPUs per run, memory per GPU, and further columns."""
     found = [(config, count, estimate(config, max(1, gpus(config)))) for config, count in settings(configs)]
     differ = differing([config for config, _, _ in found], LEFT_OUT)
     several = len({config.task.name for config, _, _ in found}) > 1
@@ -79,7 +79,7 @@ def memory_table(
 
 
 def dry_run(arguments: Sequence[str], selection: Selection) -> None:
-    """Print what a plan amounts to: runs, parameters, tokens, GPU-hours, and the memory of a run on one GPU."""
+    """Print a summary of a plan: runs, parameters, tokens, GPU-hours, and the memory of a run on one GPU."""
     from experiments.plan.counting import print_counts
 
     selected = select(arguments, selection)
@@ -94,7 +94,7 @@ def dry_run(arguments: Sequence[str], selection: Selection) -> None:
 
 
 def off_by(configs: Sequence[RunConfig]) -> list[str]:
-    """How far off the estimates are: of every setting whose peak was measured, else of the runs on record."""
+    """Return the error of the estimates, for every setting with a measured peak, else for the runs on record."""
     lines = []
     for config, _ in settings(configs):
         for where, count, peak, trained in _measured(config, configs):
@@ -114,17 +114,17 @@ def _off_by_on_record() -> list[str]:
     models = ", ".join(dict.fromkeys(f"{entry['model']} on one {entry['device']}" for entry in entries))
     return [
         f"estimates: {min(off):+.1f} to {max(off):+.1f} % off the measured peaks of {len(off)} runs of {models}; "
-        "sharded memory was measured on CPUs alone"
+        "sharded memory was measured on CPUs only"
     ]
 
 
 def _measured(config: RunConfig, configs: Sequence[RunConfig]) -> Iterator[tuple[str, int, int, RunConfig]]:
-    """Device, number of GPUs, peak bytes and config: of a finished run of the setting, else of the runs on record."""
+    """Yield device, number of GPUs, peak bytes and config, of a finished run of the setting, else from the record."""
     for run in (run_paths(other) for other in configs if group_hash(other.mapping) == group_hash(config.mapping)):
         if run.train_record.is_file():
             record = read_record(run.train_record, TrainRecord)
             device = str(record.environment.get("device", ""))
-            if not device.endswith("threads"):  # of a CPU: the peak is that of the process
+            if not device.endswith("threads"):  # a CPU's peak is that of the whole process
                 trained = with_sharding(read_config(run), record.sharding)
                 yield device, record.world_size, record.peak_memory_bytes, trained
                 return
@@ -141,7 +141,7 @@ def _on_record() -> dict[str, Any]:
 
 
 def _memory_hash(config: RunConfig) -> str:
-    """Of what decides the memory of a run."""
+    """Return the hash of what determines the memory of a run."""
     settings, method = config.mapping, config.mapping["method"]
     recipe = {key: settings["recipe"][key] for key in ("micro_batch_size", "batch_size", "optimizer")}
     lengths = {key: value for key, value in settings["protocol"].items() if key.startswith("max_")}

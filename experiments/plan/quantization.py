@@ -1,4 +1,4 @@
-"""Whether a run's quantisation goes with its model and method, as far as that is known without weights."""
+"""Checks whether a run's quantisation is compatible with its model and method, without weights."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ NOT_PLAIN = ("use_dora", "use_rslora", "init_lora_weights", "rank_pattern", "alp
 
 
 def name_quantized(config: Config) -> None:
-    """Puts the quantisation into the method's label, once the two are seen to go together. An empty section goes.
+    """Add the quantisation to the method's label after checking compatibility; an empty section is removed.
 
     Raises:
-        UserError: they do not.
+        UserError: they are not compatible.
     """
     quantization, method = config["quantization"], config["method"]
     if not quantization:
@@ -25,7 +25,7 @@ def name_quantized(config: Config) -> None:
     _check_grid(config["model"], quantization)
     if not method["contract"].get("on_quantized", True):
         raise UserError(
-            f"method={method['name']} changes the weights or needs their gradients, and quantization="
+            f"method={method['name']} changes the weights or needs their gradients, but quantization="
             f"{quantization['method']} keeps them as packed integers: choose another method, or quantization=none"
         )
     if quantization["method"] in WITH_FACTORS:
@@ -34,7 +34,7 @@ def name_quantized(config: Config) -> None:
 
 
 def _check_grid(model: Config, quantization: Config) -> None:
-    """What would only be found when a run starts; without torch, so that planning stays quick."""
+    """Check what would otherwise fail when a run starts; without torch, to keep planning fast."""
     group = quantization["group_size"]
     widths = {key: model["architecture"].get(key) for key in ("hidden_size", "intermediate_size")}
     for key, width in widths.items():
@@ -49,8 +49,8 @@ def _check_lora(method: Config, quantization: Config) -> None:
     plain = adapter.get("_target_") == "peft.LoraConfig" and "prepare" not in method
     if not plain or any(adapter.get(key) for key in NOT_PLAIN):
         raise UserError(
-            f"quantization={quantization['method']} makes a LoRA that training starts from, {method['name']} starts "
-            f"otherwise: give method=lora"
+            f"quantization={quantization['method']} makes a LoRA that training starts from, but {method['name']} "
+            f"starts otherwise: give method=lora"
         )
     targets = adapter["target_modules"]
     if not isinstance(targets, list):
@@ -58,6 +58,6 @@ def _check_lora(method: Config, quantization: Config) -> None:
     for ours, theirs in (("rank", "r"), ("lora_alpha", "lora_alpha")):
         if made[ours] != adapter[theirs]:
             raise UserError(
-                f"quantization.options.{ours}={made[ours]}: the LoRA that is trained from there has "
-                f"method.adapter.{theirs}={adapter[theirs]}: give both the same"
+                f"quantization.options.{ours}={made[ours]}: the LoRA trained from it has "
+                f"method.adapter.{theirs}={adapter[theirs]}: give both the same value"
             )

@@ -19,7 +19,7 @@ Hours = Callable[[RunConfig], float]
 
 @dataclass(frozen=True)
 class Selection:
-    """`budget` is in GPU-hours; `flags` are the options as they were given, for a job that goes on with them."""
+    """The selected runs. `budget` is in GPU-hours; `flags` are the options as given, to pass on to later jobs."""
 
     paper: bool = False
     budget: float | None = None
@@ -32,10 +32,10 @@ EVERYTHING = Selection()
 
 @dataclass(frozen=True)
 class Selected:
-    """The runs, the rule that chooses their learning rates, and how many runs of which settings the budget leaves out.
+    """The runs, the rule that chooses their learning rates, and the settings that the budget leaves out.
 
-    `left_out` has the runs of a setting that are left out, and all it has. Of the runs that only try a learning rate
-    for a later seed none are counted: the choice takes one of them.
+    `left_out` maps a setting to its number of runs that are left out, and its total. Runs that only try a learning rate
+    for a later seed are not counted, because only one of them will be run.
     """
 
     configs: list[RunConfig]
@@ -43,7 +43,7 @@ class Selected:
     left_out: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
-        """What to print of `left_out`."""
+        """Return lines about `left_out` for printing."""
         if not self.left_out:
             return []
         lines = [f"left out by the budget: {sum(count for count, _ in self.left_out.values())} runs"]
@@ -52,11 +52,11 @@ class Selected:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--paper", action="store_true", help="only the paper's own cells of an experiment")
-    parser.add_argument("--budget", metavar="200gpuh", help="only the runs that so many GPU-hours of training pay for")
+    parser.add_argument("--budget", metavar="200gpuh", help="only runs that fit into this many GPU-hours of training")
     parser.add_argument(
         "--tokens-per-second", action="append", default=[], metavar="[MODEL=]N", help="measured, per GPU: for GPU-hours"
     )
-    parser.add_argument("--tokens-per-row", type=float, metavar="N", help="where data or tokenizer are not here")
+    parser.add_argument("--tokens-per-row", type=float, metavar="N", help="used if data or tokenizer are not local")
 
 
 def read_options(options: argparse.Namespace) -> Selection:
@@ -73,10 +73,10 @@ def read_options(options: argparse.Namespace) -> Selection:
 
 
 def select(arguments: Sequence[str], selection: Selection, hours: Hours | None = None) -> Selected:
-    """The runs that the arguments plan and the selection keeps.
+    """Return the runs that the arguments plan and the selection keeps.
 
     Args:
-        hours: GPU-hours that the budget counts for a run; by default those at the selection's speed.
+        hours: GPU-hours of a run, for the budget; by default at the selection's speed.
     """
     configs, by = plan([*arguments, *([PAPER] if selection.paper else [])]), rule(arguments)
     if selection.budget is None:
@@ -86,11 +86,11 @@ def select(arguments: Sequence[str], selection: Selection, hours: Hours | None =
 
 
 def within(configs: list[RunConfig], by: str | None, budget: float, hours: Hours) -> Selected:
-    """The runs that a budget pays for.
+    """Return the runs that fit into a budget.
 
-    In the experiment's order every setting first gets the search of its learning rate and one seed, then a second seed,
-    and so on. A setting that the rest of the budget does not pay for gets no more; cheaper ones after it may. For a
-    later seed whose learning rate is not chosen yet, the budget counts one run and all its learning rates are kept.
+    In the experiment's order every setting first gets its learning-rate search and one seed, then a second seed, and so
+    on. A setting that no longer fits into the rest of the budget gets no more; cheaper ones after it may. For a later
+    seed whose learning rate is not chosen yet, the budget counts one run, and the runs of all its rates are kept.
     """
     groups: dict[str, list[RunConfig]] = {}
     for config in configs:
@@ -113,7 +113,7 @@ def within(configs: list[RunConfig], by: str | None, budget: float, hours: Hours
         name, parts = min(rounds.items(), key=lambda item: sum(map(hours, item[1][0][0])))
         cost = sum(map(hours, parts[0][0]))
         raise UserError(
-            f"--budget {budget:g}gpuh pays for no setting: the cheapest, {setting_label(groups[name][0])}, takes "
+            f"--budget {budget:g}gpuh is too small: the cheapest setting, {setting_label(groups[name][0])}, takes "
             f"{cost:.3g} GPU-hours for {len(parts[0][0])} runs"
         )
     left_out = {
@@ -124,7 +124,7 @@ def within(configs: list[RunConfig], by: str | None, budget: float, hours: Hours
 
 
 def _rounds(group: list[RunConfig], by: str | None) -> list[tuple[list[RunConfig], list[RunConfig]]]:
-    """A setting's rounds: the runs that the budget counts, and the runs to keep if it pays for them."""
+    """Return a setting's rounds: the runs that the budget counts, and the runs to keep if they fit."""
     if by is None or len({config.recipe.learning_rate for config in group}) == 1:
         return [([config], [config]) for config in group]
     seeds: dict[int, list[RunConfig]] = {}

@@ -1,15 +1,14 @@
-"""Plan, train, score and report an experiment.
+"""Plans, trains, scores and reports an experiment.
 
     python -m experiments.reproduce quickstart
     python -m experiments.reproduce quickstart seed=0,1,2,3,4 --out report/five_seeds
     python -m experiments.reproduce quickstart --workers 4      # four runs at a time, in four processes
-    python -m experiments.reproduce quickstart --minutes 30     # begins no run that would take longer
-    python -m experiments.reproduce commonsense --paper         # the paper's own cells
-    python -m experiments.reproduce commonsense --dry-run       # what it would run, and the memory it needs
+    python -m experiments.reproduce quickstart --minutes 30     # starts no run that would take longer
+    python -m experiments.reproduce commonsense --paper         # only the paper's own cells
+    python -m experiments.reproduce commonsense --dry-run       # prints the runs and the memory they need
 
-Where the experiment chooses learning rates (experiments/plan/choose.py), that is done first, on rows kept out of
-training. Finished runs are skipped and interrupted ones resumed, so the same command is also how an experiment is
-continued.
+If the experiment chooses learning rates (experiments/plan/choose.py), that is done first, on rows kept out of training.
+Finished runs are skipped and interrupted ones resumed, so run the same command again to continue an experiment.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ def main(arguments: list[str]) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("experiment", help="a file of configs/experiment without its ending, or the path of another")
+    parser.add_argument("experiment", help="name of a file in configs/experiment without .yaml, or the path of another")
     parser.add_argument("overrides", nargs="*", help="key=value or key=a,b,c, applied to every grid")
     parser.add_argument("--out", type=Path, help="folder of the report; default: report/<experiment>")
     parser.add_argument(
         "--workers",
         type=int,
         default=1,
-        help="runs at a time, each in a process with OMP_NUM_THREADS threads; default: 1, here",
+        help="runs at a time, each in a process with OMP_NUM_THREADS threads; default: 1, in this process",
     )
-    parser.add_argument("--report-only", action="store_true", help="report the runs that are finished, run nothing")
-    parser.add_argument("--minutes", type=float, help="begin no run that would not end within so many")
+    parser.add_argument("--report-only", action="store_true", help="report the finished runs, run nothing")
+    parser.add_argument("--minutes", type=float, help="start no run that would not end within this time")
     parser.add_argument(
         "--results", type=Path, metavar="DIR", help="exported runs (analysis.export) that count as finished"
     )

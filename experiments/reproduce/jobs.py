@@ -1,8 +1,8 @@
-"""The work of an experiment as an ordered list of jobs, of which the next one that can begin is always known.
+"""The jobs of an experiment as an ordered list that always knows the next job that can start.
 
-A job trains a run, and scores it unless the run is only there to choose a learning rate by. Jobs are in the order of
-the experiment's grids: the runs that choose a setting's learning rate, then its seeds. Seeds that wait for a choice are
-passed over until it is made, so that several workers are kept busy.
+A job trains a run, and scores it unless the run only serves to choose a learning rate. Jobs are in the order of the
+experiment's grids: the runs that choose a setting's learning rate, then its seeds. Seeds that wait for a choice are
+skipped until it is made, so that several workers stay busy.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class Job:
 
 
 class Jobs:
-    """The jobs of an experiment. Threads may share it; every job is handed out once.
+    """The jobs of an experiment. Thread-safe; every job is handed out once.
 
     Args:
-        arguments: what `plan` plans.
-        deadline: `time.time()` after which nothing may run: a job that would take longer, by the longest finished one
-            of its kind, is not begun.
-        selection: which of them to do; `unpaid` are lines that say what a budget leaves out.
+        arguments: the arguments of `plan`.
+        deadline: `time.time()` after which nothing may run: a job that would take longer, judged by the longest
+            finished one of its kind, is not started.
+        selection: which jobs to do; `unpaid` has lines about what a budget leaves out.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Jobs:
         self.configs, self.by, self.deadline = selected.configs, selected.by, deadline
         self.unpaid = selected.lines()
         self.failed: dict[tuple[str, bool], str] = {}
-        self.left_out: dict[tuple[str, bool], float] = {}  # -> the seconds it was thought to take
+        self.left_out: dict[tuple[str, bool], float] = {}  # -> its estimated seconds
         self._place = {group_hash(config.mapping): number for number, config in reversed(list(enumerate(self.configs)))}
         self._begun: set[tuple[str, bool]] = set()
         self._done: set[tuple[str, bool]] = set()
@@ -72,22 +72,22 @@ class Jobs:
         self._changed = threading.Condition()
 
     def stages(self) -> Stages:
-        """What is known by now, by the records of the runs."""
+        """Return what is known so far, from the records of the runs."""
         return stages_of(self.configs, self.by)
 
     def known(self) -> list[Job]:
-        """All jobs that can be named by now, in order."""
+        """Return all jobs whose settings are known, in order."""
         found = self.stages()
         jobs = [Job(config, False) for config in found.first] + [Job(config, True) for config in found.final]
         return sorted(jobs, key=lambda job: (self._place[group_hash(job.config.mapping)], job.score))
 
     def total(self) -> int:
-        """Jobs in all, those that wait for a choice included."""
+        """Return the number of all jobs, including those that wait for a choice."""
         found = self.stages()
         return len(found.first) + len(found.final) + len(found.to_come)
 
     def take(self) -> Job | None:
-        """The next job, waited for where it depends on jobs in progress; None when there is none left to begin."""
+        """Return the next job, waiting for jobs in progress if necessary; None if there is none left to start."""
         with self._changed:
             while True:
                 running = self._begun - self._done
@@ -106,7 +106,7 @@ class Jobs:
                 self._changed.wait()
 
     def done(self, job: Job, seconds: float, error: str | None = None) -> None:
-        """A job that was taken is over."""
+        """Report the end of a taken job."""
         with self._changed:
             self._done.add(job.key)
             if error is not None:
@@ -116,11 +116,11 @@ class Jobs:
             self._changed.notify_all()
 
     def times(self) -> list[tuple[tuple[str, bool], float]]:
-        """The seconds of every finished job, in the order in which they ended."""
+        """Return the seconds of every finished job, in the order of their ends."""
         return list(self._seconds.items())
 
     def stopped(self, job: Job) -> None:
-        """A job that was taken is to be continued another time."""
+        """Report that a taken job will be continued another time."""
         with self._changed:
             self._done.add(job.key)
             self.left_out[job.key] = 0.0
@@ -140,7 +140,7 @@ class Jobs:
 def train_and_score(
     run: RunPaths, title: str = "", score: bool = True, progress: bool = False, allow_identity: bool = False
 ) -> tuple[TrainRecord, list[EvalRecord]]:
-    """Train and, if asked, score one run in this process."""
+    """Train one run in this process and, if `score`, score it."""
     from eval.run import evaluate
     from experiments.train.run import train
 
@@ -149,7 +149,7 @@ def train_and_score(
 
 
 def outcome(trained: TrainRecord, scores: Sequence[EvalRecord]) -> str:
-    """What came out, in one line: the scores, or without any what the held-out rows say."""
+    """Return the outcome in one line: the scores, or without any the held-out results."""
     if scores:
         return ", ".join(_short(score) for score in scores)
     rounded = ((key, value) for key, value in (trained.held_out or {}).items() if value is not None)
@@ -157,7 +157,7 @@ def outcome(trained: TrainRecord, scores: Sequence[EvalRecord]) -> str:
 
 
 def finished_outcome(job: Job) -> str | None:
-    """The outcome of a finished job whose adapter is not here, as of one that was trained elsewhere; else None."""
+    """Return the outcome of a finished job whose adapter is not local, e.g. trained elsewhere; else None."""
     if job.run.adapter.is_dir() or not job.is_finished():
         return None
     trained, scores = read_record(job.run.train_record, TrainRecord), []
@@ -169,27 +169,27 @@ def finished_outcome(job: Job) -> str | None:
 
 
 def take_in(configs: Sequence[RunConfig], folder: Path) -> int:
-    """Copy the exported runs among `configs` (analysis/export.py) to where these runs are not yet. Returns how many.
+    """Copy exported runs (analysis/export.py) among `configs` to where they are still missing. Returns their number.
 
-    A run that was trained elsewhere and is to be scored here has no adapter here: it is left to be trained again.
+    A run trained elsewhere that must be scored here lacks its adapter: it is not copied, but trained again.
     """
     taken = 0
     for config in configs:
         there, here = RunPaths(folder / config.run_id), run_paths(config)
         if here.root.exists() or not (there.train_record.is_file() or there.diverged.is_file()):
             continue
-        read_config(there)  # refused unless it is what its name says
+        read_config(there)  # an error unless it is the run that its name says
         aside = here.root.with_name(f".{here.root.name}.taken-in")
         shutil.rmtree(aside, ignore_errors=True)
         shutil.copytree(there.root, aside)
-        write_config(RunPaths(aside), config.mapping)  # the exported one has no paths
+        write_config(RunPaths(aside), config.mapping)  # the exported config has no paths
         aside.rename(here.root)
         taken += 1
     return taken
 
 
 def forget_unscorable(job: Job) -> None:
-    """Delete a run that was trained elsewhere and has yet to be scored, which needs its adapter."""
+    """Delete a run that was trained elsewhere but not scored, because scoring needs its adapter."""
     run = job.run
     if job.score and run.train_record.is_file() and not run.adapter.is_dir() and not job.is_finished():
         shutil.rmtree(run.root)

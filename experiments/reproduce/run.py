@@ -1,7 +1,7 @@
-"""All stages of an experiment, in this process or with workers, and its report.
+"""Runs all stages of an experiment, in this process or with workers, and its report.
 
-Where the experiment chooses learning rates (experiments/plan/choose.py), that is done first, on rows kept out of
-training. Finished runs are skipped and interrupted ones resumed.
+If the experiment chooses learning rates (experiments/plan/choose.py), that is done first, on rows kept out of training.
+Finished runs are skipped and interrupted ones resumed.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def reproduce(
     """Run every stage of `configs/experiment/<name>.yaml` and return the path of the report's page.
 
     Args:
-        report_only: report what is finished, run nothing.
-        minutes: begin no run that would take longer than what is left of them, and stop cleanly.
+        report_only: report the finished runs, run nothing.
+        minutes: start no run that would take longer than the time left, and stop cleanly.
         results: a folder of exported runs (analysis/export.py) that count as finished.
         selection: which of the experiment's runs to do.
     """
@@ -68,7 +68,7 @@ def reproduce(
         total = len({config.run_id for config in [*found.first, *found.final]})
         missing.append(f"{len(jobs.failed)} of {total} runs failed")
     if jobs.left_out:
-        print(f"{len(jobs.left_out)} runs did not fit into the time: the same command goes on with them")
+        print(f"{len(jobs.left_out)} runs did not fit into the time: the same command continues with them")
     elif found.undecided:
         others = f"; and {len(found.undecided) - 1} other settings" if len(found.undecided) > 1 else ""
         missing.append(f"{len(found.following())} runs without a learning rate ({found.undecided[0]}{others})")
@@ -78,18 +78,18 @@ def reproduce(
 
 
 def report(name: str, found: Stages, out: Path, overrides: list[str], measure: bool) -> Path:
-    """Write the report of an experiment's runs into `out`. `measure`: its step times are measured here, if they can be.
+    """Write the report of an experiment's runs into `out`. `measure`: measure step times here, if possible.
 
-    `overrides` are named on the page, whose title and notes are the experiment file's.
+    The page lists `overrides`; its title and notes are those of the experiment file.
     """
-    # Late and only here: experiments is what eval and analysis stand on.
+    # Imported here because eval and analysis depend on experiments.
     from analysis.report import write_report
     from experiments.speed.timing import can_measure, measure_step_times
 
     experiment, notes = read_experiment(name), []
     runs = [run for run in map(run_paths, found.final) if run.config.is_file()]
     if not any(run.train_record.is_file() for run in runs):
-        raise UserError(f"no run of {name} is finished: there is nothing to report")
+        raise UserError(f"no run of {name} is finished: nothing to report")
     given = [override for override in overrides if not override.startswith("runtime.")]
     if given:
         notes.append(f"These settings were given for all runs, whatever title and notes say: {' '.join(given)}")
@@ -122,14 +122,14 @@ def report(name: str, found: Stages, out: Path, overrides: list[str], measure: b
 
 
 def execute(title: str, jobs: Jobs, workers: int) -> None:
-    """Do the jobs, one after the other here or `workers` at a time in processes, and tell in one line how each went.
+    """Do the jobs, one by one here or `workers` at a time in processes, and print a line about each.
 
-    UserError if all failed. What failed or did not fit into the time is in `jobs`.
+    UserError if all failed. `jobs` has those that failed or did not fit into the time.
     """
     from eval.run import check_data
 
     for config in {config.task.name: config for config in jobs.configs}.values():
-        check_data(config)  # what is missing is told before the first run is trained
+        check_data(config)  # reports missing data before the first run is trained
     known, total = jobs.known(), jobs.total()
     if not known:
         raise UserError(f"{title}: no runs")
@@ -142,7 +142,7 @@ def execute(title: str, jobs: Jobs, workers: int) -> None:
 
     def work(worker: Worker | None) -> None:
         if worker is not None:
-            worker.start()  # now, so that the first run's seconds are its own
+            worker.start()  # before timing, so that start-up does not count in the first run's seconds
         while (job := jobs.take()) is not None:
             line = f"[{next(numbers):>{len(str(total))}}/{total}] {job.config.run_id}"
             before, error = time.perf_counter(), None
@@ -156,7 +156,7 @@ def execute(title: str, jobs: Jobs, workers: int) -> None:
                 error = f"{job.config.run_id}: {failure}"
                 print(f"{line}  failed: {failure}", file=sys.stderr, flush=True)
             except BaseException:
-                jobs.stopped(job)  # or the workers that wait for it would wait for ever
+                jobs.stopped(job)  # else workers that wait for it would wait forever
                 raise
             else:
                 print(f"{line}  {result}  ({time.perf_counter() - before:.1f} s)", flush=True)
@@ -187,7 +187,7 @@ def _do(job: Job, title: str, worker: Worker | None) -> str:
 
 
 def _work_in_processes(work: Callable[[Worker], None], count: int, deadline: float | None) -> None:
-    """`work` in a thread for each of so many workers. They are stopped when the time is up or a signal comes."""
+    """Run `work` in a thread for each of `count` workers, which are stopped at the deadline or by a signal."""
     workers = [Worker() for _ in range(count)]
     pool = ThreadPoolExecutor(count)
     with preemption.listening():
@@ -208,7 +208,7 @@ def _work_in_processes(work: Callable[[Worker], None], count: int, deadline: flo
 
 
 def make_bases(configs: list[RunConfig]) -> None:
-    """Make the base models that are made here once, before several processes would each make them."""
+    """Make generated base models in advance, before several processes would each make them."""
     from experiments.models.tiny import make_base
 
     for config in configs:

@@ -1,9 +1,9 @@
-"""Worker processes: each trains and scores runs one after the other, so imports and the device's start are paid once.
+"""Worker processes, each of which trains and scores runs one by one, so imports and device start-up happen once.
 
-    python -m experiments.reproduce.workers      # started by experiments/reproduce/run.py; not meant to be typed
+    python -m experiments.reproduce.workers      # started by experiments/reproduce/run.py, not by hand
 
-A worker says that it is ready, reads a job per line from its standard input, `{"run": DIRECTORY, "score": true}`, and
-answers on its standard output: `{"outcome": TEXT}`, `{"error": TEXT}` or, stopped by a signal, `{"preempted": TEXT}`.
+A worker prints that it is ready, reads a job per line from standard input, `{"run": DIRECTORY, "score": true}`, and
+answers on standard output: `{"outcome": TEXT}`, `{"error": TEXT}` or, if a signal stopped it, `{"preempted": TEXT}`.
 """
 
 from __future__ import annotations
@@ -30,40 +30,40 @@ READY = "ready"
 
 
 class Stopped(UserError):
-    """A run that was not begun or not finished because its worker was asked to stop."""
+    """A run was not started or not finished because its worker was told to stop."""
 
 
 @dataclass
 class Worker:
-    """One process; a new one takes its place if it dies."""
+    """One process; replaced by a new one if it dies."""
 
     process: subprocess.Popen[str] | None = None
     errors: IO[bytes] | None = None
     stopped: bool = False
 
     def do(self, run: RunPaths, score: bool) -> str:
-        """What came out of a run. UserError if it failed; also if the process died, as when memory ran out."""
+        """Return the outcome of a run. UserError if it failed, or if the process died, e.g. for lack of memory."""
         if self.stopped:
-            raise Stopped("not begun")
+            raise Stopped("not started")
         self.start()
         process = self.process
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
         line = ""
-        with suppress(OSError, ValueError):  # the process is gone, or its input was closed to end it
+        with suppress(OSError, ValueError):  # the process is gone, or its input was closed to stop it
             process.stdin.write(json.dumps({"run": str(run.root), "score": score}) + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
         answer: Answer = json.loads(line) if line.endswith("\n") else self._of_the_dead(run)
         if "preempted" in answer:
-            raise Stopped(f"{answer['preempted']}, the same command goes on from there")
+            raise Stopped(f"{answer['preempted']}, the same command resumes")
         if "error" in answer:
-            raise Stopped("not begun") if self.stopped and not line else UserError(answer["error"])
+            raise Stopped("not started") if self.stopped and not line else UserError(answer["error"])
         return answer["outcome"]
 
     def stop(self) -> None:
-        """Ask the process to end: a training after its step, with a checkpoint; one without a job at once."""
+        """Tell the process to stop: a training after its step, with a checkpoint; without a job at once."""
         self.stopped = True
         if self.process is not None:
             self.process.terminate()
@@ -80,7 +80,7 @@ class Worker:
             self.errors.close()
 
     def start(self) -> None:
-        """Start the process unless it is there, and wait until it has imported what it needs."""
+        """Start the process unless it is running, and wait until it has imported its modules."""
         if self.process is not None and self.process.poll() is None:
             return
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
@@ -92,7 +92,7 @@ class Worker:
             encoding="utf-8",
         )
         assert self.process.stdout is not None
-        self.process.stdout.readline()  # READY, or nothing if the process died, which the first job tells
+        self.process.stdout.readline()  # READY, or nothing if the process died, which the first job reports
 
     def _of_the_dead(self, run: RunPaths) -> Answer:
         assert self.process is not None
@@ -109,7 +109,7 @@ class Worker:
 
 
 def answer(job: dict[str, Any]) -> Answer:
-    """Do one job, whatever becomes of it."""
+    """Do one job and return its result, whatever happens."""
     from experiments.reproduce.jobs import outcome, train_and_score
     from experiments.runs.environment import free_memory
 
@@ -132,11 +132,11 @@ def main(arguments: list[str]) -> None:
         )
     preemption.listen()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keeps the output of libraries out of the answers
     from experiments.models.shapes import block_sklearn_import
 
     block_sklearn_import()
-    for name in ("experiments.train.run", "eval.run"):  # before the first job, so that a job's time is its own
+    for name in ("experiments.train.run", "eval.run"):  # before the first job, so that its time excludes imports
         import_module(name)
 
     print(READY, file=answers, flush=True)

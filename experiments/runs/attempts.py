@@ -1,10 +1,10 @@
-"""One attempt at a stage of a run: its lock, its heartbeat, its line in `attempts.json`, and how it ended.
+"""One attempt at a stage of a run: lock, heartbeat, entry in `attempts.json`, and how it ended.
 
-lock            who writes in the directory now (experiments/runs/lock.py)
-heartbeat.json  where the stage is, once per second; the same file shows others that its writer lives
-attempts.json   every attempt: who, when, and `how` it ended: finished, preempted or failed; null for one that was
-                killed or still runs
-preempted.json  there while a stage that was asked to stop waits to be continued
+lock            who is writing in the directory (experiments/runs/lock.py)
+heartbeat.json  progress of the stage, once per second; also shows others that its writer is alive
+attempts.json   every attempt: who, when, and `how` it ended: finished, preempted or failed; null if it was killed or
+                is still running
+preempted.json  exists while a stopped stage waits to be resumed
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from experiments.runs.lock import holds, identity, locked
 from experiments.runs.records import RunPaths, write_atomically
 
 INTERVAL = 1.0  # seconds between two beats
-# What makes a stage smaller and may change in a run that is planned. recipe.micro_batch_size decides which rows share
-# a batch, and so is part of the run id.
+# How to make a stage smaller with settings that a planned run may change. recipe.micro_batch_size is not one: it
+# decides which rows share a batch, and so is part of the run id.
 LESS_MEMORY = {
-    "train": "plan it again with runtime.gradient_checkpointing=true and it goes on, or share the model among more "
-    "GPUs (runtime.sharding=full and torchrun --nproc_per_node N, or cluster.gpus=N), or plan another run with a "
-    "smaller recipe.micro_batch_size; with --workers, give fewer",
+    "train": "plan it again with runtime.gradient_checkpointing=true to resume, or share the model among more GPUs "
+    "(runtime.sharding=full and torchrun --nproc_per_node N, or cluster.gpus=N), or plan another run with a smaller "
+    "recipe.micro_batch_size; with --workers, give fewer",
     "eval": "give a smaller evaluation.batch_size; with --workers, give fewer",
 }
 
 
 class Heartbeat:
-    """Written by a thread of its own, so that a long step or a slow disk neither stops it nor waits for it."""
+    """Writes the heartbeat from its own thread, so that long steps or a slow disk neither stop it nor wait for it."""
 
     def __init__(self, run: RunPaths, stage: str) -> None:
         self.run, self.who = run, {"stage": stage, **identity()}
@@ -50,7 +50,7 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def at(self, step: int, steps: int, tokens: int = 0) -> None:
-        """Where the stage is: so many steps of so many done, and tokens seen."""
+        """Set the progress: `step` of `steps` done, and tokens seen."""
         if self._begun is None or step < self._begun[1]:  # or another benchmark has begun
             self._begun = (time.monotonic(), step, tokens)
         self.step, self._steps, self._tokens = step, steps, tokens
@@ -67,7 +67,7 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._stop.wait(INTERVAL):
-            if not holds(self.run, self._lock):  # this process was stopped so long that it was given up
+            if not holds(self.run, self._lock):  # this process was suspended so long that its lock was taken over
                 print(f"{self.run.root}: another process took over its lock: stopping", file=sys.stderr, flush=True)
                 os._exit(1)
             self._write()
@@ -82,17 +82,17 @@ class Heartbeat:
         self._beat += 1
         content = {**self.who, "step": self.step, "steps": self._steps, **speed, "beat": self._beat}
         aside = self.run.heartbeat.with_name(".heartbeat.json")
-        with suppress(OSError):  # a full disk shall not stop a run that has nothing else to write
+        with suppress(OSError):  # a full disk must not stop a run that has nothing else to write
             aside.write_text(json.dumps({**content, "time": time.time()}) + "\n", encoding="utf-8")
             os.replace(aside, self.run.heartbeat)
 
 
 @contextmanager
 def attempt(run: RunPaths, stage: str, wait_for_holder: bool = False) -> Iterator[Heartbeat]:
-    """The body is an attempt at a stage. Asked to stop by a signal, it ends with `Preempted` and leaves a marker.
+    """Run the body as an attempt at a stage. If a signal stops it, it ends with `Preempted` and leaves a marker.
 
-    Of several processes the first alone writes; loading is not interrupted there, for the others would wait for ever.
-    `wait_for_holder`: another process that is at the run is waited for, instead of failing.
+    Of several processes only the first writes; there, loading is not interrupted, or the others would wait forever.
+    `wait_for_holder`: wait for another process that works on the run, instead of failing.
     """
     heart, writes = Heartbeat(run, stage), os.environ.get("RANK", "0") == "0"
     with preemption.listening():
@@ -126,7 +126,7 @@ def attempt(run: RunPaths, stage: str, wait_for_holder: bool = False) -> Iterato
 
 @contextmanager
 def _memory_errors_explained(run: RunPaths, stage: str) -> Iterator[None]:
-    """Out of memory becomes one line that names what to change, and what the stage held is free for the next one."""
+    """Turn running out of memory into one line that says what to change, and free the stage's memory."""
     try:
         yield
     except Exception as error:
@@ -140,7 +140,7 @@ def _memory_errors_explained(run: RunPaths, stage: str) -> Iterator[None]:
 
 @contextmanager
 def _recorded(run: RunPaths, heart: Heartbeat) -> Iterator[None]:
-    """Append the attempt to `attempts.json`, and say at its end how it went."""
+    """Append the attempt to `attempts.json`, and add at its end how it ended."""
     entry: dict[str, Any] = {**heart.who, "started": time.time(), "ended": None, "how": None, "error": None}
     attempts = [*_read_attempts(run), entry]
     _write_attempts(run, attempts)
@@ -156,12 +156,13 @@ def _recorded(run: RunPaths, heart: Heartbeat) -> Iterator[None]:
         raise
     finally:
         entry["ended"] = time.time()
-        with suppress(OSError):  # what ended the attempt is to be told, not that the disk is full
+        with suppress(OSError):  # the error to report is the one that ended the attempt, not a full disk
             _write_attempts(run, attempts)
 
 
 def _is_preemption(error: BaseException) -> bool:
-    """A library that is interrupted may end otherwise, as a server whose workers got the signal too."""
+    """Return whether a signal ended the attempt. An interrupted library may raise something else, e.g. if its workers
+    got the signal too."""
     return isinstance(error, Preempted) or (
         preemption.pending_signal() is not None and not isinstance(error, UserError)
     )

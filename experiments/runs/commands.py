@@ -1,4 +1,4 @@
-"""Other programs, asked with a limit of time."""
+"""Runs other programs with a time limit."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from contextlib import suppress
 
 
 def answer(command: Sequence[str], seconds: float, text: str = "") -> subprocess.CompletedProcess[str] | None:
-    """What a program says, given a text on standard input; None if it has not ended in time.
+    """Return a program's result, given text on standard input; None if it has not ended in time.
 
-    It is ended then with all that it started: a child that keeps its output open would be waited for without a limit.
+    It is then killed with all its children: a child that keeps its output open would be waited for without a limit.
     """
     with subprocess.Popen(
         command,

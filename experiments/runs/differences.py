@@ -1,4 +1,4 @@
-"""What sets runs apart whose names do so by their hash alone."""
+"""The settings that distinguish runs whose names differ only in the hash."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from experiments.runs.config_files import NOT_IN_THE_ID
 
 
 def differing(configs: Sequence[RunConfig], leave_out: Sequence[str] = ()) -> dict[str, str]:
-    """Run id -> the settings in which the run differs from those of the same name before the hash: `key=value …`.
+    """Return, by run id, how a run differs from those with the same name before the hash: `key=value …`.
 
     Args:
-        leave_out: settings that are shown elsewhere.
+        leave_out: settings shown elsewhere.
     """
     named: dict[str, list[RunConfig]] = {}
     for config in configs:
@@ -26,7 +26,7 @@ def differing(configs: Sequence[RunConfig], leave_out: Sequence[str] = ()) -> di
         keys = [key for key in {key: None for settings in flat for key in settings} if key not in leave_out]
         apart = [key for key in keys if len({repr(settings.get(key)) for settings in flat}) > 1]
         apart = _by_protocol(flat, apart)
-        # A setting that others refer to (the dropout of a recipe, of an adapter) is shown once.
+        # A setting that others refer to (e.g. a recipe's dropout, used by an adapter) is shown once.
         shown = list({tuple(repr(settings.get(key)) for settings in flat): key for key in reversed(apart)}.values())
         for config, settings in zip(group, flat, strict=True):
             text = " ".join(f"{key}={_short(settings.get(key))}" for key in reversed(shown))
@@ -36,20 +36,20 @@ def differing(configs: Sequence[RunConfig], leave_out: Sequence[str] = ()) -> di
 
 
 def _by_protocol(flat: list[dict[str, Any]], apart: list[str]) -> list[str]:
-    """Of a protocol its name alone, where that tells the runs apart as well as all of its settings."""
+    """Reduce a protocol's settings to its name, if that distinguishes the runs equally well."""
     named = [key for key in apart if not key.startswith("protocol.") or key == "protocol.name"]
     different = [len({tuple(repr(settings.get(key)) for key in keys) for settings in flat}) for keys in (named, apart)]
     return named if different[0] == different[1] else apart
 
 
 def _short(value: Any) -> str:
-    """On one line, and not longer than a name."""
+    """Format a value on one line of limited length."""
     text = " ".join(str(value).split())
     return text if len(text) <= 40 else f"{text[:39]}…"
 
 
 def _flat(value: Any, *path: str) -> dict[str, Any]:
-    """Dotted names of all settings; a list is one value."""
+    """Return all settings by their dotted names; a list is one value."""
     if not isinstance(value, dict) or not value:
         return {".".join(path): value}
     return {name: leaf for key, part in value.items() for name, leaf in _flat(part, *path, str(key)).items()}

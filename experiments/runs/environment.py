@@ -1,4 +1,4 @@
-"""What a record says of where it was made: versions, device, commit."""
+"""The environment in a record: versions, device, commit."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ PACKAGES = (
 )
 
 
-# What decides the result of a training, beside its config, data, base weights and the versions of libraries; whole
-# folders, so that nothing of it is forgotten, though not every change in them changes a result.
+# The code that determines the result of a training, besides its config, data, base weights and library versions. Whole
+# folders, so that nothing is missed, although not every change in them changes a result.
 TRAINING_CODE = (
     "diablo/**/*.py",
     "experiments/data/*.py",
@@ -34,7 +34,7 @@ TRAINING_CODE = (
 
 @cache
 def training_code() -> str:
-    """sha256 over the files that training runs through: two records with one hash were made by the same code."""
+    """Return the sha256 of the files that training uses: records with equal hashes were made by the same code."""
     digest = hashlib.sha256()
     for path in sorted({path for pattern in TRAINING_CODE for path in ROOT.glob(pattern)}):
         digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode() + path.read_bytes() + b"\0")
@@ -42,12 +42,12 @@ def training_code() -> str:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Versions, device, commit, whether files differ from it, and the hash of the training code."""
+    """Return versions, device, commit, whether files differ from it, and the hash of the training code."""
     import torch
 
     versions = {}
     for package in PACKAGES:
-        with suppress(PackageNotFoundError):  # what is not installed took no part
+        with suppress(PackageNotFoundError):  # a missing package was not used
             versions[package] = version(package)
     commit, dirty = _commit()
     return {
@@ -62,11 +62,11 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def reset_peak_memory(device: str) -> None:
-    """Forget the peak so far, of the run before in this process. Not possible everywhere off Linux."""
+    """Reset the peak of earlier runs in this process. Not always possible outside Linux."""
     import torch
 
     if device.startswith("cuda"):
-        torch.cuda.init()  # there are no statistics to reset before: RuntimeError, Invalid device argument
+        torch.cuda.init()  # before it, resetting raises a RuntimeError (Invalid device argument)
         torch.cuda.reset_peak_memory_stats(device)
         return
     with suppress(OSError):
@@ -74,19 +74,19 @@ def reset_peak_memory(device: str) -> None:
 
 
 def free_memory() -> None:
-    """Give back what a run before in this process still holds: Trainer and its model refer to each other."""
+    """Free what an earlier run in this process still holds: Trainer and its model refer to each other."""
     import torch
 
     gc.collect()
     if torch.cuda.is_initialized():
-        with suppress(RuntimeError):  # of a device that is gone: told by whoever uses it next
+        with suppress(RuntimeError):  # the device is gone, which its next user reports
             torch.cuda.empty_cache()
 
 
 def peak_memory(device: str) -> int:
-    """The most bytes held since the reset: on a GPU by its tensors, elsewhere resident in the process, Python included.
+    """Return the peak bytes since the reset: a GPU's tensors, or else the process's resident memory with Python.
 
-    On Linux not getrusage's ru_maxrss, which a process inherits from the one that started it.
+    On Linux not getrusage's ru_maxrss, which a process inherits from its parent.
     """
     import torch
 
@@ -103,7 +103,7 @@ def peak_memory(device: str) -> int:
 
 
 def device_name(device: str) -> str:
-    """The GPU's name, or the processor's with its number of threads in use."""
+    """Return the GPU's name, or the processor's with its number of threads in use."""
     import torch
 
     if device.startswith("cuda"):
@@ -119,9 +119,9 @@ def device_name(device: str) -> str:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """The commit of this code and whether files differ from it; None and None where it is not a git checkout.
+    """Return the commit of this code and whether files differ from it; None and None outside a git checkout.
 
-    A copy without .git may lie inside another repository, whose commit says nothing of this code.
+    A copy without .git may be inside another repository, whose commit says nothing about this code.
     """
     if not (ROOT / ".git").exists():
         return None, None

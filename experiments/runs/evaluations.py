@@ -1,6 +1,6 @@
-"""What a run's `evaluation` section says for a benchmark, and the folder that follows from it.
+"""The settings in a run's `evaluation` section for a benchmark, and the folder that they determine.
 
-Read from files alone, so that whoever asks whether a run is scored needs nothing of what scores it.
+Only reads files, so that checking whether a run is scored needs none of the scoring code.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Config = dict[str, Any]
 TASKS = ROOT / "eval" / "tasks"
 ASKED = ("prompt", "prompt_with_input", "strip_prompt", "bos", "limit", "merge", "backend")
 READ = ("searched", "full_batches_of")
-LIKELIHOOD = "likelihood"  # the kind of benchmarks that score given targets instead of completions
-TEXT = ".txt"  # a benchmark that is the path of such a file asks for the likelihood of its text (eval/text.py)
-WINDOW = 1000  # characters of it that the model sees together, at most
+LIKELIHOOD = "likelihood"  # kind of benchmarks that score given targets instead of completions
+TEXT = ".txt"  # the path of such a file is a benchmark that measures the likelihood of its text (eval/text.py)
+WINDOW = 1000  # most characters of it that the model sees together
 
 
 def evaluation_paths(run: RunPaths, config: RunConfig) -> list[EvalPaths]:
-    """Where the scores of a run's config are written, one folder for each of its benchmarks."""
+    """Return where the scores of a run's config are written, one folder for each of its benchmarks."""
     found: list[EvalPaths] = []
     for name in config.evaluation.benchmarks:
         kind = kind_of(name)
@@ -41,10 +41,10 @@ def evaluation_paths(run: RunPaths, config: RunConfig) -> list[EvalPaths]:
 
 
 def evaluation_path(run: RunPaths, config: RunConfig, benchmark: str, settings: Config) -> EvalPaths:
-    """The folder of one benchmark, named by the protocol that decides its prompts and by the settings.
+    """Return the folder of one benchmark, named by its prompts' protocol and by the hash of its settings.
 
-    Of a likelihood benchmark not by the protocol's version: that is raised when answers are read otherwise, which does
-    not touch a likelihood; what decides the tokens is in the settings word for word.
+    The hash of a likelihood benchmark excludes the protocol's version: that changes with how answers are read, which
+    does not affect a likelihood; everything that determines the tokens is in the settings.
     """
     name, asked = protocol_of(config, settings)[0], settings["asked"]
     if "protocol" in asked:
@@ -53,12 +53,12 @@ def evaluation_path(run: RunPaths, config: RunConfig, benchmark: str, settings: 
 
 
 def name_of(benchmark: str) -> str:
-    """What a benchmark of a run's config is called in its records: a text by its file's name alone."""
+    """Return a benchmark's name in records: for a text, only the name of its file."""
     return Path(benchmark).name if benchmark.endswith(TEXT) else benchmark
 
 
 def protocol_of(config: RunConfig, settings: Config) -> tuple[str, int]:
-    """Name and version of the protocol that a benchmark's rows are asked by."""
+    """Return name and version of the protocol that prompts a benchmark's rows."""
     asked = settings["asked"].get("protocol")
     if asked is not None:
         return asked["name"], asked["version"]
@@ -66,10 +66,10 @@ def protocol_of(config: RunConfig, settings: Config) -> tuple[str, int]:
 
 
 def likelihood_settings(config: RunConfig, benchmark: str) -> Config:
-    """The settings of a likelihood benchmark, in the form of `settings_of`.
+    """Return the settings of a likelihood benchmark, in the form of `settings_of`.
 
-    Its rows are tokenised as in training: by the run's own protocol or by the one that the task file names. Nothing of
-    how the run's `evaluation` asks for completions and reads them applies.
+    Its rows are tokenised as in training, by the run's own protocol or the one that the task file names. The run's
+    settings for generating and reading completions do not apply.
     """
     evaluation, about = config.evaluation, _about(benchmark)
     limits = [_chosen(evaluation.limit, "evaluation.limit", benchmark, LIKELIHOOD), about.get("limit")]
@@ -85,9 +85,9 @@ def likelihood_settings(config: RunConfig, benchmark: str) -> Config:
 
 @cache
 def protocol_section(name: str) -> Config:
-    """The `protocol` section of a run that is planned with a file of `configs/protocol`, given as <task>/<name>.
+    """Return the `protocol` section of a run planned with the file <task>/<name> of `configs/protocol`.
 
-    "text" is no such file: it stands for the windows of a plain text.
+    "text" is not a file: it stands for the windows of a plain text.
     """
     if name == "text":
         return {"name": name, "version": 1, "window": WINDOW}
@@ -102,7 +102,7 @@ def protocol_section(name: str) -> Config:
 
 
 def settings_of(evaluation: Mapping[str, Any], benchmark: str, kind: str) -> Config:
-    """The settings of a benchmark whose answers are of a kind: `asked` decides completions, `read` decides scores.
+    """Return a benchmark's settings for its kind of answers: `asked` determines completions, `read` scores.
 
     Args:
         evaluation: the mapping of a config's section; the settings are written to plan.json, and hashed.
@@ -123,21 +123,21 @@ def settings_of(evaluation: Mapping[str, Any], benchmark: str, kind: str) -> Con
 
 
 def _chosen(value: Any, name: str, benchmark: str, kind: str) -> Any:
-    """A setting's value: the value itself, or what it says for the benchmark or its kind of answer."""
+    """Return a setting's value, or if it is a map, its value for the benchmark or its kind of answer."""
     if not isinstance(value, Mapping):
         return value
     if benchmark in value:
         return value[benchmark]
     if kind not in value:
         raise UserError(
-            f"benchmark {benchmark} has answers of the kind {kind}, of which {name} says nothing "
+            f"benchmark {benchmark} has answers of the kind {kind}, for which {name} has no value "
             f"(it has {', '.join(value) or 'nothing'}): choose another protocol or give {name}.{kind}=…"
         )
     return value[kind]
 
 
 def task_of(benchmark: str) -> Config:
-    """The content of a benchmark's task file; of a text what such a file would say."""
+    """Return the content of a benchmark's task file; for a text, what such a file would contain."""
     if benchmark.endswith(TEXT):
         about = {"version": 1.0, "source": benchmark, "kind": LIKELIHOOD, "metric": "nll", "protocol": "text"}
         return {"task": name_of(benchmark), "test_split": "test", "metadata": about}
@@ -159,5 +159,5 @@ def kind_of(benchmark: str) -> str:
 
 @cache
 def _about(benchmark: str) -> Config:
-    """The metadata of a benchmark's task file."""
+    """Return the metadata of a benchmark's task file."""
     return task_of(benchmark)["metadata"]

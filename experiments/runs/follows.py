@@ -1,4 +1,4 @@
-"""Whether a record follows from the files beside it: who reports a number asks here first. Standard library only."""
+"""Checks that a record follows from the files next to it, before a number is reported. Standard library only."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ DAMAGED = (KeyError, TypeError, AttributeError, IndexError, ValueError, ZeroDivi
 
 
 def read_score(paths: EvalPaths) -> EvalRecord:
-    """The score of an evaluation, once it is seen to follow from its plan and its completions."""
+    """Return the score of an evaluation after checking that it follows from its plan and completions."""
     for path in (paths.plan, paths.samples):
         if not path.is_file():
-            raise UserError(f"{path}: missing, so that {paths.score.name} follows from nothing: delete {paths.root}")
+            raise UserError(f"{path}: missing, so {paths.score.name} cannot be checked: delete {paths.root}")
     record = read_record(paths.score, EvalRecord)
     check_score(paths, record)
     return record
 
 
 def check_score(paths: EvalPaths, record: EvalRecord) -> None:
-    """UserError unless a score adds up and follows from those of its files that are there: a committed run has none."""
-    anew = f"delete {paths.score.name} and evaluate the run again, which scores the completions that are there"
+    """Raise a UserError unless a score is consistent and follows from its existing files (a committed run has none)."""
+    anew = f"delete {paths.score.name} and evaluate the run again, which scores the existing completions"
     most = math.inf if record.metric == NLL else 1
     if record.n == 0 or len(record.items) != record.n or not all(0 <= item <= most for item in record.items):
         raise UserError(f"{paths.score}: n does not fit its items: {anew}")
     adds_up = {"accuracy": fmean(record.items)}
-    if record.metric != NLL:  # whose error also depends on the lengths of the rows
+    if record.metric != NLL:  # the error of an NLL also depends on the lengths of the rows
         adds_up["standard_error"] = standard_error(record.items)
     for name, value in adds_up.items():
         if not math.isclose(getattr(record, name), value, abs_tol=1e-9):
@@ -69,11 +69,11 @@ def check_score(paths: EvalPaths, record: EvalRecord) -> None:
         expected["judgements_hash"] = file_hash(paths.judgements)
     for name, value in expected.items():
         if getattr(record, name) != value:
-            raise UserError(f"{paths.score}: its {name} does not follow from the files beside it: {anew}")
+            raise UserError(f"{paths.score}: its {name} does not follow from the files next to it: {anew}")
 
 
 def planned_fields(path: Path, plan: Config) -> dict[str, Any]:
-    """What a score takes from its plan. `path` names the plan in the error if it lacks something."""
+    """Return a score's fields that come from its plan. `path` names the plan in errors."""
     try:
         asked, read = plan["settings"]["asked"], plan["settings"]["read"]
         kept = len(plan["order"])
@@ -97,7 +97,7 @@ def planned_fields(path: Path, plan: Config) -> dict[str, Any]:
 
 
 def check_samples(paths: EvalPaths, plan: Config, lines: list[Config]) -> None:
-    """UserError unless there is one completion for every row and sample of the plan."""
+    """Raise a UserError unless there is one completion for every row and sample of the plan."""
     asked = plan["settings"]["asked"]
     repeats = range(_samples(asked))
     found = [(line.get("index"), line.get("repeat", 0)) for line in lines]
@@ -110,16 +110,16 @@ def check_samples(paths: EvalPaths, plan: Config, lines: list[Config]) -> None:
         if not all(isinstance(line.get(key), str) for key in texts) or not all(
             isinstance(line.get(key), int | float) for key in numbers
         ):
-            raise UserError(f"{paths.samples}: row {line['index']} is not whole: delete it and evaluate again")
+            raise UserError(f"{paths.samples}: row {line['index']} is incomplete: delete it and evaluate again")
 
 
 def _samples(asked: Config) -> int:
-    """Completions per row; a likelihood benchmark generates none, and has one line per row."""
+    """Return completions per row; likelihood benchmarks have none, and one line per row."""
     return asked["generation"]["samples"] if "generation" in asked else 1
 
 
 def standard_error(items: Sequence[float]) -> float:
-    """Of the mean over rows. Of right and wrong alone it is sqrt(p (1 - p) / n)."""
+    """Return the standard error of the mean over rows. For right and wrong only, it is sqrt(p (1 - p) / n)."""
     mean, n = fmean(items), len(items)
     if set(items) <= {0.0, 1.0}:
         return (mean * (1 - mean) / n) ** 0.5
@@ -127,11 +127,9 @@ def standard_error(items: Sequence[float]) -> float:
 
 
 def check_training(run: RunPaths, config: RunConfig, record: TrainRecord) -> None:
-    """UserError unless a training record is the run's own and its held-out score follows from the rows' scores."""
+    """Raise a UserError unless a training record is the run's own and its held-out score follows from the rows'."""
     if (record.run_id, record.config_hash) != (config.run_id, config_hash(config.mapping)):
-        raise UserError(
-            f"{run.train_record}: the record of {record.run_id} and not of this config: train the run again"
-        )
+        raise UserError(f"{run.train_record}: the record of {record.run_id}, not of this config: train the run again")
     if record.held_out is None or not run.held_out.is_file():
         return
     try:
@@ -149,5 +147,5 @@ def check_training(run: RunPaths, config: RunConfig, record: TrainRecord) -> Non
 
 
 def _close(one: float | None, other: float | None) -> bool:
-    """Each row's loss is written with seven digits."""
+    """Compare up to rounding: each row's loss is written with seven digits."""
     return one == other if one is None or other is None else math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-9)

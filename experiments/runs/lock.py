@@ -1,9 +1,9 @@
-"""One writer per run directory: `lock`, a file that names the job, host and process that write there.
+"""One writer per run directory: `lock`, a file that names the job, host and process writing there.
 
-A lock whose holder was killed is taken over, but never on a guess, since a job that Slurm lost may go on running beside
-its successor: the holder's process is gone from this very machine, or its heartbeat has stood still for `PATIENCE`
-seconds, or for `PATIENCE_UNLISTED` if squeue does not know its job: that may be one of another cluster. Seconds are of
-the waiter's own monotonic clock. No clock time in any file counts.
+The lock of a killed holder is taken over, but never on a guess, since a job that Slurm lost may still run next to its
+successor. Either the holder's process is gone from this very machine, or its heartbeat has stood still for `PATIENCE`
+seconds, or for `PATIENCE_UNLISTED` if squeue does not know its job (which may belong to another cluster). Seconds are
+those of the waiter's own monotonic clock; times in files are not used.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from experiments.runs.commands import answer
 from experiments.runs.records import RunPaths
 
 PATIENCE, PATIENCE_UNLISTED = 600.0, 60.0  # seconds
-POLL, POLL_QUEUE = 0.2, 30.0  # seconds between looks at the files and the process, and at the queue
+POLL, POLL_QUEUE = 0.2, 30.0  # seconds between checks of the files and the process, and of the queue
 
 Holder = dict[str, Any]
 
 
 def identity() -> Holder:
-    """Who writes: the Slurm job (`<array>_<task>` in an array) and how often it was requeued, the host, the process."""
+    """Return who writes: Slurm job (`<array>_<task>` in an array), its number of requeues, host and process."""
     environment = os.environ
     job = environment.get("SLURM_JOB_ID")
     if "SLURM_ARRAY_JOB_ID" in environment and "SLURM_ARRAY_TASK_ID" in environment:
@@ -42,17 +42,17 @@ def identity() -> Holder:
 
 @contextmanager
 def locked(run: RunPaths, patience: float | None = None, wait_for_holder: bool = False) -> Iterator[str]:
-    """Hold the run's lock, and give its text. Waits for a holder that shows no life, refuses beside one that does.
+    """Hold the run's lock and yield its text. Waits for a holder without signs of life; UserError if it is alive.
 
-    `wait_for_holder`: wait for that one too, until it has ended.
+    `wait_for_holder`: also wait for a living holder, until it has ended.
     """
-    beat = _read_json(_read(run.heartbeat)).get("beat", -1) + 1  # makes the lock another than any before it
+    beat = _read_json(_read(run.heartbeat)).get("beat", -1) + 1  # makes the lock different from all earlier ones
     text = json.dumps({**identity(), "processes": _processes(), "beat": beat})
     try:
         _acquire(run, text, PATIENCE if patience is None else patience, wait_for_holder)
     except OSError as error:
         raise UserError(
-            f"{run.root}: cannot be written to ({error.strerror}): mend its permissions, or plan the run elsewhere "
+            f"{run.root}: cannot be written to ({error.strerror}): fix its permissions, or plan the run elsewhere "
             f"with runtime.runs_dir=…"
         ) from None
     try:
@@ -63,15 +63,15 @@ def locked(run: RunPaths, patience: float | None = None, wait_for_holder: bool =
 
 
 def _processes() -> str:
-    """Where a process id means the same process: this boot of this machine, and the container in it."""
+    """Return the scope in which a process id is unique: this boot of this machine, and the container in it."""
     try:
         return f"{_read(Path('/proc/sys/kernel/random/boot_id')).strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return socket.gethostname()
 
 
 def holds(run: RunPaths, text: str) -> bool:
-    """Whether nobody took the lock over from its holder, who may have been stopped for long."""
+    """Return whether the lock still belongs to its holder, who may have been suspended for long."""
     return _read(run.lock) in (text, "")
 
 
@@ -114,7 +114,7 @@ def _acquire(run: RunPaths, text: str, patience: float, wait_for_holder: bool) -
 
 
 def _remove(lock: Path, content: str) -> None:
-    """Take a dead holder's lock away. Another waiter may have done so and hold its own by now: that one goes back."""
+    """Remove a dead holder's lock. If another waiter did so first and holds its own lock now, that one is restored."""
     aside = lock.with_name(f".lock-{socket.gethostname()}-{os.getpid()}")
     try:
         os.rename(lock, aside)
@@ -127,7 +127,7 @@ def _remove(lock: Path, content: str) -> None:
 
 
 def _alive(pid: Any) -> bool:
-    """Whether a process runs on this host. A dead one that nobody waited for does not."""
+    """Return whether a process runs on this host. A zombie does not count."""
     if not isinstance(pid, int):
         return True
     try:
@@ -141,7 +141,7 @@ def _alive(pid: Any) -> bool:
 
 
 def _job_gone(job: Any) -> bool:
-    """Whether squeue answers and does not know the job."""
+    """Return whether squeue answers and does not know the job."""
     if job is None or shutil.which("squeue") is None:
         return False
     done = answer(["squeue", "--noheader", "--jobs", str(job), "--format", "%i"], 30)
@@ -151,7 +151,7 @@ def _job_gone(job: Any) -> bool:
 
 
 def _read(path: Path) -> str:
-    """A file's text, "" where there is none."""
+    """Return a file's text, or "" if there is no file."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError:
@@ -159,7 +159,7 @@ def _read(path: Path) -> str:
 
 
 def _read_json(text: str) -> dict[str, Any]:
-    """A JSON object, {} where a text is not one (a lock is empty while it is being written)."""
+    """Parse a JSON object; {} for other text (a lock is empty while it is being written)."""
     try:
         content = json.loads(text)
     except ValueError:

@@ -1,7 +1,7 @@
-"""The signals that ask a run to stop: SIGTERM, and SIGUSR1, which Slurm sends ahead of a time limit.
+"""The signals that tell a run to stop: SIGTERM, and SIGUSR1, which Slurm sends before a time limit.
 
-Where nothing is lost (loading, tokenising, scoring: files are written aside and renamed) the request is raised
-as `Preempted` at once. A training and a chunk of a generation finish their step first, and then look.
+Where nothing is lost (loading, tokenising, scoring: files are written under a temporary name and renamed) the signal is
+raised as `Preempted` at once. A training and a chunk of a generation finish their step first, and then check.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class _Request:
-    signal = 0  # the first that came, 0 while none did
-    raises = False  # whether it is raised at once
+    signal = 0  # the first one received, or 0
+    raises = False  # whether to raise it at once
 
 
 def listen() -> None:
-    """From now on the signals are noted. Signal handlers belong to the main thread; in others this does nothing."""
+    """Record the signals from now on. Signal handlers belong to the main thread; in others this does nothing."""
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             signal.signal(number, _note)
 
 
 def pending_signal() -> str | None:
-    """The name of the signal that came."""
+    """Return the name of the received signal, or None."""
     return signal.Signals(_Request.signal).name if _Request.signal else None
 
 
 def acknowledge() -> None:
-    """The request was met. One that came too late to be is left to the next stage of this process."""
+    """Clear the signal, which has been handled. A later one is left to the next stage of this process."""
     _Request.signal = 0
 
 
 def raise_immediately(raises: bool) -> None:
-    """Whether a signal is raised where it meets the program; one that was noted before is raised here."""
+    """Set whether a signal is raised wherever it arrives; one received earlier is raised here."""
     _Request.raises = raises
     if raises and _Request.signal:
         _Request.raises = False
@@ -49,7 +49,7 @@ def raise_immediately(raises: bool) -> None:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """What is begun is finished; signals are raised before and after it."""
+    """Finish the body without interruption; signals are raised before and after it."""
     raise_immediately(True)
     _Request.raises = False
     yield
@@ -58,7 +58,7 @@ def deferred() -> Iterator[None]:
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Listen, and leave the handlers as they were: a command that listens all along goes on doing so."""
+    """Listen in the body, then restore the handlers, so that a command that already listens continues to do so."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     listen()
     try:
@@ -71,7 +71,7 @@ def listening() -> Iterator[None]:
 
 
 def agreed(device: Any) -> bool:
-    """Whether any process of the training was asked to stop: all of them get the same answer at the same step."""
+    """Return whether any process of the training got a signal; all of them get the same answer at the same step."""
     import torch.distributed
 
     if torch.distributed.is_initialized():
@@ -84,5 +84,5 @@ def agreed(device: Any) -> bool:
 def _note(number: int, _: Any) -> None:
     _Request.signal = _Request.signal or number
     if _Request.raises:
-        _Request.raises = False  # signals are repeated, and what unwinds is not to be interrupted
+        _Request.raises = False  # signals are repeated, and unwinding must not be interrupted
         raise Preempted

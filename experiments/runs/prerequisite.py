@@ -1,7 +1,7 @@
-"""Methods whose run comes after another: `prerequisite` in a method's file names the method that is trained before.
+"""Methods whose run needs another run first: `prerequisite` in a method's file names the method of that run.
 
-`plan` freezes that method and its learning rate into the config, so that the run before has every setting of its own
-and is the same run, with the same id, as one planned for itself. It is trained where the run after it lies.
+`plan` freezes that method and its learning rate into the config, so that the prerequisite run has all its settings and
+is the same run, with the same id, as if it were planned separately. Its directory is next to that of the later run.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ Config = dict[str, Any]
 def freeze_prerequisite(
     settings: Config, overrides: Iterable[Override], resolve: Callable[[Iterable[Override]], RunConfig]
 ) -> Config:
-    """The settings with `method.prerequisite`, a name, replaced by that method and its learning rate.
+    """Return the settings with `method.prerequisite`, a name, replaced by that method and its learning rate.
 
-    Both are what the same choices give for it, all but the method, its settings and the learning rate.
+    Both are resolved with the same choices, except the method, its settings and the learning rate.
     """
     method = settings["method"]
     if method.get("prerequisite") is not None:
@@ -38,8 +38,8 @@ def freeze_prerequisite(
             before = resolve([parse(f"method={method['prerequisite']}"), *shared]).mapping
         except UserError as error:
             where = f"configs/method/{method['prerequisite']}.yaml"
-            told = str(error).replace("give recipe.learning_rate=…", "add it there")  # which is of this run
-            raise UserError(f"the run that {method['name']} needs first is set by {where} alone: {told}") from None
+            told = str(error).replace("give recipe.learning_rate=…", "add it there")  # that override is for this run
+            raise UserError(f"the run that {method['name']} needs first is set only by {where}: {told}") from None
         method["prerequisite"] = {"method": before["method"], "learning_rate": before["recipe"]["learning_rate"]}
     return settings
 
@@ -49,7 +49,7 @@ def _of_the_method(key: str) -> bool:
 
 
 def prerequisite_config(config: RunConfig) -> RunConfig | None:
-    """The config of the run that comes before; None where there is none."""
+    """Return the config of the prerequisite run; None if there is none."""
     before = config.method.prerequisite
     if before is None:
         return None
@@ -59,7 +59,7 @@ def prerequisite_config(config: RunConfig) -> RunConfig | None:
 
 
 def prerequisite_run(run: RunPaths, config: RunConfig) -> RunPaths | None:
-    """The directory of the run that comes before, planned if it is not there; None where there is none."""
+    """Return the directory of the prerequisite run, planned if it is missing; None if there is none."""
     settings = prerequisite_config(config)
     if settings is None:
         return None
@@ -69,11 +69,11 @@ def prerequisite_run(run: RunPaths, config: RunConfig) -> RunPaths | None:
 
 
 def check_base(run: RunPaths, first: RunPaths, base_hash: str) -> None:
-    """UserError unless the run before was trained on the same base and its adapter is what training wrote."""
+    """Raise a UserError unless the prerequisite run has the same base and its adapter is as training wrote it."""
     trained = trained_record(first).base_hash
     if trained != base_hash:
         raise UserError(
             f"{run.root.name}: mask from another base: {first.root.name} was trained on a base model with hash "
-            f"{trained[:12]}, the one at hand has {base_hash[:12]}: give the same weights (model.path, "
+            f"{trained[:12]}, this run's base has {base_hash[:12]}: give the same weights (model.path, "
             f"model.revision), or delete {first.root} to train it again"
         )

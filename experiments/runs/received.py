@@ -1,7 +1,7 @@
-"""What a run directory may hold that comes from elsewhere. Standard library only.
+"""Checks run directories that come from elsewhere. Standard library only.
 
-Nothing in it runs code, leads out of its folder or keeps its reader waiting: links, pipes and names with a path in them
-are refused, and so is a config that names code outside `diablo` and `peft`.
+Reading a checked directory runs no code, does not leave its folder and never blocks: links out of it, pipes and names
+that contain a path are refused, and so is a config that names code outside `diablo` and `peft`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from experiments.errors import UserError
 CODE = re.compile(r"(diablo|peft)(\.[^\W\d]\w*)+")
 FILE_NAME = re.compile(r"[\w-][\w.-]*")
 MOST_LEVELS = 100
-MOST_ENTRIES = 50_000  # in a config: YAML's references make billions of a few lines
-# Fields of PEFT's config classes that name modules to import, or files and models to load beside the adapter.
+MOST_ENTRIES = 50_000  # in a config: YAML's references can expand a few lines to billions
+# Fields of PEFT's config classes that name modules to import, or other files and models to load.
 FOREIGN = (
     *("megatron_config", "megatron_core", "tokenizer_kwargs", "prompt_tuning_init_state_dict_path"),
     *("cache_file", "covariance_file", "adapters", "shadow_model"),
@@ -26,29 +26,29 @@ FOREIGN = (
 
 
 def check_folder(root: Path) -> None:
-    """UserError if something in a folder is neither a plain file nor a folder, or a link that leads out of it."""
+    """Raise a UserError if a folder contains anything but plain files and folders, or a link out of it."""
     home, folders = root.resolve(), [str(root)]
     while folders:
         try:
             entries = list(os.scandir(folders.pop()))
-        except FileNotFoundError:  # another process may be at work there
+        except FileNotFoundError:  # another process may be working there
             continue
         for entry in entries:
             if entry.is_symlink():
                 if not Path(os.path.realpath(entry.path)).is_relative_to(home):
-                    raise UserError(f"{entry.path}: a link that leads out of {root}: put the file itself there")
+                    raise UserError(f"{entry.path}: a link out of {root}: put the file itself there")
             elif entry.is_dir(follow_symlinks=False):
-                if entry.name != "wandb":  # which makes links of its own, and nothing here reads it
+                if entry.name != "wandb":  # wandb makes its own links, and its folder is never read here
                     folders.append(entry.path)
             elif not entry.is_file(follow_symlinks=False) and os.path.lexists(entry.path):
                 raise UserError(f"{entry.path}: neither a file nor a folder: remove it")
 
 
 def check_depth(text: str, parse: Callable[[], Iterable[Any]]) -> None:
-    """UserError if YAML is nested so deeply that reading it would crash the process.
+    """Raise a UserError if YAML is nested so deeply that reading it would crash the process.
 
     Args:
-        parse: its events, which are only looked at where a text can be nested so deeply.
+        parse: returns its events; only called if the text could be nested that deeply.
     """
     if len(re.findall(r"[\[{]|[-?]\s", text)) < MOST_LEVELS:
         return
@@ -61,7 +61,7 @@ def check_depth(text: str, parse: Callable[[], Iterable[Any]]) -> None:
 
 
 def check_config(config: Any) -> None:
-    """UserError if a config is too large to be one, or names code that does not belong to a method."""
+    """Raise a UserError if a config is too large, or names code that does not belong to a method."""
     left = [("", config)]
     for count in range(MOST_ENTRIES):
         if not left:
@@ -79,33 +79,31 @@ def check_config(config: Any) -> None:
 
 
 def check_target(where: str, target: Any) -> None:
-    """UserError unless a name is one of `diablo` or `peft`. Nothing is imported."""
+    """Raise a UserError unless a name is in `diablo` or `peft`. Nothing is imported."""
     if not isinstance(target, str) or not CODE.fullmatch(target):
-        raise UserError(
-            f"{where}={target}: only names of diablo and peft, such as diablo.DiabloConfig, may be imported"
-        )
+        raise UserError(f"{where}={target}: only names in diablo and peft, e.g. diablo.DiabloConfig, may be imported")
 
 
 def check_fields(where: str, fields: dict[str, Any]) -> None:
-    """UserError if an adapter's settings name modules or files of their own."""
+    """Raise a UserError if an adapter's settings name other modules or files."""
     left = [fields]
     while left:
         for key, value in left.pop().items():
             if key in FOREIGN and value and not (key == "megatron_core" and value == "megatron.core"):
-                raise UserError(f"{where}.{key}={value!r:.60}: names code or files beside the adapter: leave it out")
+                raise UserError(f"{where}.{key}={value!r:.60}: names code or files outside the adapter: leave it out")
             if isinstance(value, dict):
                 left.append(value)
 
 
 def check_file_names(where: Path, names: Any) -> None:
-    """UserError unless all are names of files in one folder."""
+    """Raise a UserError unless all are names of files in one folder."""
     for name in names:
         if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
-            raise UserError(f"{where}: {name!r:.60} is not the name of a file beside it")
+            raise UserError(f"{where}: {name!r:.60} is not the name of a file next to it")
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The content of a config.yaml under today's names, whether or not it is what its run id says."""
+    """Return the content of a config.yaml under today's names, without checking it against its run id."""
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -127,7 +125,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def has_type(value: Any, kind: str) -> bool:
-    """Whether a JSON value is of a record's field's type, which is written as in experiments/runs/records.py."""
+    """Return whether a JSON value has the type of a record's field, written as in experiments/runs/records.py."""
     if kind.endswith(" | None"):
         return value is None or has_type(value, kind.removesuffix(" | None"))
     if kind.startswith("list["):

@@ -1,4 +1,4 @@
-"""Sizes of memory as text."""
+"""Memory sizes as text."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ UNITS = {"M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def read_bytes(text: Any) -> int:
-    """Bytes of `80G`, which is 80 × 2^30 as for Slurm and on a GPU's data sheet."""
+    """Parse bytes such as `80G`, which is 80 × 2^30, as in Slurm and on a GPU's data sheet."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([MGT])B?", str(text))
     if match is None or not float(match[1]):
-        raise UserError(f"{text!r} is no size: write one, as 80G; where GPUs differ, that of the smallest")
+        raise UserError(f"{text!r} is not a size: write e.g. 80G; if GPUs differ, that of the smallest")
     return int(float(match[1]) * UNITS[match[2]])
 
 

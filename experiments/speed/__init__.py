@@ -1,1 +1,1 @@
-"""Time and memory of methods, layers, quantisers and tokenising."""
+"""Time and memory of methods, layers, quantisers and tokenisation."""

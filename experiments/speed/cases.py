@@ -1,7 +1,7 @@
-"""What the benchmark measures: layers and models as every method computes them, and what each must at least do.
+"""The cases of the speed benchmarks: layers and models as every method computes them, and their minimal cost.
 
-The base weights are random, since speed does not depend on them, and are shared by all methods of one case: a 7B model
-is held once however many methods are compared.
+The base weights are random, since speed does not depend on them, and are shared by all methods of a case: a 7B model is
+in memory once, however many methods are compared.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ FLOOR, FULL = "frozen floor", "full fine-tuning"
 LORA, DORA, PISSA = "LoRA", "DoRA", "PiSSA"
 ADAPTER, DROPOUT, IN_PLACE = "DiaBlo adapter", "DiaBlo adapter, dropout 0.05", "DiaBlo in place"
 AUTHORS = "authors' layer"
-OTHER_PATTERNS = tuple(pattern for pattern in PATTERNS if pattern != "diagonal")  # which is DiaBlo in place
+OTHER_PATTERNS = tuple(pattern for pattern in PATTERNS if pattern != "diagonal")  # "diagonal" is DiaBlo in place
 LABELS = (FLOOR, FULL, LORA, DORA, PISSA, ADAPTER, DROPOUT, IN_PLACE)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The least a forward and backward pass does: floating-point operations, and bytes if nothing is moved twice."""
+    """The minimum of a forward and backward pass: floating-point operations, and bytes if each is moved once."""
 
     operations: float
     bytes: float
@@ -43,13 +43,14 @@ class Cost:
 
 
 def layer_cost(label: str, tokens: int, m: int, n: int, num_blocks: int, rank: int, element: int) -> Cost:
-    """Cost of one linear layer m → n in `tokens` tokens, `element` bytes per number (blocks and factors in float32).
+    """Return the cost of one linear layer m → n for `tokens` tokens, with `element` bytes per base number.
 
-    A matrix product counts its two operands and its result once, one that adds to its result reads that too.
+    Blocks and factors are in float32. A matrix product moves both operands and its result once, and also reads the
+    result if it adds to it.
     """
 
     def product(a: int, b: int, c: int, adds: bool = False, wide: int = 0) -> Cost:
-        """(a, b) @ (b, c); the operand of `wide` numbers, or the result, is float32."""
+        """(a, b) @ (b, c); the operand or result with `wide` numbers is float32."""
         moved = element * (a * b + b * c + a * c * (2 if adds else 1) - wide) + 4 * wide
         return Cost(2.0 * a * b * c, moved)
 
@@ -73,28 +74,28 @@ def layer_cost(label: str, tokens: int, m: int, n: int, num_blocks: int, rank: i
     lora += product(r, t, n, wide=r * n) + product(m, t, r, wide=m * r)
     if label != DORA:
         return lora
-    # The norm of W + BA at every forward pass (its gradient is cut), and scaling the output both ways.
+    # The norm of W + BA in every forward pass (without its gradient), and scaling the output in both passes.
     return (
         lora + product(n, r, m, wide=r * (m + n)) + Cost(3.0 * m * n + 4.0 * t * n, element * (2 * m * n + 4 * t * n))
     )
 
 
 def matched_rank(shapes: Sequence[tuple[int, int]], num_blocks: int) -> int:
-    """LoRA's rank with as many parameters as N blocks, over layers of these shapes."""
+    """Return the LoRA rank with as many parameters as N blocks, over layers of these shapes."""
     return max(1, round(sum(m * n for m, n in shapes) / num_blocks / sum(m + n for m, n in shapes)))
 
 
 def sharing(module: nn.Module) -> Any:
-    """A copy of the module whose frozen parameters are new objects over the same memory."""
+    """Return a copy of the module whose frozen parameters are new objects sharing the same memory."""
     memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
     return copy.deepcopy(module, memo)
 
 
 def attach(label: str, base: nn.Module, targets: list[str], num_blocks: int, rank: int, authors: Path | None) -> Any:
-    """The base, not copied, as a method trains it. Dropout is 0 but where the label says otherwise.
+    """Return the base, not copied, as a method trains it. Dropout is 0 unless the label says otherwise.
 
     Raises:
-        UserError: N does not divide a layer, or `authors` is no checkout of the authors' repository.
+        UserError: N does not divide a layer, or `authors` is not a checkout of the authors' repository.
     """
     if label == FLOOR:
         return base.requires_grad_(False)
@@ -120,10 +121,10 @@ def attach(label: str, base: nn.Module, targets: list[str], num_blocks: int, ran
 
 
 def _attach_authors(base: nn.Module, targets: list[str], num_blocks: int, authors: Path | None) -> nn.Module:
-    """ziyangjoy/DiaBlo's own layer, from a checkout. Importing it runs its code: only where the user names a path."""
+    """Attach ziyangjoy/DiaBlo's own layer, from a checkout that the user names, because importing it runs its code."""
     path = (authors or Path()) / "diablo" / "block_linear.py"
     if authors is None or not path.is_file():
-        raise UserError(f"--authors-repo {authors}: {path} is not there: give a checkout of ziyangjoy/DiaBlo")
+        raise UserError(f"--authors-repo {authors}: {path} does not exist: give a checkout of ziyangjoy/DiaBlo")
     spec = importlib.util.spec_from_file_location("authors_block_linear", path)
     assert spec is not None
     assert spec.loader is not None
@@ -134,15 +135,15 @@ def _attach_authors(base: nn.Module, targets: list[str], num_blocks: int, author
     base.requires_grad_(False)
     layers: Any = [(name, layer) for name, layer in base.named_modules() if isinstance(layer, module.BlockLinear)]
     for name, layer in layers:
-        layer.linear.weight = weights[name]  # theirs is a clone; all methods here share one
+        layer.linear.weight = weights[name]  # their layer clones it; here all methods share one
         layer.block_A.requires_grad_(True)
     return base
 
 
 def peak_bytes(work: Callable[[], object], leaves: Iterable[Tensor], device: str) -> int:
-    """The most memory that `work` holds beyond weights: activations, the gradients of `leaves`, and scratch space."""
+    """Return the peak memory of `work` beyond weights: activations, the gradients of `leaves`, and scratch space."""
     for leaf in leaves:
-        leaf.grad = None  # of the pass before: freeing it would be counted against this one
+        leaf.grad = None  # from the previous pass: freeing it later would count against this one
     if device.startswith("cuda"):
         synchronize(device)
         reset_peak_memory(device)

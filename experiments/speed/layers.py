@@ -1,13 +1,13 @@
-"""Speed and memory of DiaBlo beside its rivals, in one run.
+"""Measures speed and memory of DiaBlo and the other methods in one run.
 
-    python -m experiments.speed.layers                                  # the CPU, or the GPU if there is one
+    python -m experiments.speed.layers                                  # on the GPU if there is one, else on the CPU
     python -m experiments.speed.layers --suites models --models llama2_7b llama3_8b --tokens 4096 8192 16384
     python -m experiments.speed.layers --suites models --patterns       # the sparse patterns instead of the methods
-    python -m experiments.speed.layers --authors-repo ../DiaBlo         # a checkout of ziyangjoy/DiaBlo: its layer too
+    python -m experiments.speed.layers --authors-repo ../DiaBlo         # also the layer in this checkout
 
-Three suites: `layers` (single linear layers at the shapes of real models), `models` (whole models, random weights) and
-`curve` (N against rank at equal budgets). Every case measures all methods in turn, round by round; a ratio to the
-frozen floor is taken within a round. Writes `benchmark.json`, `.md` (the table), `.png` and `.svg` into --out.
+Three suites: `layers` (single linear layers with the shapes of real models), `models` (whole models, random weights)
+and `curve` (N against rank at equal budgets). Every case measures all methods in turn, in rounds; ratios to the frozen
+floor are taken within a round. Writes `benchmark.json`, `.md` (the table), `.png` and `.svg` into --out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TARGETS = {
     "q k v up down": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
     "all seven": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
-LLAMA_100M = {  # on the CPU: 110 M parameters
+LLAMA_100M = {  # for the CPU: 110 M parameters
     "model_type": "llama",
     "vocab_size": 32000,
     "hidden_size": 768,
@@ -44,7 +44,7 @@ CURVE = (16, 32, 64, 128, 256)
 def measure_layer(
     options: Any, labels: tuple[str, ...], m: int, n: int, tokens: int, num_blocks: int
 ) -> dict[str, Any]:
-    """One linear layer m → n: forward, dX and the gradient of what is trained."""
+    """Measure one linear layer m → n: forward pass, dX, and the gradients of trained tensors."""
     import torch
     from torch import nn
 
@@ -94,7 +94,7 @@ def _layer_pass(layer: Any, x: Any, upstream: Any) -> None:
 def measure_model(
     options: Any, labels: tuple[str, ...], name: str, targets: str, tokens: int, checkpointing: bool
 ) -> dict[str, Any]:
-    """A whole model: forward and backward pass, and separately the whole step with AdamW and what it triggers."""
+    """Measure a whole model: forward and backward pass, and separately the whole step with AdamW and its hooks."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -120,7 +120,7 @@ def measure_model(
             model.gradient_checkpointing_enable({"use_reentrant": False})
         trained[label] = [p for p in model.parameters() if p.requires_grad]
         passes[label] = partial(forward_backward, model, ids)
-        # A rate so small that no weight runs away: the weights are shared.
+        # The rate is tiny so that the weights, which are shared, do not diverge.
         optimizer = torch.optim.AdamW(trained[label], lr=1e-7, fused=True) if trained[label] else None
         steps[label] = partial(_step, passes[label], optimizer)
         costs[label] = cases.Cost(0, 0)
@@ -162,7 +162,7 @@ def _step(passes: Any, optimizer: Any) -> None:
 
 
 def architecture(name: str) -> dict[str, Any]:
-    """The `model.architecture` of a file in configs/model, or the CPU's model."""
+    """Return the `model.architecture` of a file in configs/model, or of the CPU's model."""
     import yaml
 
     from experiments import CONFIGS
@@ -171,12 +171,12 @@ def architecture(name: str) -> dict[str, Any]:
         return dict(LLAMA_100M)
     path = CONFIGS / "model" / f"{name}.yaml"
     if not path.is_file():
-        raise UserError(f"--models {name}: no file {path.name} in configs/model, and not llama_100m")
+        raise UserError(f"--models {name}: no file {path.name} in configs/model: give one of them, or llama_100m")
     return yaml.safe_load(path.read_text(encoding="utf-8"))["architecture"]
 
 
 def machine_rates(options: Any) -> dict[str, float]:
-    """Operations per second of a large product here, and bytes per second of a copy, those read and those written."""
+    """Return operations per second of a large product, and bytes per second (read plus written) of a copy."""
     import torch
 
     from experiments.speed.timing import interleaved
@@ -196,7 +196,7 @@ def machine_rates(options: Any) -> dict[str, float]:
 
 
 def run(options: Any) -> Path:
-    """All suites asked for; returns the path of the table."""
+    """Run all requested suites; returns the path of the table."""
     import torch
 
     from experiments.models.shapes import resolve_device
@@ -246,7 +246,7 @@ def shape(text: str) -> tuple[int, int]:
     try:
         m, n = (int(side) for side in text.split("x"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: write in_features x out_features, such as 4096x11008") from None
+        raise argparse.ArgumentTypeError(f"{text!r}: write in_features x out_features, e.g. 4096x11008") from None
     return m, n
 
 
@@ -258,13 +258,13 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--suites", nargs="+", choices=SUITES, default=list(SUITES))
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--models", nargs="+", metavar="MODEL", help="files of configs/model, or llama_100m")
-    parser.add_argument("--shapes", nargs="+", type=shape, metavar="INxOUT", help="of the layers suite")
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="files in configs/model, or llama_100m")
+    parser.add_argument("--shapes", nargs="+", type=shape, metavar="INxOUT", help="shapes for the layers suite")
     parser.add_argument("--tokens", nargs="+", type=int, help="tokens per pass; default 512 on the CPU, 4096 … on CUDA")
-    parser.add_argument("--length", type=int, default=512, help="tokens per row of the models suite")
+    parser.add_argument("--length", type=int, default=512, help="tokens per row in the models suite")
     parser.add_argument("--num-blocks", type=int, help="N; default 64, 32 for llama_100m")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--patterns", action="store_true", help="the sparse patterns at density 1/N, not the methods")
+    parser.add_argument("--patterns", action="store_true", help="sparse patterns at density 1/N instead of methods")
     parser.add_argument(
         "--authors-repo", type=Path, help="checkout of ziyangjoy/DiaBlo; its layer is imported and timed"
     )

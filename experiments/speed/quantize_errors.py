@@ -1,18 +1,18 @@
-"""What each quantizer leaves wrong in the outputs of the tiny model's layers, on the inputs it was calibrated with."""
+"""Output errors of each quantizer on the tiny model's layers, for the calibration inputs."""
 
 from __future__ import annotations
 
 from typing import Any
 
 BITS = (2, 3, 4)
-METHODS = ("rtn", "nf", "gptq", "magr")  # those whose weights are to be used without a LoRA that goes with them
+METHODS = ("rtn", "nf", "gptq", "magr")  # methods whose weights are used without a LoRA
 
 
 def measure_errors(options: Any) -> list[dict[str, Any]]:
-    """One row per method, bits and layer: `error`, `||X (Q - W)ᵀ||²`, and `size`, `||X Wᵀ||²`.
+    """Return one row per method, bits and layer: `error`, `||X (Q - W)ᵀ||²`, and `size`, `||X Wᵀ||²`.
 
-    All methods see the same X, that of the unquantised model on the training rows of `arith`, in groups of the tiny
-    model's own size.
+    All methods get the same X, from the unquantised model on the training rows of `arith`, and use the tiny model's own
+    group size.
     """
     import torch
 
@@ -51,7 +51,7 @@ def measure_errors(options: Any) -> list[dict[str, Any]]:
 
 
 def describe_errors(rows: list[dict[str, Any]]) -> list[str]:
-    """A table of the summed errors, and the layers that are exceptions from GPTQ's being below rounding's."""
+    """Return a table of the summed errors, and the layers where GPTQ's error is not below rounding's."""
     found = {(row["method"], row["bits"], row["layer"]): row["error"] for row in rows}
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     size = sum({row["layer"]: row["size"] for row in rows}.values())

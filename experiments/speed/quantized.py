@@ -1,13 +1,13 @@
-"""What quantised models cost: time to make them, time to train on them, and memory.
+"""Measures the cost of quantised models: time to quantise, time to train, and memory.
 
     python -m experiments.speed.quantized                          # minutes on two cores
     python -m experiments.speed.quantized --suites memory --bits 2
 
-Four suites: `quantise` (each method on one decoder layer's weights, per layer, and GPTQ against a plain loop over
-columns), `errors` (experiments/speed/quantize_errors.py), `step` (a training step over the quantised and over the
-full-precision base, round by round in turn) and `memory` (a model built decoder layer by decoder layer from random
-weights, each packed before the next one is made: the peak of the process beside the bytes of the same model in fp16).
-Models and inputs are random, but for `errors`. Writes `quantize_benchmark.json` and `.md` into --out.
+Four suites: `quantise` (each method on one decoder layer's weights, and GPTQ against a plain loop over columns),
+`errors` (experiments/speed/quantize_errors.py), `step` (a training step on the quantised and on the full-precision
+base, in alternating rounds) and `memory` (a model with random weights, built and packed decoder layer by decoder layer:
+the peak of the process, and the bytes of the same model in fp16). Models and inputs are random, except in `errors`.
+Writes `quantize_benchmark.json` and `.md` into --out.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LLAMA_1B = {  # 1.1 billion parameters, the shapes of TinyLlama-1.1B
     "num_key_value_heads": 4,
     "tie_word_embeddings": False,
 }
-SMALL = {  # for trying the command
+SMALL = {  # for trying out the command
     **LLAMA_100M,
     "vocab_size": 512,
     "hidden_size": 128,
@@ -56,10 +56,10 @@ SMALL = {  # for trying the command
 
 
 def measure_quantising(options: Any) -> list[dict[str, Any]]:
-    """Seconds of each method, and of GPTQ by a plain loop, over all linear layers of one decoder layer.
+    """Return seconds of each method, and of GPTQ by a plain loop, over all linear layers of one decoder layer.
 
-    The calibration activations are random and enter as each layer's Gram matrix; making them, which every method but
-    rtn, nf and loftq needs alike, is an entry of its own.
+    The calibration activations are random and enter as each layer's Gram matrix. Computing them, which all methods but
+    rtn, nf and loftq need, is a separate entry.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -108,7 +108,7 @@ def _quantise_all(quantise: Callable[..., object], linears: dict[str, nn.Linear]
 
 
 def _timed(work: Callable[[], object]) -> float:
-    """The median of up to five times, of what is quick; of what is not, of one."""
+    """Return the median of up to five times if the work is quick, else of one."""
     seconds: list[float] = []
     while len(seconds) < 5 and sum(seconds) < 3:
         started = time.perf_counter()
@@ -118,7 +118,7 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def plain_gptq(options: Any, _: str, weight: Tensor, gram: Tensor) -> QuantizedWeight:
-    """GPTQ with every column's error applied to all later columns at once, as its definition reads."""
+    """GPTQ with every column's error applied to all later columns at once, as in its definition."""
     import torch
 
     from diablo.quantize.gptq import inverse_factor
@@ -143,7 +143,7 @@ def plain_gptq(options: Any, _: str, weight: Tensor, gram: Tensor) -> QuantizedW
 
 
 def measure_steps(options: Any) -> list[dict[str, Any]]:
-    """Forward and backward pass of LoRA and DiaBlo (mode adapter) over both bases, and of the frozen bases alone."""
+    """Measure forward and backward passes of LoRA and DiaBlo (mode adapter) on both bases, and of the frozen bases."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -173,7 +173,7 @@ def measure_steps(options: Any) -> list[dict[str, Any]]:
 
 
 def pack_linears(module: nn.Module, options: Any) -> None:
-    """Rounds the linear layers below a decoder layer, or in all of a model's, to nearest, in place."""
+    """Round to nearest, in place, the linear layers in a decoder layer or a whole model."""
     import torch
 
     from diablo.quantize import QuantizedLinear, round_to_nearest
@@ -187,7 +187,7 @@ def pack_linears(module: nn.Module, options: Any) -> None:
 
 
 def measure_memory(options: Any) -> list[dict[str, Any]]:
-    """Peak resident memory of a process of its own that builds the packed model and runs 16 tokens through it."""
+    """Return the peak resident memory of a new process that builds the packed model and runs 16 tokens through it."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return [pool.apply(_build_packed, (options,))]
 
@@ -210,7 +210,7 @@ def _build_packed(options: Any) -> dict[str, Any]:
         pack_linears(layer, options)
     _fill(model)
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # its frequencies are computed
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # recomputes its frequencies
     with torch.no_grad():
         logits = model(input_ids=torch.arange(16)[None]).logits
     assert not logits.is_meta
@@ -219,12 +219,12 @@ def _build_packed(options: Any) -> dict[str, Any]:
         "fp16_bytes": fp16,
         "packed_bytes": counted["quantized_bytes"] + counted["other_bytes"],
         "bits_per_weight": counted["bits_per_weight"],
-        "peak_bytes": peak_memory("cpu") - before,  # of the process, beyond what the libraries take
+        "peak_bytes": peak_memory("cpu") - before,  # of the process, without the libraries
     }
 
 
 def _fill(module: nn.Module) -> None:
-    """Random numbers for the parameters that are on the meta device."""
+    """Replace parameters on the meta device by random numbers."""
     import torch
 
     for owner in module.modules():
@@ -235,7 +235,7 @@ def _fill(module: nn.Module) -> None:
 
 
 def write_report(result: dict[str, Any], out: Path) -> Path:
-    """The JSON, and a table of each suite."""
+    """Write the JSON, and a table of each suite."""
     lines = [f"# Quantised models: {result['bits']} bits in groups of {result['group_size']}", ""]
     if result["quantise"]:
         first, seconds = result["quantise"][0], {row["entry"]: row["seconds_per_layer"] for row in result["quantise"]}
@@ -282,13 +282,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=16, help="calibration sequences")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence, in calibration and training")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of a training pass")
+    parser.add_argument("--length", type=int, default=256, help="tokens per sequence, in calibration and training")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens per training pass")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--num-blocks", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--device", default="cpu", help="of the training passes: auto, cpu or cuda")
-    parser.add_argument("--small", action="store_true", help="tiny shapes, to see that it works")
+    parser.add_argument("--device", default="cpu", help="device of the training passes: auto, cpu or cuda")
+    parser.add_argument("--small", action="store_true", help="tiny shapes, for trying out the command")
     parser.add_argument("--out", type=Path, default=Path("report") / "quantize_benchmark")
     options = parser.parse_args(arguments)
     import torch

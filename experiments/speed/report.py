@@ -1,4 +1,4 @@
-"""The benchmark's table (Markdown) and picture, from its JSON alone.
+"""Writes the speed benchmark's table (Markdown) and picture from its JSON.
 
 python -m experiments.speed.report results/benchmark_cpu/benchmark.json
 """
@@ -26,17 +26,17 @@ from experiments.speed.cases import (
     PISSA,
 )
 
-# One epoch of commonsense_170k with the Alpaca prompt: 152.7 tokens a row, 170,420 rows. The mean length of each of the
-# eight sets (training files of six, test files of SIQA and HellaSwag) by the 32,000-token tokenizer of Mistral-7B,
-# weighted by the sets' sizes. LLaMA2's tokenizer, of the same size and kind, could not be had to count with.
+# One epoch of commonsense_170k with the Alpaca prompt: 152.7 tokens per row, 170,420 rows. The mean length of each of
+# the eight sets (training files of six, test files of SIQA and HellaSwag) by Mistral-7B's 32,000-token tokenizer,
+# weighted by the sets' sizes. LLaMA2's tokenizer, of the same size and kind, was unavailable.
 COMMONSENSE_TOKENS = 26_014_832
 PAPER_MINUTES = {LORA: 170, DORA: 480, IN_PLACE: 170, ADAPTER: 170}  # arXiv 2506.03230, one epoch, its own hardware
-# The paper's ablation, LLaMA3-8B on GSM8K at density 1/64; whether of an epoch or of all is not stated.
+# The paper's ablation, LLaMA3-8B on GSM8K at density 1/64; it does not say whether for one epoch or all.
 PATTERN_MINUTES = {
     IN_PLACE: 17.26, "random_entry": 26.51, "random_block": 29.76, "random_column": 17.01, "random_row": 17.76,
 }  # fmt: skip
 
-# Okabe and Ito's colours, told apart by marker and hatch as well.
+# Okabe and Ito's colours; markers and hatches also distinguish the methods.
 STYLES = {
     FULL: ("#000000", "D"), LORA: ("#E69F00", "s"), DORA: ("#D55E00", "v"), PISSA: ("#CC79A7", "P"),
     ADAPTER: ("#56B4E9", "^"), DROPOUT: ("#56B4E9", "X"), IN_PLACE: ("#0072B2", "o"), AUTHORS: ("#009E73", "*"),
@@ -47,7 +47,7 @@ STYLES = {
 def ratio(
     case: dict[str, Any], label: str, key: str = "seconds", floor_key: str = "seconds"
 ) -> tuple[float, float, float]:
-    """A method's time over the floor's, round by round: median and quartiles."""
+    """Return a method's time relative to the floor's, by rounds: median and quartiles."""
     entries = case["entries"]
     ratios = np.array(entries[label][key]) / np.array(entries[FLOOR]["seconds"])
     low, middle, high = np.percentile(ratios, [25, 50, 75])
@@ -55,12 +55,12 @@ def ratio(
 
 
 def limit_seconds(entry: dict[str, Any], rates: dict[str, float]) -> float:
-    """The time this machine needs at least, by whichever is slower of its arithmetic and its memory."""
+    """Return the least time this machine needs: the slower of its arithmetic and its memory."""
     return max(entry["operations"] / rates["operations_per_second"], entry["bytes"] / rates["bytes_per_second"])
 
 
 def limit_share(entry: dict[str, Any], rates: dict[str, float] | None) -> str:
-    """The least time as a share of the median pass; nothing where the machine's rates were not measured."""
+    """Return the least time as a share of the median pass; empty if the machine's rates were not measured."""
     return "" if rates is None else f"{limit_seconds(entry, rates) / float(np.median(entry['seconds'])):.0%}"
 
 
@@ -125,7 +125,7 @@ def curve_table(cases: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def write_report(result: dict[str, Any], out: Path) -> Path:
-    """`benchmark.md`, `.png` and `.svg` into `out`; returns the table's path."""
+    """Write `benchmark.md`, `.png` and `.svg` into `out`; returns the table's path."""
     environment, rates = result["environment"], result["rates"]
     cases = [*result["models"], *result["layers"], *result["curve"]]
     rounds = sorted({len(entry["seconds"]) for case in cases for entry in case["entries"].values()})
@@ -160,7 +160,7 @@ def write_report(result: dict[str, Any], out: Path) -> Path:
 
 
 def draw(result: dict[str, Any], out: Path) -> None:
-    """Ratios to the floor with quartiles: a panel for each whole model, one for the layers, one for the curve."""
+    """Draw ratios to the floor with quartiles: a panel for each whole model, one for the layers, one for the curve."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

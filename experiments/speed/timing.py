@@ -1,8 +1,8 @@
-"""Times measured side by side, and the step times of a run's methods against the frozen floor.
+"""Interleaved time measurements, and the step times of a run's methods relative to the frozen floor.
 
-One round times every entry once, in turn, so that a machine whose speed drifts slows all of them alike; a method's
-ratio is taken within each round. The floor is the frozen base with the gradient of its input: no method that trains
-something inside the layers can do with less.
+A round times every entry once, so that drifts of the machine's speed affect all entries alike; ratios are taken
+within each round. The floor is the frozen base with the gradient of its input: the minimum for any method that trains
+something inside the layers.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from experiments.runs.records import content_hash, write_atomically
 
 Config = dict[str, Any]
 FLOOR = "floor"
-LARGEST = 10_000_000  # parameters of a base: its floor and every method's model are in memory together, for 18 rounds
+LARGEST = 10_000_000  # parameters of a base: the floor and all methods' models are in memory together, for 18 rounds
 STEP_TIMES_SCHEMA = 1
 
 
 def can_measure(configs: Sequence[RunConfig]) -> bool:
-    """Whether `measure_step_times` takes these runs: of one small model and one task, within which a label stands for
-    one method. Of larger models train.json has the time of a step, and experiments.speed.layers measures passes."""
+    """Return whether `measure_step_times` supports these runs: one small model and one task, so that each label stands
+    for one method. For larger models, train.json has the step time, and experiments.speed.layers measures passes."""
     from experiments.models.shapes import empty_base
 
     one = len({(config.model.name, config.task.name) for config in configs}) == 1
@@ -37,9 +37,9 @@ def can_measure(configs: Sequence[RunConfig]) -> bool:
 
 
 def measure_step_times(configs: Sequence[RunConfig], folder: Path, rounds: int = 15, length: int = 64) -> Path:
-    """Seconds per forward and backward pass of every method in `configs`, one file per set of methods and device.
+    """Measure seconds per forward and backward pass of every method in `configs`; one file per methods and device.
 
-    A file that is there is kept. Methods are told apart by their label; all configs must share one base model and task.
+    An existing file is kept. Methods are identified by their label; all configs must share one base model and task.
     """
     import torch
 
@@ -72,9 +72,9 @@ def measure_step_times(configs: Sequence[RunConfig], folder: Path, rounds: int =
 
 
 def _attached(config: RunConfig, tokens: Any) -> Any:
-    """A run's method on its base, prepared with random tokens, and with an adapter of one step where one comes first.
+    """Return a run's method on its base, prepared with random tokens and, if it needs one, a one-step first adapter.
 
-    What is chosen from them is not what a run would choose, but as much of it.
+    The prepared choice is not a real run's, but has the same size.
     """
     import torch
 
@@ -100,12 +100,12 @@ def _attached(config: RunConfig, tokens: Any) -> Any:
 def interleaved(
     entries: Mapping[str, Callable[[], object]], rounds: int, device: str, warmup: int = 3, title: str = "step times"
 ) -> dict[str, list[float]]:
-    """Seconds of every entry in every round, each round in an order of its own, drawn with a fixed seed.
+    """Return the seconds of every entry in every round; each round has its own order, drawn with a fixed seed.
 
-    An entry that always follows full fine-tuning, which leaves caches and allocator in another state, was seen to take
-    5 % longer.
+    With a fixed order, an entry that always followed full fine-tuning, which leaves caches and allocator in another
+    state, took 5 % longer.
 
-    Rounds of warm-up are not counted. An entry's work is finished, on a GPU too, before the next one begins.
+    Warm-up rounds are not counted. An entry's work is finished, also on a GPU, before the next one starts.
     """
     from tqdm import trange
 
@@ -123,9 +123,9 @@ def interleaved(
 
 
 def forward_backward(model: Any, tokens: Any) -> None:
-    """One forward and backward pass over `tokens`, `(rows, length)`, down to the gradient of the embeddings.
+    """Run a forward and backward pass over `tokens`, `(rows, length)`, including the gradient of the embeddings.
 
-    Under bf16 autocast if the model is bf16, as training runs it: PEFT's own methods keep their factors in float32.
+    Uses bf16 autocast if the model is bf16, as in training: PEFT's own methods keep their factors in float32.
     """
     import torch
 

@@ -1,10 +1,10 @@
-"""Speed and memory of tokenising commonsense rows, and how much of the batches is padding.
+"""Measures speed and memory of tokenising commonsense rows, and the share of padding in batches.
 
     python -m experiments.speed.tokens --data-root data                     # prints a table
-    python -m experiments.speed.tokens --data-root data --out tokens.json   # and writes the figures
+    python -m experiments.speed.tokens --data-root data --out tokens.json   # also writes the figures
 
-The rows are those of the task commonsense_74k, repeated to as many as commonsense_170k has. The tokenizer is trained on
-them here; its size and kind are Llama-2's (byte-level BPE of 32,000 entries), its counts of tokens are not.
+The rows are those of the task commonsense_74k, repeated up to the size of commonsense_170k. The tokenizer is trained on
+them; its size and kind are Llama-2's (byte-level BPE of 32,000 entries), its token counts are not.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TOKENIZER = f"byte-level BPE of {VOCABULARY:,} entries trained on these rows (no
 
 
 def measure(rows: list[Row], tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> dict[str, Any]:
-    """The first call of `tokenised` with an empty cache, the second call, and the padding of what it gives."""
+    """Measure the first call of `tokenised` with an empty cache, the second call, and the padding of the result."""
     from experiments.data.tokens import tokenised
 
     with tempfile.TemporaryDirectory() as cache:
@@ -70,7 +70,7 @@ def measure(rows: list[Row], tokenizer: PreTrainedTokenizerBase, protocol: Proto
 
 
 def padding(lengths: np.ndarray, micro_batch_size: int, group_by_length: bool) -> float:
-    """The share of padding among all tokens of an epoch, each micro-batch padded to its longest row."""
+    """Return the share of padding in an epoch's tokens, with each micro-batch padded to its longest row."""
     from experiments.train.sampler import EpochSampler
 
     sampler = EpochSampler(
@@ -87,7 +87,7 @@ def padding(lengths: np.ndarray, micro_batch_size: int, group_by_length: bool) -
 
 @contextmanager
 def peak_memory() -> Iterator[list[int]]:
-    """The most bytes that the process had resident beyond those it began with, looked at every 5 ms."""
+    """Yield the peak resident bytes of the process beyond those at the start, sampled every 5 ms."""
     import psutil
 
     process, done = psutil.Process(), threading.Event()
@@ -154,7 +154,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     options = parser.parse_intermixed_args(arguments)
     if options.rows < BATCH:
-        raise UserError(f"--rows {options.rows}: at least {BATCH} are needed, one batch")
+        raise UserError(f"--rows {options.rows}: give at least {BATCH}, one batch")
     import json
 
     from experiments.data.rows import load_rows

@@ -1,10 +1,10 @@
-"""Train one run.
+"""Trains one run.
 
     python -m experiments.train runs/<run_id>
     torchrun --nproc_per_node 8 -m experiments.train runs/<run_id>      # one process per GPU
 
-The run directory's config decides everything. A finished run is left as it is; an interrupted one goes on from its last
-checkpoint, on the CPU bit for bit as if it had never stopped. SIGTERM and SIGUSR1 make one after the step in progress.
+The run directory's config determines everything. A finished run is left alone; an interrupted one resumes from its last
+checkpoint, on the CPU bit-equal to an uninterrupted run. SIGTERM and SIGUSR1 make it checkpoint after the current step.
 """
 
 from __future__ import annotations

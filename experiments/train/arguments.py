@@ -14,10 +14,10 @@ SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_
 
 
 def training_arguments(config: RunConfig, run: RunPaths, device: torch.device) -> TrainingArguments:
-    """Trainer's settings for a run. The batch is the config's, however many processes share it."""
+    """Return Trainer's settings for a run. The batch size is the config's, however many processes share it."""
     recipe, runtime = config.recipe, config.runtime
     accumulation = accumulation_steps(recipe)
-    join(device)  # before TrainingArguments, which starts torch's group of them
+    join(device)  # before TrainingArguments, which starts torch's process group
     return TrainingArguments(
         output_dir=str(run.root),
         use_cpu=device.type == "cpu",
@@ -37,14 +37,14 @@ def training_arguments(config: RunConfig, run: RunPaths, device: torch.device) -
         adam_beta2=recipe.betas[1],
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
-        bf16=config.model.dtype == "bfloat16",  # `auto` is settled: experiments.models.shapes.with_dtype
+        bf16=config.model.dtype == "bfloat16",  # `auto` is already resolved by with_dtype
         gradient_checkpointing=runtime.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,  # they are frozen; a quantised base has all its weights in them
-        ddp_timeout=6 * 3600,  # processes wait for the one that makes a quantised base
+        ddp_broadcast_buffers=False,  # they are frozen; a quantised base keeps all its weights in buffers
+        ddp_timeout=6 * 3600,  # the other processes wait for the one that makes a quantised base
         logging_steps=1,
-        logging_nan_inf_filter=False,  # a NaN must be seen
+        logging_nan_inf_filter=False,  # a NaN must be visible
         include_num_input_tokens_seen="non_padding",
         save_strategy="steps",
         save_steps=runtime.checkpoint_every,

@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or not there: safetensors and JSON in a folder that appears by one rename.
+"""Checkpoints that are complete or absent: safetensors and JSON in a folder that appears by one rename.
 
 A checkpoint is `checkpoints/step-00000200/` with the trained tensors and the optimizer's state, the random states of
-every process, Trainer's own counters, and last `manifest.json` with the size and hash of each file. Readers take the
-newest folder whose files agree with its manifest; anything else is passed over. In a sharded training every process has
-files of its own for its parts of the tensors, so that as many processes have to go on from it.
+every process, Trainer's own counters and, last, `manifest.json` with the size and hash of each file. Readers use
+the newest folder whose files match its manifest and skip others. In a sharded training every process has its own files
+for its parts of the tensors, so the same number of processes must resume it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from experiments.train.sharding import local, sharded_like
 if TYPE_CHECKING:
     import torch
 
-KEEP = 2  # the newest, and one before it should the newest be damaged
+KEEP = 2  # the newest, and the one before it in case the newest is damaged
 MANIFEST = "manifest.json"
 
 
@@ -33,7 +33,7 @@ def folder(checkpoints: Path, step: int) -> Path:
 
 
 def publish(aside: Path, final: Path, meta: dict[str, Any]) -> None:
-    """Make a written folder a checkpoint: flush its files, add the manifest, rename, and drop the oldest ones."""
+    """Turn a written folder into a checkpoint: flush its files, add the manifest, rename it, and delete the oldest."""
     paths = sorted(aside.iterdir())
     files = {path.name: [path.stat().st_size, digest] for path, digest in zip(paths, _hashes(paths), strict=True)}
     for name in files:
@@ -43,13 +43,13 @@ def publish(aside: Path, final: Path, meta: dict[str, Any]) -> None:
     shutil.rmtree(final, ignore_errors=True)
     os.rename(aside, final)
     _flush(final.parent)
-    others = sorted(set(final.parent.glob("step-*")) - {final})  # some may be damaged, or of other data, and later
+    others = sorted(set(final.parent.glob("step-*")) - {final})  # may include damaged or later ones, or of other data
     for old in others[: 1 - KEEP]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def newest(checkpoints: Path, meta: dict[str, Any]) -> Path | None:
-    """The newest whole checkpoint that was made with the same `meta` (hashes of config, base and data)."""
+    """Return the newest complete checkpoint with the same `meta` (hashes of config, base and data)."""
     for candidate in sorted(checkpoints.glob("step-*"), reverse=True):
         try:
             manifest = json.loads((candidate / MANIFEST).read_text(encoding="utf-8"))
@@ -68,15 +68,15 @@ def newest(checkpoints: Path, meta: dict[str, Any]) -> Path | None:
 
 
 def check_layout(checkpoint: Path, layout: dict[str, Any]) -> None:
-    """UserError unless the checkpoint was written by as many processes, with the same sharding."""
+    """Raise a UserError unless the checkpoint was written by the same number of processes with the same sharding."""
     manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    if "processes" not in manifest:  # of an earlier version
+    if "processes" not in manifest:  # from an earlier version
         manifest |= {"processes": len(list(checkpoint.glob("random-*.json"))), "sharding": "none"}
     written = {key: manifest[key] for key in layout}
     if written != layout:
         told = [f"{each['processes']} processes with runtime.sharding={each['sharding']}" for each in (written, layout)]
         raise UserError(
-            f"{checkpoint} was written by {told[0]}, and these are {told[1]}: plan the run again with "
+            f"{checkpoint} was written by {told[0]}, but these are {told[1]}: plan the run again with "
             f"runtime.sharding={written['sharding']} and start it with {written['processes']} processes, or delete "
             f"{checkpoint.parent} to train from the start"
         )
@@ -87,9 +87,9 @@ def step_of(checkpoint: Path) -> int:
 
 
 def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An optimizer's state dict as tensors for safetensors (`<parameter>.<key>`) and the rest for JSON.
+    """Split an optimizer's state dict into tensors for safetensors (`<parameter>.<key>`) and the rest for JSON.
 
-    Of sharded tensors the part that this process has.
+    Sharded tensors are reduced to this process's part.
     """
     import torch
 
@@ -107,12 +107,12 @@ def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], d
 def unflatten_optimizer(
     tensors: dict[str, torch.Tensor], rest: dict[str, Any], parameters: Sequence[torch.Tensor]
 ) -> dict[str, Any]:
-    """`parameters` are the optimizer's, in its order: the state of a sharded one is sharded as it is."""
+    """Rebuild the state dict. `parameters` are the optimizer's, in order: state is sharded like its parameter."""
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
         parameter = parameters[int(index)]
-        of_entries = tensor.shape == local(parameter).shape and tensor.dim() > 0  # else a count of steps
+        of_entries = tensor.shape == local(parameter).shape and tensor.dim() > 0  # else a step count
         state.setdefault(int(index), {})[key] = sharded_like(tensor, parameter) if of_entries else tensor
     for index, entries in rest["values"].items():
         state.setdefault(int(index), {}).update(entries)
@@ -120,7 +120,7 @@ def unflatten_optimizer(
 
 
 def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The states of torch's generators (uint8 tensors) and of Python's and NumPy's (JSON)."""
+    """Return the states of torch's generators (uint8 tensors) and of Python's and NumPy's (JSON)."""
     import numpy as np
     import torch
 
@@ -148,7 +148,7 @@ def restore_random_state(tensors: dict[str, torch.Tensor], rest: dict[str, Any])
 
 
 def _hashes(paths: Sequence[Path]) -> list[str]:
-    """Several files at a time: those of a sharded 7B model and its optimizer are 80 GB."""
+    """Hash files in parallel: a sharded 7B model and its optimizer have 80 GB."""
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(file_hash, paths))
 

@@ -1,9 +1,8 @@
-"""How well a trained model predicts the rows that were kept out of its training: what a learning rate is chosen by.
+"""Measures how well a trained model predicts the rows kept out of its training, by which learning rates are chosen.
 
-No text is generated, so that every task and method is measured alike and cheaply. `exact_match` is the share of rows
-whose every target token is the argmax: greedy decoding would give the target word for word. Where a target is the
-answer and nothing else, as in the commonsense tasks, that is the accuracy; where it holds a way to the answer, the loss
-says more.
+No text is generated, so the measure is cheap and the same for every task and method. `exact_match` is the share of rows
+whose every target token is the argmax, i.e. for which greedy decoding gives the exact target. If the target is only the
+answer, as in the commonsense tasks, it is the accuracy; if the target includes reasoning, the loss is more informative.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def measure(trainer: RunTrainer, examples: Examples, path: Path) -> dict[str, Any]:
-    """`rows`, `loss` (mean over target tokens, None if it is not finite) and `exact_match` of a trainer's model.
+    """Return `rows`, `loss` (mean over target tokens, None if not finite) and `exact_match` of a trainer's model.
 
-    Writes every row's into `path`, in the rows' order: `nll` (summed over its targets), `targets` (their number) and
-    `exact` (1 or 0). All processes of a training have to call this.
+    Writes into `path`, in the rows' order: `nll` (summed over a row's targets), `targets` (their number) and `exact` (1
+    or 0). All processes of a training must call this.
     """
     scores = trainer.score_rows(examples)
     columns = [scores[:, 0].tolist(), scores[:, 1].int().tolist(), scores[:, 2].int().tolist()]

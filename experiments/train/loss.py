@@ -1,9 +1,9 @@
 """The loss of a language model without the logits of all its positions at once.
 
-In float32 the logits of 32 rows of 512 tokens over a vocabulary of 49,152 are 3 GB, their gradient as much again. Only
-positions with a label have a loss, so only they go through the output layer, a chunk at a time. The gradients of a
-chunk are computed along with its loss, as in linkedin/Liger-Kernel's fused linear cross entropy, which needs a GPU: no
-logits are kept, and none are computed twice.
+In float32 the logits of 32 rows of 512 tokens over a vocabulary of 49,152 take 3 GB, and their gradient as much again.
+Only labelled positions have a loss, so only they go through the output layer, in chunks. A chunk's gradients are
+computed along with its loss, as in linkedin/Liger-Kernel's fused linear cross entropy (which needs a GPU): no logits
+are kept, and none are computed twice.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch.nn import functional
 
 from experiments.data.prompts import IGNORED
 
-LOGITS = 2**25  # entries of the logits that are held at a time: 128 MiB in float32
+LOGITS = 2**25  # logits in memory at a time: 128 MiB in float32
 
 Head = Callable[[Tensor], Tensor]
 
 
 class Targets:
-    """The labelled positions of a batch: what predicts them, and the tokens they are.
+    """The labelled positions of a batch: their hidden states and target tokens.
 
     Args:
-        hidden: `(rows, tokens, features)`, what enters the output layer, or logits if `head` passes them on; prompt
-            methods put virtual tokens first, which are left out.
-        labels: `(rows, tokens)`, IGNORED where nothing is to be predicted.
+        hidden: `(rows, tokens, features)`, input of the output layer, or logits if `head` is the identity. Virtual
+            tokens that prompt methods put first are left out.
+        labels: `(rows, tokens)`, IGNORED where there is no target.
         head: the output layer, from `(1, n, features)` to `(1, n, vocabulary)`.
     """
 
@@ -43,7 +43,7 @@ class Targets:
         self.chunk = max(1, LOGITS // vocabulary)
 
     def loss(self, divisor: Tensor | float) -> Tensor:
-        """The negative log-likelihood summed over the targets, over a divisor. 0 if there are none."""
+        """Return the negative log-likelihood summed over the targets, over `divisor`. 0 without targets."""
         parameters = [tensor for tensor in _parameters(self.head) if tensor.requires_grad]
         return ChunkedLoss.apply(self.hidden, self.tokens, divisor, self.head, self.chunk, *parameters)  # pyright: ignore
 
@@ -70,7 +70,7 @@ class ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         needed = ctx.needs_input_grad[0] or bool(parameters)
         gradients = [torch.zeros_like(hidden)] if needed else []
-        for parameter in parameters:  # sharded, it may be there in bf16; its gradient is a sum over chunks
+        for parameter in parameters:  # if sharded, it may be bf16; its gradient is a sum over chunks
             wide = torch.promote_types(parameter.dtype, torch.float32)
             gradients.append(torch.zeros_like(parameter, dtype=wide))
         for start in range(0, len(tokens), chunk):
@@ -95,8 +95,8 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def _logits(head: Head, hidden: Tensor) -> Tensor:
-    """`(n, vocabulary)`, in float32 at least, as transformers' own loss has them."""
-    # FSDP2's hooks would take this for a forward pass of its own. The layer is whole since the model's.
+    """Return `(n, vocabulary)` logits, at least in float32, as in transformers' own loss."""
+    # FSDP2's hooks would treat this as a separate forward pass. The layer is gathered since the model's own pass.
     call = cast(nn.Module, head).forward if isinstance(head, FSDPModule) else head
     logits = call(hidden.unsqueeze(0)).squeeze(0)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -107,10 +107,10 @@ def _parameters(head: Head) -> Iterator[Tensor]:
 
 
 class TargetForward:
-    """Forward passes of a model that give the `Targets` of a batch instead of its logits.
+    """Forward passes of a model that return the `Targets` of a batch instead of its logits.
 
     Args:
-        model: of causal language modelling, with or without an adapter.
+        model: a causal language model, with or without an adapter.
     """
 
     def __init__(self, model: Any) -> None:
@@ -119,7 +119,7 @@ class TargetForward:
         self.is_plain = self.head is not None and self._logits_are_the_heads(model)
 
     def __call__(self, model: Any, batch: dict[str, Tensor]) -> Targets:
-        """The model on a batch with `labels`. `model` may be the model of `__init__` in a wrapper, such as DDP's."""
+        """Run the model on a batch with `labels`. `model` may be `__init__`'s model in a wrapper such as DDP."""
         labels = batch["labels"]
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         if not self.is_plain:
@@ -130,7 +130,7 @@ class TargetForward:
 
     @contextmanager
     def _collected(self) -> Iterator[list[Tensor]]:
-        """What enters the output layer, which itself is given nothing to do."""
+        """Capture the input of the output layer, and pass it an empty one."""
         hidden: list[Tensor] = []
 
         def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -145,7 +145,7 @@ class TargetForward:
 
     @torch.no_grad()
     def _logits_are_the_heads(self, model: Any) -> bool:
-        """Whether logits are the output layer's outputs: some models scale or cap them afterwards (Gemma 2)."""
+        """Return whether logits equal the output layer's outputs: some models scale or cap them (Gemma 2)."""
         was_training = model.training
         model.eval()
         try:

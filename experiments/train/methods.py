@@ -1,8 +1,7 @@
-"""What a method does to a base model: attach what is trained, save it, and put it back on a fresh base.
+"""Applies a method to a base model: attach what is trained, save it, and load it onto a fresh base.
 
-A method's config names a PEFT config class; full fine-tuning and the untouched base are the two cases without one.
-Where a method needs data before it is attached, its config also names the function that prepares it.
-Everything else in this project treats all methods alike.
+A method's config names a PEFT config class, except full fine-tuning and the untouched base. If a method needs data
+before it is attached, its config also names the function that prepares it. All other code treats all methods alike.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ Backward = Callable[[], None]
 
 
 def peft_config(adapter: Mapping[str, Any]) -> PeftConfig:
-    """The PEFT config that `_target_` names, built from the other keys."""
+    """Return the PEFT config of the class `_target_`, built from the other keys."""
     fields = dict(adapter)
     kind = _find("method.adapter", fields.pop("_target_"), "config class")
     check_fields("method.adapter", fields)
@@ -51,19 +50,19 @@ def peft_config(adapter: Mapping[str, Any]) -> PeftConfig:
 
 
 def _find(where: str, target: str, what: str) -> Any:
-    """The config class or function that a dotted name of `diablo` or `peft` stands for."""
+    """Return the config class or function with a dotted name in `diablo` or `peft`."""
     check_target(f"{where}._target_", target)
     package, _, name = target.partition(".")
-    with suppress(ImportError):  # of a short name, such as diablo.smt, which is no module of its own
+    with suppress(ImportError):  # raised for a short name, e.g. diablo.smt, which is not a module itself
         importlib.import_module(target.rpartition(".")[0])
     try:
         found = attrgetter(name)(importlib.import_module(package))
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{where}._target_={target}: no such {what} ({error})") from None
-    # What those modules have imported from elsewhere is found there too.
+    # Those modules also expose names imported from elsewhere.
     check_target(f"{where}._target_", f"{getattr(found, '__module__', '')}.{target.rpartition('.')[2]}")
     if not (dataclasses.is_dataclass(found) if what == "config class" else inspect.isfunction(found)):
-        raise UserError(f"{where}._target_={target}: no {what}")
+        raise UserError(f"{where}._target_={target}: not a {what}")
     return found
 
 
@@ -74,15 +73,15 @@ def attach(
     first: Path | None = None,
     shards: int = 1,
 ) -> torch.nn.Module:
-    """The model to train: the base itself with all or none of its weights trainable, or the base with an adapter.
+    """Return the model to train: the base with all or no weights trainable, or the base with an adapter.
 
-    Only what the method trains requires a gradient afterwards.
+    Afterwards only what the method trains requires a gradient.
 
     Args:
-        backward: for methods that are prepared with data. Each call adds to the base's gradients that of the mean loss
-            over the next `recipe.batch_size` training rows.
+        backward: for methods prepared with data. Each call adds to the base's gradients that of the mean loss over the
+            next `recipe.batch_size` training rows.
         first: the adapter of the run that `method.prerequisite` names.
-        shards: of each parameter, over so many processes, once the model is trained.
+        shards: number of processes that will share each parameter when the model is trained.
     """
     base.requires_grad_(method.trains == "all")
     if method.trains != "adapter":
@@ -96,13 +95,13 @@ def attach(
     on_meta = next(base.parameters()).is_meta
     try:
         config = peft_config(_sized(method, base))
-        check_targets(base, config)  # PEFT's own methods too
+        check_targets(base, config)  # also for PEFT's own methods
         check_start(base, config)
         config = _prepared(method, base, config, backward, first)
         model = peft.get_peft_model(base, config, low_cpu_mem_usage=on_meta)
         fit_shards(model, shards)
     except (ValueError, TypeError) as error:
-        if isinstance(error, TypeError) and not _is_quantized(base):  # whose weights cannot be changed
+        if isinstance(error, TypeError) and not _is_quantized(base):  # a quantised base's weights cannot be changed
             raise
         raise UserError(f"{method.label} on {base.config.model_type}: {error}") from None
     start = getattr(base, "start_adapter", None)
@@ -120,10 +119,10 @@ def _is_quantized(base: torch.nn.Module) -> bool:
 def _prepared(
     method: Method, base: PreTrainedModel, config: PeftConfig, backward: Backward | None, first: Path | None
 ) -> PeftConfig:
-    """The config after the function that `method.prepare` names: `(base, config, backward, first, **settings)`.
+    """Return the config after calling `method.prepare`'s function: `(base, config, backward, first, **settings)`.
 
-    It finds all weights frozen and leaves them and their flags as they are. What attaching needs is in the config it
-    returns, or in attributes of the base's modules. The same arguments must give the same result, to the bit.
+    The function gets all weights frozen and must not change them or their flags. Its results are in the returned
+    config or in attributes of the base's modules. Equal arguments must give bit-equal results.
     """
     settings = dict(method.prepare or {})
     if not settings:
@@ -139,7 +138,7 @@ def _prepared(
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """On a GPU some backward passes add in an order that changes; a run that goes on must find the same start again."""
+    """Make GPU backward passes deterministic, so that a resumed run prepares exactly the same start."""
     import torch
 
     before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
@@ -153,10 +152,10 @@ def _deterministic() -> Iterator[None]:
 
 
 def _sized(method: Method, base: PreTrainedModel) -> Mapping[str, Any]:
-    """The adapter's fields, with the number of blocks that the method's budget allows where that is left to us."""
+    """Return the adapter's fields; `num_blocks: auto` becomes the number that the method's budget allows."""
     adapter, budget = method.adapter or {}, method.budget
     if (adapter.get("num_blocks") == "auto") != (budget is not None):
-        raise UserError("method.adapter.num_blocks=auto and method.budget=… (such as 0.005) belong together: give both")
+        raise UserError("method.adapter.num_blocks=auto and method.budget=… (e.g. 0.005) belong together: give both")
     if budget is None:
         return adapter
     from diablo import suggest_num_blocks
@@ -166,27 +165,27 @@ def _sized(method: Method, base: PreTrainedModel) -> Mapping[str, Any]:
 
 
 def check_checkpointing(method: Method, model: torch.nn.Module) -> None:
-    """UserError if gradient checkpointing would take away what is trained: it runs layers without the cache."""
+    """Raise a UserError if gradient checkpointing would bypass what is trained: it runs layers without the cache."""
     if getattr(model, "peft_type", None) == "PREFIX_TUNING":
         raise UserError(
-            f"runtime.gradient_checkpointing=true: {method.label} puts what it trains into the cache, which "
-            f"checkpointing switches off: give false, and a smaller recipe.micro_batch_size"
+            f"runtime.gradient_checkpointing=true: {method.label} trains tensors in the cache, which "
+            f"checkpointing disables: give false, and a smaller recipe.micro_batch_size"
         )
 
 
 def forward_modes(model: torch.nn.Module) -> dict[str, str]:
-    """How each layer computed with its adapter, for methods that can do it in several ways: layer name -> mode."""
+    """Return how each layer applied its adapter, for methods with several modes: layer name -> mode."""
     modules = model.named_modules()
     return {name: mode["default"] for name, module in modules if (mode := getattr(module, "forward_mode", None))}
 
 
 def trained_tensors(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """What is trained, by name."""
+    """Return the trained tensors by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def initial_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What saving needs from the start of training: A and B of methods that take them out of the base, else nothing."""
+    """Return what saving needs from the start: A and B of methods that subtract them from the base, else nothing."""
     from peft import PeftModel
 
     from diablo.methods.residual import initial_factors
@@ -195,7 +194,7 @@ def initial_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def prepared_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What preparing chose and is not trained: whole numbers that the adapter's layers keep, such as indices."""
+    """Return untrained tensors chosen in preparation: integers that the adapter's layers keep, e.g. indices."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [name for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
@@ -204,7 +203,7 @@ def prepared_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save(method: Method, model: torch.nn.Module, folder: Path, initial: dict[str, torch.Tensor]) -> None:
-    """Write what was trained. PEFT's two files for an adapter, the whole model for full fine-tuning."""
+    """Write what was trained: PEFT's two files for an adapter, the whole model for full fine-tuning."""
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -212,7 +211,7 @@ def save(method: Method, model: torch.nn.Module, folder: Path, initial: dict[str
 
     if isinstance(model, PeftModel):
         with hub.offline(), warnings.catch_warnings():
-            # PEFT would ask the hub, in the middle of a training, whether the vocabulary is the base's.
+            # PEFT would ask the hub, in the middle of training, whether the vocabulary is the base's.
             warnings.filterwarnings("ignore", message="Could not find a config file")
             save_adapter(model, folder, initial)
         _sort_sets(model.peft_config["default"], folder / "adapter_config.json")
@@ -226,7 +225,7 @@ def save(method: Method, model: torch.nn.Module, folder: Path, initial: dict[str
 
 
 def _sort_sets(config: Any, path: Path) -> None:
-    """PEFT writes a set (of target modules) in an order that each Python process makes up anew."""
+    """Sort sets in the file: PEFT writes a set (of target modules) in an order that differs between processes."""
     content = json.loads(path.read_text(encoding="utf-8"))
     for name, value in content.items():
         if isinstance(getattr(config, name, None), set):
@@ -235,12 +234,12 @@ def _sort_sets(config: Any, path: Path) -> None:
 
 
 def load(method: Method, base: PreTrainedModel, folder: Path, merge: bool) -> PreTrainedModel:
-    """A fresh base with what was trained on it. `merge` folds an adapter into the weights, where the method can.
+    """Load what was trained onto a fresh base. `merge`: merge an adapter into the weights, if the method can.
 
-    A quantised base becomes one of full precision thereby: its dequantised weights with the update. A weight that other
-    modules share, as an output layer tied to the embedding, is untied first.
+    Merging turns a quantised base into one of full precision: its dequantised weights plus the update. A weight that
+    other modules share, e.g. an output layer tied to the embedding, is untied first.
     """
-    # Importing from diablo also registers the adapter types that PEFT does not know.
+    # Importing diablo also registers the adapter types that PEFT does not have.
     from diablo.quantize import dequantize_model, merge_dequantized
     from diablo.tied import untie
 
@@ -249,7 +248,7 @@ def load(method: Method, base: PreTrainedModel, folder: Path, merge: bool) -> Pr
         return dequantize_model(base) if merge and quantized else base
     _check_files(folder, method.trains == "all")
     _check_finite(folder)
-    if method.trains == "all":  # the base's own config: one that came with the weights could name other code
+    if method.trains == "all":  # the base's own config, because one stored with the weights could name other code
         trained: Any = type(base).from_pretrained(folder, config=base.config, dtype=base.dtype, use_safetensors=True)
         return trained.to(base.device)
     import peft
@@ -262,14 +261,14 @@ def load(method: Method, base: PreTrainedModel, folder: Path, merge: bool) -> Pr
         raise UserError(f"{folder}: this adapter does not fit the base model: {error}") from None
     if merge and not _merges(model):
         raise UserError(
-            f"evaluation.merge=true: {method.label} cannot be folded into the base's weights: set it to false"
+            f"evaluation.merge=true: {method.label} cannot be merged into the base's weights: set it to false"
         )
     if not merge:
         return cast(Any, model)
     if not quantized:
         untie(model.get_base_model())
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")  # it is untied now
+            warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")  # already untied
             return cast(Any, model.merge_and_unload())
     try:
         return merge_dequantized(model)
@@ -278,7 +277,7 @@ def load(method: Method, base: PreTrainedModel, folder: Path, merge: bool) -> Pr
 
 
 def _check_files(folder: Path, whole_model: bool) -> None:
-    """UserError if the folder holds what training does not write: PEFT and transformers read whatever they find."""
+    """Raise a UserError for files that training does not write: PEFT and transformers read whatever they find."""
     known = WHOLE_MODEL if whole_model else ADAPTER_FILES
     for path in sorted(folder.iterdir()):
         if not any(path.match(name) for name in known):
@@ -292,13 +291,13 @@ def _check_files(folder: Path, whole_model: bool) -> None:
 
 
 def _check_finite(folder: Path) -> None:
-    """UserError if a tensor in the folder's files is not finite: its training failed, whatever it would score."""
+    """Raise a UserError if a tensor in the folder's files is not finite: its training failed."""
     from safetensors import SafetensorError, safe_open
 
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  # it is no dictionary
+                for name in file.keys():  # noqa: SIM118  # not a dictionary
                     tensor: torch.Tensor = file.get_tensor(name)
                     if tensor.is_floating_point() and not tensor.isfinite().all():
                         raise UserError(
@@ -310,7 +309,7 @@ def _check_finite(folder: Path) -> None:
 
 
 def _merges(model: torch.nn.Module) -> bool:
-    """Whether PEFT can fold the adapter into the weights: prompt methods have no layers, and some layers no merge."""
+    """Return whether PEFT can merge the adapter: prompt methods have no layers, and some layers have no merge."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))

@@ -1,4 +1,4 @@
-"""Gradient steps on a run's own rows, for methods that look at gradients before they are attached."""
+"""Gradient steps on a run's own rows, for methods that use gradients before they are attached."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ Batch = dict[str, Tensor]  # input_ids, attention_mask and labels, as in trainin
 def row_steps(
     examples: Examples, config: RunConfig, collator: Callable[[list[Any]], Batch], device: Any
 ) -> Iterator[list[Batch]]:
-    """Steps of `recipe.batch_size` rows without end, in an order the seed decides, the same in every process.
+    """Yield endless steps of `recipe.batch_size` rows, in an order set by the seed, the same in every process.
 
-    `recipe.micro_batch_size` decides how many rows are padded together, and not which rows a step sees.
+    `recipe.micro_batch_size` only decides how many rows are padded together, not which rows a step has.
     """
     recipe = config.recipe
     for epoch in itertools.count():
@@ -38,7 +38,7 @@ def row_steps(
             micro_batch_size=recipe.micro_batch_size,
             seed=config.seed,
             epoch=partial(int, epoch),
-            group_by_length=False,  # which puts rows into steps by the size of the micro-batches
+            group_by_length=False,  # grouping would make a step's rows depend on the micro-batch size
         )
         for rows in torch.tensor(list(sampler)).split(recipe.batch_size):
             rows = rows[sampler.lengths[rows].argsort(stable=True)]  # less padding
@@ -48,12 +48,12 @@ def row_steps(
 
 
 class Backward:
-    """Each call adds to the parameters' gradients that of the mean loss over the targets of the next step.
+    """Each call adds to the parameters' gradients that of the mean loss over the next step's targets.
 
-    The loss is the trainer's: over the labelled positions, a chunk at a time, under autocast on a base of 16 bits.
+    The loss is the trainer's: over the labelled positions, in chunks, under autocast if the base has 16 bits.
 
     Args:
-        processes: of a sharded training, which then share what `sharded_copy` gives.
+        processes: number of processes of a sharded training, which share the model of `sharded_copy`.
     """
 
     def __init__(self, model: Any, steps: Iterator[list[Batch]], processes: int = 1) -> None:
@@ -63,7 +63,7 @@ class Backward:
         self.forward = TargetForward(model)
         if processes > 1:
             self.sharded_copy = partial(self._sharded_copy, processes)
-        self._rank, self._share = 0, 1  # of the micro-batches of a step
+        self._rank, self._share = 0, 1  # this process's share of a step's micro-batches
 
     def __call__(self) -> None:
         batches = next(self.steps)
@@ -75,7 +75,7 @@ class Backward:
 
     @contextmanager
     def _sharded_copy(self, processes: int) -> Iterator[Any]:
-        """A copy of the model that trains in full, in float32, with a part on each process; calls go to it meanwhile.
+        """Yield a copy of the model for full training in float32, sharded over the processes; calls use it meanwhile.
 
         The model itself is on the CPU afterwards.
         """

@@ -1,4 +1,4 @@
-"""The processes of one distributed training: that all of them have started, on which devices, and barriers."""
+"""The processes of one distributed training: waiting for all to start, their devices, and barriers."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     import torch
     from torch._C._distributed_c10d import TCPStore
 
-# Seconds until a process gives up on those that have not started. The first one may wait for the lock of an attempt
-# before for 600, and a node may import from a slow disk.
+# Seconds until a process gives up on others that have not started. The first may wait up to 600 s for the lock of
+# an earlier attempt, and a node may import from a slow disk.
 JOIN = 900.0
-NOTE = 30.0  # seconds between two notes of what is waited for
+NOTE = 30.0  # seconds between two notes about what is being waited for
 POLL = 0.1
 _stores: list[TCPStore] = []  # the first process serves it, also to torch, which finds it by its port
 
 
 @dataclass(frozen=True)
 class Member:
-    """A process, by where it runs."""
+    """A process and where it runs."""
 
     host: str
     device: str
@@ -38,12 +38,12 @@ class Member:
 
 
 def world_size() -> int:
-    """How many processes this training was started with."""
+    """Return the number of processes of this training."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def accumulation_steps(recipe: Recipe) -> int:
-    """The micro-batches of a step on each process. The batch is the recipe's, however many processes share it."""
+    """Return the micro-batches per step on each process. The batch size is the recipe's, shared by all processes."""
     batch, micro_batch, world = recipe.batch_size, recipe.micro_batch_size, world_size()
     steps, rest = divmod(batch, micro_batch * world)
     if rest or not steps:
@@ -59,12 +59,12 @@ def accumulation_steps(recipe: Recipe) -> int:
 
 
 def join(device: torch.device) -> None:
-    """Wait for all processes of the training to start, and note it where their GPUs differ in memory.
+    """Wait for all processes of the training to start, and print a note if their GPUs differ in memory.
 
-    torch itself would wait in silence, for as long as its collectives may take: hours.
+    torch itself would wait silently for as long as its collectives may take, i.e. hours.
 
     Raises:
-        UserError: one of them did not start within `JOIN` seconds.
+        UserError: a process did not start within `JOIN` seconds.
     """
     import torch.distributed
 
@@ -96,14 +96,14 @@ def join(device: torch.device) -> None:
 
 
 def _connect(rank: int, world: int, deadline: float) -> TCPStore:
-    """The store through which the processes meet. torchrun serves it, else the first process does."""
+    """Return the store through which the processes meet, served by torchrun or else by the first process."""
     from torch._C._distributed_c10d import TCPStore
     from torch.distributed import DistNetworkError
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     noted = time.monotonic()
-    while not serves and not _is_there(host, port):  # torch's own attempts print a stack each
+    while not serves and not _is_there(host, port):  # torch's own attempts would each print a stack trace
         if preemption.pending_signal():
             raise Preempted
         if time.monotonic() > deadline:
@@ -124,7 +124,7 @@ def _connect(rank: int, world: int, deadline: float) -> TCPStore:
 
 
 def _is_there(host: str, port: int) -> bool:
-    """Whether something listens."""
+    """Return whether something listens there."""
     try:
         with socket.create_connection((host, port), timeout=5):
             return True
@@ -142,13 +142,13 @@ def _member(device: torch.device) -> Member:
 
 
 def mixed_memory(members: list[Member]) -> str | None:
-    """What to say of GPUs that differ in memory, of which each gets an equal part of the work; None if they do not."""
+    """Return a note about GPUs that differ in memory, although each gets an equal part of the work; else None."""
     ranked = sorted(members, key=lambda member: member.memory)
     least, most = ranked[0], ranked[-1]
     if least.memory >= 0.95 * most.memory:
         return None
     told = [f"{gibibytes(member.memory)} ({member.device} on {member.host})" for member in (least, most)]
-    return f"the GPUs of this training differ in memory, from {told[0]} to {told[1]}: what fits is decided by the least"
+    return f"the GPUs of this training differ in memory, from {told[0]} to {told[1]}: the smallest one limits what fits"
 
 
 def wait_for_everyone() -> None:
@@ -159,7 +159,7 @@ def wait_for_everyone() -> None:
 
 
 def leave() -> None:
-    """At the end of the process: a second training goes on in the group of the first."""
+    """Leave the process group at the end of the process; a second training in it would use the same group."""
     import torch.distributed
 
     if torch.distributed.is_initialized():

@@ -1,7 +1,7 @@
-"""The training of one run: start (base model and rows), attach (adapter), fit (Trainer), save, record.
+"""Trains one run: start (base model and rows), attach (adapter), fit (Trainer), save, record.
 
-The run directory's config decides everything. A finished run is left as it is; an interrupted one goes on from its last
-checkpoint, on the CPU bit for bit as if it had never stopped.
+The run directory's config determines everything. A finished run is left alone; an interrupted one resumes from its last
+checkpoint, on the CPU bit-equal to an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from experiments.train.trainer import RunTrainer
 
 @dataclass(frozen=True)
 class Start:
-    """What a training starts from. `examples` are the training rows as tokens; None if nothing is trained."""
+    """The start of a training. `examples` are the tokenised training rows; None if nothing is trained."""
 
     config: RunConfig
     arguments: TrainingArguments
@@ -73,7 +73,7 @@ class Start:
 
     @property
     def shards(self) -> int:
-        """The number of processes that each hold a part of the model; 1 if each holds all of it."""
+        """Number of processes that each hold a part of the model; 1 if each holds all of it."""
         return self.arguments.world_size if sharding_of(self.config) == "full" else 1
 
     @property
@@ -83,17 +83,17 @@ class Start:
 
 @dataclass(frozen=True)
 class Attached:
-    """The model with what is trained. `initial` is what saving needs of its first state, `hash` names that state."""
+    """The model with what is trained. `initial`: what saving needs from its first state; `hash`: id of that state."""
 
     model: Any
     initial: dict[str, Tensor]
     hash: str
-    trained_hash: str  # of the trained tensors alone
+    trained_hash: str  # of the trained tensors only
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What the training loop did; the defaults are those of a run that trains nothing."""
+    """Results of the training loop; the defaults are those of a run that trains nothing."""
 
     steps: int = 0
     tokens: int = 0
@@ -104,7 +104,7 @@ class Fitted:
 
 
 def train(run: RunPaths, progress: str = "", wait_for_holder: bool = False) -> TrainRecord:
-    """Train the run, or read its record if it is finished. The run that its method needs first is trained before.
+    """Train the run and its prerequisite run, if any, or read its record if it is finished.
 
     Args:
         progress: the title of the progress bar, if any.
@@ -116,11 +116,11 @@ def train(run: RunPaths, progress: str = "", wait_for_holder: bool = False) -> T
         return read_record(run.train_record, TrainRecord)
     _check_not_diverged(run)
     first = prerequisite_run(run, config)
-    if first is not None:  # several runs share it; processes that train together cannot wait for one of others
+    if first is not None:  # several runs may share it; distributed processes cannot wait for other processes' run
         train(first, progress and first.root.name, wait_for_holder=world_size() == 1)
         gc.collect()  # Trainer and its model refer to each other
     with attempt(run, "train", wait_for_holder) as heartbeat:
-        if run.train_record.is_file():  # by the process whose lock was waited for
+        if run.train_record.is_file():  # written by the process whose lock was waited for
             return read_record(run.train_record, TrainRecord)
         _check_not_diverged(run)
         try:
@@ -132,7 +132,7 @@ def train(run: RunPaths, progress: str = "", wait_for_holder: bool = False) -> T
 
 
 def _check_not_diverged(run: RunPaths) -> None:
-    """A training that diverged once would do so again: it is not repeated in silence."""
+    """Raise a UserError if the training diverged before: it would again, so it is not silently repeated."""
     if run.diverged.is_file():
         about = read_json(run.diverged)
         raise UserError(f"{Diverged(about['step'], about['reason'])}, or delete {run.diverged} to train it again")
@@ -148,7 +148,7 @@ def _train(
     fitted = _fit(run, start, start.examples, attached, progress, heartbeat) if start.examples else Fitted()
     if start.shards > 1:
         gather(attached.model)
-    if start.arguments.should_save:  # the other processes of a distributed run wait for the record
+    if start.arguments.should_save:  # other processes of a distributed run wait for the record
         _save(run, start, attached)
         write_record(run.train_record, _record(run, start, attached, fitted))
         shutil.rmtree(run.checkpoints, ignore_errors=True)
@@ -164,7 +164,7 @@ def _start(run: RunPaths, config: RunConfig) -> Start:
     reset_peak_memory(str(device))
     arguments = training_arguments(config, run, device)
     trains = config.method.trains != "nothing"
-    with arguments.main_process_first(local=False):  # one process makes or downloads what the others then find
+    with arguments.main_process_first(local=False):  # one process makes or downloads what the others then use
         data, data_root = config.task.data, config.runtime.data_root
         rows, held_out = training_rows(data, data_root) if trains else ([], [])
         base, tokenizer = load_base(config, "cpu" if sharded else str(arguments.device))
@@ -190,7 +190,7 @@ def _start(run: RunPaths, config: RunConfig) -> Start:
 
 
 def _check_examples(config: RunConfig, examples: Examples) -> None:
-    """Too few rows for a batch are refused. Rows whose every label was cut off teach nothing: said before training."""
+    """Raise a UserError for fewer rows than a batch, and report rows whose labels were all cut off before training."""
     rows, unlabelled = len(examples), examples.unlabelled
     if rows < config.recipe.batch_size:
         raise UserError(f"{rows} training rows do not fill one batch of {config.recipe.batch_size}")
@@ -201,15 +201,15 @@ def _check_examples(config: RunConfig, examples: Examples) -> None:
         for key in ("max_length", "max_prompt_length", "max_target_length")
         if (value := getattr(config.protocol, key)) is not None
     )
-    told = f"{unlabelled:,} of {rows:,} training rows have no label: what the loss would see is cut off by {lengths}"
+    told = f"{unlabelled:,} of {rows:,} training rows have no label: their targets are cut off by {lengths}"
     if unlabelled == rows:
-        raise UserError(f"{told}: give more")
+        raise UserError(f"{told}: increase it")
     if os.environ.get("RANK", "0") == "0":
         print(f"{config.run_id}: {told}", file=sys.stderr, flush=True)
 
 
 def _attach(start: Start, first: RunPaths | None) -> Attached:
-    """Attach what the run's method trains; some methods look at gradients of training rows before."""
+    """Attach what the run's method trains; some methods first use gradients of training rows."""
     config, arguments, backward = start.config, start.arguments, None
     if start.examples and config.method.prepare:
         cast(Any, start.base).to(arguments.device)
@@ -218,7 +218,7 @@ def _attach(start: Start, first: RunPaths | None) -> Attached:
     set_seed(config.seed)
     model: Any = methods.attach(config.method, start.base, backward, first and first.adapter, start.shards)
     if start.shards > 1:
-        model.to("cpu")  # whence it goes to the devices part by part
+        model.to("cpu")  # from there, its parts go to the devices
     if arguments.gradient_checkpointing:
         methods.check_checkpointing(config.method, model)
     initial = methods.initial_state(model)
@@ -233,7 +233,7 @@ def _fit(
     """Train from the newest checkpoint, or from the start, to the end; then score the held-out rows.
 
     Raises:
-        Preempted: the process was asked to stop; a checkpoint was written.
+        Preempted: a signal stopped the training; a checkpoint was written.
         Diverged: a loss or gradient is not finite.
     """
     config, arguments = start.config, start.arguments
@@ -251,7 +251,7 @@ def _fit(
     )
     if config.spectra is not None and arguments.should_save:
         trainer.add_callback(MeasureSpectra(attached.model, run.spectra, config.spectra))
-    preemption.raise_immediately(False)  # from here on the steps look, and what follows the last one is short
+    preemption.raise_immediately(False)  # from here on, steps check for signals, and what follows the last is short
     if preemption.agreed(arguments.device):
         raise Preempted
     with _wandb(config, run, arguments.should_save):
@@ -277,7 +277,7 @@ def _fit(
 
 @contextmanager
 def _wandb(config: RunConfig, run: RunPaths, main_process: bool) -> Iterator[None]:
-    """One wandb run per run id, resumed when the training is; Trainer's callback finds it and logs into it."""
+    """Open one wandb run per run id, resumed with the training; Trainer's callback logs into it."""
     if config.runtime.wandb == "off" or not main_process:
         yield
         return
@@ -295,7 +295,7 @@ def _wandb(config: RunConfig, run: RunPaths, main_process: bool) -> Iterator[Non
 
 
 def _save(run: RunPaths, start: Start, attached: Attached) -> None:
-    """Write what was trained aside and rename it, so that a folder named `adapter` is whole."""
+    """Write what was trained under a temporary name and rename it, so that a folder named `adapter` is complete."""
     aside = run.root / ".adapter"
     shutil.rmtree(aside, ignore_errors=True)
     methods.save(start.config.method, attached.model, aside, attached.initial)

@@ -1,4 +1,4 @@
-"""The order in which a training sees its rows: a function of the seed and the step, the same in every process."""
+"""The order of training rows: a function of the seed and the step, the same in every process."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-WINDOW = 100  # micro-batches sorted together: padding under 2 %, and still other neighbours for a row each epoch
+WINDOW = 100  # micro-batches sorted together: padding below 2 %, while a row's neighbours still change every epoch
 
 
 class EpochSampler(Sampler[int]):
-    """A permutation of the rows for each epoch that depends on the seed and the epoch alone.
+    """A permutation of the rows for each epoch, which depends only on the seed and the epoch.
 
-    The rows that do not fill a last batch are left out, others each epoch, so that every step sees a full batch however
-    many processes share it. `group_by_length` reorders an epoch's rows: those of similar length (`lengths`, in tokens)
-    share a micro-batch, and the micro-batches come in random order, so that a step sees short and long rows.
+    Rows that do not fill a last batch are left out, different ones each epoch, so that every step has a full batch
+    however many processes share it. `group_by_length` reorders an epoch's rows: rows of similar length (`lengths`, in
+    tokens) share a micro-batch, and micro-batches are in random order, so that a step has short and long rows.
     """
 
     def __init__(

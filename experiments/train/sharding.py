@@ -1,8 +1,8 @@
 """Training with `runtime.sharding=full`: each process holds a part of every parameter, gradient and optimizer state.
 
-accelerate shards the model with FSDP2, layer by layer, when Trainer prepares it. A parameter is a DTensor from then on,
+accelerate shards the model with FSDP2, layer by layer, when Trainer prepares it. From then on a parameter is a DTensor,
 cut along its first dimension, and whole only while its layer computes. The weights, float32 in full fine-tuning, are
-the master copy; with `model.dtype=bfloat16` they are gathered, and computed with, in bf16.
+the master copy; with `model.dtype=bfloat16` they are gathered and used in bf16.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 def sharding_of(config: RunConfig) -> str:
-    """`none` or `full`: `runtime.sharding`, checked against what the run is and how many processes it has."""
+    """Return `none` or `full`: `runtime.sharding`, checked against the run and the number of processes."""
     sharding = config.runtime.sharding
     if sharding != "full" or config.method.trains == "nothing":
         return "none"
     if world_size() == 1:
         raise UserError(
-            "runtime.sharding=full shares a model among processes, and this is the only one: start the training with "
+            "runtime.sharding=full shards a model over processes, but there is only one: start the training with "
             "torchrun --nproc_per_node N, or plan it again with runtime.sharding=none"
         )
     if (reason := not_shardable(config)) is not None:
@@ -34,26 +34,26 @@ def sharding_of(config: RunConfig) -> str:
 
 
 def not_shardable(config: RunConfig) -> str | None:
-    """Why a run cannot be sharded; None if it can."""
+    """Return why a run cannot be sharded; None if it can."""
     if config.quantization is not None:
         return "every process would hold all of a quantised base, whose weights are not parameters"
     if config.spectra is not None:
-        return "spectra (spectra.every) are measured where a process has whole weights"
+        return "spectra (spectra.every) can only be measured where a process has whole weights"
     return None
 
 
 def trainer_settings() -> dict[str, Any]:
-    """What TrainingArguments take for it."""
+    """Return the TrainingArguments for sharding."""
     return {
         "fsdp": True,
         "fsdp_config": {"version": 2, "reshard_after_forward": True},
-        # Else the gradients of all micro-batches but the last are summed whole on every process.
+        # Otherwise every process sums the unsharded gradients of all micro-batches but the last.
         "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}},
     }
 
 
 def shard_on_cpu(state: Any, arguments: Any) -> None:
-    """accelerate shards on GPUs alone, FSDP2 does so on a CPU too: tell accelerate's state that it is to."""
+    """Set accelerate's state to shard on a CPU: accelerate itself does so only on GPUs, although FSDP2 can."""
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     if getattr(state, "fsdp_plugin", None) is None:
@@ -62,9 +62,9 @@ def shard_on_cpu(state: Any, arguments: Any) -> None:
 
 
 def choose_precision(state: Any, in_bf16: bool) -> None:
-    """For a model trained in full bf16 copies are gathered of its float32 weights, and gradients are added in float32.
+    """Set the precision: a model trained in full is gathered in bf16, and its gradients are summed in float32.
 
-    Nothing is cast where an adapter is trained: the base has its 16 bits, and the adapter float32, as without sharding.
+    With an adapter nothing is cast: the base has 16 bits and the adapter float32, as without sharding.
     """
     import torch
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -74,7 +74,7 @@ def choose_precision(state: Any, in_bf16: bool) -> None:
 
 
 def norms(gradients: Sequence[torch.Tensor], across: bool) -> torch.Tensor:
-    """Frobenius norms, in float32 at least. `across`: of tensors of which each process has given its part."""
+    """Return Frobenius norms, at least in float32. `across`: each process passes its part of the tensors."""
     import torch
 
     wide = [torch.promote_types(gradient.dtype, torch.float32) for gradient in gradients]
@@ -87,14 +87,14 @@ def norms(gradients: Sequence[torch.Tensor], across: bool) -> torch.Tensor:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor, which is all of it where it is not sharded."""
+    """Return this process's part of a tensor; an unsharded tensor is returned whole."""
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_like(part: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """The tensor of which each process has the part that it has of `other`."""
+    """Return the tensor of which `part` is this process's part, sharded like `other`."""
     from torch.distributed.tensor import DTensor
 
     if not isinstance(other, DTensor):
@@ -110,10 +110,10 @@ def sharded_like(part: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def shard_layers(model: Any, device: str, processes: int, dtype: torch.dtype | None) -> None:
-    """For a model that trains before the one that accelerate shards, in the same way.
+    """Shard a model that trains before accelerate shards the main one, in the same way.
 
     Args:
-        dtype: of the forward pass, where it is not that of the weights.
+        dtype: dtype of the forward pass, if not that of the weights.
     """
     import torch
     from torch.distributed.device_mesh import init_device_mesh
@@ -127,7 +127,7 @@ def shard_layers(model: Any, device: str, processes: int, dtype: torch.dtype | N
 
 
 def release_gathered(model: torch.nn.Module) -> None:
-    """After forward passes without a backward pass, the output layer and what is outside the layers are still whole."""
+    """Reshard what is still gathered after forward passes without a backward pass, e.g. the output layer."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -136,9 +136,9 @@ def release_gathered(model: torch.nn.Module) -> None:
 
 
 def gather(model: torch.nn.Module) -> None:
-    """Make all of an adapter, or of a model trained in full, ordinary tensors again, on the CPU of the first process.
+    """Make an adapter, or a fully trained model, ordinary tensors again, on the CPU of the first process.
 
-    For saving: the model is not trained or used any more. All processes have to call this.
+    For saving: the model must not be trained or used afterwards. All processes must call this.
     """
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -146,10 +146,10 @@ def gather(model: torch.nn.Module) -> None:
 
     wanted = {parameter for parameter in model.parameters() if parameter.requires_grad}
     for layer in model.modules():
-        if isinstance(layer, BaseTunerLayer):  # LoRI saves a factor that it does not train
+        if isinstance(layer, BaseTunerLayer):  # LoRI also saves a factor that is not trained
             wanted |= {parameter for name, parameter in layer.named_parameters() if not name.startswith("base_layer.")}
     first = torch.distributed.get_rank() == 0
-    whole: dict[torch.nn.Parameter, torch.nn.Parameter] = {}  # tied ones stay one
+    whole: dict[torch.nn.Parameter, torch.nn.Parameter] = {}  # keeps tied parameters tied
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter not in wanted or not isinstance(parameter, DTensor):

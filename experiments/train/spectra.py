@@ -1,13 +1,13 @@
-"""How near a training run is to the condition under which the diagonal blocks reach what all of W reaches.
+"""Measures how close a training run is to the condition under which diagonal blocks reach the optimum of all of W.
 
-In a layer Y = X W the gradient over W vanishes with the gradients over its diagonal blocks if every block X_i of the
-input has the column space of X, or every block of the output's gradient g_Y that of g_Y (analysis/theory.py). A run
-with `spectra.every` measures it at every so many optimizer steps, on tokens of the step's first micro-batch, in all
-linear layers that are trained, and writes a line into `spectra.jsonl`:
+In a layer Y = X W the gradient of W vanishes with the gradients of its diagonal blocks if every block X_i of the input
+has the column space of X, or every block of the output's gradient g_Y has that of g_Y (analysis/theory.py). A run with
+`spectra.every` measures this every so many optimizer steps, on tokens of the step's first micro-batch, in all trained
+linear layers, and writes a line into `spectra.jsonl`:
 
     {"step": 21, "tokens": 512, "seconds": 0.03, "layers": {"model.layers.0.mlp.up_proj": {"X": {…}, "g_Y": {…}}, …}}
 
-with what `spectrum` gives. `seconds` is what measuring took. Training itself is not changed by it.
+with the results of `spectrum`. `seconds` is the time of the measurement, which does not affect the training.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from experiments.config import Spectra
 from experiments.errors import UserError
 from experiments.runs.records import cut_lines
 
-# Of X_i's largest singular value, by X's dtype: directions below it may be rounding noise, and are not counted to X_i's
-# column space. In Llama layers whose X or g_Y has a known lower rank, the first singular value that should be zero was
-# at most 1.2e-7 in float32 and 1.6e-3 in bf16, and rounding a trained model's X and g_Y to bf16 adds up to 2.8e-3.
+# Relative to X_i's largest singular value, by X's dtype: smaller directions may be rounding noise and do not count in
+# X_i's column space. In Llama layers whose X or g_Y has a known rank, the first singular value that should be zero
+# was at most 1.2e-7 in float32 and 1.6e-3 in bf16; rounding a trained model's X and g_Y to bf16 adds up to 2.8e-3.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
-DIGITS = 5  # significant ones of what is written
+DIGITS = 5  # significant digits written
 
 
 def spectrum(x: Tensor, blocks: int) -> dict[str, Any]:
-    """What a matrix and its column blocks have in common.
+    """Return how a matrix and its column blocks are related.
 
     Args:
         x: (tokens, features), any floating dtype; computed in float64.
-        blocks: N, into which the features are cut.
+        blocks: N, the number of blocks into which the features are cut.
 
     Returns:
         `stable_rank`: ||X||_F² / ||X||_2²; `energy`: the share of ||X||_F² in the d = features / N largest singular
         directions, 1 if rank(X) ≤ d; and for every block, as lists: `block_stable_rank`, `block_energy` (the share of
         ||X_i||_F² in its d / 4 largest directions) and `covered`, the share of ||X||_F² inside the column space of X_i:
-        at most `energy`, and 1 for every block where the condition holds. The column space is spanned by the left
-        singular vectors of X_i whose singular value is over `TOLERANCE` of the largest.
+        at most `energy`, and 1 for every block if the condition holds. The column space is spanned by the left singular
+        vectors of X_i whose singular value is over `TOLERANCE` of the largest.
 
     Raises:
-        ValueError: N does not divide the features, or X has a number that is not finite.
+        ValueError: N does not divide the features, or X has a non-finite number.
     """
     if x.shape[1] % blocks:
         raise ValueError(f"{blocks} blocks do not divide its {x.shape[1]} features")
@@ -61,15 +61,15 @@ def spectrum(x: Tensor, blocks: int) -> dict[str, Any]:
     tolerance = TOLERANCE[x.dtype]
     x = x.double()
     if x.shape[0] > x.shape[1]:
-        x = torch.linalg.qr(x, mode="r").R  # other rows, the same inner products of columns: nothing below changes
+        x = torch.linalg.qr(x, mode="r").R  # keeps the inner products of columns, so nothing below changes
     width = x.shape[1] // blocks
     rows = x @ x.T
     parts = x.view(x.shape[0], blocks, width).transpose(0, 1)  # (N, tokens, d)
-    # Not from eigenvalues of X_i^T X_i: in float64 nothing is left there of singular values below 1e-8 of the largest.
+    # Not from eigenvalues of X_i^T X_i: in float64 they lose singular values below 1e-8 of the largest.
     left, singular, _ = torch.linalg.svd(parts, full_matrices=False)
     left = left * (singular > tolerance * singular[:, :1])[:, None]
     covered = (left * (rows @ left)).sum((1, 2)) / rows.trace()
-    whole = _shares(torch.linalg.eigvalsh(rows).flip(-1).clamp(min=0), width)  # rounding leaves some below 0
+    whole = _shares(torch.linalg.eigvalsh(rows).flip(-1).clamp(min=0), width)  # rounding makes some negative
     each = _shares(singular.square(), max(1, width // 4))
     return {
         **dict(zip(("stable_rank", "energy"), whole, strict=True)),
@@ -79,7 +79,7 @@ def spectrum(x: Tensor, blocks: int) -> dict[str, Any]:
 
 
 def _shares(squares: Tensor, count: int) -> tuple[Any, Any]:
-    """Of falling squared singular values (…, m): their sum over the largest, and the share of the `count` largest."""
+    """From descending squared singular values (…, m): their sum over the largest, and the `count` largest's share."""
     total = squares.sum(-1)
     return (total / squares[..., 0]).tolist(), (squares[..., :count].sum(-1) / total).tolist()
 
@@ -94,7 +94,7 @@ class MeasureSpectra(TrainerCallback):
         if not self.layers:
             raise UserError("spectra.every: no linear layer is trained, so there is nothing to measure: set it to null")
         self.handles: list[RemovableHandle] = []
-        self.token_index = torch.empty(0, dtype=torch.long)  # of the tokens that are measured
+        self.token_index = torch.empty(0, dtype=torch.long)  # of the measured tokens
         self.seen: dict[str, dict[str, Tensor]] = {}
         self.last: tuple[Callable[[], Tensor | None], Tensor] = (lambda: None, self.token_index)
 
@@ -115,14 +115,14 @@ class MeasureSpectra(TrainerCallback):
         self._measure(state.global_step + 1)
 
     def _choose_tokens(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Evenly over the micro-batch, without its padding."""
+        """Choose tokens evenly over the micro-batch, without its padding."""
         found = kwargs["attention_mask"].flatten().nonzero().flatten()
         self.token_index = found[
             torch.linspace(0, len(found) - 1, min(self.tokens, len(found)), device=found.device).long()
         ]
 
     def _keep(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if self.last[0]() is not inputs[0]:  # q, k and v share theirs
+        if self.last[0]() is not inputs[0]:  # q, k and v share their input
             self.last = weakref.ref(inputs[0]), self._rows(inputs[0])
         self.seen[name] = {"X": self.last[1]}
         if output.requires_grad:
@@ -160,7 +160,7 @@ class MeasureSpectra(TrainerCallback):
 
 
 def trained_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Layers with an adapter, by the names they have in the base; without any, the linear layers that are trained."""
+    """Return the layers with an adapter, by their names in the base; without any, the trained linear layers."""
 
     def named(chosen: Callable[[str, Any], bool]) -> dict[str, nn.Module]:
         found = [(name, module) for name, module in model.named_modules() if chosen(name, module)]
@@ -172,7 +172,7 @@ def trained_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _rounded(value: Any) -> Any:
-    """Numbers with `DIGITS` digits; one that is not a number, of zeros alone, as None."""
+    """Round numbers to `DIGITS` digits; NaN (from all zeros) becomes None."""
     if isinstance(value, dict):
         return {key: _rounded(part) for key, part in value.items()}
     if isinstance(value, list):

@@ -1,5 +1,5 @@
-"""transformers' Trainer with what it lacks: checkpoints without pickle, a data order that needs no replay, and the
-gradient norm of every trained tensor at every step.
+"""transformers' Trainer with additions: checkpoints without pickle, a data order that needs no replay, and the gradient
+norm of every trained tensor at every step.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from experiments.train.sampler import EpochSampler
 class RunTrainer(Trainer):
     """Trains `model`; writes `metrics` (JSON lines, one per optimizer step) and checkpoints.
 
-    `meta` are the hashes of what the training depends on: a checkpoint is resumed only where they agree.
+    `meta` are the hashes of everything that the training depends on: a checkpoint is only resumed if they match.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class RunTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.metrics, self.checkpoint_folder, self.meta = metrics, checkpoint_folder, meta
         self.batch_size = batch_size
-        self.seconds_before = 0.0  # of earlier attempts
+        self.seconds_before = 0.0  # seconds of earlier attempts
         self.resumed_at: list[int] = []
         self.started = self.last_step_end = time.perf_counter()
         self.forward = TargetForward(self.model)
@@ -70,7 +70,7 @@ class RunTrainer(Trainer):
 
     @property
     def trained(self) -> dict[str, torch.nn.Parameter]:
-        """What is trained, by name. Sharding puts other parameters into the model."""
+        """Trained tensors by name, looked up each time because sharding replaces the model's parameters."""
         return trained_tensors(cast(torch.nn.Module, self.model))
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -95,7 +95,7 @@ class RunTrainer(Trainer):
         )
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        """Rows of similar length together; `score_rows` puts them back in their order."""
+        """Return an order by length; `score_rows` restores the original order."""
         return eval_dataset.lengths.argsort(kind="stable").tolist()
 
     # Loss
@@ -103,14 +103,14 @@ class RunTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Over the labelled positions alone, a chunk at a time. `num_items_in_batch`: targets in all micro-batches."""
+        """Compute the loss of labelled positions, in chunks. `num_items_in_batch`: targets in all micro-batches."""
         assert not return_outputs
         targets = self.forward(model, inputs)
         count = len(targets.tokens) if num_items_in_batch is None else int(num_items_in_batch)
         with self.accelerator.autocast():
             loss = targets.loss(max(1, count))
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss *= self.accelerator.num_processes  # gradients are averaged over them
+            loss *= self.accelerator.num_processes  # because gradients are averaged over the processes
         return loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -120,7 +120,7 @@ class RunTrainer(Trainer):
 
     @torch.no_grad()
     def score_rows(self, examples: Examples) -> torch.Tensor:
-        """`Targets.row_scores` of examples that are not trained on, in their order, on the CPU."""
+        """Return `Targets.row_scores` of examples that are not trained on, in order, on the CPU."""
         model = cast(torch.nn.Module, self.model).eval()
         found = []
         for batch in self.get_test_dataloader(cast(Any, examples)):
@@ -138,12 +138,12 @@ class RunTrainer(Trainer):
         return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        if grad_norm is None:  # no clipping was asked for
+        if grad_norm is None:  # clipping is off
             self._norms = self._gradient_norms()
         return super()._get_grad_norm(model, grad_norm)
 
     def _gradient_norms(self) -> list[float]:
-        """Frobenius norms before clipping, in the order of `trained`, with one transfer from the device."""
+        """Return Frobenius norms before clipping, in the order of `trained`, with one transfer from the device."""
         trained = self.trained
         gradients = [sharding.local(parameter.grad) for parameter in trained.values() if parameter.grad is not None]
         if len(gradients) != len(trained):
@@ -151,7 +151,7 @@ class RunTrainer(Trainer):
             raise RuntimeError(f"no gradient reached {len(without)} trained tensors, the first is {without[0]}")
         norms = sharding.norms(gradients, across=self.is_fsdp_enabled).tolist()
         for name, norm in zip(trained, norms, strict=True):
-            if not math.isfinite(norm):  # before the optimizer spoils what is trained and its state
+            if not math.isfinite(norm):  # check before the optimizer corrupts the trained tensors and its state
                 raise Diverged(self.state.global_step + 1, f"the gradient of {name} is not finite")
         return norms
 
@@ -176,13 +176,13 @@ class RunTrainer(Trainer):
             file.write(json.dumps(record) + "\n")
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted: Trainer would walk all modules at every step for a figure nobody reads."""
+        """Return 0: Trainer would walk all modules at every step for a figure that is not used."""
         return 0
 
     # Checkpoints
 
     def resume(self) -> None:
-        """Train from the newest whole checkpoint, or from the start if there is none.
+        """Train from the newest complete checkpoint, or from the start if there is none.
 
         Raises:
             UserError: it was written by another number of processes, or with another sharding.
@@ -198,7 +198,7 @@ class RunTrainer(Trainer):
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     def _newest_checkpoint(self) -> Path | None:
-        """The first process looks for it: checking it reads all of its files."""
+        """Find the checkpoint in the first process only, because checking it reads all of its files."""
         found = checkpoints.newest(self.checkpoint_folder, self.meta) if self.args.process_index == 0 else None
         if not torch.distributed.is_initialized():
             return found
@@ -210,7 +210,7 @@ class RunTrainer(Trainer):
         return {"processes": self.args.world_size, "sharding": "full" if self.is_fsdp_enabled else "none"}
 
     def _tensor_file(self, folder: Path, name: str) -> Path:
-        """Where this process has its part of the weights or of the optimizer's state, or all of them."""
+        """Return the file of this process's part of the weights or the optimizer's state, or of the whole."""
         return folder / (
             f"{name}-{self.args.process_index}.safetensors" if self.is_fsdp_enabled else f"{name}.safetensors"
         )
@@ -225,7 +225,7 @@ class RunTrainer(Trainer):
             self._write_checkpoint(aside, final)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
-            raise OSError(f"{final}: cannot be written, the checkpoint before it stays ({error})") from error
+            raise OSError(f"{final}: cannot be written, the previous checkpoint is kept ({error})") from error
 
     def _write_checkpoint(self, aside: Path, final: Path) -> None:
         if self.args.should_save:
@@ -262,7 +262,7 @@ class RunTrainer(Trainer):
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 sharding.local(parameter).copy_(weights[name])
-        refresh(cast(torch.nn.Module, self.model))  # what is trained inside a weight is written there
+        refresh(cast(torch.nn.Module, self.model))  # writes in-place trained tensors into their weights
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -286,7 +286,7 @@ class RunTrainer(Trainer):
 
 
 class _BetweenSteps(TrainerCallback):
-    """Tells the heartbeat of the step, and stops a training that was asked to, with a checkpoint, unless it is done."""
+    """Updates the heartbeat, and after a signal stops an unfinished training with a checkpoint."""
 
     def __init__(self, heartbeat: Heartbeat) -> None:
         self.heartbeat = heartbeat
@@ -301,7 +301,7 @@ class _BetweenSteps(TrainerCallback):
 
 
 class _Progress(TrainerCallback):
-    """One bar per run, gone when the run is done."""
+    """One progress bar per run, removed when the run is done."""
 
     def __init__(self, title: str) -> None:
         self.title = title
