@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -170,7 +171,7 @@ def test_a_killed_process_resumes(small: list[str]) -> None:
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while process.poll() is None and not list(run.checkpoints.glob("step-*")):
-            pass
+            time.sleep(0.01)
     finally:
         process.kill()
         process.wait()
