@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import time
@@ -49,6 +50,13 @@ def seeded() -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_no_garbage() -> None:
+    """A training collects garbage twice, half a second each with all that is imported: what is there by now stays."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

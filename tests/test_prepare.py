@@ -36,7 +36,6 @@ from experiments.train import methods
 from experiments.train.preparation import Backward, row_steps
 from experiments.train.run import train
 from tests.conftest import planned
-from tests.test_distributed import torchrun
 from tests.test_lock import held_elsewhere
 from tests.test_methods import random_backward
 from tests.test_run import files_of, train_until
@@ -190,6 +189,19 @@ def test_processes_that_train_together_do_not_wait(
     read = lock._read
     monkeypatch.setattr(lock, "_read", lambda path: str(next(beats)) if path.name == "heartbeat.json" else read(path))
     assert "is being written by" in fails_with(lambda: train(run))
+
+
+def torchrun(run: RunPaths) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    done = subprocess.run(
+        [*command, "--nproc_per_node=2", "-m", "experiments.train", str(run.root)],
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow

@@ -1,17 +1,20 @@
 """A pytest plugin that turns PEFT's own test matrices on DiabloConfig.
 
 PEFT's tests are parametrised over lists of cases at module level. Before collection the plugin puts DiaBlo's cases into
-those same lists, and after it keeps only the tests that got a DiaBlo case: none of PEFT's own methods is tested again.
+those same lists, once per forward mode, and after it keeps only the tests that got a DiaBlo case: none of PEFT's own
+methods is tested again. A test whose case has a mode says so in the report, as the property `mode`.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
 import types
 from pathlib import Path
 
+import jinja2
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -93,15 +96,28 @@ def _stub_diffusers() -> None:
     sys.modules["diffusers"] = stub
 
 
-def _with_mode(settings: dict) -> dict:
-    """The settings with the forward mode that this run of the matrices forces."""
-    return {**settings, "mode": os.environ["PEFT_MATRICES_MODE"]}
+MODES = ("auto", "adapter", "in_place")
 
 
-def _can_be_forced(settings: dict) -> bool:
+def _can_be_forced(mode: str, settings: dict) -> bool:
     """Bad input for mode "in_place": dropout, and a layer that is no `nn.Linear`."""
-    refused = settings.get("dropout") or settings["target_modules"] == ["conv1d"]
-    return os.environ["PEFT_MATRICES_MODE"] != "in_place" or not refused
+    refused = settings.get("dropout") or settings["target_modules"] in (["conv1d"], DECODER_TARGETS["tiny-conv1d"])
+    return mode != "in_place" or not refused
+
+
+def _in_all_modes(cases: list[tuple]) -> list[tuple]:
+    """The cases with each forward mode in their settings. Those of one mode stand together."""
+    return [
+        tuple({**part, "mode": mode} if isinstance(part, dict) else part for part in case)
+        for mode in MODES
+        for case in cases
+        if all(_can_be_forced(mode, part) for part in case if isinstance(part, dict))
+    ]
+
+
+def _mode(params: dict) -> str | None:
+    """The forward mode of a test's case; PEFT's tests of a config class alone have none."""
+    return next((value["mode"] for value in params.values() if isinstance(value, dict) and "mode" in value), None)
 
 
 def _names_fit(params: dict) -> bool:
@@ -111,22 +127,24 @@ def _names_fit(params: dict) -> bool:
     return params["config_kwargs"]["target_modules"] == DECODER_TARGETS[Path(params["model_id"]).name]
 
 
+def _compile_templates_once() -> None:
+    """Every `save_pretrained` writes a model card, whose template huggingface_hub compiles anew."""
+    jinja2.Environment.compile = functools.lru_cache(jinja2.Environment.compile)  # pyright: ignore
+
+
 def pytest_configure(config: pytest.Config) -> None:
     _stub_diffusers()
+    _compile_templates_once()
     models = _decoder_models()
-    if os.environ["PEFT_MATRICES_MODE"] == "in_place":
-        models.remove(str(Path(os.environ["PEFT_MATRICES_MODELS"]) / "tiny-conv1d"))
     cases = {
         "tests.test_custom_models": {
-            "TEST_CASES": [(*case[:3], _with_mode(case[3])) for case in CUSTOM_MODEL_CASES if _can_be_forced(case[3])],
-            "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES": [
-                (*case[:3], _with_mode(case[3]), _with_mode(case[4])) for case in TWO_ADAPTER_CASES
-            ],
+            "TEST_CASES": _in_all_modes(CUSTOM_MODEL_CASES),
+            "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES": _in_all_modes(TWO_ADAPTER_CASES),
             "ALL_PEFT_CONFIG_CLASSES": [DiabloConfig],
         },
         "tests.test_decoder_models": {
             "PEFT_DECODER_MODELS_TO_TEST": models,
-            "ALL_CONFIGS": [(kind, _with_mode(settings)) for kind, settings in DECODER_CASES],
+            "ALL_CONFIGS": _in_all_modes(DECODER_CASES),
         },
         "tests.test_config": {"LAYER_INDEXING_CONFIG_CLASSES": [(DiabloConfig, {})]},
     }
@@ -153,5 +171,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         and not (item.path.name == "test_config.py" and item.originalname in NEED_THE_HUB)
         and _names_fit(item.callspec.params)
     ]
+    for item in ours:
+        item.user_properties.append(("mode", _mode(item.callspec.params)))
     config.hook.pytest_deselected(items=[item for item in items if item not in ours])
     items[:] = ours
