@@ -31,7 +31,7 @@ from experiments.config import RunConfig
 from experiments.data.prompts import prompt_text
 from experiments.data.rows import rows_hash
 from experiments.errors import UserError, run_command
-from experiments.models.shapes import block_sklearn_import, resolve_device
+from experiments.models.shapes import resolve_device
 from experiments.runs import preemption
 from experiments.runs.attempts import Heartbeat, attempt
 from experiments.runs.config_files import read_config
@@ -217,7 +217,6 @@ def describe(record: EvalRecord) -> str:
 
 def main(arguments: list[str]) -> None:
     preemption.listen()
-    block_sklearn_import()
     parser = argparse.ArgumentParser(
         prog="python -m eval.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

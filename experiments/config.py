@@ -127,6 +127,11 @@ class Quantization:
     target_modules: str | tuple[str, ...] | None = None
     """Layers that get LoRA factors (loftq, apiq); the others are only quantised."""
 
+    @property
+    def with_factors(self) -> bool:
+        """Whether the method also makes a LoRA for the weights."""
+        return self.method in ("loftq", "apiq")
+
 
 @dataclass(frozen=True)
 class Data:
@@ -340,7 +345,15 @@ class RunConfig:
     runtime: Runtime
     quantization: Quantization | None = None
     spectra: Spectra | None = None
-    mapping: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    mapping: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False, compare=False)
+
+    def not_shardable(self) -> str | None:
+        """Return why the run cannot be sharded; None if it can."""
+        if self.quantization is not None:
+            return "every process would hold all of a quantised base, whose weights are not parameters"
+        if self.spectra is not None:
+            return "spectra (spectra.every) can only be measured where a process has whole weights"
+        return None
 
 
 # Fields of the open mappings, by dotted name: of PEFT's config classes, of `prepare` and of `quantization.options`.

@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
 LONGEST = 500  # characters kept of another program's line
 
@@ -85,14 +86,24 @@ def _text_is_utf8() -> list[str]:
     return [os.fsencode(argument).decode("utf-8", "surrogateescape") for argument in sys.argv[1:]]
 
 
+def prepare_imports() -> None:
+    """Skip the import of sklearn and silence a notice of bitsandbytes in this process.
+
+    If sklearn is installed, transformers imports it, and with it pandas and scipy, for a generation mode that is not
+    used here: one of the six seconds of a start. On a CPU with bf16 instructions bitsandbytes warns at its import,
+    which peft does, that an optional kernel is not installed.
+    """
+    sys.modules.setdefault("sklearn", cast(Any, None))
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
 def run_command(main: Callable[[list[str]], int | None]) -> None:
     """Run a command line. Exit status: 0 or the result of `main`, 1 with one line for an error, 130 if interrupted.
 
     75, sysexits.h's EX_TEMPFAIL, if a signal stopped it: the same command resumes.
     """
     arguments = _text_is_utf8()
-    # peft imports bitsandbytes, which on CPUs with bf16 instructions warns about a missing optional kernel.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    prepare_imports()
     debug = "--debug" in arguments
     try:
         status = main([argument for argument in arguments if argument != "--debug"])

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from experiments.errors import UserError, run_command
 from experiments.models.gguf import converted
-from experiments.models.shapes import block_sklearn_import
 from experiments.plan.compose import plan
 
 
@@ -23,8 +22,6 @@ def main(arguments: list[str]) -> None:
         "overrides", nargs="+", metavar="key=value", help="model=… and, for a file, model.path=FILE.gguf"
     )
     overrides = parser.parse_intermixed_args(arguments).overrides
-
-    block_sklearn_import()
     (config,) = plan(["method=base", "task=arith", *overrides])
     gguf = config.model.gguf
     if gguf is None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from experiments.config import RunConfig
 from experiments.errors import UserError, run_command
 from experiments.models.quantized import make_quantized
-from experiments.models.shapes import block_sklearn_import, resolve_device
+from experiments.models.shapes import resolve_device
 from experiments.plan.compose import plan
 from experiments.runs.config_files import read_config
 from experiments.runs.records import RunPaths, content_hash
@@ -29,7 +29,6 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_intermixed_args(arguments).overrides
     from diablo.quantize.storage import read_record
 
-    block_sklearn_import()
     if all(Path(text).is_dir() for text in given):
         configs = [read_config(RunPaths(Path(text).resolve())) for text in given]
     else:

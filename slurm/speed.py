@@ -83,7 +83,7 @@ def measure_start(folder: Path) -> Iterator[tuple[str, float]]:
     yield f"a step of it; {every} of them and a checkpoint: {(after - plain) / (every * plain):.2%} more", plain
     _train(folder, "method=diablo", "recipe.max_steps=1", seed=0)  # fills the caches for later runs
     modules = "; ".join(f"import experiments.{name}" for name in MODULES)
-    command = "from experiments.models.shapes import block_sklearn_import; block_sklearn_import()"
+    command = "from experiments.errors import prepare_imports; prepare_imports()"
     command += f"; {modules}; import os, peft"
     command += "; os._exit(0)"  # skips the end of the process, which takes time as well
     imports, first, whole = [], [], []

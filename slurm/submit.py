@@ -35,7 +35,6 @@ from experiments.runs.config_files import group_hash, read_config
 from experiments.runs.differences import differing
 from experiments.runs.records import RunPaths
 from experiments.settings import with_values
-from experiments.train.checkpoint import MANIFEST, check_layout
 from slurm.arrays import Array, Options, arrays, submit_array
 from slurm.cluster import Cluster, Resources, read_cluster, sbatch_lines
 from slurm.follow_up import submit_follow_up
@@ -236,6 +235,8 @@ def _with_sharding(config: RunConfig, cluster: Cluster) -> RunConfig:
 
 def _check_checkpoint(config: RunConfig, cluster: Cluster) -> None:
     """Raise a UserError if the run cannot resume from its checkpoint, which the job would only find hours later."""
+    from experiments.train.checkpoint import MANIFEST, check_layout
+
     manifests = sorted(run_paths(config).checkpoints.glob(f"step-*/{MANIFEST}"))
     if manifests:
         resources = cluster.resources(config)

@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
 from experiments.config import Model, RunConfig
 from experiments.data import hub
 from experiments.errors import UserError
@@ -13,16 +17,11 @@ from experiments.models.shapes import context_length, weights_dtype
 from experiments.models.tiny import make_base
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_full_precision(config: RunConfig, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the base model of a run before any quantisation."""
-    import torch
-    import transformers
-    from transformers import AutoModelForCausalLM
-
     model, path = config.model, base_path(config)
     transformers.utils.logging.disable_progress_bar()  # we show our own
     dtype = weights_dtype(model, device)
@@ -70,8 +69,6 @@ def base_name(config: RunConfig, base: PreTrainedModel) -> str:
 
 def load_config(model: Model, path: str | Path) -> PretrainedConfig:
     """Load the config of a base model. One with its own code is refused; transformers would wait for a confirmation."""
-    from transformers import AutoConfig
-
     try:
         config = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -83,8 +80,6 @@ def load_config(model: Model, path: str | Path) -> PretrainedConfig:
 
 
 def load_tokenizer(model: Model, path: str | Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -13,19 +13,40 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.compute as pc
+import torch
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers.utils.hub import cached_file
+
+from diablo import quantize
+from diablo.quantize import (
+    QuantizationSettings,
+    calibration_windows,
+    load_quantized,
+    quantize_model,
+    replace_linears,
+    sizes,
+)
+from diablo.quantize.settings import NORMAL_FLOAT
+from diablo.quantize.storage import RECORD, decoder_layers, read_record, tensors_hash
 from experiments.config import RunConfig
+from experiments.data.prompts import select_rows
+from experiments.data.rows import load_rows
+from experiments.data.tokens import tokenised
 from experiments.errors import UserError
+from experiments.models.full_precision import base_path, cannot_load, load_full_precision, load_tokenizer
+from experiments.models.shapes import empty_base, resolve_device, weights_dtype, with_dtype
+from experiments.runs.attempts import Heartbeat
+from experiments.runs.lock import locked
 from experiments.runs.received import check_folder
 from experiments.runs.records import RunPaths, content_hash, file_hash
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from diablo.quantize import QuantizationSettings
 
-WITH_FACTORS = ("loftq", "apiq")  # methods that also make a LoRA for the weights
 NOT_THE_WEIGHTS = ("__init__.py", "merging.py")  # files in diablo/quantize that do not affect the weights
 
 
@@ -37,9 +58,6 @@ def load_quantized_base(
     A finished run's base is found by its hash, `trained_on`, even if the code that made it has changed since.
     `base.quantization` is its record; `base.start_adapter` is the folder of its LoRA, if it has one.
     """
-    from diablo.quantize import load_quantized
-    from experiments.models.full_precision import base_path, load_tokenizer
-
     folder = (trained_on and _with_hash(config, trained_on)) or make_quantized(config, device)
     try:
         check_folder(folder)
@@ -47,14 +65,12 @@ def load_quantized_base(
     except ValueError as error:
         raise UserError(f"{error}: delete {folder}") from None
     base.config.use_cache = True
-    if config.quantization and config.quantization.method in WITH_FACTORS:
+    if config.quantization and config.quantization.with_factors:
         base.start_adapter = folder / "adapter"
     return base, load_tokenizer(config.model, base_path(config))
 
 
 def _with_hash(config: RunConfig, digest: str) -> Path | None:
-    from diablo.quantize.storage import RECORD, read_record
-
     folders = sorted(path.parent for path in _home(config).glob(f"*/{RECORD}"))
     for folder in folders:
         try:
@@ -72,11 +88,6 @@ def _home(config: RunConfig) -> Path:
 
 def make_quantized(config: RunConfig, device: str, progress: bool = True) -> Path:
     """Return the complete folder of a run's quantised base. Other processes that need the same one wait for it."""
-    from diablo.quantize import quantize_model
-    from diablo.quantize.storage import read_record
-    from experiments.models.full_precision import cannot_load, load_full_precision
-    from experiments.models.shapes import with_dtype
-
     config, settings = with_dtype(config, device), _settings(config)
     try:
         tokens = calibration_tokens(config)
@@ -96,9 +107,6 @@ def make_quantized(config: RunConfig, device: str, progress: bool = True) -> Pat
 
 def start_from(model: Any, folder: Path, label: str) -> None:
     """Load into an attached LoRA the factors made with its base."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
     try:
         result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
     except RuntimeError as error:
@@ -115,13 +123,6 @@ def planned_sizes(config: RunConfig, dtype: torch.dtype | None = None) -> dict[s
     Args:
         dtype: dtype of the tensors that are not quantised; default: that of a run on this machine.
     """
-    import torch
-
-    from diablo.quantize import replace_linears, sizes
-    from diablo.quantize.settings import NORMAL_FLOAT
-    from diablo.quantize.storage import decoder_layers
-    from experiments.models.shapes import empty_base, resolve_device, weights_dtype
-
     settings = _settings(config)
     base: Any = empty_base(config.model.architecture)
     base = base.to(dtype or weights_dtype(config.model, str(resolve_device(config.runtime.device))))
@@ -157,8 +158,6 @@ def print_sizes(counted: Sequence[tuple[RunConfig, int]]) -> None:
 
 
 def _settings(config: RunConfig) -> QuantizationSettings:
-    from diablo.quantize import QuantizationSettings
-
     given = {key: value for key, value in config.mapping["quantization"].items() if key != "calibration"}
     try:
         return QuantizationSettings(**given)
@@ -168,15 +167,6 @@ def _settings(config: RunConfig) -> QuantizationSettings:
 
 def calibration_tokens(config: RunConfig) -> Tensor | None:
     """Return token ids, `(samples, length)`: windows of a text, or of the run's concatenated training rows."""
-    import pyarrow.compute as pc
-    import torch
-
-    from diablo.quantize import calibration_windows
-    from experiments.data.prompts import select_rows
-    from experiments.data.rows import load_rows
-    from experiments.data.tokens import tokenised
-    from experiments.models.full_precision import base_path, load_tokenizer
-
     wanted = config.quantization and config.quantization.calibration
     if wanted is None:
         return None
@@ -198,9 +188,6 @@ def calibration_tokens(config: RunConfig) -> Tensor | None:
 
 
 def _folder(config: RunConfig, settings: QuantizationSettings, tokens: Tensor | None) -> Path:
-    from diablo import quantize
-    from diablo.quantize.storage import tensors_hash
-
     model = config.model
     code = {path.name: file_hash(path) for path in sorted(Path(quantize.__file__).parent.glob("*.py"))}
     decides = [
@@ -216,10 +203,6 @@ def _folder(config: RunConfig, settings: QuantizationSettings, tokens: Tensor | 
 
 def _files(config: RunConfig) -> Any:
     """Return what identifies the full-precision base: the hashes of its files, or a hub id and commit."""
-    from transformers.utils.hub import cached_file
-
-    from experiments.models.full_precision import base_path
-
     path = base_path(config)
     if Path(path).is_dir():
         kept = [file for file in sorted(Path(path).iterdir()) if file.suffix in (".safetensors", ".bin")]
@@ -232,9 +215,6 @@ def _files(config: RunConfig) -> Any:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, like that of a run; wait for a process that is working there."""
-    from experiments.runs.attempts import Heartbeat
-    from experiments.runs.lock import locked
-
     folder.mkdir(parents=True, exist_ok=True)
     home = RunPaths(folder)
     with locked(home, wait_for_holder=True) as lock:

@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from experiments.config import Model, RunConfig
 from experiments.errors import UserError
 from experiments.settings import with_values
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel
-
-
-def block_sklearn_import() -> None:
-    """Prevent the import of sklearn in this process; call it at a command's start.
-
-    transformers imports it if installed, and with it pandas and scipy, for a generation mode we do not use. This
-    saves one of a start's six seconds.
-    """
-    sys.modules.setdefault("sklearn", cast(Any, None))
 
 
 def resolve_device(name: str) -> torch.device:
     """Return the device for `runtime.device`: `auto` is this process's GPU if there is one, else the CPU."""
-    import torch
-
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     elif name.startswith("cuda") and not torch.cuda.is_available():
@@ -42,8 +33,6 @@ def weights_dtype(model: Model, device: str) -> torch.dtype:
 
     A CPU without bfloat16 instructions is 25 times as slow with it (SmolLM2-135M, forward and backward pass).
     """
-    import torch
-
     name = model.dtype
     if name == "auto":
         on_gpu = device.startswith("cuda")
@@ -59,9 +48,6 @@ def with_dtype(config: RunConfig, device: str) -> RunConfig:
 
 def build_config(architecture: Mapping[str, Any]) -> PretrainedConfig:
     """Return transformers' config for a `model.architecture` section."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
     settings = dict(architecture)
     try:
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
@@ -71,9 +57,6 @@ def build_config(architecture: Mapping[str, Any]) -> PretrainedConfig:
 
 def empty_base(architecture: Mapping[str, Any]) -> PreTrainedModel:
     """Return the model's structure on the meta device: shapes and names, no weights."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(build_config(architecture))
 
@@ -99,8 +82,6 @@ def count_parameters(base: PreTrainedModel) -> int:
 
 def weights_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     """Return the sha256 of names, shapes, dtypes and bytes. About a gigabyte per second."""
-    import torch
-
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

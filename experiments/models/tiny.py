@@ -14,12 +14,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
 from experiments.config import Model
 from experiments.data import arith
+from experiments.data.prompts import Example, collate
+from experiments.models.shapes import build_config
 from experiments.runs.records import content_hash, file_hash
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    pass
 
 PAD, BOS, EOS = 0, 1, 2
 TOKENIZER_DOCUMENTS = 4000
@@ -52,9 +59,6 @@ def make_base(model: Model, cache: Path) -> Path:
 
 def make_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
     """Train byte-level BPE on the corpus. Numbers up to 99 and calculator marks are one token; any text is encoded."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -80,13 +84,6 @@ def make_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
 
 def _pretrain(model: Model, folder: Path) -> None:
     """Train the model and write it. A plain loop: one minute, one schedule, nothing to resume or sweep."""
-    import torch
-    from tqdm import tqdm
-    from transformers import AutoModelForCausalLM
-
-    from experiments.data.prompts import Example, collate
-    from experiments.models.shapes import build_config
-
     settings = model.pretraining
     assert settings is not None
     steps = settings.steps

@@ -10,7 +10,6 @@ from experiments.plan.choose import setting_label
 from experiments.plan.memory import Memory, estimate
 from experiments.runs.sizes import gibibytes
 from experiments.settings import with_values
-from experiments.train.sharding import not_shardable
 
 USABLE = 0.92  # share of a GPU's memory; CUDA's context, NCCL's buffers and fragmentation take the rest
 
@@ -61,11 +60,11 @@ def _shardings(config: RunConfig, gpus: int) -> list[str]:
     if config.method.trains == "nothing":
         return ["none"]
     if asked == "full":
-        if (reason := not_shardable(config)) or gpus < 2:
+        if (reason := config.not_shardable()) or gpus < 2:
             why = reason or f"{setting_label(config)} gets {max(1, gpus)} GPU: give more"
             raise UserError(f"runtime.sharding=full: {why}, or runtime.sharding=auto")
         return ["full"]
-    return ["none"] if asked == "none" or gpus < 2 or not_shardable(config) else ["none", "full"]
+    return ["none"] if asked == "none" or gpus < 2 or config.not_shardable() else ["none", "full"]
 
 
 def with_sharding(config: RunConfig, sharding: str) -> RunConfig:
@@ -116,7 +115,7 @@ def _first(changes: Iterator[tuple[str, Memory]], gpu_bytes: int) -> str | None:
 
 def _single_changes(config: RunConfig, gpus: int, largest: int) -> Iterator[Iterator[tuple[str, Memory]]]:
     """Yield the changes of each kind, the smallest first."""
-    if not not_shardable(config):
+    if not config.not_shardable():
         whole = _shardings(config, gpus)[-1] == "none"
         counts = [count for count in _counts(config, largest) if count > (1 if whole else gpus)]
         asked = "runtime.sharding=auto and " if config.runtime.sharding == "none" else ""
@@ -134,7 +133,7 @@ def _several_changes(config: RunConfig, largest: int) -> Iterator[tuple[str, Mem
     small, text = _with_micro_batch(config, 1), "recipe.micro_batch_size=1"
     if _can_checkpoint(config):
         small, text = _checkpointed(small), f"runtime.gradient_checkpointing=true and {text}"
-    for gpus in _counts(small, 1 if not_shardable(small) else largest):
+    for gpus in _counts(small, 1 if small.not_shardable() else largest):
         yield f"{text} on {gpus} GPUs", estimate(with_sharding(small, "full" if gpus > 1 else "none"), gpus)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from experiments.config import Quantization
 from experiments.errors import UserError
-from experiments.models.quantized import WITH_FACTORS
+from experiments.settings import section
 
 Config = dict[str, Any]
 NOT_PLAIN = ("use_dora", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern")
@@ -28,7 +29,7 @@ def name_quantized(config: Config) -> None:
             f"method={method['name']} changes the weights or needs their gradients, but quantization="
             f"{quantization['method']} keeps them as packed integers: choose another method, or quantization=none"
         )
-    if quantization["method"] in WITH_FACTORS:
+    if section(Quantization, quantization).with_factors:
         _check_lora(method, quantization)
     method["label"] += f"-{name}"
 

@@ -133,9 +133,6 @@ def main(arguments: list[str]) -> None:
     preemption.listen()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # keeps the output of libraries out of the answers
-    from experiments.models.shapes import block_sklearn_import
-
-    block_sklearn_import()
     for name in ("experiments.train.run", "eval.run"):  # before the first job, so that its time excludes imports
         import_module(name)
 

@@ -14,18 +14,16 @@ import os
 from pathlib import Path
 
 from experiments.errors import Preempted, run_command
-from experiments.models.shapes import block_sklearn_import
 from experiments.runs import preemption
 from experiments.runs.records import RunPaths
-from experiments.train.processes import leave
 
 
 def main(arguments: list[str]) -> None:
     preemption.listen()
-    block_sklearn_import()
     parser = argparse.ArgumentParser(prog="python -m experiments.train", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="a run directory made by `python -m experiments.plan`")
     run = RunPaths(parser.parse_intermixed_args(arguments).run.resolve())
+    from experiments.train.processes import leave
     from experiments.train.run import train
 
     try:

@@ -17,12 +17,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+import torch
+
 from experiments.errors import UserError
 from experiments.runs.records import file_hash, write_atomically
 from experiments.train.sharding import local, sharded_like
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 KEEP = 2  # the newest, and the one before it in case the newest is damaged
 MANIFEST = "manifest.json"
@@ -91,8 +94,6 @@ def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], d
 
     Sharded tensors are reduced to this process's part.
     """
-    import torch
-
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
     for index, entries in state["state"].items():
@@ -121,9 +122,6 @@ def unflatten_optimizer(
 
 def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return the states of torch's generators (uint8 tensors) and of Python's and NumPy's (JSON)."""
-    import numpy as np
-    import torch
-
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -133,9 +131,6 @@ def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def restore_random_state(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> None:
-    import numpy as np
-    import torch
-
     torch.set_rng_state(tensors["cpu"])
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):

@@ -17,6 +17,19 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import peft
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from diablo import suggest_num_blocks
+from diablo.blocks.model import fit_shards
+from diablo.methods.residual import check_start, initial_factors, save_adapter
+from diablo.quantize import dequantize_model, merge_dequantized, quantized_layers
+from diablo.targets import check_targets
+from diablo.tied import untie
 from experiments.config import Method
 from experiments.data import hub
 from experiments.errors import UserError, nearest
@@ -25,9 +38,7 @@ from experiments.runs.received import check_fields, check_file_names, check_targ
 from experiments.runs.records import read_json
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftConfig
-    from transformers import PreTrainedModel
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 WHOLE_MODEL = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
@@ -86,12 +97,6 @@ def attach(
     base.requires_grad_(method.trains == "all")
     if method.trains != "adapter":
         return base
-    import peft
-
-    from diablo.blocks.model import fit_shards
-    from diablo.methods.residual import check_start
-    from diablo.targets import check_targets
-
     on_meta = next(base.parameters()).is_meta
     try:
         config = peft_config(_sized(method, base))
@@ -111,8 +116,6 @@ def attach(
 
 
 def _is_quantized(base: torch.nn.Module) -> bool:
-    from diablo.quantize import quantized_layers
-
     return bool(quantized_layers(base))
 
 
@@ -139,8 +142,6 @@ def _prepared(
 @contextmanager
 def _deterministic() -> Iterator[None]:
     """Make GPU backward passes deterministic, so that a resumed run prepares exactly the same start."""
-    import torch
-
     before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -158,8 +159,6 @@ def _sized(method: Method, base: PreTrainedModel) -> Mapping[str, Any]:
         raise UserError("method.adapter.num_blocks=auto and method.budget=… (e.g. 0.005) belong together: give both")
     if budget is None:
         return adapter
-    from diablo import suggest_num_blocks
-
     targets = adapter["target_modules"]
     return {**adapter, "num_blocks": suggest_num_blocks(base, budget, target_modules=targets)}
 
@@ -186,17 +185,11 @@ def trained_tensors(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 def initial_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return what saving needs from the start: A and B of methods that subtract them from the base, else nothing."""
-    from peft import PeftModel
-
-    from diablo.methods.residual import initial_factors
-
     return initial_factors(model) if isinstance(model, PeftModel) else {}
 
 
 def prepared_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return untrained tensors chosen in preparation: integers that the adapter's layers keep, e.g. indices."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     layers = [name for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
     buffers = {f"{name}.{key}": tensor for name in layers for key, tensor in model.get_submodule(name).named_buffers()}
     return {name: tensor for name, tensor in buffers.items() if not tensor.is_floating_point()}
@@ -204,11 +197,6 @@ def prepared_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def save(method: Method, model: torch.nn.Module, folder: Path, initial: dict[str, torch.Tensor]) -> None:
     """Write what was trained: PEFT's two files for an adapter, the whole model for full fine-tuning."""
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
-    from diablo.methods.residual import save_adapter
-
     if isinstance(model, PeftModel):
         with hub.offline(), warnings.catch_warnings():
             # PEFT would ask the hub, in the middle of training, whether the vocabulary is the base's.
@@ -240,9 +228,6 @@ def load(method: Method, base: PreTrainedModel, folder: Path, merge: bool) -> Pr
     other modules share, e.g. an output layer tied to the embedding, is untied first.
     """
     # Importing diablo also registers the adapter types that PEFT does not have.
-    from diablo.quantize import dequantize_model, merge_dequantized
-    from diablo.tied import untie
-
     quantized = _is_quantized(base)
     if method.trains == "nothing":
         return dequantize_model(base) if merge and quantized else base
@@ -251,8 +236,6 @@ def load(method: Method, base: PreTrainedModel, folder: Path, merge: bool) -> Pr
     if method.trains == "all":  # the base's own config, because one stored with the weights could name other code
         trained: Any = type(base).from_pretrained(folder, config=base.config, dtype=base.dtype, use_safetensors=True)
         return trained.to(base.device)
-    import peft
-
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -292,8 +275,6 @@ def _check_files(folder: Path, whole_model: bool) -> None:
 
 def _check_finite(folder: Path) -> None:
     """Raise a UserError if a tensor in the folder's files is not finite: its training failed."""
-    from safetensors import SafetensorError, safe_open
-
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
@@ -310,7 +291,5 @@ def _check_finite(folder: Path) -> None:
 
 def _merges(model: torch.nn.Module) -> bool:
     """Return whether PEFT can merge the adapter: prompt methods have no layers, and some layers have no merge."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     return any(type(layer).merge is not BaseTunerLayer.merge for layer in layers)

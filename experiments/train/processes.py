@@ -11,14 +11,18 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+import torch
+import torch.distributed
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed import DistNetworkError
+
 from experiments.config import Recipe
 from experiments.errors import Preempted, UserError
 from experiments.runs import preemption
 from experiments.runs.sizes import gibibytes
 
 if TYPE_CHECKING:
-    import torch
-    from torch._C._distributed_c10d import TCPStore
+    pass
 
 # Seconds until a process gives up on others that have not started. The first may wait up to 600 s for the lock of
 # an earlier attempt, and a node may import from a slow disk.
@@ -66,8 +70,6 @@ def join(device: torch.device) -> None:
     Raises:
         UserError: a process did not start within `JOIN` seconds.
     """
-    import torch.distributed
-
     rank, world = int(os.environ.get("RANK", "0")), world_size()
     if world == 1 or torch.distributed.is_initialized():
         return
@@ -97,9 +99,6 @@ def join(device: torch.device) -> None:
 
 def _connect(rank: int, world: int, deadline: float) -> TCPStore:
     """Return the store through which the processes meet, served by torchrun or else by the first process."""
-    from torch._C._distributed_c10d import TCPStore
-    from torch.distributed import DistNetworkError
-
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     noted = time.monotonic()
@@ -133,8 +132,6 @@ def _is_there(host: str, port: int) -> bool:
 
 
 def _member(device: torch.device) -> Member:
-    import torch
-
     if device.type != "cuda":
         return Member(socket.gethostname(), device.type, 0)
     about = torch.cuda.get_device_properties(device)
@@ -152,16 +149,12 @@ def mixed_memory(members: list[Member]) -> str | None:
 
 
 def wait_for_everyone() -> None:
-    import torch.distributed
-
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
 
 def leave() -> None:
     """Leave the process group at the end of the process; a second training in it would use the same group."""
-    import torch.distributed
-
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     _stores.clear()

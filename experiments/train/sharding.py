@@ -10,12 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
 from experiments.config import RunConfig
 from experiments.errors import UserError
 from experiments.train.processes import world_size
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 def sharding_of(config: RunConfig) -> str:
@@ -28,18 +35,9 @@ def sharding_of(config: RunConfig) -> str:
             "runtime.sharding=full shards a model over processes, but there is only one: start the training with "
             "torchrun --nproc_per_node N, or plan it again with runtime.sharding=none"
         )
-    if (reason := not_shardable(config)) is not None:
+    if (reason := config.not_shardable()) is not None:
         raise UserError(f"runtime.sharding=full: {reason}: plan it with runtime.sharding=none")
     return sharding
-
-
-def not_shardable(config: RunConfig) -> str | None:
-    """Return why a run cannot be sharded; None if it can."""
-    if config.quantization is not None:
-        return "every process would hold all of a quantised base, whose weights are not parameters"
-    if config.spectra is not None:
-        return "spectra (spectra.every) can only be measured where a process has whole weights"
-    return None
 
 
 def trainer_settings() -> dict[str, Any]:
@@ -54,8 +52,6 @@ def trainer_settings() -> dict[str, Any]:
 
 def shard_on_cpu(state: Any, arguments: Any) -> None:
     """Set accelerate's state to shard on a CPU: accelerate itself does so only on GPUs, although FSDP2 can."""
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-
     if getattr(state, "fsdp_plugin", None) is None:
         state.fsdp_plugin = FullyShardedDataParallelPlugin(**arguments.fsdp_plugin_args)
         state.distributed_type = DistributedType.FSDP
@@ -66,17 +62,12 @@ def choose_precision(state: Any, in_bf16: bool) -> None:
 
     With an adapter nothing is cast: the base has 16 bits and the adapter float32, as without sharding.
     """
-    import torch
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
     mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     state.fsdp_plugin.mixed_precision_policy = mixed if in_bf16 else MixedPrecisionPolicy()
 
 
 def norms(gradients: Sequence[torch.Tensor], across: bool) -> torch.Tensor:
     """Return Frobenius norms, at least in float32. `across`: each process passes its part of the tensors."""
-    import torch
-
     wide = [torch.promote_types(gradient.dtype, torch.float32) for gradient in gradients]
     each = [torch.linalg.vector_norm(part, dtype=dtype) for part, dtype in zip(gradients, wide, strict=True)]
     if not across:
@@ -88,15 +79,11 @@ def norms(gradients: Sequence[torch.Tensor], across: bool) -> torch.Tensor:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """Return this process's part of a tensor; an unsharded tensor is returned whole."""
-    from torch.distributed.tensor import DTensor
-
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_like(part: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Return the tensor of which `part` is this process's part, sharded like `other`."""
-    from torch.distributed.tensor import DTensor
-
     if not isinstance(other, DTensor):
         return part
     return DTensor.from_local(
@@ -115,10 +102,6 @@ def shard_layers(model: Any, device: str, processes: int, dtype: torch.dtype | N
     Args:
         dtype: dtype of the forward pass, if not that of the weights.
     """
-    import torch
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype else MixedPrecisionPolicy()
     mesh = init_device_mesh(device, (processes,))
     layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
@@ -128,8 +111,6 @@ def shard_layers(model: Any, device: str, processes: int, dtype: torch.dtype | N
 
 def release_gathered(model: torch.nn.Module) -> None:
     """Reshard what is still gathered after forward passes without a backward pass, e.g. the output layer."""
-    from torch.distributed.fsdp import FSDPModule
-
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -140,10 +121,6 @@ def gather(model: torch.nn.Module) -> None:
 
     For saving: the model must not be trained or used afterwards. All processes must call this.
     """
-    import torch
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from torch.distributed.tensor import DTensor
-
     wanted = {parameter for parameter in model.parameters() if parameter.requires_grad}
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):  # LoRI also saves a factor that is not trained
