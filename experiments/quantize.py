@@ -14,8 +14,6 @@ from pathlib import Path
 
 from experiments.config import RunConfig
 from experiments.errors import UserError, run_command
-from experiments.models.quantized import make_quantized
-from experiments.models.shapes import resolve_device
 from experiments.plan.compose import plan
 from experiments.runs.config_files import read_config
 from experiments.runs.records import RunPaths, content_hash
@@ -28,6 +26,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("overrides", nargs="+", metavar="RUN | key=value", help="run directories, or arguments of plan")
     given = parser.parse_intermixed_args(arguments).overrides
     from diablo.quantize.storage import read_record
+    from experiments.models.quantized import make_quantized
+    from experiments.models.shapes import resolve_device
 
     if all(Path(text).is_dir() for text in given):
         configs = [read_config(RunPaths(Path(text).resolve())) for text in given]

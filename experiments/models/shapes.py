@@ -7,20 +7,19 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from experiments.config import Model, RunConfig
 from experiments.errors import UserError
 from experiments.settings import with_values
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 
 def resolve_device(name: str) -> torch.device:
     """Return the device for `runtime.device`: `auto` is this process's GPU if there is one, else the CPU."""
+    import torch
+
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     elif name.startswith("cuda") and not torch.cuda.is_available():
@@ -33,6 +32,8 @@ def weights_dtype(model: Model, device: str) -> torch.dtype:
 
     A CPU without bfloat16 instructions is 25 times as slow with it (SmolLM2-135M, forward and backward pass).
     """
+    import torch
+
     name = model.dtype
     if name == "auto":
         on_gpu = device.startswith("cuda")
@@ -48,6 +49,9 @@ def with_dtype(config: RunConfig, device: str) -> RunConfig:
 
 def build_config(architecture: Mapping[str, Any]) -> PretrainedConfig:
     """Return transformers' config for a `model.architecture` section."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
     settings = dict(architecture)
     try:
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
@@ -57,6 +61,9 @@ def build_config(architecture: Mapping[str, Any]) -> PretrainedConfig:
 
 def empty_base(architecture: Mapping[str, Any]) -> PreTrainedModel:
     """Return the model's structure on the meta device: shapes and names, no weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(build_config(architecture))
 
@@ -82,6 +89,8 @@ def count_parameters(base: PreTrainedModel) -> int:
 
 def weights_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     """Return the sha256 of names, shapes, dtypes and bytes. About a gigabyte per second."""
+    import torch
+
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
