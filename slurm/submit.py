@@ -54,7 +54,7 @@ def submit(
     if selection.budget is not None and reasons(selected.configs, selection.speed):
         print("the budget counts the whole time limit of runs whose GPU-hours are unknown")
     found = stages_of(selected.configs, selected.by)
-    first = {} if options.second_stage else {config.run_id: (config, False) for config in found.first}
+    first = {} if options.second_stage else {config.run_id: (config, False) for config in found.rate_search}
     planned = {**first, **{config.run_id: (config, True) for config in found.final}}
     wanted = [(_with_frozen_evaluation(config), scored) for config, scored in planned.values()]
     if not wanted:

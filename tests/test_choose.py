@@ -65,7 +65,7 @@ def rates(configs: list[RunConfig]) -> list[tuple[str, float, int]]:
 
 
 def choose(arguments: list[str], record: TrainRecord, scores: dict[float, tuple[float | None, float]]) -> Stages:
-    for config in stages(arguments).first:
+    for config in stages(arguments).rate_search:
         pretend(config, record, *scores[config.recipe.learning_rate])
     return stages(arguments)
 
@@ -75,11 +75,11 @@ def test_the_first_stage_has_one_seed_and_the_second_waits_for_it(
 ) -> None:
     arguments = experiment()
     found = stages(arguments)
-    assert rates(found.first) == [(name, rate, 3) for name in ("lora", "diablo") for rate in (1e-3, 1e-2, 1e-1)]
+    assert rates(found.rate_search) == [(name, rate, 3) for name in ("lora", "diablo") for rate in (1e-3, 1e-2, 1e-1)]
     assert rates(found.final) == [("base", 0, 0)]  # it has nothing to choose
     assert len(found.to_come) == 4
     assert found.undecided[0].startswith("lora-r6 on tiny and arith waits for tiny-lora-r6-arith-s3-")
-    for config in found.first[:3]:
+    for config in found.rate_search[:3]:
         pretend(config, record, {1e-3: 0.5, 1e-2: 0.25, 1e-1: 1.0}[config.recipe.learning_rate], 0.0)
     found = stages(arguments)
     assert rates(found.final) == [("lora", 1e-2, 3), ("lora", 1e-2, 4), ("base", 0, 0)]
@@ -95,10 +95,10 @@ def test_what_is_best(experiment: Callable[..., list[str]], record: TrainRecord)
     assert stages(experiment(by="exact_match")).chosen()[0] == "lora-r6: learning rate 0.01"
     found = choose(experiment(by="exact_match"), record, {**scores, 1e-1: (0.125, 0.5)})
     assert rates(found.final)[:2] == [("lora", 1e-1, 3), ("lora", 1e-1, 4)]
-    for config in found.first[:2]:
+    for config in found.rate_search[:2]:
         run_paths(config).learning_rate.write_text("left from a smaller grid", encoding="utf-8")
     write_choices(found)
-    kept = [run_paths(config).learning_rate.is_file() for config in found.first[:3]]
+    kept = [run_paths(config).learning_rate.is_file() for config in found.rate_search[:3]]
     assert kept == [False, False, True]
     table = list(csv.DictReader(to_csv(found).splitlines()))
     assert [(row["learning_rate"], row["loss"], row["chosen"]) for row in table][:3] == [
@@ -127,7 +127,7 @@ def test_reproduce_chooses_trains_and_reports(
     overrides = [*overrides, "recipe.max_steps=4"]
     page = reproduce(name, overrides, tmp_path / "report", workers=workers)
     found = stages([f"experiment={name}", *overrides])
-    assert len(found.first) == 4
+    assert len(found.rate_search) == 4
     assert len(found.final) == 5
     assert not found.undecided
     for tried in found.tried:

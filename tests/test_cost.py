@@ -73,7 +73,7 @@ def test_without_the_tokenizer_tokens_are_what_one_row_is_said_to_have() -> None
 
 def test_a_budget_gives_every_setting_one_seed_before_any_gets_two(cells: str, fails_with: FailsWith) -> None:
     found = stages([cells])
-    assert (len(found.first), len(found.final), len(found.to_come)) == (2, 2, 2)
+    assert (len(found.rate_search), len(found.final), len(found.to_come)) == (2, 2, 2)
     speed = Speed({"": 1000.0})
     hour = gpu_hours(found.final[0], speed)
     assert hour is not None

@@ -65,7 +65,7 @@ def test_a_learning_rate_that_diverged_was_tried_and_is_not_chosen(tmp_path: Pat
     grid = "method=lora recipe.learning_rate=1e-3,1e-2,1e30 recipe.max_steps=4 recipe.warmup_steps=0"
     file.write_text(f"title: rates\nlearning_rate_by: loss\ngrids:\n  - {grid}\n", encoding="utf-8")
     arguments = [f"experiment={file}", *small]
-    first = stages(arguments).first
+    first = stages(arguments).rate_search
     for run in write_runs(first)[:2]:
         train(run)
     with pytest.raises(UserError, match="diverged"):

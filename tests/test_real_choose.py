@@ -42,7 +42,7 @@ def test_rates_are_chosen_by_the_held_out_rows_with_grouping_by_length(
     overrides = [*smollm2_slice, *settings(tmp_path, data_root), *few]
     page = reproduce(str(file), overrides, tmp_path / "report")
     found = stages([f"experiment={file}", *overrides])
-    assert (len(found.first), len(found.final), found.undecided) == (4, 2, [])
+    assert (len(found.rate_search), len(found.final), found.undecided) == (4, 2, [])
 
     losses: dict[str, dict[float, float]] = {}
     for tried in found.tried:

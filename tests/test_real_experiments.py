@@ -140,7 +140,7 @@ def test_an_experiment_runs_from_plan_to_page(
     told = capfd.readouterr().err
 
     found, whole = stages([f"experiment={file}", *overrides]), plan([f"experiment={name}", "seed=0"])
-    assert found.first
+    assert found.rate_search
     assert not found.undecided
     assert kinds(found.final) == kinds(whole)
     assert len({config.task.name for config in found.final}) == len({config.task.name for config in whole})
@@ -148,7 +148,9 @@ def test_an_experiment_runs_from_plan_to_page(
     assert runs.problems == []
     assert set(runs.frame["run_id"]) == {config.run_id for config in found.final}
     assert not any(math.isnan(value) for value in runs.frame["accuracy"])
-    assert len((page.parent / "learning_rates.csv").read_text(encoding="utf-8").splitlines()) == 1 + len(found.first)
+    assert len((page.parent / "learning_rates.csv").read_text(encoding="utf-8").splitlines()) == 1 + len(
+        found.rate_search
+    )
     with (page.parent / "table.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     benchmarks = sum(len(config.evaluation.benchmarks) for config in found.final)

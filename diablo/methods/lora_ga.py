@@ -23,7 +23,7 @@ def estimate_gradients(
     model: PreTrainedModel,
     config: PeftConfig,
     backward: Callable[[], None] | None,
-    first: object = None,
+    prerequisite: object = None,
     *,
     iterations: int,
 ) -> PeftConfig:
@@ -33,7 +33,7 @@ def estimate_gradients(
 
     Args:
         backward: called once a step; adds the gradient of a batch's mean loss to the parameters' `grad`.
-        first: not used.
+        prerequisite: not used.
 
     Raises:
         ValueError: `backward` is missing, or 2 r exceeds the largest possible rank of a weight.

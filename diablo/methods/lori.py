@@ -113,12 +113,12 @@ def largest_entries(factors: dict[str, Tensor], sparsity: float) -> dict[str, Te
     return {name: (factor.abs().flatten() >= threshold).nonzero().flatten() for name, factor in factors.items()}
 
 
-def choose_entries(model: nn.Module, config: PeftConfig, backward: object, first: Path | None) -> PeftConfig:
+def choose_entries(model: nn.Module, config: PeftConfig, backward: object, prerequisite: Path | None) -> PeftConfig:
     """Store on the base's layers which entries of B to train: the largest of a LoRI-D adapter for the same base.
 
     Args:
         backward: not used.
-        first: folder of that adapter. Not needed on the meta device, where only the number of entries is set.
+        prerequisite: folder of that adapter. Not needed on the meta device, where only the number of entries is set.
 
     Raises:
         ValueError: the adapter is missing, has another rank, or is for other layers.
@@ -135,10 +135,10 @@ def choose_entries(model: nn.Module, config: PeftConfig, backward: object, first
     shapes = {name: (layer.out_features, _rank(config, name)) for name, layer in layers.items()}
     if next(model.parameters()).is_meta:
         chosen = _as_many(shapes, config.sparsity)
-    elif first is None:
+    elif prerequisite is None:
         raise ValueError(f"sparsity={config.sparsity} takes its entries from a trained LoRI-D adapter: pass one")
     else:
-        chosen = largest_entries(_trained_factors(first, shapes), config.sparsity)
+        chosen = largest_entries(_trained_factors(prerequisite, shapes), config.sparsity)
     config.entries = {name: len(entries) for name, entries in chosen.items()}
     for name, layer in layers.items():
         setattr(layer, CHOSEN, chosen[name])
@@ -160,8 +160,8 @@ def _as_many(shapes: dict[str, tuple[int, int]], sparsity: float) -> dict[str, T
     return chosen
 
 
-def _trained_factors(first: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
-    tensors = load_file(first / "adapter_model.safetensors")
+def _trained_factors(prerequisite: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+    tensors = load_file(prerequisite / "adapter_model.safetensors")
     prefix, suffix = "base_model.model.", ".lora_B.weight"
     factors = {
         name.removeprefix(prefix).removesuffix(suffix): tensor
@@ -172,7 +172,7 @@ def _trained_factors(first: Path, shapes: dict[str, tuple[int, int]]) -> dict[st
         found = tuple(factors[name].shape) if name in factors else "none"
         if found != shapes.get(name, "none"):
             raise ValueError(
-                f"{name}: B is {shapes.get(name, 'none')}, and {found} in the adapter of the first run, {first}: "
+                f"{name}: B is {shapes.get(name, 'none')}, and {found} in the adapter of the first run, {prerequisite}: "
                 "give both the same rank and the same target modules"
             )
     return {name: factors[name].float() for name in shapes}

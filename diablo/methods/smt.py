@@ -86,7 +86,7 @@ def choose_blocks(
     model: PreTrainedModel,
     config: PeftConfig,
     backward: Callable[[], None] | None,
-    first: Path | None = None,
+    prerequisite: Path | None = None,
     *,
     steps: int = 100,
     learning_rate: float = 9.65e-6,
@@ -107,7 +107,7 @@ def choose_blocks(
         backward: called once a step; adds the gradient of a batch's mean loss to the parameters' `grad`. None on the
             meta device, where only the number of blocks is meaningful. If it has a `sharded_copy`, a context manager
             that yields an FSDP2-sharded model, all processes together train that model instead of `model`.
-        first: not used.
+        prerequisite: not used.
         score: score of a block of the summed gradient: "mean_abs" (|mean|) or "abs_mean" (mean of magnitudes).
 
     Raises:

@@ -45,7 +45,7 @@ class Tried:
 class Stages:
     """The runs of an experiment, as far as the finished runs determine them."""
 
-    first: list[RunConfig] = field(default_factory=list)  # only trained; empty if there is nothing to choose
+    rate_search: list[RunConfig] = field(default_factory=list)  # only trained; empty if there is nothing to choose
     final: list[RunConfig] = field(default_factory=list)  # trained and scored
     undecided: list[str] = field(default_factory=list)  # a line per group without a choice: the runs it waits for
     to_come: list[RunConfig] = field(default_factory=list)  # their second stage, with a placeholder learning rate
@@ -54,7 +54,7 @@ class Stages:
 
     def known(self) -> list[RunConfig]:
         """Return the runs of both stages whose settings are known, each once."""
-        return list({config.run_id: config for config in [*self.first, *self.final]}.values())
+        return list({config.run_id: config for config in [*self.rate_search, *self.final]}.values())
 
     def following(self) -> list[RunConfig]:
         """Return placeholders for the runs of the second stage whose learning rates are not chosen yet."""
@@ -95,20 +95,20 @@ def stages_of(configs: list[RunConfig], by: str | None) -> Stages:
             raise UserError(
                 f"{setting_label(group[0])}: learning rates are chosen on held-out rows: give task.data.heldout=1000"
             )
-        first = [config for config in group if config.seed == group[0].seed]
-        scores = [_held_out(config) for config in first]
-        waiting = [config.run_id for config, score in zip(first, scores, strict=True) if score is None]
-        best = None if waiting else _best(first, scores, by)
+        search = [config for config in group if config.seed == group[0].seed]
+        scores = [_held_out(config) for config in search]
+        waiting = [config.run_id for config, score in zip(search, scores, strict=True) if score is None]
+        best = None if waiting else _best(search, scores, by)
         edges = (min(rates), max(rates))
-        found.first += first
+        found.rate_search += search
         found.tried += [
             Tried(config, score, _rate(config) == best, _rate(config) == best and best in edges)
-            for config, score in zip(first, scores, strict=True)
+            for config, score in zip(search, scores, strict=True)
         ]
         found.final += [config for config in group if _rate(config) == best]
         if waiting:
-            found.undecided.append(f"{setting_label(first[0])} waits for {', '.join(waiting)}")
-            found.to_come += [config for config in group if _rate(config) == _rate(first[0])]
+            found.undecided.append(f"{setting_label(search[0])} waits for {', '.join(waiting)}")
+            found.to_come += [config for config in group if _rate(config) == _rate(search[0])]
     return found
 
 
@@ -178,15 +178,15 @@ def _held_out(config: RunConfig) -> Config | None:
     return record.held_out
 
 
-def _best(first: list[RunConfig], scores: Sequence[Config | None], by: str) -> float:
+def _best(search: list[RunConfig], scores: Sequence[Config | None], by: str) -> float:
     """Return the learning rate of the best run. Diverged runs, whose loss is not finite, are no candidates."""
     candidates = [
         (RULES[by](score), _rate(config))
-        for config, score in zip(first, scores, strict=True)
+        for config, score in zip(search, scores, strict=True)
         if score is not None and score["loss"] is not None
     ]
     if not candidates:
-        raise UserError(f"{setting_label(first[0])}: all learning rates diverged: give smaller ones")
+        raise UserError(f"{setting_label(search[0])}: all learning rates diverged: give smaller ones")
     return min(candidates)[1]
 
 

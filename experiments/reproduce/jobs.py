@@ -78,13 +78,13 @@ class Jobs:
     def known(self) -> list[Job]:
         """Return all jobs whose settings are known, in order."""
         found = self.stages()
-        jobs = [Job(config, False) for config in found.first] + [Job(config, True) for config in found.final]
+        jobs = [Job(config, False) for config in found.rate_search] + [Job(config, True) for config in found.final]
         return sorted(jobs, key=lambda job: (self._place[group_hash(job.config.mapping)], job.score))
 
     def total(self) -> int:
         """Return the number of all jobs, including those that wait for a choice."""
         found = self.stages()
-        return len(found.first) + len(found.final) + len(found.to_come)
+        return len(found.rate_search) + len(found.final) + len(found.to_come)
 
     def take(self) -> Job | None:
         """Return the next job, waiting for jobs in progress if necessary; None if there is none left to start."""

@@ -65,7 +65,7 @@ def reproduce(
     print(f"report: {page.resolve()}  ({time.perf_counter() - started:.0f} s in all)")
     missing = []
     if jobs.failed:
-        total = len({config.run_id for config in [*found.first, *found.final]})
+        total = len({config.run_id for config in [*found.rate_search, *found.final]})
         missing.append(f"{len(jobs.failed)} of {total} runs failed")
     if jobs.left_out:
         print(f"{len(jobs.left_out)} runs did not fit into the time: the same command continues with them")
@@ -93,7 +93,7 @@ def report(name: str, found: Stages, out: Path, overrides: list[str], measure: b
     given = [override for override in overrides if not override.startswith("runtime.")]
     if given:
         notes.append(f"These settings were given for all runs, whatever title and notes say: {' '.join(given)}")
-    if found.first:
+    if found.rate_search:
         write_choices(found)
         write_atomically(out / "learning_rates.csv", to_csv(found))
         by = experiment["learning_rate_by"].replace("_", " ")
@@ -116,7 +116,7 @@ def report(name: str, found: Stages, out: Path, overrides: list[str], measure: b
         experiment["title"],
         [*experiment.get("notes", []), *notes],
         reference=reference,
-        tried=[run.root for run in map(run_paths, found.first) if run.config.is_file()],
+        tried=[run.root for run in map(run_paths, found.rate_search) if run.config.is_file()],
         wandb=found.final[0].runtime.wandb,
     )
 
@@ -134,7 +134,7 @@ def execute(title: str, jobs: Jobs, workers: int) -> None:
     if not known:
         raise UserError(f"{title}: no runs")
     found = jobs.stages()
-    by = f", {len(found.first)} of them to choose learning rates by" if found.first else ""
+    by = f", {len(found.rate_search)} of them to choose learning rates by" if found.rate_search else ""
     print(f"{title}: {len(found.known())} runs in {known[0].run.root.parent}{by}", flush=True)
     if found.following():
         print(follow(len(found.following())), flush=True)

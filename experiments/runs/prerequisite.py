@@ -63,17 +63,17 @@ def prerequisite_run(run: RunPaths, config: RunConfig) -> RunPaths | None:
     settings = prerequisite_config(config)
     if settings is None:
         return None
-    first = RunPaths(run.root.parent / settings.run_id)
-    freeze_config(first, settings)
-    return first
+    prerequisite = RunPaths(run.root.parent / settings.run_id)
+    freeze_config(prerequisite, settings)
+    return prerequisite
 
 
-def check_base(run: RunPaths, first: RunPaths, base_hash: str) -> None:
+def check_base(run: RunPaths, prerequisite: RunPaths, base_hash: str) -> None:
     """Raise a UserError unless the prerequisite run has the same base and its adapter is as training wrote it."""
-    trained = trained_record(first).base_hash
+    trained = trained_record(prerequisite).base_hash
     if trained != base_hash:
         raise UserError(
-            f"{run.root.name}: mask from another base: {first.root.name} was trained on a base model with hash "
+            f"{run.root.name}: mask from another base: {prerequisite.root.name} was trained on a base model with hash "
             f"{trained[:12]}, this run's base has {base_hash[:12]}: give the same weights (model.path, "
-            f"model.revision), or delete {first.root} to train it again"
+            f"model.revision), or delete {prerequisite.root} to train it again"
         )

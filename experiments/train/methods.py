@@ -81,7 +81,7 @@ def attach(
     method: Method,
     base: PreTrainedModel,
     backward: Backward | None = None,
-    first: Path | None = None,
+    prerequisite: Path | None = None,
     shards: int = 1,
 ) -> torch.nn.Module:
     """Return the model to train: the base with all or no weights trainable, or the base with an adapter.
@@ -91,7 +91,7 @@ def attach(
     Args:
         backward: for methods prepared with data. Each call adds to the base's gradients that of the mean loss over the
             next `recipe.batch_size` training rows.
-        first: the adapter of the run that `method.prerequisite` names.
+        prerequisite: the adapter of the run that `method.prerequisite` names.
         shards: number of processes that will share each parameter when the model is trained.
     """
     base.requires_grad_(method.trains == "all")
@@ -102,7 +102,7 @@ def attach(
         config = peft_config(_sized(method, base))
         check_targets(base, config)  # also for PEFT's own methods
         check_start(base, config)
-        config = _prepared(method, base, config, backward, first)
+        config = _prepared(method, base, config, backward, prerequisite)
         model = peft.get_peft_model(base, config, low_cpu_mem_usage=on_meta)
         fit_shards(model, shards)
     except (ValueError, TypeError) as error:
@@ -120,9 +120,9 @@ def _is_quantized(base: torch.nn.Module) -> bool:
 
 
 def _prepared(
-    method: Method, base: PreTrainedModel, config: PeftConfig, backward: Backward | None, first: Path | None
+    method: Method, base: PreTrainedModel, config: PeftConfig, backward: Backward | None, prerequisite: Path | None
 ) -> PeftConfig:
-    """Return the config after calling `method.prepare`'s function: `(base, config, backward, first, **settings)`.
+    """Return the config after calling `method.prepare`'s function: `(base, config, backward, prerequisite, **settings)`.
 
     The function gets all weights frozen and must not change them or their flags. Its results are in the returned
     config or in attributes of the base's modules. Equal arguments must give bit-equal results.
@@ -132,11 +132,11 @@ def _prepared(
         return config
     prepare = _find("method.prepare", settings.pop("_target_"), "function")
     try:
-        inspect.signature(prepare).bind(base, config, backward, first, **settings)
+        inspect.signature(prepare).bind(base, config, backward, prerequisite, **settings)
     except TypeError as error:
         raise UserError(f"method.prepare: {error}") from None
     with _deterministic():
-        return prepare(base, config, backward, first, **settings)
+        return prepare(base, config, backward, prerequisite, **settings)
 
 
 @contextmanager

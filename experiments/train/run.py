@@ -115,16 +115,18 @@ def train(run: RunPaths, progress: str = "", wait_for_holder: bool = False) -> T
         run.preempted.unlink(missing_ok=True)
         return read_record(run.train_record, TrainRecord)
     _check_not_diverged(run)
-    first = prerequisite_run(run, config)
-    if first is not None:  # several runs may share it; distributed processes cannot wait for other processes' run
-        train(first, progress and first.root.name, wait_for_holder=world_size() == 1)
+    prerequisite = prerequisite_run(run, config)
+    if (
+        prerequisite is not None
+    ):  # several runs may share it; distributed processes cannot wait for other processes' run
+        train(prerequisite, progress and prerequisite.root.name, wait_for_holder=world_size() == 1)
         gc.collect()  # Trainer and its model refer to each other
     with attempt(run, "train", wait_for_holder) as heartbeat:
         if run.train_record.is_file():  # written by the process whose lock was waited for
             return read_record(run.train_record, TrainRecord)
         _check_not_diverged(run)
         try:
-            return _train(run, config, first, progress, heartbeat)
+            return _train(run, config, prerequisite, progress, heartbeat)
         except Diverged as error:
             write_atomically(run.diverged, json.dumps({"step": error.step, "reason": error.reason}) + "\n")
             shutil.rmtree(run.checkpoints, ignore_errors=True)
@@ -139,12 +141,12 @@ def _check_not_diverged(run: RunPaths) -> None:
 
 
 def _train(
-    run: RunPaths, config: RunConfig, first: RunPaths | None, progress: str, heartbeat: Heartbeat
+    run: RunPaths, config: RunConfig, prerequisite: RunPaths | None, progress: str, heartbeat: Heartbeat
 ) -> TrainRecord:
     start = _start(run, config)
-    if first is not None:
-        check_base(run, first, start.hashes["base_hash"])
-    attached = _attach(start, first)
+    if prerequisite is not None:
+        check_base(run, prerequisite, start.hashes["base_hash"])
+    attached = _attach(start, prerequisite)
     fitted = _fit(run, start, start.examples, attached, progress, heartbeat) if start.examples else Fitted()
     if start.shards > 1:
         gather(attached.model)
@@ -208,7 +210,7 @@ def _check_examples(config: RunConfig, examples: Examples) -> None:
         print(f"{config.run_id}: {told}", file=sys.stderr, flush=True)
 
 
-def _attach(start: Start, first: RunPaths | None) -> Attached:
+def _attach(start: Start, prerequisite: RunPaths | None) -> Attached:
     """Attach what the run's method trains; some methods first use gradients of training rows."""
     config, arguments, backward = start.config, start.arguments, None
     if start.examples and config.method.prepare:
@@ -216,7 +218,9 @@ def _attach(start: Start, first: RunPaths | None) -> Attached:
         steps = row_steps(start.examples, config, start.collate, arguments.device)
         backward = Backward(start.base, steps, start.shards)
     set_seed(config.seed)
-    model: Any = methods.attach(config.method, start.base, backward, first and first.adapter, start.shards)
+    model: Any = methods.attach(
+        config.method, start.base, backward, prerequisite and prerequisite.adapter, start.shards
+    )
     if start.shards > 1:
         model.to("cpu")  # from there, its parts go to the devices
     if arguments.gradient_checkpointing:
