@@ -228,9 +228,9 @@ def test_other_starts_and_layers_are_refused(settings: dict, message: str) -> No
 
 
 def test_a_first_adapter_that_does_not_fit_is_refused(first: Path) -> None:
-    with pytest.raises(ValueError, match=r"down_proj: B is \(32, 2\), and \(32, 4\) in the adapter of the first run"):
+    with pytest.raises(ValueError, match=r"down_proj: B is \(32, 2\), and \(32, 4\) in the first run's adapter"):
         sparse(first, r=2)
-    with pytest.raises(ValueError, match=r"up_proj: B is \(48, 4\), and none in the adapter of the first run"):
+    with pytest.raises(ValueError, match=r"up_proj: B is \(48, 4\), and none in the first run's adapter"):
         sparse(first, target_modules=["q_proj", "k_proj", "down_proj", "up_proj"])
     with pytest.raises(ValueError, match="target_modules: nothing matches no module of LlamaForCausalLM"):
         sparse(first, target_modules=["nothing"])

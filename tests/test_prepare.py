@@ -151,7 +151,7 @@ def test_a_first_adapter_of_another_size_is_refused(
 ) -> None:
     """`method.…` is of the method alone; what both follow is set elsewhere."""
     run = planned([*small, *LORI_S, "method.adapter.r=3"])
-    assert "in the adapter of the first run" in fails_with(lambda: train(run))
+    assert "in the first run's adapter" in fails_with(lambda: train(run))
     (both,) = plan([*small, *LORI_S, "model.adapter_size.rank=3"])
     method = both.mapping["method"]
     assert method["prerequisite"]["method"]["adapter"]["r"] == method["adapter"]["r"] == 3

@@ -172,7 +172,7 @@ def _trained_factors(prerequisite: Path, shapes: dict[str, tuple[int, int]]) -> 
         found = tuple(factors[name].shape) if name in factors else "none"
         if found != shapes.get(name, "none"):
             raise ValueError(
-                f"{name}: B is {shapes.get(name, 'none')}, and {found} in the adapter of the first run, {prerequisite}: "
+                f"{name}: B is {shapes.get(name, 'none')}, and {found} in the first run's adapter, {prerequisite}: "
                 "give both the same rank and the same target modules"
             )
     return {name: factors[name].float() for name in shapes}

@@ -122,7 +122,7 @@ def _is_quantized(base: torch.nn.Module) -> bool:
 def _prepared(
     method: Method, base: PreTrainedModel, config: PeftConfig, backward: Backward | None, prerequisite: Path | None
 ) -> PeftConfig:
-    """Return the config after calling `method.prepare`'s function: `(base, config, backward, prerequisite, **settings)`.
+    """Call `method.prepare`'s function, `(base, config, backward, prerequisite, **settings)`, and return its config.
 
     The function gets all weights frozen and must not change them or their flags. Its results are in the returned
     config or in attributes of the base's modules. Equal arguments must give bit-equal results.

@@ -116,9 +116,8 @@ def train(run: RunPaths, progress: str = "", wait_for_holder: bool = False) -> T
         return read_record(run.train_record, TrainRecord)
     _check_not_diverged(run)
     prerequisite = prerequisite_run(run, config)
-    if (
-        prerequisite is not None
-    ):  # several runs may share it; distributed processes cannot wait for other processes' run
+    if prerequisite is not None:
+        # Several runs may share it; distributed processes cannot wait for other processes' run.
         train(prerequisite, progress and prerequisite.root.name, wait_for_holder=world_size() == 1)
         gc.collect()  # Trainer and its model refer to each other
     with attempt(run, "train", wait_for_holder) as heartbeat:
