@@ -1,4 +1,4 @@
-"""Two gloo processes on the CPU train as one process does on the joined batch."""
+"""Two gloo processes on the CPU train as one process does on the whole batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from experiments.train import methods
 from experiments.train.run import train
 from tests.test_methods import batch, config_of, fresh_base
 
-MODES = ("adapter", "in_place")  # in one pair of processes, since it takes longer to start one than to use it
+MODES = ("adapter", "in_place")  # in one pair of processes, since starting a pair takes longer than using it
 
 
 def torchrun(run: RunPaths) -> None:
@@ -39,7 +39,7 @@ def torchrun(run: RunPaths) -> None:
 
 @pytest.mark.parametrize("method", ["diablo", "lora", "full"])
 def test_two_processes_equal_one(method: str, small: list[str], tmp_path: Path) -> None:
-    """Same data order, same losses and gradient norms at every step, same weights, up to the order of additions."""
+    """Equal data order, losses and gradient norms at every step, and weights, up to the order of summation."""
     arguments = [*small, f"method={method}", "recipe.learning_rate=1e-3", "recipe.micro_batch_size=4"]
     (one,) = write_runs(plan(arguments))
     (two,) = write_runs(plan([*arguments, f"runtime.runs_dir={tmp_path / 'two'}"]))
@@ -76,7 +76,7 @@ dist.destroy_process_group()
 
 
 def in_mode(mode: str) -> Any:
-    """DiaBlo in one forward mode, its blocks not zero."""
+    """Return a DiaBlo model in the given forward mode with non-zero blocks."""
     set_seed(1)
     method = config_of("diablo")["method"]
     method["adapter"] |= {"mode": mode, "init_weights": False}
@@ -84,7 +84,7 @@ def in_mode(mode: str) -> Any:
 
 
 def run_script(script: Path, code: str) -> subprocess.CompletedProcess[str]:
-    """The code in two gloo processes."""
+    """Run the code in two gloo processes."""
     script.write_text(code, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     return subprocess.run(
@@ -99,7 +99,7 @@ def run_script(script: Path, code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_gradients_are_equal_on_both_ranks_and_to_the_joined_batch(tmp_path: Path) -> None:
-    """With accumulation under no_sync, as Trainer does it."""
+    """With gradient accumulation under no_sync, as Trainer does it."""
     done = run_script(tmp_path / "gradients.py", GRADIENTS)
     assert done.returncode == 0, done.stderr[-3000:]
     for mode in MODES:
@@ -151,7 +151,7 @@ dist.destroy_process_group()
 
 
 def test_a_model_sharded_by_fsdp2_trains_as_one_process_does(tmp_path: Path) -> None:
-    """In place, each process writes the blocks of its own rows; what is gathered is W0 and D."""
+    """In place, each process writes the blocks of its own rows; W0 and D are gathered."""
     done = run_script(tmp_path / "sharded.py", SHARDED)
     assert done.returncode == 0, done.stderr[-3000:]
     for mode in MODES:

@@ -104,9 +104,9 @@ def test_a_name_anywhere_in_a_config_is_checked(small: list[str], tmp_path: Path
     ("section", "target", "message"),
     [
         ("adapter", "diablo.lori.load_file", "only names in diablo and peft"),  # safetensors', imported there
-        ("adapter", "diablo.lori.choose_entries", "no config class"),
+        ("adapter", "diablo.lori.choose_entries", "not a config class"),
         ("prepare", "diablo.lori.torch", "only names in diablo and peft"),
-        ("prepare", "diablo.DiabloConfig", "no function"),
+        ("prepare", "diablo.DiabloConfig", "not a function"),
         ("prepare", "diablo.refresh", "method.prepare: "),
         ("prepare", "peft.utils.nothing.x", "no such function"),
     ],

@@ -347,4 +347,4 @@ def test_the_benchmark_writes_what_it_prints(
 
 
 def test_the_benchmark_needs_a_batch(fails_with: Fails) -> None:
-    assert "--rows 3: at least 16" in fails_with(lambda: token_benchmark.main(["--rows", "3"]))
+    assert "--rows 3: give at least 16, one batch" in fails_with(lambda: token_benchmark.main(["--rows", "3"]))

@@ -1,7 +1,7 @@
-"""A pytest plugin that turns PEFT's own test matrices on DiabloConfig.
+"""A pytest plugin that runs PEFT's own test matrices on DiabloConfig.
 
 PEFT's tests are parametrised over lists of cases at module level. Before collection the plugin puts DiaBlo's cases into
-those same lists, and after it keeps only the tests that got a DiaBlo case: none of PEFT's own methods is tested again.
+those lists, and after it keeps only the tests with a DiaBlo case, so that PEFT's own methods are not tested again.
 """
 
 from __future__ import annotations
@@ -54,19 +54,19 @@ TWO_ADAPTER_CASES = [
 ]
 
 # Llama's grouped-query projections are rectangular, GPT-2's layers are Conv1D. With two blocks mode "auto" trains
-# Llama's q_proj and down_proj in place, and k_proj, whose blocks are narrow, from the side.
+# Llama's q_proj and down_proj in place, and k_proj, whose blocks are narrow, beside the weight.
 DECODER_TARGETS = {"tiny-llama": ["q_proj", "k_proj", "down_proj"], "tiny-conv1d": ["c_attn", "c_proj"]}
 DECODER_CASES = [
     (DiabloConfig, {"task_type": "CAUSAL_LM", "num_blocks": 2, "target_modules": targets})
     for targets in DECODER_TARGETS.values()
 ]
 
-# They read a checkpoint of another method from the hub; nothing of them depends on the method under test.
+# These read another method's checkpoint from the hub and do not depend on the method under test.
 NEED_THE_HUB = ("test_from_pretrained", "test_from_pretrained_cache_dir", "test_save_pretrained_with_runtime_config")
 
 
 def _decoder_models() -> list[str]:
-    """Two tiny models on disk, in place of the hub's."""
+    """Write two tiny models to disk and return their folders, used instead of the hub's."""
     # The folder's name must not contain "gpt2": PEFT's tests skip Conv1D by the model's name.
     folder = Path(os.environ["PEFT_MATRICES_MODELS"])
     torch.manual_seed(0)
@@ -87,25 +87,25 @@ def _decoder_models() -> list[str]:
 
 
 def _stub_diffusers() -> None:
-    # The shared test base imports one class of it, for tests that are not run here.
+    # The shared test base imports one class from it, for tests that are not run here.
     stub = types.ModuleType("diffusers")
     stub.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})  # pyright: ignore[reportAttributeAccessIssue]
     sys.modules["diffusers"] = stub
 
 
 def _with_mode(settings: dict) -> dict:
-    """The settings with the forward mode that this run of the matrices forces."""
+    """Return the settings with the forward mode forced in this run of the matrices."""
     return {**settings, "mode": os.environ["PEFT_MATRICES_MODE"]}
 
 
 def _can_be_forced(settings: dict) -> bool:
-    """Bad input for mode "in_place": dropout, and a layer that is no `nn.Linear`."""
+    """Return whether the forced mode supports the settings: "in_place" allows neither dropout nor Conv1D layers."""
     refused = settings.get("dropout") or settings["target_modules"] == ["conv1d"]
     return os.environ["PEFT_MATRICES_MODE"] != "in_place" or not refused
 
 
 def _names_fit(params: dict) -> bool:
-    """Whether the targets are those of the model, where PEFT's tests cross models with configs."""
+    """Return whether the targets exist in the model; PEFT's tests cross models with configs."""
     if Path(params.get("model_id", "")).name not in DECODER_TARGETS:
         return True
     return params["config_kwargs"]["target_modules"] == DECODER_TARGETS[Path(params["model_id"]).name]
@@ -133,7 +133,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for module_name, lists in cases.items():
         module = importlib.import_module(module_name)
         for name, ours in lists.items():
-            getattr(module, name)[:] = ours  # in place: the tests' marks hold these very lists
+            getattr(module, name)[:] = ours  # in place: the tests' marks refer to these list objects
     # ALL_CONFIG_CLASSES is a tuple, so the marks that hold it are rewritten instead.
     config_tests = sys.modules["tests.test_config"]
     for test in vars(config_tests.TestPeftConfig).values():
