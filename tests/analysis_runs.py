@@ -50,9 +50,9 @@ def write_run(
     pattern: str | None = None,
     nll: list[float] | None = None,
 ) -> Path:
-    """A finished run as the real stages leave it, with invented numbers. `items=None` leaves it without a score,
-    `mean_with` plans another benchmark and the mean of both; the benchmark is named as the task if not otherwise.
-    A `pattern` makes it a run of the method `sparse`. `nll`: items of the likelihood benchmark gsm8k_nll."""
+    """Write a finished run as the real stages do, with invented numbers. `items=None` omits the score,
+    `mean_with` plans another benchmark and the mean of both; the benchmark has the task's name by default.
+    `pattern` makes it a run of the method `sparse`; `nll` are the items of the likelihood benchmark gsm8k_nll."""
     benchmark = benchmark or task
     generator = np.random.default_rng(seed)
     key, letter = ("num_blocks", "N") if method == "diablo" else ("r", "r")
@@ -178,7 +178,7 @@ def _score(
 
 
 def _norm(tensor: str, step: int, generator: np.random.Generator) -> float:
-    """A's gradient is zero at the first step, where B is; all of it invented."""
+    """Invented gradient norm; that of A is zero at the first step, where B is zero."""
     noise = float(np.exp(generator.normal(0, 0.25)))
     if "lora_A" in tensor:
         return 0.4 * (1 - np.exp(-(step - 1) / 25)) * noise
@@ -200,14 +200,14 @@ def step_times_file(folder: Path) -> Path:
 
 
 def change(path: Path, **values: Any) -> None:
-    """Other values in a record; with other items also the standard error that follows from them."""
+    """Change values in a record; new items also change the standard error computed from them."""
     if all(isinstance(item, int | float) for item in values.get("items", [None])):
         values = {"standard_error": standard_error(values["items"]), **values}
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
 
 
 def write_spectra(run: Path, steps: int = 2, blocks: int = 2) -> None:
-    """Invented measurements, in the form of experiments/train/spectra.py."""
+    """Write invented measurements in the format of experiments/train/spectra.py."""
     lines = []
     for step in range(1, steps + 1):
         sides = {

@@ -20,9 +20,9 @@ STARTED = time.monotonic()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# Property tests: the same examples in every run, so that a red test is the change's own; `make test-random` searches
-# anew each time and ten times as far, and prints what fails, to be added as an @example. How long an example takes
-# depends on the machine, and fails nothing.
+# Property tests use the same examples in every run, so that a failure is caused by the change under test;
+# `make test-random` draws ten times as many new examples each time and prints failures, to be added as @example.
+# There is no deadline per example, since its duration depends on the machine.
 settings.register_profile(
     "fixed", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -46,7 +46,7 @@ SMALL = [
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """A test's random numbers do not depend on which tests ran before it in the same process."""
+    """Seed every test, so that its random numbers do not depend on earlier tests in the same process."""
     import torch
 
     torch.manual_seed(0)
@@ -65,7 +65,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def planned(arguments: list[str]) -> RunPaths:
-    """The directory of the one run that the arguments plan."""
+    """Return the directory of the single run planned by the arguments."""
     from experiments.plan.compose import plan, write_runs
 
     (run,) = write_runs(plan(arguments))
@@ -87,13 +87,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> RunPa
 
 @pytest.fixture
 def small(tmp_path: Path, cache_dir: Path) -> list[str]:
-    """Overrides that make any tiny/arith run take seconds, in a directory of its own."""
+    """Return overrides that make any tiny/arith run take seconds, in its own directory."""
     return [*SMALL, f"runtime.runs_dir={tmp_path / 'runs'}", f"runtime.cache_dir={cache_dir}"]
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The folder of SmolLM2-135M in the user's cache, converted there if its package is installed, or a skip."""
+    """Return the folder of SmolLM2-135M in the user's cache, converting the installed package; skip without either."""
     from experiments.models.gguf import converted
     from experiments.plan.compose import plan
 
@@ -105,12 +105,12 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_slice(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides for the first three layers of SmolLM2-135M, with its embedding and tokenizer."""
+    """Return overrides for the first three layers of SmolLM2-135M, with its embedding and tokenizer."""
     return first_layers(smollm2, 3, tmp_path_factory.mktemp("slice"))
 
 
 def first_layers(whole: Path, count: int, folder: Path) -> list[str]:
-    """Overrides for the first layers of SmolLM2-135M, which are written into `folder`."""
+    """Write the first layers of SmolLM2-135M into `folder` and return the overrides that select them."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model: Any = AutoModelForCausalLM.from_pretrained(whole)
@@ -123,7 +123,7 @@ def first_layers(whole: Path, count: int, folder: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def data_root() -> Path:
-    """The folder of real data sets, or a skip."""
+    """Return the folder of real data sets; skip without it."""
     root = os.environ.get("DIABLO_DATA_ROOT")
     if not root or not Path(root).is_dir():
         pytest.skip("no data: set DIABLO_DATA_ROOT to the folder of the data sets")
@@ -132,7 +132,7 @@ def data_root() -> Path:
 
 @pytest.fixture
 def fails_with() -> Callable[[Callable[[], object]], str]:
-    """The one line that a user error prints."""
+    """Return a function that runs a callable and returns the one line of its user error."""
     from experiments.errors import UserError
 
     def run(action: Callable[[], object]) -> str:
@@ -145,7 +145,7 @@ def fails_with() -> Callable[[Callable[[], object]], str]:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
-    """In CI everything the tests need is there, so a skip that says otherwise is a failure."""
+    """Turn a skip for a missing prerequisite into a failure in CI, where every prerequisite is installed."""
     outcome = yield
     report = outcome.get_result()
     if report.skipped and os.environ.get("CI") and isinstance(report.longrepr, tuple):
@@ -156,7 +156,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Processor time depends less than wall time on what else the machine does; xdist's workers have ended by now."""
+    """Print the processor time, which depends less on the machine's load than wall time; xdist's workers have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     seconds = sum(usage.ru_utime + usage.ru_stime for usage in used)
     line = f"{seconds:.0f} s of processor time in {time.monotonic() - STARTED:.0f} s"
@@ -165,7 +165,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture
 def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Puts a script in the place of squeue."""
+    """Return a function that replaces squeue by a script."""
     path = tmp_path / "bin" / "squeue"
     path.parent.mkdir()
     monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")

@@ -1,4 +1,4 @@
-"""A small Llama, of full precision and quantised, for the tests of diablo.quantize."""
+"""A small Llama in full precision and quantised, for the tests of diablo.quantize."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LAYERS, LINEARS, GROUP = 2, 14, 16
 
 
 def llama(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """Always the same weights. Every module has input features that 16 divides."""
+    """Return a small Llama with fixed weights. The input features of every module are a multiple of 16."""
     settings: dict[str, Any] = {
         "vocab_size": 64,
         "hidden_size": 64,

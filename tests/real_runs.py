@@ -13,7 +13,7 @@ ROWS = 4
 
 
 def settings(folder: Path, data_root: Path) -> list[str]:
-    """Overrides that every run here shares; quantised bases and tokens are cached in the folder too."""
+    """Return the overrides shared by all runs; quantised bases and tokens are cached in the folder too."""
     return [
         *("task=gsm8k_mawps", "model.dtype=float32", "runtime.device=cpu", f"runtime.data_root={data_root}"),
         *(f"runtime.runs_dir={folder / 'runs'}", f"runtime.cache_dir={folder / 'cache'}"),
@@ -23,7 +23,7 @@ def settings(folder: Path, data_root: Path) -> list[str]:
 
 
 def keep_shortest_rows(monkeypatch: pytest.MonkeyPatch, count: int = ROWS) -> None:
-    """Train on so many of the real rows, those with the shortest texts, so that an epoch is a step or two."""
+    """Train on the `count` real rows with the shortest texts only, so that an epoch is one or two steps."""
     everything = data._of_sources
 
     def shortest(settings: Data, split: str, data_root: str | None) -> list[dict[str, str]]:

@@ -1,8 +1,8 @@
-"""A private Slurm on loopback for tests: munge, a controller and a few nodes with pretended GPUs, up in seconds.
+"""A private Slurm on loopback for tests: munge, a controller and a few nodes with fake GPUs, started in seconds.
 
-No accounting: finished jobs stay in the controller's memory, where `scontrol show job` finds them. Everything lies in
-one folder, and only processes started here are ended. Partitions: `main`; `high`, which takes nodes from `main` and
-`grace` by requeuing their jobs; `grace`, whose jobs get 20 seconds first.
+No accounting: finished jobs stay in the controller's memory, where `scontrol show job` finds them. All files are in
+one folder, and only processes started here are stopped. Partitions: `main`; `high`, which takes nodes from `main` and
+`grace` by requeuing their jobs; `grace`, whose jobs first get 20 seconds.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import pytest
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel", "sinfo")
 SEARCH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
-# Why some lines are as they are: without a database there is no accounting; a cgroup plugin is loaded even if nothing
-# uses it; cred_expire is also the pause before a requeued job starts again, two minutes by default and for values below
-# 5; a node that was set down would come back by itself with ReturnToService=2.
+# Reasons for some lines: without a database there is no accounting; a cgroup plugin is loaded even if nothing
+# uses it; cred_expire is also the pause before a requeued job restarts, two minutes by default and for values below
+# 5; with ReturnToService=2 a node that was set down would come back by itself.
 CONFIGURATION = """
 ClusterName=tests
 SlurmctldHost=localhost(127.0.0.1)
@@ -75,7 +75,7 @@ PartitionName=high  Nodes=ALL DefaultTime=30 MaxTime=INFINITE PriorityTier=100 P
 
 
 class SlurmCluster:
-    """A running cluster. Its commands find it by the environment `SLURM_CONF`."""
+    """A running cluster. Its commands find it through the environment variable `SLURM_CONF`."""
 
     def __init__(self, root: Path, nodes: int = 3) -> None:
         self.root = root
@@ -91,7 +91,7 @@ class SlurmCluster:
         for gpu in range(2):  # Slurm sets CUDA_VISIBLE_DEVICES only for devices, so these are copies of /dev/null
             os.mknod(self.root / "dev" / f"nvidia{gpu}", 0o20666, os.makedev(1, 3))
         ports = _free_ports(self.nodes + 1)
-        try:  # with the flag srun listens on the host name's address only, and hangs if that is not the loopback's
+        try:  # with the flag srun listens only on the host name's address, and hangs unless that is the loopback
             on_loopback = socket.gethostbyname(socket.gethostname()) == "127.0.0.1"
         except OSError:
             on_loopback = False
@@ -126,11 +126,11 @@ class SlurmCluster:
         wait_for(lambda: "UP" in self.output("scontrol", "ping"), "the controller", 20)
 
     def stop_controller(self) -> None:
-        """By SIGTERM, on which it saves its state; killed hard it would lose jobs that are seconds old."""
+        """Send SIGTERM, on which the controller saves its state; SIGKILL would lose jobs that are seconds old."""
         _end(self.daemons.pop("slurmctld"))
 
     def stop(self) -> None:
-        """Cancel all jobs, wait for their processes, then end the daemons."""
+        """Cancel all jobs, wait for their processes, then stop the daemons."""
         if "slurmctld" in self.daemons:
             self.cancel_all()
         for name in reversed(list(self.daemons)):
@@ -143,18 +143,18 @@ class SlurmCluster:
             wait_for(lambda: not self.output("squeue", "-h", "--user", user).strip(), "cancelled jobs", 20)
 
     def output(self, *command: str) -> str:
-        """Standard output of a command of Slurm; "" if it fails."""
+        """Return the standard output of a Slurm command, or "" if it fails."""
         result = subprocess.run(command, env=self.environment, capture_output=True, encoding="utf-8", timeout=60)
         return result.stdout if result.returncode == 0 else ""
 
     def job(self, job: str) -> dict[str, str]:
-        """What the controller knows of one job or array task (`12`, `12_3`): JobState, Restarts, ExitCode …"""
+        """Return the controller's fields of one job or array task (`12`, `12_3`): JobState, Restarts, ExitCode …"""
         for line in self.output("scontrol", "show", "job", "-o", job).splitlines():
             return dict(word.split("=", 1) for word in line.split() if "=" in word)
         return {}
 
     def wait(self, job: str, states: set[str], seconds: float = 60) -> dict[str, str]:
-        """Wait until a job is in one of these states."""
+        """Wait until a job is in one of these states, and return its fields."""
         wait_for(lambda: self.job(job).get("JobState") in states, f"job {job} to be {states}", seconds)
         return self.job(job)
 
@@ -190,7 +190,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """The first of so many ports in a row that nothing listens on."""
+    """Return the first of `count` consecutive ports on which nothing listens."""
     for first in range(26800 + os.getpid() % 1000 * 8, 65000, 8):
         ports = list(range(first, first + count))
         with contextlib.ExitStack() as stack:
@@ -205,13 +205,13 @@ def _free_ports(count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def running_cluster() -> Iterator[SlurmCluster]:
-    """A cluster for the tests of one module; skipped where Slurm is missing."""
+    """Yield a cluster for the tests of one module; skip without Slurm."""
     missing = [program for program in PROGRAMS if shutil.which(program, path=SEARCH) is None]
     if missing:
         pytest.skip(f"Slurm is not installed: no {', '.join(missing)} (Debian: slurm-wlm and munge)")
     if os.getuid() != 0:
         pytest.skip("a private Slurm has to be started by root")
-    root = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # a socket's path has to be short
+    root = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # a socket's path must be short
     root.chmod(0o755)  # munge wants all parents of its socket open to everyone
     cluster = SlurmCluster(root)
     try:
@@ -224,7 +224,7 @@ def running_cluster() -> Iterator[SlurmCluster]:
 
 @pytest.fixture
 def cluster(running_cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlurmCluster]:
-    """The cluster, with nothing queued before and after a test, and found by the commands that the test runs."""
+    """Yield the cluster with an empty queue before and after a test, visible to the commands that the test runs."""
     monkeypatch.setenv("SLURM_CONF", running_cluster.environment["SLURM_CONF"])
     monkeypatch.setenv("PATH", SEARCH)
     yield running_cluster

@@ -1,4 +1,4 @@
-"""Tiny runs for the tests of Slurm: what is submitted, and how their records are compared."""
+"""Tiny runs for the Slurm tests: settings to submit them, and a comparison of their records."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from slurm.submit import Options, submit
 from tests.conftest import SMALL, planned
 from tests.slurm_cluster import SlurmCluster, wait_for
 
-# What a run's records have in common wherever and in however many attempts it was made.
+# The parts of a run's records that do not depend on the machine or on the number of attempts.
 TRAINED = ("config_hash", "base_hash", "data_hash", "steps", "tokens", "final_loss", "changed")
 SCORED = ("benchmark", "protocol", "accuracy", "items", "n", "unparsed", "base_hash", "data_hash")
 END = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"}
@@ -27,13 +27,13 @@ def overrides(runs_dir: Path, cache_dir: Path) -> list[str]:
 
 
 def settings(*changes: str) -> Cluster:
-    """A cluster of the tests; jobs run with the python of the tests."""
+    """Return the settings of the test cluster, whose jobs run with the tests' Python."""
     path = Path(__file__).parent / "slurm_cluster.yaml"
     return read_cluster(str(path), changes)
 
 
 def result(run: RunPaths) -> dict[str, Any]:
-    """What has to be equal: all of the records but clocks, machines and attempts."""
+    """Return the records without clocks, machines and attempts, which must be equal between runs."""
     trained = read_record(run.train_record, TrainRecord)
     scores = [read_record(paths.score, EvalRecord) for paths in run.evaluations()]
     weights = {name: digest for name, digest in trained.adapter_files.items() if name.endswith(".safetensors")}
@@ -46,7 +46,7 @@ def result(run: RunPaths) -> dict[str, Any]:
 
 
 def reference(arguments: list[str]) -> dict[str, Any]:
-    """The result of one run, undisturbed and without Slurm."""
+    """Return the result of one uninterrupted run without Slurm."""
     run = planned(arguments)
     train(run)
     evaluate(run)
@@ -54,7 +54,7 @@ def reference(arguments: list[str]) -> dict[str, Any]:
 
 
 class Running:
-    """One run that was submitted alone, an array of one task, and is in the middle of its training."""
+    """One run, submitted as an array of one task, in the middle of its training."""
 
     def __init__(self, cluster: SlurmCluster, runs_dir: Path, arguments: list[str], *changes: str) -> None:
         self.cluster, self.runs_dir, self.arguments, self.changes = cluster, runs_dir, arguments, changes
@@ -77,7 +77,7 @@ class Running:
         return steps(self.run)
 
     def wait_for_steps(self) -> None:
-        """Until more are done than were before, some of them after the last checkpoint."""
+        """Wait until more steps are done than before, some of them after the last checkpoint."""
         before = self.steps()
 
         def enough() -> bool:
@@ -103,7 +103,7 @@ class Running:
 
 
 def steps(run: RunPaths) -> int:
-    """How many steps of its training are done."""
+    """Return the number of training steps done."""
     return run.metrics.read_bytes().count(b"\n") if run.metrics.is_file() else 0
 
 

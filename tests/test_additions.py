@@ -1,4 +1,4 @@
-"""A method, a task with its protocol and a benchmark of one's own, added to a copy of the clone as README says it."""
+"""A new method, a task with its protocol and a benchmark, added to a copy of the clone as README describes."""
 
 from __future__ import annotations
 

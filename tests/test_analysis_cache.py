@@ -1,4 +1,4 @@
-"""Many runs: read by all processors, kept, and read again only where a file changed."""
+"""Many runs are read by all processors, cached, and read again only where a file changed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.analysis_runs import change, score_file, write_run
 
 @pytest.fixture
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three runs are many; the folder of the kept rows."""
+    """Let three runs count as many, and return the folder of the cached rows."""
     monkeypatch.setattr(load, "MANY", 3)
     monkeypatch.setenv("DIABLO_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "runs"
@@ -109,7 +109,7 @@ def test_a_kept_file_that_cannot_be_used_is_made_anew(runs: list[Path], kept: Pa
     (file,) = kept.iterdir()
     if damage is None:
         file.unlink()
-        file.mkdir()  # cannot be read, nor replaced
+        file.mkdir()  # can be neither read nor replaced
     else:
         file.write_bytes(damage)
     same(load_runs(runs), first)
@@ -132,7 +132,7 @@ def test_one_id_with_two_configs_shows_the_difference(tmp_path: Path) -> None:
 
 
 def timed_load(folder: Path) -> tuple[Runs, float]:
-    """What is in a folder of runs, and the processor time of this process and of those it waited for, in seconds."""
+    """Load a folder of runs; return them and the processor time of this process and its children, in seconds."""
 
     def seconds() -> float:
         used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -144,8 +144,8 @@ def timed_load(folder: Path) -> tuple[Runs, float]:
 
 @pytest.mark.slow
 def test_ten_thousand_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """10 s on two processors, then 1 s; as processor time, where other work counts less, and twice as much for a slow
-    machine: there it is the share of the first load that must hold."""
+    """10 s on two processors, then 1 s, as processor time, which other load affects less, and doubled for a slow
+    machine, where the ratio to the first load must hold."""
     monkeypatch.setenv("DIABLO_CACHE", str(tmp_path / "cache"))
     model = write_run(tmp_path / "model", items=[1, 0] * 200, steps=0)
     config = yaml.safe_load((model / "config.yaml").read_text(encoding="utf-8"))

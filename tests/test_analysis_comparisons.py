@@ -1,4 +1,4 @@
-"""From runs to the table of differences: which pairs, over which seeds, in which family."""
+"""The table of differences: which pairs are compared, over which seeds, in which family of tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def compared(folder: Path, reference: str | None = None) -> pd.DataFrame:
 
 
 def test_every_pair_of_few_with_holms_correction(tmp_path: Path) -> None:
-    """Five seeds that agree: 5 items won and 0 lost is 1/16; all alike is 1. Holm over three: 3/16, 3/16 and 1."""
+    """Five seeds that agree: 5 items won and 0 lost gives 1/16; no difference gives 1. Holm: 3/16, 3/16 and 1."""
     for method, items in (("dora", LOST), ("lora", WON), ("pissa", WON)):
         for seed in range(5):
             write_run(tmp_path, method, seed=seed, items=items)
@@ -48,7 +48,7 @@ def test_every_pair_of_few_with_holms_correction(tmp_path: Path) -> None:
 
 
 def test_fewer_than_five_seeds_are_not_tested(tmp_path: Path) -> None:
-    """On these items the difference is beyond doubt, for these trained models; of the methods it says nothing."""
+    """The difference on these items is significant for these trained models, but is no evidence about the methods."""
     for method, items in (("dora", 20 * LOST), ("lora", 20 * WON)):
         for seed in range(4):
             write_run(tmp_path, method, seed=seed, items=items)

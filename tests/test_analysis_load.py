@@ -1,4 +1,4 @@
-"""From run directories to data frames: what is there, what is missing, and what is damaged."""
+"""Run directories read into data frames: complete, missing and damaged records."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_run_becomes_a_row(tmp_path: Path) -> None:
 
 
 def test_every_method_that_has_a_size_says_it(small: list[str]) -> None:
-    """PaCA's is a rank: it is a method of its own, and no pattern of the ablation."""
+    """PaCA's size is a rank: PaCA is a method, not a pattern of the ablation."""
     grids = ["method=lora,ia3,full", "method=paca,s2ft,smt,prompt,prefix,bottleneck", "method=sparse,diablo"]
     configs = [config for grid in grids for config in plan([*small, grid, "recipe.learning_rate=1e-3"])]
     frame = load_runs([run.root for run in write_runs(configs)], quiet=True).frame
@@ -74,7 +74,7 @@ def test_missing_stays_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_likelihoods_stand_in_a_frame_of_their_own(tmp_path: Path) -> None:
-    """No table of accuracies meets them: neither scored, nor planned and missing, nor in the mean of benchmarks."""
+    """No table of accuracies contains them: neither scored, nor planned and missing, nor in the mean of benchmarks."""
     both = write_run(tmp_path, "lora", items=[1, 0], nll=[1.5, 2.5], task="gsm8k")
     plain = write_run(tmp_path, "dora", items=[1, 1], task="gsm8k")
     missing = write_run(tmp_path, "pissa", items=[0, 1], nll=[3.0], task="gsm8k")
@@ -221,7 +221,7 @@ def test_a_file_that_is_no_measurement_is_refused(tmp_path: Path, text: str) -> 
 
 
 def test_the_mean_over_benchmarks_needs_them_all(tmp_path: Path) -> None:
-    """Two planned benchmarks: the mean is there once both are scored, and weighs them alike."""
+    """Two planned benchmarks: the mean exists once both are scored, and weights them equally."""
     run = RunPaths(write_run(tmp_path, items=[1, 1, 1, 0], mean_with="other"))
     frame = load_runs([run.root]).frame
     assert "mean of 2" not in set(frame["benchmark"])
@@ -237,7 +237,7 @@ def test_the_mean_over_benchmarks_needs_them_all(tmp_path: Path) -> None:
 
 
 def test_a_quick_look_is_no_part_of_a_mean(tmp_path: Path) -> None:
-    """A score of few rows beside the whole one changes no mean; alone it makes none, and that is said."""
+    """A score of few rows neither changes a mean of full scores nor makes a mean itself, which a problem reports."""
     run = RunPaths(write_run(tmp_path, items=[1, 1, 1, 0], mean_with="other"))
     whole = score_file(run.root)
     for benchmark, limit, name in (("other", None, "whole"), ("arith", 2, "quick")):
@@ -255,7 +255,7 @@ def test_a_quick_look_is_no_part_of_a_mean(tmp_path: Path) -> None:
 
 
 def test_a_method_that_cannot_be_merged_stands_in_the_table_of_those_that_can(tmp_path: Path, cache_dir: Path) -> None:
-    """Whether an adapter was folded into the weights is no part of a protocol."""
+    """Whether an adapter was merged into the weights is not part of a protocol."""
     from eval.run import evaluate
     from experiments.plan.compose import plan, write_runs
     from experiments.train.run import train
@@ -274,7 +274,7 @@ def test_a_method_that_cannot_be_merged_stands_in_the_table_of_those_that_can(tm
 
 
 def test_a_record_of_the_schema_before_is_read_under_todays_names(tmp_path: Path) -> None:
-    """A score of the time when `extra_metrics` was `beside` and `unparsed` was `no_match`."""
+    """A score written when `extra_metrics` was called `beside` and `unparsed` was called `no_match`."""
     (old,) = (ROOT / "results" / "quickstart" / "runs").glob("tiny-lora-*s0-*/eval/arith/*/score.json")
     written = read_json(old)
     assert written["schema"] == 4

@@ -1,4 +1,4 @@
-"""Paired differences against hand-worked values, scipy, and the error rates they promise."""
+"""Paired differences against values computed by hand, scipy, and their nominal error rates."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_methods_that_agree_on_every_item() -> None:
 
 
 def test_sign_flips_are_scipys_permutation_test() -> None:
-    """Per-item means of three seeds, every one of the 2^12 sign patterns by scipy."""
+    """Per-item means of three seeds against scipy's test over all 2^12 sign patterns."""
     scores = np.array([1, 1, 1 / 3, -1 / 3, 2 / 3, 2 / 3, 1 / 3, 0, 1, -2 / 3, 1 / 3, 1 / 3])
     exact = permutation_test(
         (scores,), lambda x, axis: x.mean(axis=axis), permutation_type="samples", vectorized=True, n_resamples=5000
@@ -67,23 +67,23 @@ def test_a_mean_weighs_its_benchmarks_alike() -> None:
     first, second = [answers([1] * 10), answers([1] * 1000)], [answers([0] * 10), answers([1] * 1000)]
     difference = paired_difference(first, second)
     assert difference.mean == pytest.approx(0.5)
-    assert difference.p_value == pytest.approx(2 / 2**10, abs=0.0005)  # all ten signs alike
+    assert difference.p_value == pytest.approx(2 / 2**10, abs=0.0005)  # all ten signs equal
 
 
 def test_probability_of_improvement_by_hand() -> None:
-    """Seeds 0.5, 1.0 against 0.5, 0.0: of four pairs three are won and one is a tie."""
+    """Seeds 0.5, 1.0 against 0.5, 0.0: three of four pairs are won and one is a tie."""
     difference = paired_difference([answers([1, 0], [1, 1])], [answers([0, 1], [0, 0])])
     assert difference.improvement == pytest.approx(3.5 / 4)
 
 
 def test_the_crossed_variance_by_hand() -> None:
-    """Seed effects -1, 0, 1 alone: the variance of a mean of three of them is 1/3, with 2 degrees of freedom."""
+    """Only seed effects, -1, 0, 1: the variance of the mean of three is 1/3, with 2 degrees of freedom."""
     part = np.repeat(answers([-1], [0], [1]), 50, axis=1)
     assert crossed_variance([part]) == pytest.approx((1 / 3, 2))
 
 
 def test_from_five_seeds_the_seeds_count() -> None:
-    """Five seeds that win or lose everything say nothing sure, however many items they answer."""
+    """Five seeds that each win or lose every item are no significant evidence, however many items there are."""
     first = np.repeat(answers([1], [1], [1], [0], [0]), 1000, axis=1)
     difference = paired_difference([first], [1 - first])
     assert difference.over == "seeds and test items"
@@ -102,7 +102,7 @@ def test_what_cannot_be_paired_is_refused(shapes: tuple[tuple[int, int], tuple[i
 def answered(
     generator: np.random.Generator, seeds: int, spread: float, ahead: float = 0, n: int = 200
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Two methods on items of differing difficulty, with an effect of the seed and a method-item one."""
+    """Simulate two methods on items of differing difficulty, with seed effects and method-item effects."""
     difficulty = generator.normal(0.5, 1, size=n)
 
     def method(shift: float) -> np.ndarray:
@@ -114,7 +114,7 @@ def answered(
 
 @pytest.mark.parametrize(("seeds", "spread"), [(1, 0.0), (5, 0.0), (5, 0.4)])
 def test_level_and_coverage(seeds: int, spread: float) -> None:
-    """No difference, 400 times: about 5 % rejected and 95 % covered; three standard errors are 3.3 points."""
+    """400 trials without a difference: about 5 % rejected and 95 % covered; three standard errors are 3.3 points."""
     generator = np.random.default_rng(1)
     found = [paired_difference(*([one] for one in answered(generator, seeds, spread))) for _ in range(400)]
     assert np.mean([difference.p_value < 0.05 for difference in found]) < 0.083
@@ -122,7 +122,7 @@ def test_level_and_coverage(seeds: int, spread: float) -> None:
 
 
 def test_power_at_the_smallest_difference() -> None:
-    """Methods as far apart as `smallest` says are told apart in about 80 % of 200 trials."""
+    """A difference of the size `smallest` is detected in about 80 % of 200 trials."""
     generator = np.random.default_rng(2)
     found = [paired_difference(*([one] for one in answered(generator, 1, 0, ahead=0.3, n=300))) for _ in range(200)]
     truth, smallest = (np.mean([getattr(one, name) for one in found]) for name in ("mean", "smallest"))

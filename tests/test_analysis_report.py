@@ -1,4 +1,4 @@
-"""From runs to the page: table, figures, and the page in a browser."""
+"""The report made from runs: its table, its figures, and the page in a browser."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_rows_are_sorted_by_name_and_size_and_cells_do_not_mix(tmp_path: Path) -
 
 
 def test_likelihoods_change_no_page(tmp_path: Path) -> None:
-    """The same runs with and without NLL beside their accuracies: the same tables, comparisons, figures and page."""
+    """Runs with and without NLL scores beside their accuracies give equal tables, comparisons, figures and page."""
     pages = []
     for folder, nll in (("without", None), ("with", [1.5, 2.5, 3.5, 0.5])):
         for method in ("lora", "diablo", "base"):
@@ -128,7 +128,7 @@ def test_gradient_figure_shows_three_layers_and_names_what_it_shows(tmp_path: Pa
     (drawn,) = (line for line in axes[1].get_lines() if line.get_label() == "lora-r7: B")
     assert np.asarray(drawn.get_ydata()).tolist() == traces[0].norms[column].tolist()
     (variance,) = (line for line in below[1].get_lines() if line.get_label() == "lora-r7: B")
-    assert np.isnan(np.asarray(variance.get_ydata())[:2]).all()  # three steps are the fewest for a variance here
+    assert np.isnan(np.asarray(variance.get_ydata())[:2]).all()  # a variance needs at least three steps here
     assert np.asarray(variance.get_ydata())[2] == pytest.approx(np.var(traces[0].norms[column], ddof=1))
     for words in ("tiny", "arith", "lora-r7 0.001", "diablo-N8 0.002", "3 norms of exactly 0"):
         assert words in picture.caption
@@ -144,7 +144,7 @@ def test_accuracy_figure_shows_every_seed_and_the_base(tmp_path: Path) -> None:
     open_markers = [line for line in axes.get_lines() if line.get_markerfacecolor() == "white"]
     assert [np.asarray(line.get_ydata()).tolist() for line in open_markers] == [[50, 75], [50, 75]]
     places = [float(np.asarray(line.get_xdata())[0]) for line in open_markers]
-    assert places[0] < 10_000 < places[1]  # two of one size, side by side around it
+    assert places[0] < 10_000 < places[1]  # two points of equal size, placed left and right of it
     assert [line.get_label() for line in axes.get_lines() if line.get_linestyle() == "--"] == ["base"]
 
 
@@ -153,7 +153,7 @@ def test_accuracy_figure_shows_every_seed_and_the_base(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of eight settings, two seeds and the base model, with one score missing."""
+    """Return the page of eight settings, two seeds and the base model, with one score missing."""
     root = tmp_path_factory.mktemp("quickstart")
     generator = np.random.default_rng(0)
     for method, size in (("diablo", 4), ("diablo", 8), ("diablo", 16), ("lora", 7), ("dora", 7), ("full", 0)):
@@ -197,7 +197,7 @@ def test_the_report_is_one_page_with_its_files(report: Path) -> None:
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_in_a_browser(report: Path, tmp_path: Path, width: int) -> None:
-    """Loaded in a frame of the given width (a window cannot be as narrow as a phone): no horizontal scroll."""
+    """No horizontal scrolling in a frame of the given width (a window cannot be as narrow as a phone)."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("chromium is not installed")
@@ -226,7 +226,7 @@ def test_the_page_in_a_browser(report: Path, tmp_path: Path, width: int) -> None
     assert seen["scroll"] <= width
     assert len(seen["images"]) == 3
     assert all(alt > 20 and pixels > 0 for alt, pixels in seen["images"])
-    assert seen["tables"] == 6  # methods, their differences, beside the paper, where we differ, hashes, environment
+    assert seen["tables"] == 6  # methods, differences, comparison with the paper, deviations, hashes, environment
     assert seen["errors"] == []
 
 

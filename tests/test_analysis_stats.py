@@ -1,4 +1,4 @@
-"""Intervals, against definitions, hand-worked numbers and the coverage they promise."""
+"""Intervals against definitions, numbers computed by hand and their nominal coverage."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_one_seed_is_worth_its_items() -> None:
 
 
 def test_seeds_that_agree_are_worth_one() -> None:
-    """Adding up 2 * 4 answers would halve the interval for nothing: the second seed has no news."""
+    """Counting 2 * 4 answers would narrow the interval, though the second seed adds no information."""
     assert effective_items(answers([1, 0, 1, 1], [1, 0, 1, 1])) == pytest.approx(4)
 
 
@@ -65,7 +65,7 @@ def test_all_right_or_all_wrong_has_wilsons_width(right: int, seeds: int) -> Non
 
 
 def test_below_five_seeds_the_spread_over_seeds_is_not_in_the_interval() -> None:
-    """Four seeds as far apart as they can be, on items that all are alike: still an interval over items."""
+    """Four seeds with the largest possible spread on identical items still give an interval over items."""
     items = np.repeat(answers([1], [1], [0], [0]), 100, axis=1)
     interval = accuracy_interval(items)
     assert interval.over == "test items"
@@ -76,7 +76,7 @@ def test_from_five_seeds_the_interval_covers_seeds_and_items() -> None:
     items = np.repeat(answers([1], [1], [0], [0], [1]), 100, axis=1)
     interval = accuracy_interval(items)
     assert interval.over == "seeds and test items"
-    assert (interval.low, interval.high) == (0, 1)  # 0.6 and 1.58 times 0.2 - 0.6 and 1 - 0.6, cut to what can be
+    assert (interval.low, interval.high) == (0, 1)  # 0.6 and 1.58 times 0.2 - 0.6 and 1 - 0.6, clipped to [0, 1]
 
 
 def test_the_bootstrap_draws_the_same_items_for_all_seeds() -> None:
@@ -115,7 +115,7 @@ def test_nothing_to_average_is_refused(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("seeds", [1, 2, 4])
 def test_coverage_over_new_items(seeds: int) -> None:
-    """Items of differing difficulty, drawn anew 2,000 times, n = 200: about 95 % of the intervals hold the mean.
+    """Items of differing difficulty, drawn 2,000 times, n = 200: about 95 % of the intervals contain the mean.
 
     The standard error of the count is 0.5 points, so 93.5 to 96.5 % is three of them on either side.
     """
@@ -130,7 +130,7 @@ def test_coverage_over_new_items(seeds: int) -> None:
 
 @pytest.mark.parametrize(("n", "spread"), [(400, 0.3), (100, 0.3), (200, 0.0)])
 def test_coverage_over_new_seeds_and_items(n: int, spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five seeds of differing skill and items of differing difficulty, both drawn anew 300 times."""
+    """Five seeds of differing skill and items of differing difficulty, both drawn 300 times."""
     monkeypatch.setattr(stats, "DRAWS", 400)
     generator = np.random.default_rng(0)
 
@@ -147,7 +147,7 @@ def test_coverage_over_new_seeds_and_items(n: int, spread: float, monkeypatch: p
 
 
 def test_shares_are_worth_what_their_variance_says() -> None:
-    """20 completions of each problem: items near their means leave a narrow interval, not Wilson's of 0 and 1."""
+    """20 completions per problem: item scores near the mean give a narrower interval than Wilson's for 0/1 items."""
     shares = answers([0.4, 0.5, 0.6] * 40)
     assert effective_items(shares) == pytest.approx(120 * 0.25 / (0.02 / 3))
     interval = accuracy_interval(shares)

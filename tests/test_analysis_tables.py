@@ -1,4 +1,4 @@
-"""The wide table of methods × benchmarks, and the marks of cells whose runs do not belong together."""
+"""The wide table of methods × benchmarks, and the marks of cells whose runs are not comparable."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.analysis_runs import change, score_file, write_run
 
 
 def score_other(run: Path, items: list[int], **values: object) -> Path:
-    """A second benchmark's score beside the first one's."""
+    """Write the score of a second benchmark."""
     first = score_file(run)
     second = RunPaths(run).evaluation("other", "plain", {}).score
     second.parent.mkdir(parents=True)
@@ -37,7 +37,7 @@ def commit(path: Path, letter: str) -> None:
 
 
 def test_methods_by_benchmarks(tmp_path: Path) -> None:
-    """Benchmarks in the task's order and their mean; a benchmark that one method lacks is an empty cell."""
+    """Benchmarks in the task's order, then their mean; a missing score is an empty cell."""
     write_run(tmp_path, "dora", items=[1, 0, 0, 0], mean_with="other")
     score_other(write_run(tmp_path, "lora", items=[1, 1, 1, 0], mean_with="other"), [0, 0, 0, 1])
     ((title, wide),) = wide_tables(method_table(load_runs(find_runs([tmp_path])).frame))
@@ -45,7 +45,7 @@ def test_methods_by_benchmarks(tmp_path: Path) -> None:
     assert [name for name in wide.columns if name.endswith(", %")] == ["arith, %", "other, %", "mean of 2, %"]
     dora, lora = records(wide)
     assert (dora["Method"], dora["other, %"], dora["mean of 2, %"]) == ("dora", "", "")
-    assert lora["other, %"] == "25.0 (4.6–69.9)"  # Wilson's, of 1 in 4
+    assert lora["other, %"] == "25.0 (4.6–69.9)"  # Wilson's interval for 1 of 4
     assert lora["mean of 2, %"].startswith("50.0 (")
 
 
@@ -118,7 +118,7 @@ def test_a_score_under_another_protocol_than_the_training_is_marked(tmp_path: Pa
 
 
 def test_a_mean_of_parts_scored_by_different_code_is_marked(tmp_path: Path) -> None:
-    """As a run whose benchmarks were scored on two days: each part is the training's own, the mean is not."""
+    """Benchmarks scored on two days: each score was made by one version of the code, the mean was not."""
     run = write_run(tmp_path, "lora", items=[1, 0], mean_with="other")
     commit(score_other(run, [1, 1]), "b")
     table = method_table(load_runs([run]).frame).set_index("benchmark")

@@ -1,6 +1,6 @@
-"""The benchmark runs every path on the CPU, counts what is really done, and its report reads its own JSON.
+"""The benchmark runs every path on the CPU, counts the operations done, and its report reads its own JSON.
 
-No time is asserted: that is the benchmark's own business, on a quiet machine.
+No time is asserted; the benchmark itself measures times, on an idle machine.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _product_into(_: Any, left: Any, right: Any, **__: Any) -> int:
     return 2 * left[0] * left[1] * left[2] * right[2]
 
 
-# DoRA's norms are no products, and the gradient of single entries need not be one.
+# DoRA's norms are not matrix products, and the gradient of single entries need not be one.
 NO_PRODUCTS = (cases.DORA, "random_entry", "banded")
 
 
@@ -91,7 +91,7 @@ def test_peak_memory_counts_what_is_held_at_once() -> None:
     x, layer = torch.randn(256, 1024, requires_grad=True), nn.Linear(1024, 1024, bias=False)
     work_twice = partial(_layer_pass, layer, x, torch.randn(256, 1024))
     expected = 4 * (256 * 1024 * 2 + 1024 * 1024)  # output, dX and dW
-    for _ in range(2):  # the gradients of the first time are not counted against the second
+    for _ in range(2):  # the second pass must not count the gradients of the first
         assert cases.peak_bytes(work_twice, [x, *layer.parameters()], "cpu") >= expected
 
 

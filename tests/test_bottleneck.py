@@ -1,4 +1,4 @@
-"""The bottleneck adapter: its equation, what PEFT does with it, and what it refuses."""
+"""The bottleneck adapter: its equation, its behaviour as a PEFT method, and its errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def attach(base: nn.Module, **settings: Any) -> PeftModel:
 
 
 def with_values(model: PeftModel, seed: int = 3) -> PeftModel:
-    """Values in place of the start, where nothing but W_down and b_down has any."""
+    """Fill all parameters with random values; initially only W_down and b_down are not zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -49,7 +49,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def test_the_equation_in_float64() -> None:
-    """y + W_up gelu(W_down y + b_down) + b_up with y = W x, and its gradients, from plain matrix products."""
+    """y + W_up gelu(W_down y + b_down) + b_up with y = W x, and its gradients, from dense matrix products."""
     base = nn.Sequential(nn.Linear(6, 4, bias=False)).double()
     model = get_peft_model(base, BottleneckConfig(bottleneck_size=3, target_modules=["0"])).double()  # pyright: ignore
     (layer,) = layers(model).values()
@@ -126,7 +126,7 @@ def test_saved_and_loaded_it_is_the_same(low_cpu_mem_usage: bool, tmp_path: Path
 
 
 def test_several_adapters_and_none() -> None:
-    """One at a time, disabled, both at once (each sees the base layer's output), deleted, unloaded."""
+    """One at a time, disabled, both at once (each gets the base layer's output), deleted, unloaded."""
     model = attach(tiny_llama())
     with_values(model)
     one = logits(model)

@@ -1,4 +1,4 @@
-"""Learning rates chosen on held-out rows, and the second stage that follows from them."""
+"""Learning rates chosen on held-out rows, and the second stage planned with them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ grids:
 
 @pytest.fixture
 def experiment(tmp_path: Path, cache_dir: Path) -> Callable[..., list[str]]:
-    """The arguments that plan a small experiment of two stages, in a folder of runs of its own."""
+    """Return a function giving the arguments of a small two-stage experiment in its own folder of runs."""
 
     def write(rates: str = "1e-3,1e-2,1e-1", by: str = "loss") -> list[str]:
         path = tmp_path / "two_stages.yaml"
@@ -48,7 +48,7 @@ def experiment(tmp_path: Path, cache_dir: Path) -> Callable[..., list[str]]:
 
 
 def pretend(config: RunConfig, record: TrainRecord, loss: float | None, exact_match: float) -> None:
-    """A finished run that scored so on its held-out rows."""
+    """Write a finished run with these scores on its held-out rows."""
     (run,) = write_runs([config])
     held_out = {"rows": 14, "loss": loss, "exact_match": exact_match}
     about = {"run_id": config.run_id, "config_hash": config_hash(config.mapping)}
@@ -76,7 +76,7 @@ def test_the_first_stage_has_one_seed_and_the_second_waits_for_it(
     arguments = experiment()
     found = stages(arguments)
     assert rates(found.rate_search) == [(name, rate, 3) for name in ("lora", "diablo") for rate in (1e-3, 1e-2, 1e-1)]
-    assert rates(found.final) == [("base", 0, 0)]  # it has nothing to choose
+    assert rates(found.final) == [("base", 0, 0)]  # the base has no learning rate
     assert len(found.to_come) == 4
     assert found.undecided[0].startswith("lora-r6 on tiny and arith waits for tiny-lora-r6-arith-s3-")
     for config in found.rate_search[:3]:
@@ -88,7 +88,7 @@ def test_the_first_stage_has_one_seed_and_the_second_waits_for_it(
 
 
 def test_what_is_best(experiment: Callable[..., list[str]], record: TrainRecord) -> None:
-    """By loss the smallest, by exact match the largest, among equals the smaller loss; who diverged is out."""
+    """The smallest loss, or the largest exact match (ties: the smaller loss); diverged runs are excluded."""
     scores = {1e-3: (0.5, 0.25), 1e-2: (0.75, 0.5), 1e-1: (None, 1.0)}
     found = choose(experiment(), record, scores)
     assert found.chosen()[0] == "lora-r6: learning rate 0.001, the smallest or largest that was tried"
@@ -134,7 +134,7 @@ def test_reproduce_chooses_trains_and_reports(
         assert tried.held_out is not None
         assert tried.held_out["rows"] == 14
         scored = list(run_paths(tried.config).evaluations())
-        assert bool(scored) == tried.chosen  # a benchmark is asked only for what was chosen
+        assert bool(scored) == tried.chosen  # only chosen runs are scored on a benchmark
     losses = {tried.chosen: tried.held_out["loss"] for tried in found.tried[:2] if tried.held_out}
     assert losses[True] < losses[False]
     assert len((tmp_path / "report" / "learning_rates.csv").read_text(encoding="utf-8").splitlines()) == 5
@@ -150,7 +150,7 @@ def test_reproduce_chooses_trains_and_reports(
 
 @pytest.mark.parametrize("grouped", ["true", "false"])
 def test_a_trained_run_scores_as_its_loaded_adapter_does(grouped: str, small: list[str]) -> None:
-    """Row by row, without padding, on a fresh base."""
+    """Compared row by row, without padding, on a freshly loaded base."""
     from experiments.data.prompts import encode
     from experiments.models.load import load_base
     from experiments.plan.compose import plan

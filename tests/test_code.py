@@ -1,4 +1,4 @@
-"""HumanEval's texts and pass@k, against cases worked out by hand and an enumeration of every draw."""
+"""HumanEval's texts and pass@k, against cases computed by hand and an enumeration of all draws."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def test_a_program_is_prompt_completion_tests_and_their_call() -> None:
     [
         (1, 0, 1, 0.0),
         (1, 1, 1, 1.0),
-        (20, 5, 1, 0.25),  # k = 1 is the share of right ones
-        (4, 2, 2, 5 / 6),  # of 6 pairs one holds two wrong ones
-        (5, 1, 2, 2 / 5),  # of 10 pairs 6 = C(4, 2) miss the right one
-        (5, 2, 3, 9 / 10),  # of 10 triples one = C(3, 3) holds the wrong ones
+        (20, 5, 1, 0.25),  # k = 1 is the share of correct completions
+        (4, 2, 2, 5 / 6),  # one of 6 pairs holds two wrong ones
+        (5, 1, 2, 2 / 5),  # 6 = C(4, 2) of 10 pairs miss the correct one
+        (5, 2, 3, 9 / 10),  # one = C(3, 3) of 10 triples holds only wrong ones
         (5, 3, 3, 1.0),  # two wrong ones cannot fill a draw of three
         (20, 10, 10, 184755 / 184756),  # one of C(20, 10) draws
         (20, 0, 10, 0.0),
@@ -76,7 +76,7 @@ def test_pass_at_k_by_hand(n: int, c: int, k: int, expected: float) -> None:
 def test_pass_at_k_is_the_share_of_draws_with_a_right_completion() -> None:
     for n in range(1, 8):
         for c, k in itertools.product(range(n + 1), range(1, n + 1)):
-            draws = list(itertools.combinations(range(n), k))  # the right ones are 0 … c - 1
+            draws = list(itertools.combinations(range(n), k))  # the correct ones are 0 … c - 1
             share = sum(min(draw) < c for draw in draws) / len(draws)
             assert pass_at_k(n, c, k) == pytest.approx(share, abs=1e-12), (n, c, k)
 

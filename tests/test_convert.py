@@ -1,4 +1,4 @@
-"""The authors' checkpoints to our adapters and back, and the choice of N."""
+"""Conversion of the authors' checkpoints to our adapters and back, and the choice of N."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def their_state(num_blocks: int, layers: tuple[int, ...] = (0, 1)) -> dict[str, Tensor]:
-    """As ziyangjoy/DiaBlo's trainer writes it, in bf16: sides and count of the blocks rounded up."""
+    """Return a state dict as ziyangjoy/DiaBlo's trainer writes it, in bf16; block sides and count are rounded up."""
     state = {}
     for name, module in tiny_llama().named_modules():
         if isinstance(module, nn.Linear) and name.endswith(TARGETS) and int(name.split(".")[2]) in layers:
@@ -41,7 +41,7 @@ def their_state(num_blocks: int, layers: tuple[int, ...] = (0, 1)) -> dict[str, 
 
 
 def their_model(state: dict[str, Tensor]) -> LlamaForCausalLM:
-    """Their merged weights: the padded block diagonal, cut to the layer and transposed, added to the weight."""
+    """Return the model with merged weights: W plus the padded block diagonal, cut to the layer and transposed."""
     model = tiny_llama()
     for key, blocks in state.items():
         layer: Any = model.get_submodule(key.removesuffix(".block_A"))

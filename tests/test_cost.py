@@ -1,4 +1,4 @@
-"""Tokens, GPU-hours and budgets of planned runs, against sums by hand."""
+"""Tokens, GPU-hours and budgets of planned runs, against sums computed by hand."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_rows_are_those_of_whole_batches() -> None:
 
 
 def test_tokens_are_those_a_run_counts(tmp_path: Path, cache_dir: Path) -> None:
-    """All rows fill whole batches here, so that the mean times the rows is the sum itself."""
+    """All rows fill whole batches here, so that the mean times the number of rows equals the sum."""
     from experiments.plan.compose import write_runs
     from experiments.train.run import train
     from tests.conftest import SMALL
@@ -102,7 +102,7 @@ def test_a_budget_gives_every_setting_one_seed_before_any_gets_two(cells: str, f
 
 
 def test_a_budget_is_kept_to_when_the_learning_rates_are_chosen(cells: str) -> None:
-    """The second stage is submitted by a job of its own, which has to come to the same runs."""
+    """A separate job submits the second stage and must select the same runs."""
     before = select([cells], Selection(budget=4.01, speed=Speed({"": 1.0})), lambda config: 1.0)
     known = [(config.mapping["method"]["adapter"]["num_blocks"], config.seed) for config in before.configs]
     assert known == [(8, 0), (8, 0), (8, 1), (8, 1), (4, 0)]

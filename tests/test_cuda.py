@@ -1,6 +1,6 @@
-"""What runs on a GPU, against references in float64: run by `python -m experiments.gpu`, or `pytest -m cuda`.
+"""GPU code against references in float64: run by `python -m experiments.gpu`, or `pytest -m cuda`.
 
-`DIABLO_TEST_DEVICE=cpu` runs the same tests without one, which shows that they are right, not that a GPU is.
+`DIABLO_TEST_DEVICE=cpu` runs the same tests without a GPU, which checks the tests themselves.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def device() -> str:
 
 
 def llama(dtype: torch.dtype = torch.float32) -> Any:
-    """Three layers with grouped-query attention, whose weights are those of bf16 in every dtype."""
+    """Return three layers with grouped-query attention, whose weights are exact in bf16 for every dtype."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -86,7 +86,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 
 def diagonal_of_the_full_gradient() -> dict[str, Tensor]:
-    """By the paper's identity: block i of the dense weight's gradient, in float64."""
+    """Return the diagonal blocks of the dense weight's gradient in float64 (the paper's identity)."""
     full = llama(torch.float64).train()
     loss_of(full).backward()
     found: dict[str, Tensor] = {}
@@ -100,7 +100,7 @@ def diagonal_of_the_full_gradient() -> dict[str, Tensor]:
 
 
 def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    """Of all tensors together, relative to the right ones."""
+    """Return the norm of the difference over all tensors, relative to that of the right-hand ones."""
     assert left.keys() == right.keys()
     squares = [(left[name].detach().double() - right[name].detach().double()).square().sum().item() for name in left]
     return (sum(squares) / sum(tensor.detach().double().square().sum().item() for tensor in right.values())) ** 0.5
@@ -132,11 +132,11 @@ def test_the_gradient_is_the_diagonal_of_the_full_one(
 @MODES
 @pytest.mark.parametrize("side", [64, 172])  # 4096 / 64 and 11008 / 64
 def test_a_bf16_layer_s_gradient_is_summed_in_float32(mode: Mode, side: int) -> None:
-    """Its products are exact in float32, so that only the order of the sum is left; rounding to bf16 is 4e-3."""
+    """The products are exact in float32, so that only the order of summation differs; bf16 rounding is 4e-3."""
     torch.manual_seed(0)
     base = nn.Linear(64 * 4, side * 4, bias=False).to(DEVICE, torch.bfloat16)
     layer = DiabloLinear(base, "default", DiabloConfig(num_blocks=4, mode=mode))
-    layer.diablo_blocks["default"].data = layer.diablo_blocks["default"].data.float()  # as get_peft_model has them
+    layer.diablo_blocks["default"].data = layer.diablo_blocks["default"].data.float()  # as get_peft_model makes them
     x, upstream = (torch.randn(2048, size, device=DEVICE).bfloat16() for size in (64 * 4, side * 4))
     layer(x).backward(upstream)
     gradient = layer.diablo_blocks["default"].grad
@@ -166,7 +166,7 @@ def test_thirty_steps_in_place_equal_thirty_beside_the_weight(optimizer: str) ->
     for layer in (*layers_of(beside).values(), *layers_of(inside).values()):
         layer.double()
     losses = train(beside, optimizer), train(inside, optimizer)
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)  # transformers takes the loss in float32
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)  # transformers computes the loss in float32
     assert losses[0][-1] < losses[0][0] - 0.2
     blocks = [{name: layer.diablo_blocks["default"] for name, layer in layers_of(m).items()} for m in (beside, inside)]
     assert distance(*blocks) <= 1e-6
@@ -206,7 +206,7 @@ def test_merging_an_adapter_changes_outputs_by_rounding() -> None:
 
 @MODES
 def test_compiled_equals_eager(mode: Mode) -> None:
-    """By inductor on a GPU; elsewhere what it would be given is run as it is."""
+    """With inductor on a GPU; elsewhere the captured graph runs uncompiled."""
     backend = "inductor" if DEVICE.startswith("cuda") else "aot_eager"
     eager, compiled = attach(llama(), mode), attach(llama(), mode)
     torch.compiler.reset()
@@ -241,7 +241,7 @@ def test_a_quantised_layer_computes_with_its_dequantised_weight() -> None:
 
 
 def test_a_new_process_reads_its_peak_memory() -> None:
-    """What ended every run on the first GPU: the reset came before CUDA was initialised."""
+    """Regression: the reset was called before CUDA was initialised, which stopped every run on a GPU."""
     code = (
         f"from experiments.runs.environment import peak_memory, reset_peak_memory; device = {DEVICE!r}\n"
         "reset_peak_memory(device)\nbefore = peak_memory(device)\n"

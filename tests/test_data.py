@@ -1,4 +1,4 @@
-"""Rows and prompts, checked against cases worked out by hand."""
+"""Rows and prompts, checked against cases computed by hand."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_problems_are_the_same_for_the_same_seed_and_others_for_another() -> Non
 
 
 def test_splits_share_no_problem_whatever_the_names() -> None:
-    """A problem is its words without names and things, and with its numbers."""
+    """Problems are compared by their words without names and things, and by their numbers."""
 
     def bare(question: str) -> str:
         return re.sub("|".join([*arith.NAMES, *arith.THINGS]), "_", question)
@@ -46,7 +46,7 @@ def test_splits_share_no_problem_whatever_the_names() -> None:
 
 
 def test_answers_follow_from_their_steps() -> None:
-    """Every calculator mark is right, uses numbers of the question or of steps before, and the last is the answer."""
+    """Every calculator mark is correct, uses numbers from the question or earlier steps, and the last is the answer."""
     for row in itertools.chain(*arith.generate(SIZES, 3).values()):
         *steps, last = row["output"].split("\n")
         known = set(re.findall(r"\d+", row["instruction"]))
@@ -134,7 +134,7 @@ def test_a_bad_row_is_named_by_file_place_and_field(
     assert fails_with(lambda: read_rows(path, llm_adapters)).startswith(f"{path}{message}")
 
 
-# Without the time, or two processes that collect these tests would not agree on them.
+# No timestamp, so that two processes that collect these tests get equal test ids.
 WHOLE = gzip.compress("\n".join([LINE] * 500).encode(), mtime=0)
 
 

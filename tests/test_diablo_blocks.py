@@ -29,7 +29,7 @@ def random_blocks(in_features: int, out_features: int, num_blocks: int) -> torch
 
 
 def dense_by_definition(blocks: torch.Tensor, in_features: int, out_features: int) -> torch.Tensor:
-    """The paper's D, (in, out), entry by entry: D[p, q] is in block i iff p // d_in == q // d_out == i."""
+    """Build the paper's D, (in, out), entry by entry: D[p, q] is in block i iff p // d_in == q // d_out == i."""
     _, d_in, d_out = blocks.shape
     dense = torch.zeros(in_features, out_features, dtype=blocks.dtype)
     for p in range(in_features):
@@ -115,7 +115,7 @@ def test_diagonal_blocks_are_views_of_exactly_the_changed_entries(
     in_features: int, out_features: int, num_blocks: int, transposed: bool
 ) -> None:
     blocks = random_blocks(in_features, out_features, num_blocks)
-    if transposed:  # as Conv1D keeps its weight
+    if transposed:  # as Conv1D stores its weight
         weight = torch.zeros(in_features, out_features, dtype=torch.float64).T
     else:
         weight = torch.zeros(out_features, in_features, dtype=torch.float64)
@@ -131,7 +131,7 @@ def test_the_gradient_of_16_bit_inputs_is_summed_in_float32(dtype: torch.dtype) 
     gradient = block_gradient(x, y, BlockShape(3, 11, 16), torch.float32)
     exact = block_gradient(x.double(), y.double(), BlockShape(3, 11, 16), torch.float64)
     assert gradient.dtype == torch.float32
-    torch.testing.assert_close(gradient.double(), exact, rtol=1e-4, atol=1e-3)  # 16 bits would be off by 0.1
+    torch.testing.assert_close(gradient.double(), exact, rtol=1e-4, atol=1e-3)  # 16-bit sums err by 0.1
 
 
 @pytest.mark.parametrize(("x_features", "y_features"), [(13, 8), (12, 9)])

@@ -1,4 +1,4 @@
-"""One DiaBlo layer: forward pass, dropout, merging, quantised base layers."""
+"""A single DiaBlo layer: forward pass, dropout, merging, quantised base layers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_dropout_drops_the_adapter_s_input_only() -> None:
     base = nn.Linear(8, 8)
     zero = DiabloLinear(base, "default", DiabloConfig(num_blocks=2, dropout=0.5)).train()
     x = torch.randn(64, 8)
-    assert torch.equal(zero(x), base(x))  # blocks are zero, so a dropped base input would show
+    assert torch.equal(zero(x), base(x))  # the blocks are zero, so dropout on the base's input would be visible
     layer = DiabloLinear(base, "default", DiabloConfig(num_blocks=2, dropout=0.5, init_weights=False))
     blocks = layer.diablo_blocks["default"]
     undropped = base(x) + x @ torch.block_diag(*blocks)
@@ -78,7 +78,7 @@ def test_the_backward_pass_drops_what_the_forward_pass_dropped(base: nn.Module) 
 
 def test_merging_touches_the_blocks_own_entries_only() -> None:
     base = nn.Linear(8, 4, bias=False)
-    base.weight.data.fill_(-0.0)  # adding a zero would turn the sign
+    base.weight.data.fill_(-0.0)  # adding +0 would flip the sign
     layer = DiabloLinear(base, "default", DiabloConfig(num_blocks=2, init_weights=False))
     layer.merge()
     outside = layer.get_delta_weight("default") == 0
@@ -98,7 +98,7 @@ def test_safe_merge_refuses_values_that_are_not_finite_and_leaves_the_weight() -
 
 
 def test_merging_into_a_weight_it_cannot_change_is_refused() -> None:
-    """Such a weight would take the sum without an error and give a wrong layer."""
+    """Such a weight would accept the sum without an error and give a wrong layer."""
 
     class Quantised(Tensor):
         pass
@@ -199,7 +199,7 @@ def test_a_bitsandbytes_4_bit_base_trains_and_merges() -> None:
     adapted.square().sum().backward()
     assert layer.diablo_blocks["default"].grad is not None
     layer.merge()
-    assert (layer(x) - adapted).norm() < 0.15 * adapted.norm()  # merging quantises the sum again
+    assert (layer(x) - adapted).norm() < 0.15 * adapted.norm()  # merging requantises the sum
 
 
 class Transposing(nn.Linear):
@@ -229,7 +229,7 @@ def test_the_update_reaches_an_output_of_any_strides(pattern: str, grad: bool) -
 
 @pytest.mark.parametrize("where", ["layer", "part of it", "everywhere"])
 def test_a_hook_sees_what_the_base_layer_gives(where: str) -> None:
-    """The update was added to the tensor that the hook had kept."""
+    """Regression: the update was added in place to the tensor that the hook had kept."""
     base = nn.Sequential(OrderedDict(inner=nn.Linear(8, 4)))
     layer: Any = Wrapped(base)
     adapted = DiabloLinear(layer, "default", DiabloConfig(num_blocks=2, mode="adapter", init_weights=False))
@@ -252,7 +252,7 @@ def test_a_hook_sees_what_the_base_layer_gives(where: str) -> None:
 
 
 class Wrapped(nn.Linear):
-    """A linear layer that gives on what a part of it returns."""
+    """A linear layer that returns the output of a submodule."""
 
     def __init__(self, parts: nn.Sequential) -> None:
         super().__init__(8, 4)

@@ -1,4 +1,4 @@
-"""DiaBlo as a PEFT tuner: what it computes, what it trains, what it saves."""
+"""DiaBlo as a PEFT tuner: outputs, trained parameters, saved files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tiny_llama(dtype: torch.dtype = torch.float32, tied: bool = False) -> LlamaF
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,  # k_proj and v_proj are 32 → 16
-        initializer_range=0.2,  # large enough that every output depends visibly on every weight
+        initializer_range=0.2,  # large enough that every weight has a visible effect on every output
         tie_word_embeddings=tied,
     )
     model = LlamaForCausalLM(config).eval()
@@ -103,7 +103,7 @@ def test_gradient_of_the_blocks_is_the_diagonal_of_the_full_gradient(num_blocks:
 
 
 def test_trains_step_for_step_like_shira_with_a_block_diagonal_mask() -> None:
-    """PEFT's SHiRA trains any fixed set of entries through a sparse tensor: an implementation that shares no line."""
+    """PEFT's SHiRA trains any fixed set of entries through a sparse tensor: an independent implementation."""
 
     def mask_of_blocks(base_layer: nn.Module, r: int, random_seed: int | None = None, **_: object) -> Tensor:
         assert isinstance(base_layer, nn.Linear)
@@ -293,14 +293,14 @@ def test_several_adapters_add_up_switch_and_unmerge() -> None:
     model.merge_adapter()
     torch.testing.assert_close(layer(x), frozen + deltas["default"] + deltas["other"])
     with model.disable_adapter():
-        model(tokens())  # PEFT's convention: the next forward takes merged adapters out
+        model(tokens())  # PEFT's convention: the next forward pass unmerges merged adapters
         assert torch.equal(layer(x), frozen)
     assert_same_bits(base_weights(model), before)
 
 
 def test_the_name_stands_in_for_a_peft_type(tmp_path: Path) -> None:
     assert DIABLO == "DIABLO" == DIABLO.value == DIABLO.name
-    assert "DIABLO" not in PeftType.__members__  # once PEFT has it, peft_type() takes PEFT's
+    assert "DIABLO" not in PeftType.__members__  # once PEFT has it, peft_type() uses PEFT's
     DiabloConfig(num_blocks=2, target_modules=["a"]).save_pretrained(str(tmp_path))
     assert '"peft_type": "DIABLO"' in (tmp_path / "adapter_config.json").read_text(encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""A training that does not stay finite is a failed run: stopped, recorded, listed, never scored."""
+"""A training whose loss becomes non-finite is a failed run: stopped, recorded, listed, never scored."""
 
 from __future__ import annotations
 

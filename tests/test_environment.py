@@ -1,4 +1,4 @@
-"""What a record says of where and by which code it was made."""
+"""The fields of a record about the machine and the code that made it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PRINT = "from experiments.runs.environment import training_code; print(training_
 
 
 def test_the_training_code_is_there_and_hashed(tmp_path: Path) -> None:
-    """A copy has the same hash wherever it lies, and another once a file that training runs through is edited."""
+    """A copy has the same hash in any folder; editing a file used in training changes it."""
     assert all(list(ROOT.glob(pattern)) for pattern in TRAINING_CODE)
     for folder in ("diablo", "experiments"):
         for path in (ROOT / folder).rglob("*.py"):

@@ -1,4 +1,4 @@
-"""Equalities of answers: pairs with verdicts worked out by hand, hostile expressions, and the golds of MATH."""
+"""Equality of answers: pairs with known verdicts, hostile expressions, and the reference answers of MATH."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ LATEX = st.lists(
         ("same_number", "18.", "18", True),
         ("same_number", "1000", "1,000", True),
         ("same_number", "4.0001", "4", False),
-        ("same_number", "1.2.3", "1.2.3", False),  # two texts that are no numbers
+        ("same_number", "1.2.3", "1.2.3", False),  # two texts that are not numbers
         ("same_number", "", "", False),
         ("same_number", "nan", "nan", False),
         ("same_number", "inf", "inf", False),
@@ -81,7 +81,7 @@ EXPRESSIONS = [
     ("0.5", r"\frac{1}{2}", YES),
     (".5", "1/2", YES),
     (r"\sqrt3", r"\sqrt{3}", YES),
-    (r"2\sqrt 3", r"2\sqrt{}3", YES),  # the braces go around the space
+    (r"2\sqrt 3", r"2\sqrt{}3", YES),  # the braces are put around the space
     (r"\left( 1, 2 \right)", "(1,2)", YES),
     (r"90^\circ", "90", YES),
     (r"90^{\circ}", "90", YES),
@@ -89,17 +89,17 @@ EXPRESSIONS = [
     (r"50\%", "50", YES),
     (r"575\text{ students}", "575", YES),
     ("x = 3", "3", YES),
-    ("k=.25", "0.25", (False, False, False, True, True)),  # the zero is added before the name goes
+    ("k=.25", "0.25", (False, False, False, True, True)),  # the zero is added before the name is removed
     ("x=y=3", "3", NO),
     ("1,\\!000", "1,000", YES),
     (r"x \\in A", r"x \in A", YES),
     ("3", "4", NO),
     ("Paris", "Rome", NO),
-    # other writings, equal as numbers or symbols only
+    # different notations, equal only as numbers or symbols
     ("2+x", "x+2", (False, False, False, True, True)),
     (r"\sqrt{4}", "2", (False, False, False, True, True)),
     ("2.645", r"\sqrt{7}", (False, False, False, True, True)),  # within 1e-3
-    # as sympy's parse_latex: \pi is a symbol, words are products of letters, what follows a comma is not read
+    # as sympy's parse_latex: \pi is a symbol, words are products of letters, text after a comma is ignored
     ("31.42", r"10\pi", NO),
     ("C", r"\text{(C)}", NO),
     (r"\text{C}", r"\text{(C)}", (False, False, False, True, True)),
@@ -108,29 +108,29 @@ EXPRESSIONS = [
     ("-2", "6, -2", NO),
     (r"x \in A", "Ainx", NO),
     ("0.25", r"\frac{1}{4}", (False, False, False, True, True)),
-    ("25", "0.25", (False, False, False, True, True)),  # a hundredth counts
+    ("25", "0.25", (False, False, False, True, True)),  # a factor of 100 is accepted
     ("1000", "1,000", (False, False, False, True, True)),
     ("[1,2]", "1,2", (False, False, False, True, True)),
     ("[1,2]", "(1,2)", NO),
     ("(1,0.3333333)", r"(1,\frac{1}{3})", (False, False, False, True, True)),
     ("(1,2,3)", "(1,2)", NO),
     ("12", "{1}2", (False, False, False, True, True)),  # braces are ignored
-    # a/b of more than integers: MetaMath and MiLoRA cannot strip it
+    # a/b that are not integers: MetaMath and MiLoRA cannot strip it
     ("x/2", "x/2", YES),
     ("x /2", "x/2", (True, False, True, True, True)),
     (r"x/2\text{ m}", "x/2", (True, False, True, False, True)),
     ("x/2", "7", (False, False, False, False, True)),  # the prediction is compared with itself
     ("7", "x/2", (False, False, False, False, True)),
     ("x/2", r"\frac{x}{2}", (False, False, False, True, True)),
-    ("01/2", "1/2", NO),  # not as Python writes it: stays
-    # units twice: only DiaBlo can strip it
+    ("01/2", "1/2", NO),  # not written as Python writes it: left unchanged
+    # two units: only DiaBlo can strip it
     (r"5\text{ m} 3\text{ cm}", "5", (False, False, True, False, True)),
     (r"5\text{ m} 3\text{ cm}", r"5\text{ m} 3\text{ cm}", YES),
-    # an open end cannot be stripped
+    # an unclosed brace cannot be stripped
     (r"\frac", "7", (False, False, False, False, True)),
     (r"3\sqrt", "7", (False, False, False, False, True)),
     (r"\frac1", r"\frac1", YES),
-    (r"\frac1 + \frac12", r"\frac1+\frac12", YES),  # stays as it is where a fraction has one part
+    (r"\frac1 + \frac12", r"\frac1+\frac12", YES),  # left unchanged where a fraction has only one part
 ]
 VARIANTS = ("hendrycks", "metamath", "diablo", "milora", "milora_with_self_comparison")
 
@@ -141,14 +141,14 @@ def test_expressions(prediction: str, gold: str, verdicts: tuple[bool, ...]) -> 
 
 
 def test_bombs_are_given_up_and_marked_within_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twenty get a tenth of a second each, two of them one more; what stands between and behind them is decided."""
+    """Twenty get a tenth of a second each, two of them one more; the pairs between and after them are decided."""
     for name, value in (("QUICK", 0.1), ("SECONDS", 1.0), ("RETRIES", 2)):
         monkeypatch.setattr(comparisons, name, value)
     bombs = [("9^{9^{9^{9^9}}}", "7"), ("99999999!", "7")] * 10
     started = time.monotonic()
     verdicts = compare("milora", [("x+1", "1+x"), *bombs[:10], ("x+1", "2+x"), *bombs[10:], (r"\sqrt{8}", r"2\sqrt2")])
     assert verdicts == [True, *[None] * 10, False, *[None] * 10, True]
-    assert time.monotonic() - started < 20  # 4 s of CPU time; one second for each were 20
+    assert time.monotonic() - started < 20  # 4 s of CPU time; one second for each would be 20
     scored = score(
         Rules("completion", "metamath_expression", "milora"),
         [Sample("", f"The answer is: {answer}", "7") for answer in ("9^{9^{9^{9^9}}}", "7", "8")],
@@ -158,14 +158,14 @@ def test_bombs_are_given_up_and_marked_within_one_budget(monkeypatch: pytest.Mon
 
 def test_the_second_try_is_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparisons, "QUICK", 0.001)
-    pairs = [(rf"\frac{{x^2-{n**2}}}{{x-{n}}}", f"x+{n}") for n in (31, 37, 41, 43)]  # what was seen is quick
+    pairs = [(rf"\frac{{x^2-{n**2}}}{{x-{n}}}", f"x+{n}") for n in (31, 37, 41, 43)]  # a repeated pair is quick
     assert compare("milora", pairs[:2]) == [True, True]
     monkeypatch.setattr(comparisons, "RETRIES", 1)
     assert compare("milora", pairs[2:]) == [True, None]
 
 
 def test_a_process_that_was_killed_is_told_and_replaced(fails_with: Fails) -> None:
-    """Not a broken pipe, which commands take for a reader that has left."""
+    """Not as a broken pipe, which commands treat as a reader that has closed the output."""
     pairs = [("x+1", "1+x")]
     assert compare("milora", pairs) == [True]
     for comparer in comparisons._idle:
@@ -215,7 +215,7 @@ def test_no_text_is_run(equal: Callable[[str, str], bool], tmp_path: Path) -> No
         ("nothing", "7", False),
         ("", "7", False),
         ("The answer is: ", "", False),
-        ("The answer is: " + "1+" * 200 + "1", "201", False),  # too long to be looked at
+        ("The answer is: " + "1+" * 200 + "1", "201", False),  # too long to be parsed
     ],
 )
 def test_math_verify(text: str, gold: str, equal: bool) -> None:
@@ -267,7 +267,7 @@ def math_golds(data_root: Path) -> list[str]:
 
 
 def test_every_gold_of_math_can_be_stripped(math_golds: list[str]) -> None:
-    """Another writing of a gold is equal to it only where the rules fit the gold."""
+    """A different notation of a reference answer equals it only if the rules can strip the reference."""
     for gold in math_golds:
         other = gold.replace(r"\frac", r"\dfrac") + " \n"
         assert equality.hendrycks(gold, gold)
@@ -321,9 +321,9 @@ def test_what_milora_accepts_for_the_golds_of_math(math_golds: list[str]) -> Non
     ],
 )
 def test_latex_is_read_as_sympy_reads_it(text: str, expression: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """What sympy 1.12 and 1.14 give with ANTLR's runtime 4.11."""
+    """Against the results of sympy 1.12 and 1.14 with ANTLR's runtime 4.11."""
     assert str(parse_latex(text)) == expression
-    assert capsys.readouterr() == ("", "")  # the runtime prints where it does not fit
+    assert capsys.readouterr() == ("", "")  # a runtime of another version prints warnings
 
 
 @pytest.mark.parametrize("text", ["(1,2)", "[1,2]", r"5\%", r"\{1,2\}", r"\begin{pmatrix}1\\2\end{pmatrix}", "", "01"])
@@ -333,6 +333,6 @@ def test_what_is_no_latex_to_sympy(text: str) -> None:
 
 
 def test_math_verify_reads_nearly_every_gold_of_math(math_golds: list[str]) -> None:
-    """Of every 25th gold, 200 in all."""
+    """On every 25th reference answer, 200 in total."""
     some = math_golds[::25]
     assert sum(equality.math_verify_equal(f"The answer is: {gold}.", gold) for gold in some) >= 198

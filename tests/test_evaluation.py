@@ -1,4 +1,4 @@
-"""Evaluation of a run: settings and folders, chunks and resuming, stored completions, and what is refused."""
+"""Evaluation of a run: settings and folders, chunks and resuming, stored completions, and errors."""
 
 from __future__ import annotations
 
@@ -97,13 +97,13 @@ def test_an_adapter_without_effect_is_not_scored(finished: RunPaths, tmp_path: P
 
 
 def test_zero_steps_are_the_base_and_need_to_be_allowed(small: list[str], fails_with: Fails) -> None:
-    """An adapter that was never stepped is the base by right, and is scored only by who says that it is meant."""
+    """An adapter trained for zero steps equals the base, and is scored only if a setting allows it."""
     run = planned([*small, "method=lora", "recipe.max_steps=1", "recipe.learning_rate=0"])
     train(run)
     assert "changed nothing" in fails_with(lambda: evaluate(run))
     pissa = planned(
         [*small, "method=pissa", "recipe.max_steps=1", "recipe.learning_rate=0"]
-    )  # moves the base to rounding
+    )  # changes the base by rounding errors
     train(pissa)
     assert "changed nothing" in fails_with(lambda: evaluate(pissa))
     base = planned([*small, "method=base"])
@@ -114,7 +114,7 @@ def test_zero_steps_are_the_base_and_need_to_be_allowed(small: list[str], fails_
 
 
 def test_a_model_that_computes_nan_is_not_scored(finished: RunPaths, tmp_path: Path, fails_with: Fails) -> None:
-    """Finite blocks, so large that the model with them is not."""
+    """Finite blocks so large that the model's outputs are not finite."""
     run = copied(finished, tmp_path)
     trained, file = trained_record(run), run.adapter / "adapter_model.safetensors"
     save_file({key: torch.full_like(tensor, 3e38) for key, tensor in load_file(file).items()}, file, {"format": "pt"})
@@ -123,7 +123,7 @@ def test_a_model_that_computes_nan_is_not_scored(finished: RunPaths, tmp_path: P
 
 
 def test_an_adapter_of_another_base_is_refused(finished: RunPaths, tmp_path: Path, fails_with: Fails) -> None:
-    """The same adapter files under a config whose base was pretrained otherwise."""
+    """The same adapter files under a config with a differently pretrained base."""
     config = read_config(finished)
     config = with_values(config, {"model.pretraining.seed": 9})
     config = with_values(config, {"run_id": run_id(config.mapping)})
@@ -144,7 +144,7 @@ def evaluation_of(run: RunPaths) -> EvalPaths:
 
 
 class Killed(BaseException):
-    """Stands for the process being gone: nothing may catch it."""
+    """Simulates the death of the process: no code may catch it."""
 
 
 def stop_after(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +164,7 @@ def stop_after(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_interrupted_generation_ends_as_one_that_was_not(
     settings: list[str], finished: RunPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped after a chunk and again in the middle of the write of the next: the same completions, bit for bit."""
+    """Stopped after a chunk and again while writing the next one: the same completions, bit for bit."""
     whole, stopped = copied(finished, tmp_path / "whole"), copied(finished, tmp_path / "stopped")
     for run in (whole, stopped):
         shutil.rmtree(run.root / "eval")
@@ -175,8 +175,8 @@ def test_an_interrupted_generation_ends_as_one_that_was_not(
             evaluate(stopped, settings)
     paths = evaluation_of(stopped)
     assert [path.name for path in paths.chunks.iterdir()] == ["00000.jsonl"]
-    (paths.chunks / ".00001.jsonl.abc").write_text("half a li", encoding="utf-8")  # what a killed write leaves
-    torch.manual_seed(99)  # a process that goes on has another random state
+    (paths.chunks / ".00001.jsonl.abc").write_text("half a li", encoding="utf-8")  # left by a killed write
+    torch.manual_seed(99)  # a resumed process has another random state
     evaluate(stopped, settings)
     completions = [
         [json.loads(line) for line in evaluation_of(run).samples.read_text(encoding="utf-8").splitlines()[1:]]
@@ -201,7 +201,7 @@ def test_several_samples_are_a_share_of_right_ones(finished: RunPaths, tmp_path:
 
 
 def test_completions_of_other_weights_are_refused(finished: RunPaths, tmp_path: Path, fails_with: Fails) -> None:
-    """A run that was trained again: neither its old score nor its old completions stand for the new weights."""
+    """After retraining a run, neither its old score nor its old completions are used for the new weights."""
     run = copied(finished, tmp_path)
     paths = evaluation_of(run)
     plan = read_json(paths.plan)
@@ -214,7 +214,7 @@ def test_completions_of_other_weights_are_refused(finished: RunPaths, tmp_path: 
 def test_a_generation_goes_on_as_it_was_begun(
     finished: RunPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_with: Fails
 ) -> None:
-    """Another batch size has another rounding: it is refused half way, and welcome where nothing was generated yet."""
+    """Another batch size rounds differently: refused during a generation, accepted before it starts."""
     run = copied(finished, tmp_path)
     shutil.rmtree(run.root / "eval")
     for chunks in (0, 1):
@@ -230,7 +230,7 @@ def test_a_generation_goes_on_as_it_was_begun(
 def test_completions_that_were_asked_the_same_are_not_generated_again(
     finished: RunPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another reading of the same completions makes a folder of its own and generates nothing."""
+    """Another way of parsing the same completions gets its own folder and generates nothing."""
     run = copied(finished, tmp_path)
     stop_after(0, monkeypatch)
     (record,) = evaluate(run, ["evaluation.parser.number=last_number"])
@@ -297,7 +297,7 @@ def test_a_completion_needs_room(finished: RunPaths, fails_with: Fails) -> None:
 
 
 def test_cut_prompts_are_counted(finished: RunPaths, tmp_path: Path) -> None:
-    """Completions of 1,000 tokens leave 24 for the prompt: all lose their beginning, and the record says so."""
+    """Completions of 1,000 tokens leave 24 for the prompt: all prompts are truncated on the left, and recorded."""
     run = copied(finished, tmp_path)
     (record,) = evaluate(run, ["evaluation.generation.max_new_tokens=1000", "evaluation.limit=2"])
     assert record.cut_prompts == 2

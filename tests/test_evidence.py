@@ -1,4 +1,4 @@
-"""The evidence page: made anew from the committed runs it is the committed page; what is missing is named."""
+"""The evidence page: regenerated from the committed runs it equals the committed page; missing runs are named."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_committed_page_is_what_its_runs_say(runs: list[Path], tmp_path: Pat
 
 
 def test_a_setting_is_its_records(runs: list[Path]) -> None:
-    """One number followed by hand: DiaBlo's NLL, its rate among all that were tried, and what it forgot."""
+    """DiaBlo's setting traced by hand: its NLL, its learning rate among those tried, and its forgetting."""
     found = settings_of(loaded(runs))
     ours = found[OURS]
     chosen = [run for run in runs if "-diablo-N24-" in run.name and list(run.glob(f"eval/{PRIMARY}/*/score.json"))]
@@ -62,7 +62,7 @@ def test_comparisons_are_the_registered_ones_corrected_within_a_question(runs: l
 
 
 def test_a_seed_that_lacks_a_benchmark_does_not_count(runs: list[Path], tmp_path: Path) -> None:
-    """Copies of a few runs, one without the score of a retention set."""
+    """On copies of a few runs, one of them without the score of a retention set."""
     kept = [run for run in runs if f"-{BASE}-" in run.name or "-lora-r14-" in run.name]
     copies = [Path(shutil.copytree(run, tmp_path / run.name)) for run in kept]
     before = settings_of(loaded(copies))["lora-r14"].seeds
@@ -80,7 +80,7 @@ def test_without_the_base_nothing_can_be_forgotten(
 
 
 @pytest.mark.usefixtures("smollm2")
-@pytest.mark.real  # the weights' hash is in the run ids: without them the queue plans the hub's
+@pytest.mark.real  # run ids contain the weights' hash: without the local weights the queue plans the hub's
 def test_committed_runs_are_runs_of_the_queue_and_count_as_finished(tmp_path: Path, runs: list[Path]) -> None:
     jobs = Jobs(["experiment=evidence", f"runtime.runs_dir={tmp_path}"])
     assert {run.name for run in runs} <= {config.run_id for config in jobs.configs}
@@ -91,4 +91,4 @@ def test_committed_runs_are_runs_of_the_queue_and_count_as_finished(tmp_path: Pa
     assert sum(job.score for job in finished) == seeds
     first = jobs.take()
     assert isinstance(first, Job)
-    assert first.is_finished()  # the base, of which nothing is done again
+    assert first.is_finished()  # the base, for which nothing is repeated

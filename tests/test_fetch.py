@@ -1,4 +1,4 @@
-"""Data sets by one command: from a server that stalls, cuts, repeats itself and answers what was not asked."""
+"""Downloads of data sets from a server that stalls, cuts connections, resends and sends wrong ranges."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Fetch a data set of three thousand rows from a server; `expected` is what the table says its content is."""
+    """Return a function fetching a data set of 3,000 rows; `expected` is its content according to the table."""
 
     def run(server: Server, expected: bytes | None = CONTENT, path: str = "train.jsonl") -> int:
         monkeypatch.setitem(SOURCES, "made_up", {"train": Split(FILE, (len(ROWS),), gsm8k, f"{server.url}/{path}")})
@@ -137,7 +137,7 @@ def test_a_server_without_ranges_begins_again(take: Callable[..., int], tmp_path
 
 @pytest.mark.parametrize("here", [CONTENT, CONTENT + b"more", b"x" * len(CONTENT), b"x" * 1000])
 def test_what_was_there_of_a_download_is_not_trusted(here: bytes, take: Callable[..., int], tmp_path: Path) -> None:
-    """Whole but not renamed, too long, or of something else: the last begins again."""
+    """A complete partial file is only renamed; one that is too long or of another file is downloaded again."""
     with serving(web_server.file(CONTENT)) as server:
         url = f"{server.url}/train.jsonl"
         with fetch._aside(tmp_path, url) as (file, partial):
@@ -247,7 +247,7 @@ def test_a_server_that_cannot_answer_now_is_asked_once(
 def test_a_gated_file_of_the_hub_says_how_to_get_access(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The hub's files are asked for where HF_ENDPOINT says."""
+    """The hub's files are requested from HF_ENDPOINT."""
     with serving(web_server.status(code)) as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         assert fetch.fetch([("metamathqa", "train")], str(tmp_path), SECONDS) == 1
@@ -256,7 +256,7 @@ def test_a_gated_file_of_the_hub_says_how_to_get_access(
         assert (method, path[:59]) == ("GET", "/datasets/meta-math/MetaMathQA/resolve/aa4f34d3d2d3231299b5")
 
 
-# Where nothing can be fetched
+# Without a network
 
 
 def test_offline_is_respected(
@@ -281,7 +281,7 @@ def command(*arguments: str, **environment: str) -> tuple[int, str, str, float]:
 
 @pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "http://nowhere.invalid:80"])
 def test_without_a_network_one_line_says_so(proxy: str, tmp_path: Path) -> None:
-    """Nobody listens, or no name server knows the name."""
+    """No server listens, or the name does not resolve."""
     offline = {"HF_HUB_OFFLINE": "0", "HTTPS_PROXY": proxy, "https_proxy": proxy, "NO_PROXY": "", "no_proxy": ""}
     status, out, error, seconds = command("fetch", "task=commonsense_170k", "--data-root", str(tmp_path), **offline)
     assert (status, out, len(error.splitlines())) == (1, "", 1)

@@ -1,4 +1,4 @@
-"""Which data sets a task stands for, what their files' ids are, and the real files fetched by task."""
+"""The data sets of a task, the ids of their files, and the real files fetched by task."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_real_files_are_fetched_by_task(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """From a server that has them where the table's URLs say, and cuts the first answer."""
+    """From a server that has them under the table's URLs and cuts the first response."""
     splits = named_splits([f"task={task}"])
     parts = {name: SOURCES[name] for name, _ in splits}
     contents: dict[str, bytes] = {}
@@ -154,11 +154,11 @@ def test_real_files_are_fetched_by_task(
         assert data.load_rows(source, split, str(tmp_path)) == data.load_rows(source, split, str(data_root))
 
 
-# Files that are made of others' records
+# Files made from others' records
 
 
 def requests_of(name: str, content: bytes) -> bytes:
-    """The evaluation requests that the file was made of, as far as they are read: a line for every option."""
+    """Return the evaluation requests that the file was made from (the fields read): one line per option."""
     lines: list[str] = []
     for index, row in enumerate(json.loads(content)):
         if name == "winogrande":

@@ -1,4 +1,4 @@
-"""Records that do not follow from their files are refused, by name, by whoever reports them."""
+"""Records that contradict their files are refused by name wherever they are reported."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_changed_score_is_refused_by_name(
 def test_a_score_without_its_files_is_a_committed_one_or_none(
     name: str, finished: RunPaths, tmp_path: Path, fails_with: Fails
 ) -> None:
-    """Committed runs have scores alone, which tables read; a run that is scored needs what they follow from."""
+    """Committed runs hold only scores, which tables read; scoring a run needs the files behind the score."""
     run = copied(finished, tmp_path)
     (paths,) = run.evaluations()
     (paths.root / name).unlink()
@@ -115,7 +115,7 @@ def test_changed_completions_do_not_become_another_evaluations(
 def test_a_changed_training_record_is_refused(
     values: dict[str, Any], message: str, finished: RunPaths, tmp_path: Path, fails_with: Fails
 ) -> None:
-    """By tables, by scoring, and where a learning rate is chosen by it."""
+    """In tables, in scoring and in the choice of a learning rate."""
     run = copied(finished, tmp_path)
     config = read_config(run)
     config = with_values(config, {"runtime.runs_dir": str(tmp_path)})
@@ -129,11 +129,11 @@ def test_a_changed_training_record_is_refused(
         assert str(run.train_record) in said
 
 
-# One run that cannot be read leaves the others
+# One unreadable run does not affect the others
 
 
 def rewrite(run: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """The run's config changed behind its reader's back, under the run id that follows."""
+    """Change the run's config and rename the run to the run id of the changed config."""
     from experiments.runs.config_files import run_id
 
     config = read_settings(RunPaths(run).config)

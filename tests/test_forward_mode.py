@@ -1,4 +1,4 @@
-"""Which forward mode a layer gets, and what is refused."""
+"""The forward mode of a layer, and errors."""
 
 from __future__ import annotations
 

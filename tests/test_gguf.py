@@ -1,4 +1,4 @@
-"""GGUF files as base models, and what is told where weights are not to be had."""
+"""GGUF files as base models, and errors where weights are unavailable."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ARCHITECTURE = {
 
 
 def write_gguf(path: Path, architecture: str = "llama") -> dict[str, np.ndarray]:
-    """A Llama in GGUF's own layout with the tiny model's tokenizer; the weights, by GGUF's names."""
+    """Write a Llama in GGUF's layout with the tiny model's tokenizer; return its weights by GGUF's names."""
     pytest.importorskip("gguf", reason="gguf is not installed: make real-model")
     from gguf import GGUFWriter, TokenType
 
@@ -49,7 +49,7 @@ def write_gguf(path: Path, architecture: str = "llama") -> dict[str, np.ndarray]
     writer.add_vocab_size(721)
     own = json.loads(make_tokenizer(720, 0).backend_tokenizer.to_str())["model"]
     writer.add_tokenizer_model("gpt2")
-    words = [*sorted(own["vocab"], key=own["vocab"].get), "<|endoftext|>"]  # transformers adds it where it lacks
+    words = [*sorted(own["vocab"], key=own["vocab"].get), "<|endoftext|>"]  # transformers adds it if missing
     writer.add_token_list(words)
     writer.add_token_types([TokenType.CONTROL] * 3 + [TokenType.NORMAL] * (len(words) - 4) + [TokenType.CONTROL])
     writer.add_token_merges([" ".join(pair) for pair in own["merges"]])
@@ -78,7 +78,7 @@ def write_gguf(path: Path, architecture: str = "llama") -> dict[str, np.ndarray]
 
 
 def arguments(path: Path, tmp_path: Path) -> list[str]:
-    """A plan on a GGUF file, with the architecture that it holds."""
+    """Return the arguments for a run on a GGUF file, with the file's architecture."""
     sizes = [f"model.architecture.{key}={value}" for key, value in ARCHITECTURE.items()]
     places = [f"runtime.cache_dir={tmp_path / 'cache'}", f"runtime.runs_dir={tmp_path / 'runs'}"]
     return ["model=smollm2_135m", f"model.path={path}", *sizes, "method=diablo", "recipe.learning_rate=1e-3", *places]
@@ -123,7 +123,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, fails_with: Fails) -> None:
     path.write_bytes(path.read_bytes()[:100_000])
     (config,) = plan(arguments(path, tmp_path))
     assert "not a complete GGUF file" in fails_with(lambda: load_base(config))
-    assert not list((tmp_path / "cache" / "base").iterdir())  # nothing half-made stays
+    assert not list((tmp_path / "cache" / "base").iterdir())  # no partial copy is left
     missing = tmp_path / "missing.gguf"
     assert fails_with(lambda: plan(arguments(missing, tmp_path))) == (
         f"model.path={missing}: no such file: give a GGUF file, a folder or a hub id"
@@ -131,7 +131,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, fails_with: Fails) -> None:
 
 
 def test_which_weights_are_part_of_a_runs_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package's where it is installed or converted, the hub's otherwise and where they are asked for."""
+    """Those of the package if installed or converted; otherwise, or on request, those of the hub."""
     common = ["model=smollm2_135m", "method=diablo", "recipe.learning_rate=1e-3", f"runtime.cache_dir={tmp_path}"]
     monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None)
     (from_hub,) = plan(common)
@@ -152,7 +152,7 @@ def test_a_hub_that_does_not_answer_is_told_in_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_with: Fails
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # no server listens there
     hub.answered.clear()
     common = ["method=diablo", "recipe.learning_rate=1e-3", f"runtime.cache_dir={tmp_path}"]
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""GPTQ beside gptqmodel's, where that is installed: `make test-gptqmodel` does it in an environment of its own."""
+"""GPTQ compared with gptqmodel, if installed: `make test-gptqmodel` installs it in a separate environment."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.test_quantize_gptq import problem
 
 @pytest.fixture
 def theirs(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """gptqmodel's class for one layer, and its settings."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)  # it refuses to be imported on two
+    """Return gptqmodel's class for one layer, and its settings."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)  # its import fails with two CPUs
     module = pytest.importorskip("gptqmodel.quantization.gptq")
     return module.GPTQ, pytest.importorskip("gptqmodel.quantization.config").QuantizeConfig
 
@@ -26,7 +26,7 @@ def theirs(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_same_weight_comes_out(
     theirs: Any, bits: int, group_size: int, sym: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With scales in float32, as it has them; its result is rounded to float16."""
+    """With scales in float32, as in gptqmodel, whose result is rounded to float16."""
     solver, settings = theirs
     weight, x, _ = (part.float() for part in problem())
     layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)

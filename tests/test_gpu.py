@@ -1,4 +1,4 @@
-"""`python -m experiments.gpu` on the CPU: every part runs, fits into its time, and survives what a GPU may do to it."""
+"""`python -m experiments.gpu` on the CPU: every part runs, keeps to its time, and survives simulated GPU failures."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ grids: ["method=diablo recipe.learning_rate=1e-3,2e-2"]
 
 @pytest.fixture
 def part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs items as if they were a part's, until so many seconds from now; returns the record."""
+    """Return a function that runs items as a part with a limit in seconds, and returns the record."""
 
     def run(items: list[Item], seconds: float) -> dict[str, Any]:
         monkeypatch.setitem(ITEMS, "speed", lambda options, done: iter(items))
@@ -67,7 +67,7 @@ def names(record: dict[str, Any]) -> list[str]:
 
 
 def test_nothing_is_begun_that_does_not_fit(part: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """By its estimate, by the longest one so far, and, the second time, by what it took."""
+    """Its expected time is its estimate, the longest item so far and, in a second run, its measured time."""
     items = [
         Item("long", partial(takes, 0.0), 100.0, like_others=False),
         Item("first", partial(takes, 2.0)),
@@ -81,7 +81,7 @@ def test_nothing_is_begun_that_does_not_fit(part: Any, capsys: pytest.CaptureFix
     assert "did not fit: long (100 s), like the first (" in capsys.readouterr().out
     assert names(part(items, 60.0)) == ["first", "like the first", "another kind"]
     record = part([Item("first", partial(takes, 0.0), 0.0), Item("another kind", partial(takes, 0.0), 50.0)], 1.5)
-    assert names(record) == ["another kind"]  # which is known to take nothing, as the first is to take 2 s
+    assert names(record) == ["another kind"]  # known to take no time, while the first is known to take 2 s
 
 
 def test_an_item_that_fails_is_one_line_and_the_others_go_on(part: Any) -> None:
@@ -108,7 +108,7 @@ def test_an_item_that_fails_is_one_line_and_the_others_go_on(part: Any) -> None:
 def test_an_earlier_record_is_kept(part: Any, tmp_path: Path) -> None:
     for _ in range(2):
         part([Item("one", partial(takes, 0.0))], 60.0)
-        time.sleep(1.1)  # its name is the second of its start
+        time.sleep(1.1)  # it is named by the second in which it started
     earlier = list(tmp_path.glob("speed-*.json"))
     assert [names(read_json(path)) for path in earlier] == [["one"]]
 
@@ -116,7 +116,7 @@ def test_an_earlier_record_is_kept(part: Any, tmp_path: Path) -> None:
 def test_bits_are_counted_by_tensor(tmp_path: Path) -> None:
     tensors = {"a": torch.tensor([1.0, 2.0]), "b": torch.zeros(3, dtype=torch.bfloat16), "same": torch.ones(2)}
     others = {"a": torch.tensor([1.0, -2.0]), "b": torch.zeros(3, dtype=torch.bfloat16), "same": torch.ones(2)}
-    others["b"][1] = 1.0  # 0x3f80: seven ones
+    others["b"][1] = 1.0  # 0x3f80: seven bits set
     save_file(tensors, tmp_path / "left")
     save_file(others, tmp_path / "right")
     assert different_bits(tmp_path / "left", tmp_path / "right") == {"a": 1, "b": 7}
@@ -153,7 +153,7 @@ def test_a_copy_inside_another_repository_has_no_commit(tmp_path: Path) -> None:
 
 
 def while_it_runs(path: Path, number: int, when: Any, arguments: list[str]) -> list[dict[str, Any]]:
-    """All parts, with a signal to the process of the first one as soon as its record shows something."""
+    """Run all parts and signal the first one's process once `when` accepts its record; return the records."""
     options = read_options(arguments)
     options.out = options.out.resolve()
     processes: list[subprocess.Popen[Any]] = []
@@ -191,7 +191,7 @@ def test_a_part_that_dies_takes_no_other_along(tmp_path: Path, cache_dir: Path) 
 
 @pytest.mark.slow
 def test_a_part_that_hangs_is_ended_when_the_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stopped process stands for a driver that does not come back."""
+    """A stopped process simulates a driver that hangs."""
     monkeypatch.setattr(gpu, "GRACE", 1.0)
     arguments = ["--device", "cpu", "--out", str(tmp_path), "--minutes", "1.7", "--parts", "speed", "queue"]
     arguments += ["--queue", "quickstart"]
@@ -205,7 +205,7 @@ def test_a_part_that_hangs_is_ended_when_the_time_is_up(tmp_path: Path, monkeypa
 
 @pytest.fixture
 def source(tmp_path: Path) -> Iterator[Path]:
-    """The files of the repository without its history."""
+    """Yield a copy of the repository's files without its history."""
     if not (ROOT / ".git").exists():
         pytest.skip("this is no git checkout")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
@@ -221,7 +221,7 @@ def source(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bwrap") is None, reason="bwrap is not installed")
 def test_all_parts_run_without_network_and_write_only_in_their_folders(source: Path, tmp_path: Path) -> None:
-    """From a copy without .git, on a file system that is read-only but for the output and the cache."""
+    """From a copy without .git, on a file system that is read-only except for the output and the cache."""
     out, cache = tmp_path / "out", tmp_path / "cache"
     out.mkdir()
     cache.mkdir()

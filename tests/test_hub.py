@@ -1,4 +1,4 @@
-"""A hub that cannot be reached costs seconds, once, and neither planning nor saving asks it."""
+"""An unreachable hub costs a few seconds once, and neither planning nor saving contacts it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FailsWith = Callable[[Callable[[], object]], str]
 
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[Server], None]]:
-    """The hub is the server that the test names, with an empty cache."""
+    """Yield a function that makes a server the hub, with an empty cache."""
 
     def point(server: Server) -> None:
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
@@ -53,7 +53,7 @@ def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable
 def test_a_proxy_that_answers_instead_is_no_hub(
     code: int, online: Callable[[Server], None], fails_with: FailsWith
 ) -> None:
-    """huggingface_hub retries a 503 for 23 seconds, and writes two lines each time."""
+    """huggingface_hub would retry a 503 for 23 seconds and print two lines per attempt."""
     with serving(status(code)) as server:
         online(server)
         started = time.perf_counter()
@@ -106,7 +106,7 @@ def test_a_hub_that_sends_on_and_on_is_left(online: Callable[[Server], None]) ->
 
 
 def test_a_name_server_that_stalls_is_left(online: Callable[[Server], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client's own limit begins when the address is known."""
+    """The client's own timeout starts only once the address is known."""
     online(Server("http://hub.test"))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **more: time.sleep(5))
     started = time.perf_counter()
@@ -115,12 +115,12 @@ def test_a_name_server_that_stalls_is_left(online: Callable[[Server], None], mon
 
 
 def files_fail(request: BaseHTTPRequestHandler) -> None:
-    """A hub whose pages answer and whose files do not."""
+    """Answer like a hub whose pages work and whose files fail."""
     status(200 if request.path == "/" else 503)(request)
 
 
 def test_a_hub_whose_files_fail_is_left(online: Callable[[Server], None], fails_with: FailsWith) -> None:
-    """Each of these was asked for six times, in half a minute, with two lines each time."""
+    """Regression: each file was requested six times within half a minute, with two lines per attempt."""
     folder = "meta-math/MetaMathQA"
     (config,) = plan(
         ["model=tiny", "method=base", "model.path=org/some", "model.revision=abc", "model.pretraining=null"]
@@ -182,7 +182,7 @@ def test_a_hub_that_answers_is_reached(code: int, online: Callable[[Server], Non
 
 
 def test_planning_asks_nobody(online: Callable[[Server], None]) -> None:
-    """It takes the number of rows that the source is known to have, and what is asked later is asked as before."""
+    """Planning uses the known number of rows of the source; later requests are unaffected."""
     with serving(status(503)) as server:
         online(server)
         (config,) = plan(["model=llama2_7b", "task=metamathqa", "task.data.heldout=7", "method=diablo"])

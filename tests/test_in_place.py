@@ -1,4 +1,4 @@
-"""Blocks that are trained inside the weight: the same numbers as beside it, under every optimizer and circumstance."""
+"""Mode "in_place" gives the same numbers as mode "adapter", for every optimizer and training setup."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def bits(tensor: Tensor) -> str:
 
 
 def rounded_sum(layer: DiabloLinear, original: Tensor) -> Tensor:
-    """round(W0 + D) by definition, from a dense D."""
+    """Return round(W0 + D) by definition, from a dense D."""
     return (original + layer.get_delta_weight("default")).to(original.dtype)
 
 
-# The same numbers
+# Equality of the modes
 
 
 @given(
@@ -103,7 +103,7 @@ def test_the_gradient_is_the_diagonal_of_the_full_one_within_rounding(
 
 
 def test_fifty_steps_in_place_equal_fifty_beside_the_weight() -> None:
-    """Weight decay included: it acts on D, not on the weight, in both modes."""
+    """Including weight decay, which acts on D and not on the weight in both modes."""
     models = [attach(tiny_llama(torch.float64), mode=mode) for mode in ("adapter", "in_place")]
     for model in models:
         for layer in adapted(model).values():
@@ -175,9 +175,9 @@ def test_a_step_of_another_optimizer_writes_nothing() -> None:
 
 @pytest.mark.parametrize(("learning_rate", "bound"), [(5e-4, 0.01), (1e-4, None), (2e-5, None)])
 def test_updates_below_the_spacing_of_bf16_are_not_lost(learning_rate: float, bound: float | None) -> None:
-    """1,401 Adam steps, as many as the authors' GSM8K recipe takes, on a bf16 weight of LLaMA's size.
+    """1,401 Adam steps, the number in the authors' GSM8K recipe, on a bf16 weight of LLaMA's size.
 
-    Blocks kept in bf16 with bf16 moments, as in that recipe, are the comparison.
+    The comparison uses bf16 blocks with bf16 moments, as in that recipe.
     """
     torch.manual_seed(0)
     base = nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
@@ -204,7 +204,7 @@ def test_updates_below_the_spacing_of_bf16_are_not_lost(learning_rate: float, bo
     assert error < in_bf16
 
 
-# Circumstances of training
+# Training setups
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -243,7 +243,7 @@ def test_autocast_computes_in_bf16_and_keeps_float32_gradients(mode: Mode) -> No
         result = layer(x)
         assert result.dtype == torch.bfloat16
         assert (result.float() - exact).norm() < 0.02 * exact.norm()
-        result.float().square().sum().backward()  # inside autocast, as some training loops do
+        result.float().square().sum().backward()  # backward pass inside autocast, as in some training loops
     gradient = blocks_of(layer).grad
     assert gradient is not None
     assert gradient.dtype == torch.float32
@@ -267,7 +267,7 @@ def test_compiles_without_a_graph_break_and_sees_every_step(mode: Mode) -> None:
 
 
 def test_a_reference_pass_between_forward_and_backward_changes_no_gradient() -> None:
-    """Preference training (DPO) runs the base model, adapters disabled, before it goes backward."""
+    """Preference training (DPO) runs the base model, with adapters disabled, before the backward pass."""
     model = attach(tiny_llama(), mode="in_place", init_weights=False)
     frozen = tiny_llama()(tokens()).logits
     model(input_ids=tokens(), labels=tokens()).loss.backward()
@@ -312,7 +312,7 @@ def test_evaluation_computes_with_the_training_weights() -> None:
 
 @pytest.mark.parametrize("settings", [{"mode": "adapter", "dropout": 0.1}, {"mode": "adapter"}, {"mode": "in_place"}])
 def test_layers_with_one_input_keep_it_once_and_nothing_else(settings: dict) -> None:
-    """No dropped copy, no cast copy: q, k and v share one x, also under autocast."""
+    """No copy made by dropout or a cast is kept: q, k and v share one x, also under autocast."""
     layers = [layer_of(base=nn.Linear(64, 64), **settings) for _ in range(3)]
     parameters = {p.untyped_storage().data_ptr() for layer in layers for p in layer.parameters()}
     x = torch.randn(4, 64, requires_grad=True)

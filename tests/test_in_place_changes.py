@@ -1,4 +1,4 @@
-"""Blocks in the weight that are changed by something else than an optimizer's step, in eager and in compiled layers."""
+"""In-place blocks changed by something other than an optimizer's step, in eager and in compiled layers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_compiled_layer_sees_changed_blocks_or_refuses(change: Callable[..., N
     with torch.set_grad_enabled(grad):
         compiled(x)
         change(blocks_of(layer), layer)
-        if change is not by_state_dict:  # which writes the weight when it has loaded
+        if change is not by_state_dict:  # load_state_dict writes the weight after loading
             with pytest.raises(RuntimeError, match=r"changed outside an optimizer's step .* diablo\.refresh"):
                 compiled(x)
             diablo.refresh(layer)
@@ -68,7 +68,7 @@ def test_a_compiled_layer_sees_changed_blocks_or_refuses(change: Callable[..., N
 
 
 def fitted_by_lbfgs(layer: DiabloLinear, forward: Callable[[Tensor], Tensor]) -> float:
-    """The loss after fitting blocks that are in the layer's reach."""
+    """Return the loss after fitting a target that the layer can represent."""
     torch.manual_seed(0)
     x, wanted = torch.randn(200, 64), torch.zeros(64, 64)
     for block in (slice(0, 32), slice(32, 64)):
@@ -87,7 +87,7 @@ def fitted_by_lbfgs(layer: DiabloLinear, forward: Callable[[Tensor], Tensor]) ->
 
 
 def test_lbfgs_which_moves_the_blocks_within_a_step() -> None:
-    """It ended at 1.4 where a compiled layer did not see that."""
+    """Regression: the loss ended at 1.4 when a compiled layer did not notice the moves."""
     torch.compiler.reset()
     for mode in ("in_place", "adapter"):
         layer = layer_of(mode, nn.Linear(64, 64), 2)
@@ -110,7 +110,7 @@ def test_a_copy_of_a_layer_in_training_compiles() -> None:
 @pytest.mark.parametrize("old", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("positions", [False, True])
 def test_a_base_that_is_cast_through_data_is_written_in_its_new_dtype(old: torch.dtype, positions: bool) -> None:
-    """It went on rounding to the old one."""
+    """Regression: the layer continued to round to the old dtype."""
     new = torch.float32 if old is torch.bfloat16 else torch.bfloat16
     base: Any = nn.Sequential(nn.Linear(64, 64, dtype=old))
     original = base[0].weight.detach().clone()

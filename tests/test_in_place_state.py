@@ -1,4 +1,4 @@
-"""Blocks inside the weight, seen from outside: W0 never lost, D never counted twice, whatever others do."""
+"""In-place layers used by other code: W0 is never lost and D is never added twice."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from diablo import DiabloConfig
 from tests.test_diablo_tuner import adapted, attach, tiny_llama, tokens, train
 from tests.test_in_place import Mode, bits, blocks_of, layer_of, rounded_sum, weight_of
 
-# W0 and D, each once
+# W0 and D are each counted once
 
 
 @pytest.fixture
@@ -178,17 +178,17 @@ def test_blocks_stay_in_float32_whatever_the_base_is_cast_to(mode: Mode) -> None
     assert torch.equal(blocks, before)
 
 
-# What others do to a layer
+# Other code that uses a layer
 
 
 def test_an_adapter_that_transformers_loads_is_computed_with(in_mid_training: Any, tmp_path: Path) -> None:
-    """It sets parameters one by one instead of loading a state dict."""
+    """transformers sets parameters one by one instead of loading a state dict."""
     in_mid_training.save_pretrained(str(tmp_path / "adapter"))
     tiny_llama(torch.bfloat16).save_pretrained(tmp_path / "base")
     trained = in_mid_training(tokens()).logits
     model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
     model.load_adapter(str(tmp_path / "adapter"))
-    # transformers leaves the blocks in the base's dtype, so that they were rounded once more than ours
+    # transformers leaves the blocks in the base's dtype, so that they are rounded once more than ours
     torch.testing.assert_close(model(tokens()).logits, trained, rtol=0, atol=0.05 * trained.abs().max().item())
     assert (trained - tiny_llama(torch.bfloat16)(tokens()).logits).abs().max() > 0.2 * trained.abs().max()
 
@@ -247,7 +247,7 @@ def test_a_merge_of_another_adapter_makes_an_open_backward_pass_fail() -> None:
     x = torch.randn(2, 8, requires_grad=True)
     renamed = layer(x).sum()
     layer.merge(adapter_names=["default"])
-    renamed.backward()  # the weight is still the same
+    renamed.backward()  # the weight is unchanged
     layer.unmerge()
     layer.refresh()
     stale = layer(x).sum()

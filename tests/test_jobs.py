@@ -1,4 +1,4 @@
-"""The work of an experiment: its order, its time limit, and runs that were finished elsewhere."""
+"""The jobs of an experiment: their order, the time limit, and runs finished elsewhere."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_jobs_follow_the_grids_and_seeds_follow_their_choice(arguments: list[str
     assert [short(job) for job in (first, second, base, lora)] == [
         ("diablo", 1e-3, 3, False),
         ("diablo", 1e-2, 3, False),
-        ("base", 0, 0, True),  # the seeds of DiaBlo wait for its learning rate, these do not
+        ("base", 0, 0, True),  # DiaBlo's seeds wait for its learning rate, these do not
         ("lora", 1e-3, 3, False),
     ]
     pretend(first.config, record, 0.5, 0.0)
@@ -99,7 +99,7 @@ def test_after_a_failure_the_others_go_on_and_nobody_waits(arguments: list[str])
     while (job := jobs.take()) is not None:
         jobs.done(job, 1.0, "failed")
         count += 1
-    assert count == 5  # no learning rate is chosen
+    assert count == 5  # without learning rates to choose
     assert len(jobs.failed) == 5
 
 
@@ -113,7 +113,7 @@ def test_no_job_is_begun_that_does_not_fit(arguments: list[str], record: TrainRe
     chosen = jobs.take()
     assert short(chosen) == ("diablo", 1e-2, 3, True)
     assert chosen is not None
-    jobs.done(chosen, 1000.0)  # what is scored takes longer than there is time, what is only trained does not
+    jobs.done(chosen, 1000.0)  # runs to be scored would exceed the time left, runs that only train do not
     assert short(jobs.take()) == ("lora", 1e-3, 3, False)
     left = [config for config in jobs.configs if (config.run_id, True) in jobs.left_out]
     assert [(config.method.name, config.seed) for config in left] == [("diablo", 4), ("base", 0)]
@@ -139,7 +139,7 @@ def test_the_time_limit_ends_an_experiment_cleanly_and_the_same_command_goes_on(
 def test_runs_finished_elsewhere_count(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All of them are reported without an adapter; one that is to be scored anew is trained again."""
+    """All are reported without an adapter; one that must be rescored is retrained."""
     name, *overrides = arguments
     name = name.removeprefix("experiment=")
     reproduce(name, overrides, tmp_path / "report")
@@ -160,7 +160,7 @@ def test_runs_finished_elsewhere_count(
     shutil.rmtree(scored)
     reproduce(name, overrides, tmp_path / "report")
     assert list(scored.glob("*/*/score.json"))
-    assert read_json(scored.parent / "held_out.json") == held_out  # trained again, to the same bits
+    assert read_json(scored.parent / "held_out.json") == held_out  # retrained, bit for bit equal
     assert (scored.parent / "adapter").is_dir()
 
 
@@ -183,7 +183,7 @@ def test_an_export_that_was_edited_is_refused(arguments: list[str], tmp_path: Pa
 
 @pytest.mark.slow
 def test_an_error_that_is_nobodys_ends_the_workers_that_wait(arguments: list[str], tmp_path: Path) -> None:
-    """A run's config that cannot be written, while one worker trains and another waits for the choice of both."""
+    """A run's config cannot be written while one worker trains and another waits for the choice."""
     name, *overrides = [*arguments, "method=diablo"]
     broken = Jobs([name, *overrides]).known()[0].run.config
     (broken / "in the way").mkdir(parents=True)
@@ -197,7 +197,7 @@ def test_an_error_that_is_nobodys_ends_the_workers_that_wait(arguments: list[str
 
 @pytest.mark.slow
 def test_a_worker_does_one_run_after_the_other(arguments: list[str], tmp_path: Path) -> None:
-    """Two processes for seven runs, and what they leave is what one process leaves."""
+    """Two processes work through seven runs and produce the same files as one process."""
     name, *overrides = arguments
     name = name.removeprefix("experiment=")
     reproduce(name, overrides, tmp_path / "report", workers=2)

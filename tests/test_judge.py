@@ -1,4 +1,4 @@
-"""A judging model reads completions: the real path, with the tiny model as a judge that cannot judge."""
+"""A judge model reads completions: the real code path, with the tiny model, unable to judge, as judge."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def evaluation_by(run: RunPaths, protocol: str) -> EvalPaths:
 
 
 def test_a_judge_reads_the_completions_that_keywords_read(run: RunPaths, cache_dir: Path) -> None:
-    """Its words are kept, they alone decide, and scoring again asks nobody."""
+    """The judge's replies are stored and decide alone, and rescoring does not run the judge."""
     (by_keywords,) = evaluate(run)
     (by_judge,) = evaluate(run, judged_by(cache_dir))
     assert (by_keywords.parser, by_judge.parser) == ("refusal_keywords", "judged")
@@ -103,7 +103,7 @@ def test_a_judging_that_was_stopped_goes_on_with_the_next_chunk(
 
 
 def test_words_about_other_completions_do_not_count(run: RunPaths, cache_dir: Path, fails_with: Fails) -> None:
-    """Completions that were made anew are judged anew; scoring alone refuses the old words."""
+    """New completions are judged again; rescoring alone refuses the old replies."""
     evaluate(run, judged_by(cache_dir))
     paths = evaluation_by(run, "lori_judge")
     header, *lines = paths.samples.read_text(encoding="utf-8").splitlines()

@@ -1,7 +1,7 @@
-"""Known truth through lm-eval's whole path: a model that gives gold answers scores 100 %, a silent one its floor.
+"""lm-eval's whole path with known results: reference answers score 100 %, empty ones the protocol's floor.
 
-The model is lm-eval's `LM` with answers instead of a network; rows, prompts, chunks, parsers and records are the real
-ones.
+The model is lm-eval's `LM` with stored answers instead of a network; rows, prompts, chunks, parsers and records are
+real.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from experiments.train.run import train
 
 Row = dict[str, str]
 
-# What a model that knows the answer says, in the words of each protocol.
+# The completion of a correct answer in the format of each protocol.
 GOLD: dict[tuple[str, str], Callable[[Row], str]] = {
     ("commonsense_74k", "option"): lambda row: f"the correct answer is {row['answer']}",
     ("gsm8k", "number"): lambda row: f"Step by step. The final answer is: {row['answer']}",
@@ -41,7 +41,7 @@ GOLD: dict[tuple[str, str], Callable[[Row], str]] = {
 TASKS = sorted({task for task, _ in GOLD})
 JUDGED = "lori_judge"
 
-# What protocols.md measured of prompts that are read instead of a missing answer, in percent.
+# Scores when the prompt is read instead of a missing answer, as measured in protocols.md, in percent.
 PROMPT_FLOOR = {
     "boolq": 62.2,
     "piqa": 49.5,
@@ -54,9 +54,9 @@ PROMPT_FLOOR = {
 
 
 class KnownAnswers(LM):
-    """Answers a prompt with what `answers` holds for it and its gold: Social IQa asks some questions twice.
+    """Answers each prompt from `answers`, keyed by prompt and reference, since Social IQa repeats some questions.
 
-    lm-eval's interface has three methods; no benchmark here asks for a likelihood.
+    lm-eval's interface has three methods; no benchmark here uses likelihoods.
     """
 
     def __init__(self, answers: dict[tuple[str, str], str]) -> None:
@@ -85,7 +85,7 @@ def base_run(task: str, protocol: str, folder: Path, cache: Path, data_root: Pat
 
 
 def scores(run: RunPaths, gold: bool, benchmarks: list[str], limit: int | None) -> dict[str, EvalRecord]:
-    """Every benchmark's record, answered by gold or by nothing."""
+    """Return every benchmark's record, with reference answers or empty completions."""
     config = read_config(run)
     records = {}
     for name in benchmarks:
@@ -95,7 +95,7 @@ def scores(run: RunPaths, gold: bool, benchmarks: list[str], limit: int | None) 
         model = KnownAnswers({(prompt_text(config.evaluation, row), row["answer"]): say(row) for row in rows})
         overrides = [f"evaluation.benchmarks=[{name}]", f"evaluation.limit={limit or 'null'}"]
         if read_config(run).evaluation.generation.samples != 1:
-            # The rule is the same, twenty times the programs are not. The tiny tokenizer needs more than 512 tokens.
+            # One sample per row: twenty would test the same rule. The tiny tokenizer needs more than 512 tokens.
             changed = {"samples": 1, "temperature": "null", "top_p": "null", "top_k": "null", "max_length": "null"}
             overrides += [f"evaluation.generation.{key}={value}" for key, value in changed.items()]
         (records[name],) = evaluate(run, overrides, lm=model)
@@ -119,7 +119,7 @@ def test_gold_answers_score_everything(
 
 @pytest.mark.parametrize(("task", "protocol"), CASES)
 def test_silence_scores_its_floor(task: str, protocol: str, tmp_path: Path, cache_dir: Path, data_root: Path) -> None:
-    """Nothing, unless the prompt is read too, or silence is the right answer (ten letters or fewer are safe)."""
+    """The floor is 0 unless the prompt is read too or an empty answer is correct (ten letters or fewer are safe)."""
     run = base_run(task, protocol, tmp_path / "runs", cache_dir, data_root)
     config = read_config(run)
     whole = config.evaluation.searched == "whole"
@@ -139,7 +139,7 @@ def test_a_finished_score_is_read_where_no_program_can_run(
 ) -> None:
     run = base_run("code_alpaca_6k", "lori", tmp_path / "runs", cache_dir, data_root)
     before = scores(run, True, ["human_eval"], limit=2)
-    monkeypatch.setenv("PATH", str(tmp_path))  # no bubblewrap there
+    monkeypatch.setenv("PATH", str(tmp_path))  # a PATH without bubblewrap
     assert scores(run, True, ["human_eval"], limit=2) == before
     with pytest.raises(UserError, match="bwrap is not installed"):
         scores(run, True, ["human_eval"], limit=3)
@@ -147,7 +147,7 @@ def test_a_finished_score_is_read_where_no_program_can_run(
 
 @pytest.mark.slow
 def test_the_prompt_fallback_floor_of_the_release(tmp_path: Path, cache_dir: Path, data_root: Path) -> None:
-    """All rows of the seven full test sets, as the released evaluator reads a model that never says the phrase."""
+    """All rows of the seven full test sets, as the released evaluator reads answers without the phrase."""
     run = base_run("commonsense_74k", "diablo_release", tmp_path / "runs", cache_dir, data_root)
     for name, record in scores(run, False, list(PROMPT_FLOOR), limit=None).items():
         assert round(100 * record.accuracy, 1) == PROMPT_FLOOR[name], name
@@ -159,7 +159,7 @@ def test_the_prompt_fallback_floor_of_the_release(tmp_path: Path, cache_dir: Pat
     ("protocol", "n", "dropped"), [("lori", 1280, 39), ("diablo_release", 1312, 7), ("diablo", 1319, 0)]
 )
 def test_gsm8k_whole(protocol: str, n: int, dropped: int, tmp_path: Path, cache_dir: Path, data_root: Path) -> None:
-    """Gold answers score 100 % of the scored rows; silence is read from the question where that is searched."""
+    """Reference answers score 100 % of the scored rows; without an answer the question is parsed, if searched."""
     run = base_run("gsm8k", protocol, tmp_path / "runs", cache_dir, data_root)
     gold = scores(run, True, ["gsm8k"], limit=None)["gsm8k"]
     assert (gold.accuracy, gold.n, gold.dropped) == (1, n, dropped)

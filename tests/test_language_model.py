@@ -1,4 +1,4 @@
-"""What lm-eval's transformers model is asked and gives: token by token, beam by beam, as transformers itself does."""
+"""The inputs and outputs of lm-eval's transformers model: token by token and beam by beam those of transformers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NEW = 48
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> tuple[RunPaths, Any, Any, RunConfig]:
-    """A model that learned enough to end its texts, its tokenizer and its config."""
+    """Return a run with a model trained enough to end its texts, the model, its tokenizer and its config."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     arguments = [
@@ -58,7 +58,7 @@ def ask(lm: Any, prompts: list[str], **settings: Any) -> list[str]:
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 @pytest.mark.parametrize("beams", [1, 4])
 def test_completions_are_transformers_own_whatever_the_batch(beams: int, batch_size: int, trained: Any) -> None:
-    """Row by row against `generate` without padding: some rows end long before others of their batch."""
+    """Compared row by row with unpadded `generate`; some rows end long before others in their batch."""
     _, model, tokenizer, config = trained
     prompts = prompts_of(config, 16)
     expected = []
@@ -68,7 +68,7 @@ def test_completions_are_transformers_own_whatever_the_batch(beams: int, batch_s
             written = model.generate(tokens, max_new_tokens=NEW, num_beams=beams, do_sample=False)
         expected.append(tokenizer.decode(written[0, tokens.shape[1] :], skip_special_tokens=True))
     lengths = {len(tokenizer(text).input_ids) for text in expected}
-    assert len(lengths) > 1  # else the batch has nothing to get wrong
+    assert len(lengths) > 1  # otherwise the batch would test nothing
     lm = hf(model, tokenizer, batch_size, bos=True)
     assert ask(lm, prompts, **({"num_beams": beams} if beams > 1 else {})) == expected
 
@@ -85,7 +85,7 @@ def test_stop_strings_end_a_completion(trained: Any) -> None:
 
 @pytest.mark.parametrize("bos", [True, False])
 def test_a_prompt_is_the_tokens_that_were_trained_on(bos: bool, trained: Any) -> None:
-    """What reaches the network is what `encode` made in training, BOS included, padded on the left and masked."""
+    """The network's input is what `encode` made in training, BOS included, padded on the left and masked."""
     _, model, tokenizer, config = trained
     rows = load_rows(config.task.data, "test", None)[:3]
     protocol = config.protocol | {"bos": bos}
@@ -110,7 +110,7 @@ def test_a_prompt_is_the_tokens_that_were_trained_on(bos: bool, trained: Any) ->
 
 
 def test_a_models_own_generation_settings_do_not_count(trained: Any) -> None:
-    """A base model may ship a penalty or a length of its own; the protocol's settings are all that count."""
+    """A base model may ship its own penalty or length; only the protocol's settings apply."""
     _, model, tokenizer, config = trained
     prompts = prompts_of(config, 4)
     expected = ask(hf(model, tokenizer, 4, bos=True), prompts)

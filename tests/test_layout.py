@@ -1,4 +1,4 @@
-"""Who imports whom: no circle of files, and inside `experiments` each folder imports only those before it."""
+"""Imports: no cycles between files, and inside `experiments` each folder imports only earlier ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from setuptools import find_packages
 from experiments import ROOT
 
 PACKAGES = ("diablo", "experiments", "eval", "analysis", "slurm")
-# A module of a package may import from the packages named after it, and from its own.
+# A module of a package may import from its own package and from those listed for it.
 ALLOWED = {
     "diablo": (),
     "experiments": ("diablo",),
@@ -23,10 +23,10 @@ ALLOWED = {
     "analysis": ("experiments",),
     "slurm": ("experiments",),
 }
-STARTS_EVERYTHING = ("experiments.reproduce",)  # inside its functions: eval and analysis
+STARTS_EVERYTHING = ("experiments.reproduce",)  # imports eval and analysis inside its functions
 FOLDERS = ("runs", "data", "models", "train", "plan", "speed", "reproduce", "gpu")
 BASE = tuple(f"experiments{name}" for name in ("", ".config", ".errors", ".rules", ".settings"))
-COMMANDS = ("experiments.gguf", "experiments.merge", "experiments.quantize")  # beside the folders
+COMMANDS = ("experiments.gguf", "experiments.merge", "experiments.quantize")  # commands outside the folders
 
 
 @cache
@@ -40,7 +40,7 @@ def modules() -> dict[str, ast.Module]:
 
 
 def imported(module: ast.Module) -> Iterator[tuple[str, bool]]:
-    """Modules of ours that a module imports, also inside functions, and whether only types are needed of them."""
+    """Yield our modules that a module imports, also inside functions, and whether the import is only for types."""
     only_types = {
         node
         for block in ast.walk(module)
@@ -65,7 +65,7 @@ def edges() -> Iterator[tuple[str, str]]:
 
 
 def is_command(name: str) -> bool:
-    """A command may import everything, and nothing imports it."""
+    """Return whether a module is a command, which may import everything and is imported by nothing."""
     return name in COMMANDS or name.endswith(".__main__")
 
 

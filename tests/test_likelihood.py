@@ -1,4 +1,4 @@
-"""Likelihood benchmarks: the NLL of given targets against its definition, from the rows to the score."""
+"""Likelihood benchmarks: the NLL of given targets against its definition, from rows to scores."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NLL = "evaluation.benchmarks=[arith_nll]"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> RunPaths:
-    """A DiaBlo run that keeps a loss: rates high enough that the adapter matters."""
+    """Return a DiaBlo run with a learning rate high enough that the adapter changes the NLL."""
     folder = tmp_path_factory.mktemp("likelihood")
     where = [f"runtime.runs_dir={folder}", f"runtime.cache_dir={cache_dir}"]
     found = planned([*SMALL, "method=diablo", "recipe.learning_rate=0.01", *where])
@@ -56,7 +56,7 @@ def scored(run: RunPaths, **evaluation: Any) -> Any:
 
 
 def definition(model: Any, protocol: Protocol, tokenizer: Any, row: dict[str, str]) -> tuple[float, int, bool]:
-    """NLL, targets and whether all are the argmax of one row: one float64 log-softmax of all logits, summed by hand."""
+    """Return one row's NLL, target count and whether every target is the argmax, by a float64 log-softmax."""
     (example,) = encode(protocol, tokenizer, [row])
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([example.input_ids])).logits[0]
@@ -98,7 +98,7 @@ def test_a_rows_nll_is_the_definition_in_float64(copied: RunPaths) -> None:
 
 
 def test_the_scores_of_held_out_rows_are_those_of_training(run: RunPaths) -> None:
-    """Training measured the same rows in the same tokens, by its own path: unmerged, in micro-batches."""
+    """Training scored the same rows and tokens by its own code: unmerged, in micro-batches."""
     config = read_config(run)
     rows = load_rows(config.task.data, "heldout", None)
     found = scored(run)
@@ -160,7 +160,7 @@ def test_the_base_run_is_what_training_started_from(small: list[str], copied: Ru
 
 @pytest.mark.parametrize("name", ["prompt", "prefix", "full", "ia3"])
 def test_methods_that_are_loaded_otherwise(name: str, small: list[str]) -> None:
-    """Prompt methods put virtual tokens first; what training measured on the held-out rows is measured again."""
+    """Prompt methods prepend virtual tokens; the scores equal those of training on the held-out rows."""
     run = planned([*small, f"method={name}", NLL])
     train(run)
     (record,) = evaluate(run)
@@ -172,7 +172,7 @@ def test_methods_that_are_loaded_otherwise(name: str, small: list[str]) -> None:
 
 
 def test_masking_is_trainings_own(small: list[str]) -> None:
-    """A protocol that trains on the prompt is scored on the prompt too."""
+    """A protocol whose loss includes the prompt is also scored on the prompt."""
     targets = []
     for on_prompt in ("false", "true"):
         run = planned([*small, "method=base", NLL, f"protocol.train_on_prompt={on_prompt}"])
@@ -221,7 +221,7 @@ def test_it_stands_beside_generation_and_is_never_a_percentage(copied: RunPaths)
 
 
 def test_nothing_of_generation_is_asked_for(copied: RunPaths) -> None:
-    """Neither parsers nor generation apply: other ones are no other evaluation, and none is missing."""
+    """Parsers and generation settings do not apply: changing them changes no evaluation, and none is required."""
     others = ["evaluation.parser={}", "evaluation.backend=vllm", "evaluation.generation.num_beams=4"]
     (first,), (second,) = evaluate(copied, [NLL]), evaluate(copied, [NLL, *others])
     assert first == second
@@ -287,7 +287,7 @@ def test_windows_joined_are_the_text(tmp_path: Path) -> None:
 
 
 def test_any_text_is_a_benchmark(copied: RunPaths, tmp_path: Path, fails_with: Fails) -> None:
-    """A window's NLL is that of all its tokens but the first, by the definition."""
+    """The NLL of a window covers all tokens but the first, by definition."""
     file = tmp_path / "essay.txt"
     generator = torch.Generator().manual_seed(0)
     words = ["Tom", "has", "3", "apples", "naïve\n\n", "\t12", "buys"]

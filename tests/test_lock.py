@@ -1,4 +1,4 @@
-"""One writer per run directory: who is refused, who waits, and whose lock is taken over."""
+"""One writer per run directory: refusing, waiting, and taking over locks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ with attempts.attempt(RunPaths(Path(sys.argv[1])), "train"):
 
 @contextmanager
 def writer(run: RunPaths, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """Another process in the middle of an attempt."""
+    """Run another process that holds the lock of an attempt."""
     process = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(run.root)],
         cwd=ROOT,
@@ -70,7 +70,7 @@ def enter(run: RunPaths, patience: float = 60) -> None:
 
 
 def held_elsewhere(run: RunPaths, **more: object) -> None:
-    """The lock of a process on a host that cannot be asked."""
+    """Write the lock of a process on an unreachable host."""
     run.lock.write_text(json.dumps({**identity(), "host": "another", "beat": 0, **more}), encoding="utf-8")
 
 
@@ -84,16 +84,16 @@ def test_a_second_writer_is_refused_and_told_by_whom(run: RunPaths, fails_with: 
 
 def test_a_dead_holder_of_this_host_is_taken_over_at_once(run: RunPaths) -> None:
     with writer(run) as process:
-        process.kill()  # and not waited for: a zombie is dead
+        process.kill()  # not waited for: a zombie counts as dead
         started = time.monotonic()
         enter(run)
-        assert time.monotonic() - started < 30  # well before the 60 s after which any holder is given up
+        assert time.monotonic() - started < 30  # well below the 60 s after which any holder counts as dead
 
 
 def test_a_requeued_task_waits_for_its_survivor(
     run: RunPaths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not refused, for it is the same task: it goes on when the first attempt is gone."""
+    """The same task is not refused: it continues once the first attempt has ended."""
     monkeypatch.setenv("SLURM_JOB_ID", "41")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with writer(run, SLURM_RESTART_COUNT="0") as process:
@@ -113,7 +113,7 @@ def test_a_heartbeat_that_stands_still_is_taken_over_by_the_waiters_clock(run: R
 
 @pytest.mark.parametrize("written", [0.0, 4e9], ids=["1970", "2096"])
 def test_clock_times_in_files_count_for_nothing(run: RunPaths, written: float, fails_with: Fails) -> None:
-    """A clock that jumped back or ahead neither saves a dead holder nor kills a live one."""
+    """A clock jump neither keeps the lock of a dead holder nor releases that of a live one."""
     held_elsewhere(run)
     write_atomically(run.heartbeat, json.dumps({"beat": 1, "time": written}))
     for path in (run.lock, run.heartbeat):
@@ -141,7 +141,7 @@ def test_a_stopped_process_that_wakes_leaves_the_directory_alone(run: RunPaths) 
 
 
 def test_of_two_waiters_one_writes(run: RunPaths) -> None:
-    """Both see the same dead lock; their times inside do not overlap."""
+    """Both find the same stale lock; the periods in which they hold it do not overlap."""
     held_elsewhere(run)
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom experiments.runs.lock import locked\n"
@@ -171,7 +171,7 @@ UNKNOWN_JOB = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 
 def test_squeue_is_believed_when_it_does_not_know_the_job(
     run: RunPaths, squeue: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only then: a controller that does not answer says nothing about the job."""
+    """Only a reply that the job is unknown counts: an unreachable controller is no evidence about the job."""
     assert lock_module.PATIENCE_UNLISTED == 60
     monkeypatch.setattr(lock_module, "PATIENCE_UNLISTED", 0.3)
     for script, gone in (
@@ -191,7 +191,7 @@ def test_squeue_is_believed_when_it_does_not_know_the_job(
 def test_a_heartbeat_outweighs_squeue(
     run: RunPaths, squeue: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, fails_with: Fails
 ) -> None:
-    """A job of another cluster, on a host that cannot be asked, is unknown to the local squeue and alive."""
+    """A live job of another cluster, on an unreachable host, is unknown to the local squeue."""
     monkeypatch.setattr(lock_module, "PATIENCE_UNLISTED", 2.0)
     squeue(UNKNOWN_JOB)
     held_elsewhere(run, job="41_3")
@@ -210,7 +210,7 @@ def test_a_heartbeat_outweighs_squeue(
 def test_a_process_of_this_machine_outweighs_squeue(
     run: RunPaths, squeue: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An orphan whose job Slurm has given up, and which stands still: its directory is taken after the long wait."""
+    """The directory of a stopped orphan process, whose job has ended in Slurm, is taken over after the long wait."""
     monkeypatch.setattr(lock_module, "PATIENCE_UNLISTED", 0.3)
     squeue(UNKNOWN_JOB)
     with writer(run, SLURM_JOB_ID="41") as process:
@@ -221,7 +221,7 @@ def test_a_process_of_this_machine_outweighs_squeue(
 
 
 def test_a_process_id_counts_in_its_own_container_only(run: RunPaths) -> None:
-    """Containers may share a host's name. Where there is none of this id a process of another container may live."""
+    """Containers may share a host name, so a process id that is missing here may be alive in another container."""
     ended = subprocess.Popen(["true"])
     ended.wait()
     held_elsewhere(run, host=socket.gethostname(), pid=ended.pid, processes="another")
@@ -258,7 +258,7 @@ def test_a_directory_of_someone_else_is_one_clear_line(small: list[str]) -> None
         "if os.geteuid() == 0: os.seteuid(65534)\n"
         "run_command(main)"
     )
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to others
+    with tempfile.TemporaryDirectory() as folder:  # other users cannot read pytest's own folders
         run = planned([*small, f"runtime.runs_dir={folder}"])
         Path(folder).chmod(0o755)
         run.root.chmod(0o555)

@@ -1,4 +1,4 @@
-"""LoRA-GA's start against the definition: the SVD of the gradient of the mean loss."""
+"""LoRA-GA's initialisation against its definition: the SVD of the gradient of the mean loss."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def mean_gradients() -> dict[str, Tensor]:
 
 
 def same_but_for_signs(one: Tensor, other: Tensor) -> None:
-    """Row by row."""
+    """Assert that the rows of two matrices are equal up to their signs."""
     signs = (one.double() * other).sum(dim=1, keepdim=True).sign()
     torch.testing.assert_close(one.double() * signs, other, rtol=1e-3, atol=1e-3 * other.abs().max().item())
 
 
 def test_the_start_is_the_svd_of_the_mean_gradient() -> None:
-    """A the first r right singular vectors; B the next r left ones, times S out^(1/4) / sqrt(gamma), as PEFT scales."""
+    """A: right singular vectors 1 to r; B: left ones r + 1 to 2r, times S out^(1/4) / sqrt(gamma), in PEFT's scale."""
     model, gradients = started(), mean_gradients()
     scaling = ALPHA / R**0.5
     for layer in range(2):

@@ -1,4 +1,4 @@
-"""LoRI: a frozen A, a B of which all or the largest entries are trained, and its adapters as plain LoRA."""
+"""LoRI: A is frozen, all or the largest entries of B are trained, and adapters are saved as plain LoRA."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def sparse(first: Path, seed: int = 5, **settings: Any) -> PeftModel:
 
 @pytest.fixture
 def first(tmp_path: Path) -> Path:
-    """A trained LoRI-D adapter."""
+    """Return the folder of a trained LoRI-D adapter."""
     model = dense()
     train(model)
     save_adapter(model, tmp_path / "first", {})
@@ -75,12 +75,12 @@ def test_a_is_loras_and_frozen() -> None:
     train(model)
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {name for name in before if "lora_B" in name}
-    model.set_adapter("default")  # does not thaw it
+    model.set_adapter("default")  # does not unfreeze it
     assert {name for name, p in model.named_parameters() if p.requires_grad} == changed
 
 
 def test_lori_s_is_lori_d_with_the_gradient_outside_the_mask_zero(first: Path) -> None:
-    """The definition, and what the authors' optimizer does: the same start of A, B = 0, masked gradients, Adam."""
+    """By definition and by the authors' optimizer: the same initial A, B = 0, masked gradients, Adam."""
     small, whole = sparse(first), dense()
     factors = {name: tensor for name, tensor in load_file(first / "adapter_model.safetensors").items() if "_B" in name}
     sizes = torch.cat([tensor.abs().flatten() for tensor in factors.values()]).sort(descending=True).values
@@ -124,7 +124,7 @@ def test_the_saved_adapter_is_plain_lora(sparsity: float, settings: dict, tmp_pa
     assert type(PeftConfig.from_pretrained(str(tmp_path / "adapter"))) is LoraConfig
     loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "adapter"))
     assert torch.equal(loaded(tokens()).logits, expected)
-    assert torch.equal(model(tokens()).logits, expected)  # the live one is as it was
+    assert torch.equal(model(tokens()).logits, expected)  # the live model is unchanged
     file = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(file) == 12
     factor = model.get_submodule(f"{LAYER}.lora_B.default").weight
@@ -202,7 +202,7 @@ def test_layers_without_any_kept_entry_stay_as_they_are(first: Path) -> None:
 
 
 def test_counts_are_those_of_the_tables() -> None:
-    """Of LLaMA3-8B with 7 modules and r = 32: B alone, the sum over a layer's outputs times r times 32 layers."""
+    """LLaMA3-8B with 7 modules and r = 32: B only, r times the sum of a layer's output features times 32 layers."""
     modules = "task.target_modules=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
     arguments = ["model=llama3_8b", "model.adapter_size.rank=32", "task=gsm8k", modules]
     (whole,), (few,) = (plan([*arguments, f"method={name}"]) for name in ("lori_d", "lori_s"))

@@ -1,4 +1,4 @@
-"""The loss over chunks of labelled positions: experiments/train/loss.py."""
+"""The loss computed in chunks of labelled positions (experiments/train/loss.py)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.test_diablo_tuner import tiny_llama
 
 @pytest.fixture(params=[1, 3, 1000])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Positions per chunk, of a vocabulary of 64 entries."""
+    """Set and return the positions per chunk for a vocabulary of 64 entries."""
     monkeypatch.setattr(chunked, "LOGITS", 64 * request.param)
     return request.param
 
@@ -35,7 +35,7 @@ def batch(vocabulary: int, rows: int = 3, tokens: int = 7) -> dict[str, torch.Te
 
 
 def definition(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The mean over targets from all logits, in their dtype: transformers' own is in float32."""
+    """Return the mean over targets from all logits in their own dtype; transformers' loss is in float32."""
     logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
     logits = logits[:, -inputs["labels"].shape[1] : -1]
     return functional.cross_entropy(logits.flatten(0, 1), inputs["labels"][:, 1:].flatten(), ignore_index=IGNORED)
@@ -73,7 +73,7 @@ def test_value_and_gradients_are_those_of_the_models_own_loss(what: str, tied: b
 
 
 def test_logits_that_are_changed_behind_the_output_layer() -> None:
-    """Gemma 2 caps them: there the model's own logits are used."""
+    """Gemma 2 caps its logits, so the model's own logits are used there."""
     config = Gemma2Config(
         vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=8,
         num_key_value_heads=1, final_logit_softcapping=2.0,
@@ -135,7 +135,7 @@ def test_bfloat16_rounds_no_more_than_the_models_own_loss() -> None:
 
 
 def test_row_scores_are_the_definition(chunk: int) -> None:
-    """Against sums over single tokens in float64; virtual tokens of a prompt method come first."""
+    """Against float64 sums over single tokens, also with the leading virtual tokens of a prompt method."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 7, 64, generator=generator, dtype=torch.float64)
     labels = torch.randint(64, (3, 6), generator=generator)

@@ -1,4 +1,4 @@
-"""Memory that runs out is one line that names what to change, and the run goes on with that."""
+"""Running out of memory gives one line that names the setting to change, with which the run continues."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_what_the_attempt_held_is_freed(tmp_path: Path) -> None:
     assert held[0]() is None
 
 
-# Runs a stage's command, `-m module run`, in a process that may take so many bytes beyond what its libraries take.
+# Runs a stage's command, `-m module run`, in a process with a limit of bytes beyond those of its libraries.
 LIMITED = """\
 import resource, runpy, sys, torch, transformers, peft, datasets
 sys.argv = sys.argv[2:]  # as `python -m` would have it
@@ -115,20 +115,20 @@ runpy.run_module(sys.argv[0], run_name="__main__")
 
 @pytest.fixture
 def little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python as commands start it has little memory."""
+    """Limit the memory of every Python process that commands start."""
     program, python = tmp_path / "limited.py", tmp_path / "python"
     program.write_text(LIMITED.format(bytes=60_000_000), encoding="utf-8")
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{program}" "$@"\n', encoding="utf-8")
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # which a script's own folder stands for otherwise
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # otherwise the script's own folder would be on the path
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="no limit on memory that holds elsewhere")
 @pytest.mark.usefixtures("little_memory")
 def test_a_run_without_enough_memory_goes_on_with_another_setting(small: list[str]) -> None:
-    """As a command and as one of several workers; then planned again, the same run is trained."""
+    """As a command and as one of several workers; after planning it again, the same run is trained."""
     overrides = [*small, "recipe.batch_size=64", "recipe.micro_batch_size=64", "method=diablo"]
     run = planned(overrides)
     command = [sys.executable, "-m", "experiments.train", str(run.root)]
@@ -161,7 +161,7 @@ def test_a_run_planned_again_takes_the_memory_settings_and_nothing_else(small: l
 def test_a_worker_that_was_killed_is_told_in_one_line(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A command that kills itself stands for one that the kernel chose."""
+    """A command that kills itself simulates one killed by the kernel."""
     killed = tmp_path / "python"
     killed.write_text("#!/bin/sh\nkill -9 $$\n", encoding="utf-8")
     killed.chmod(0o755)
@@ -171,7 +171,7 @@ def test_a_worker_that_was_killed_is_told_in_one_line(
 
 
 def test_cuda_is_initialised_before_its_statistics_are_reset(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU the two calls are watched; the order is what failed on the first one."""
+    """Regression: without a GPU the order of the two calls is checked, which was wrong on the first GPU."""
     called: list[str] = []
     monkeypatch.setattr(torch.cuda, "init", lambda: called.append("init"))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: called.append(f"reset {device}"))
@@ -180,7 +180,7 @@ def test_cuda_is_initialised_before_its_statistics_are_reset(monkeypatch: pytest
 
 
 def test_only_one_module_reads_cuda_s_memory_statistics() -> None:
-    """The one that initialises CUDA first."""
+    """Only the module that initialises CUDA before reading them."""
     statistics = ("reset_peak_memory_stats", "max_memory_allocated", "memory_stats", "max_memory_reserved")
     folders = (ROOT / name for name in ("diablo", "experiments", "eval", "analysis", "slurm"))
     sources = [path for folder in folders for path in folder.rglob("*.py")]

@@ -1,4 +1,4 @@
-"""The estimated memory of a run against peaks that were measured: recorded ones of a GPU, and passes on this CPU."""
+"""The estimated memory of a run against measured peaks: recorded ones of a GPU, and passes on this CPU."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def real(model: str, method: str, *more: str) -> RunConfig:
     return run(f"model={model}", f"method={method}", "task=commonsense_170k", *more)
 
 
-# Against what was measured
+# Against measurements
 
 
 def recorded() -> dict[str, int]:
@@ -53,7 +53,7 @@ def recorded() -> dict[str, int]:
 
 @pytest.mark.parametrize("label", [FLOOR, LORA, DORA, DROPOUT, IN_PLACE])
 def test_a_pass_of_llama2_7b_takes_what_it_took_on_a_gpu(label: str) -> None:
-    """Two and three layers on fake tensors, extrapolated to 32: the floor, adapters and what they keep, within 1 %."""
+    """Two and three layers on fake tensors, extrapolated to 32: the base, adapters and saved tensors, within 1 %."""
     (case,) = json.loads(RECORD.read_text(encoding="utf-8"))["models"]
     attached = "DiaBlo adapter" if label in (DROPOUT, IN_PLACE) else label
     peaks = []
@@ -72,7 +72,7 @@ def test_a_pass_of_llama2_7b_takes_what_it_took_on_a_gpu(label: str) -> None:
 
 
 def test_whole_runs_take_what_they_took_on_a_gpu(data_root: Path, smollm2: Path) -> None:
-    """SmolLM2-135M with DiaBlo, LoRA and full fine-tuning, their longest row 512 tokens, within 2 %."""
+    """SmolLM2-135M with DiaBlo, LoRA and full fine-tuning, the longest row 512 tokens, within 2 %."""
     for entry in json.loads(MEASURED.read_text(encoding="utf-8"))["runs"]:
         config = run(*entry["overrides"], f"runtime.data_root={data_root}")
         assert longest_row(config) == 512
@@ -97,7 +97,7 @@ SHAPES = {
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("method", ["full", "diablo", "lora", "dora", "prompt"])
 def test_a_pass_takes_what_it_takes_on_this_cpu(method: str, checkpointing: bool) -> None:
-    """In float32, by the allocator's own events."""
+    """In float32, measured by the allocator's own events."""
     from transformers import AutoModelForCausalLM
 
     config = run("model=llama2_7b", f"method={method}", "task=commonsense_170k", "recipe.adapter_dropout=0",
@@ -119,7 +119,7 @@ def test_a_pass_takes_what_it_takes_on_this_cpu(method: str, checkpointing: bool
 
 
 def test_few_layers_tell_of_many() -> None:
-    """The extrapolation against all six layers."""
+    """The extrapolation from few layers against all six layers."""
     settings = real("llama2_7b", "lora").method
     arguments = (json.loads(json.dumps(SHAPES)), settings, "bfloat16", True, 4, 128, False)
     assert max(pass_bytes(json.dumps(SHAPES), json.dumps(settings), *arguments[2:])) == pytest.approx(
@@ -149,7 +149,7 @@ def test_weights_gradients_and_state_are_sums_over_tensors() -> None:
     diablo = estimate(real("llama2_7b", "diablo", "method.adapter.num_blocks=128", "recipe.adapter_dropout=0"))
     trained = 35_127_296
     assert (diablo.gradients, diablo.optimizer) == (4 * trained, 8 * trained)
-    # The base in bf16, D in float32, and in bf16 the base's own values where D is in the weight.
+    # The base in bf16, D in float32, and a bf16 copy of the base's values where D is in the weight.
     assert diablo.weights == pytest.approx(2 * parameters + 6 * trained, rel=1e-6)
     dropped = estimate(real("llama2_7b", "diablo", "method.adapter.num_blocks=128", "recipe.adapter_dropout=0.05"))
     assert diablo.weights - dropped.weights == 2 * trained
@@ -167,7 +167,7 @@ def test_shards_are_equal_parts() -> None:
 
 
 def test_without_sharding_each_gpu_holds_everything() -> None:
-    """And gradients twice: DDP adds them up in buckets of its own."""
+    """Gradients are held twice, since DDP sums them in its own buckets."""
     alone, four = (estimate(real("llama2_7b", "lora"), gpus) for gpus in (1, 4))
     assert (four.weights, four.optimizer, four.activations) == (alone.weights, alone.optimizer, alone.activations)
     assert (four.gradients, four.buckets) == (alone.gradients, alone.gradients)
@@ -177,7 +177,7 @@ def test_the_peak_of_a_step() -> None:
     parts: dict[str, Any] = {"gpus": 1, "length": 8, "weights": 100, "gradients": 10, "optimizer": 20, "activations": 7}
     parts["buckets"] = 0
     assert Memory(**parts, accumulates=True).peak == 137
-    assert Memory(**parts, accumulates=False).peak == 130  # gradients come as activations go
+    assert Memory(**parts, accumulates=False).peak == 130  # gradients appear while activations are freed
     assert Memory(**{**parts, "buckets": 10}, accumulates=False).peak == 140  # which DDP keeps
     assert Memory(**parts, accumulates=False, preparation=150).peak == 150
 
@@ -205,15 +205,15 @@ def test_choosing_blocks_takes_more_than_training_them() -> None:
 
 
 def test_every_method_has_an_estimate() -> None:
-    """Those with weights chosen from data too, whose choice the meta device cannot make."""
+    """Including methods that choose weights from data, which is impossible on the meta device."""
     from experiments.plan.compose import options
 
     small = [f"model.architecture.{key}={SHAPES[key]}" for key in SHAPES if key not in ("model_type", "vocab_size")]
     for method in options("method"):
         more = ["method.adapter.num_blocks=3", "method.adapter.block_size=64"] if method == "smt" else []
         more += ["method.adapter.num_blocks=8"] if method == "diablo" else []
-        more += ["method.adapter.o_ratio=0"] if method == "s2ft" else []  # its share of four heads is none
-        more += ["method.adapter.density=1/8"] if method == "sparse" else []  # dense enough for another way to sum
+        more += ["method.adapter.o_ratio=0"] if method == "s2ft" else []  # its share of four heads rounds to zero
+        more += ["method.adapter.density=1/8"] if method == "sparse" else []  # dense enough for the other algorithm
         found = estimate(real("llama2_7b", method, *small, *more, "recipe.learning_rate=1e-4"))
         assert found.weights > 0
         assert (found.activations > 0) == (method != "base")
@@ -232,7 +232,7 @@ def test_what_does_not_fit_is_refused_with_what_would(fails_with: FailsWith) -> 
     said = fails_with(lambda: fitting.check_fits(full, 1, GPU, 8))
     assert said.startswith("full on llama3_8b and commonsense_170k does not fit: it needs ")
     assert "73.6 GiB are usable on one GPU: give 4 GPUs, sharded (" in said
-    assert "checkpointing" not in said  # alone it would not do
+    assert "checkpointing" not in said  # not sufficient alone
     long = run("model=llama2_7b", "method=lora", "task=metamathqa", "recipe.micro_batch_size=32")
     said = fails_with(lambda: fitting.check_fits(long, 1, GPU, 8))
     assert "give runtime.gradient_checkpointing=true (" in said
@@ -249,7 +249,7 @@ def test_what_does_not_fit_is_refused_with_what_would(fails_with: FailsWith) -> 
 
 
 def test_what_is_sharded(fails_with: FailsWith) -> None:
-    """What fits each of its GPUs whole is not, unless it was asked for."""
+    """A run that fits each GPU unsharded is not sharded unless requested."""
     full, lora = real("llama2_7b", "full"), real("llama2_7b", "lora")
     assert [fitting.sharding_on(config, 2, GPU) for config in (full, lora)] == ["full", "none"]
     assert fitting.sharding_on(full, 2, None) == "none"
@@ -262,7 +262,7 @@ def test_what_is_sharded(fails_with: FailsWith) -> None:
 
 
 def test_what_cannot_be_sharded_is_not_given_more_gpus(fails_with: FailsWith) -> None:
-    """A quantised base is whole on every GPU."""
+    """A quantised base is complete on every GPU."""
     config = run("model=llama_13b", "method=lora", "task=math_10k", "quantization=nf")
     assert fitting.gpus_needed(config, GPU, 8) == 1
     said = fails_with(lambda: fitting.gpus_needed(config, read_bytes("8G"), 8))
@@ -295,7 +295,7 @@ def test_settings_of_one_label_are_told_apart() -> None:
 
 
 def test_a_quantised_base_is_estimated_for_the_gpu_wherever_it_is_planned() -> None:
-    """`auto` is bfloat16 there, whatever it is on the machine that plans."""
+    """`auto` means bfloat16 on the GPU, whatever it means on the machine that plans."""
     auto, named = (
         estimate(run("model=llama3_2_1b", "method=lora", "task=math_10k", "quantization=nf", f"model.dtype={dtype}"))
         for dtype in ("auto", "bfloat16")

@@ -1,4 +1,4 @@
-"""The settings of configs/method against the sources that the files name."""
+"""The settings in configs/method against the sources named in the files."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_s2ft_trains_the_shares_of_its_scripts(model: str, trained: int) -> None
 
 
 def test_pissas_rows_of_the_paper_have_the_dropout_they_were_trained_with() -> None:
-    """They come from MiLoRA's table; elsewhere PiSSA has none, as its authors."""
+    """These rows come from MiLoRA's table; elsewhere PiSSA has no dropout, as in its authors' code."""
     for name in ("commonsense", "arithmetic"):
         runs = [config for config in plan([f"experiment={name}"]) if config.method.name == "pissa"]
         of_the_paper = [config for config in runs if config.mapping["method"]["adapter"]["lora_dropout"] == 0.05]

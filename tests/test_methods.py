@@ -1,8 +1,8 @@
-"""The contract of a method, over every file in configs/method.
+"""The contract of a method, tested for every file in configs/method.
 
-What a method may do differently is in its file's `contract` record: whether it starts at the base's outputs, whether
-the base's weights can take in what was trained (`merges`), whether attaching changes these weights, and, of a method
-that does not, whether it trains under gradient checkpointing and on a quantised base.
+Exceptions are in the file's `contract` record: whether the method starts at the base's outputs, whether
+the trained parameters can be merged into the base's weights (`merges`), whether attaching changes these weights,
+and, if it does not, whether the method trains under gradient checkpointing and on a quantised base.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def fresh_base(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 
 def attached(name: str, base: PreTrainedModel | None = None) -> Any:
-    """The method on a base, prepared with random tokens and, where it needs one, an adapter of the method before it."""
+    """Return the method on a base, prepared with random tokens and, if needed, an adapter of its first method."""
     method, base = config_of(name).method, base or fresh_base()
     with tempfile.TemporaryDirectory() as folder:
         first = first_adapter(method, base.dtype, Path(folder)) if method.prerequisite else None
@@ -117,7 +117,7 @@ def batch() -> torch.Tensor:
 
 
 def logits(model: nn.Module) -> torch.Tensor:
-    """Those of the batch's own tokens; prompt tuning's virtual tokens come before them."""
+    """Return the logits of the batch's own tokens, without those of prompt tuning's leading virtual tokens."""
     with torch.no_grad():
         return model(input_ids=batch()).logits[:, -batch().shape[1] :]
 
@@ -131,10 +131,10 @@ def train_a_little(model: nn.Module, steps: int = 3) -> None:
 
 
 def base_weights(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
-    """The base's own tensors in an attached model, under one name whether they are wrapped or not.
+    """Return the base's own tensors in an attached model, under the same name whether wrapped or not.
 
     Args:
-        names: those of the base's state dict; by default of the toy's.
+        names: names of the base's state dict; by default those of the toy model.
     """
     base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
     found = {name.replace("base_layer.", ""): tensor for name, tensor in base.state_dict().items()}
@@ -190,7 +190,7 @@ def test_saved_and_loaded_on_a_fresh_base_gives_the_same_outputs(name: str, merg
         assert not torch.allclose(logits(model), logits(fresh_base()), **TOLERANCE)
     expected = logits(model)
     methods.save(method, model, tmp_path / "adapter", initial)
-    torch.testing.assert_close(logits(model), expected, atol=0, rtol=0)  # saving leaves the live model alone
+    torch.testing.assert_close(logits(model), expected, atol=0, rtol=0)  # saving does not change the live model
     if merge and not contract_of(name)["merges"]:
         with pytest.raises(UserError, match="cannot be merged into the base's weights"):
             methods.load(method, fresh_base(), tmp_path / "adapter", merge=merge)
@@ -213,7 +213,7 @@ def test_merged_equals_unmerged_and_unmerge_restores(name: str) -> None:
     expected, weights = logits(model), base_weights(model)
     model.merge_adapter()
     torch.testing.assert_close(logits(model), expected, **TOLERANCE)
-    model.merge_adapter()  # a second time is harmless
+    model.merge_adapter()  # a second call is harmless
     torch.testing.assert_close(logits(model), expected, **TOLERANCE)
     model.unmerge_adapter()
     torch.testing.assert_close(logits(model), expected, **TOLERANCE)
@@ -256,7 +256,7 @@ def test_gradients_under_checkpointing_are_the_same(name: str) -> None:
 
 @training_methods
 def test_trains_under_bf16_autocast_with_float32_parameters(name: str) -> None:
-    """As on a GPU: a bf16 base (float32 for full fine-tuning), what is trained in float32, autocast to bf16."""
+    """As on a GPU: a bf16 base (float32 for full fine-tuning), trained parameters in float32, autocast to bf16."""
     dtype = torch.float32 if config_of(name).method.trains == "all" else torch.bfloat16
     model = attached(name, fresh_base(dtype)).train()
     trained = methods.trained_tensors(model)
@@ -268,7 +268,7 @@ def test_trains_under_bf16_autocast_with_float32_parameters(name: str) -> None:
     torch.optim.AdamW(trained.values(), lr=1e-2).step()
     assert torch.isfinite(loss)
     changed = [key for key, tensor in trained.items() if not torch.equal(tensor, before[key])]
-    # Where B starts at zero, A's first gradient is zero, and the other way round.
+    # If B starts at zero, A's first gradient is zero, and vice versa.
     assert len(changed) >= len(trained) / 2
 
 

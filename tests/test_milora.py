@@ -1,4 +1,4 @@
-"""MiLoRA's start, and adapters that change the base being saved as plain LoRA."""
+"""MiLoRA's initialisation, and saving adapters that change the base as plain LoRA."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def train(model: PeftModel) -> None:
         adam.step()
 
 
-# MiLoRA's start
+# MiLoRA's initialisation
 
 
 @pytest.mark.parametrize("shape", [(12, 8), (8, 12), (8, 8)])
@@ -81,8 +81,8 @@ def test_attaching_moves_the_smallest_triplets_out_of_the_base(settings: dict) -
     residual = model.get_base_model().get_submodule(name).base_layer.weight  # pyright: ignore
     assert isinstance(original, Tensor)
     s, left = torch.linalg.svdvals(original), torch.linalg.svdvals(residual)
-    torch.testing.assert_close(left[:-4], s[:-4], rtol=1e-4, atol=1e-5)  # the large ones stay
-    assert left[-4:].max() < 1e-5 < 0.01 < s[-4:].min()  # the small ones are gone
+    torch.testing.assert_close(left[:-4], s[:-4], rtol=1e-4, atol=1e-5)  # the large ones are kept
+    assert left[-4:].max() < 1e-5 < 0.01 < s[-4:].min()  # the small ones are removed
 
 
 def test_a_bf16_base_keeps_its_outputs_to_its_own_rounding() -> None:
@@ -146,7 +146,7 @@ def test_a_base_without_plain_weights_is_refused(monkeypatch: pytest.MonkeyPatch
     message = r"q_proj: MiLoRA needs an nn\.Linear that is not quantised, not Linear: load the base"
     with pytest.raises(ValueError, match=message):
         attach(base, milora(target_modules=["q_proj"]))
-    # bitsandbytes can keep its 4-bit codes in a float tensor: then only PEFT's own list of backends tells
+    # bitsandbytes can store its 4-bit codes in a float tensor, recognised only through PEFT's own list of backends
     monkeypatch.setattr("diablo.methods.milora.resolve_quantization_backend", lambda layer: object())
     with pytest.raises(ValueError, match=message):
         attach(tiny_llama(), milora(target_modules=["q_proj"]))
@@ -155,7 +155,7 @@ def test_a_base_without_plain_weights_is_refused(monkeypatch: pytest.MonkeyPatch
         attach(tiny_llama(), milora(target_modules=["embed_tokens"]))
 
 
-# Saving what changed the base
+# Saving adapters that changed the base
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_the_saved_adapter_is_plain_lora_for_the_unchanged_base(config: LoraConf
     settings = model.peft_config["default"].to_dict()
     save_adapter(model, tmp_path, initial)
 
-    # the live model is as it was, to the bit
+    # the live model is unchanged, bit for bit
     assert live.keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, live[name]) for name, tensor in model.state_dict().items())
     assert model.peft_config["default"].to_dict() == settings

@@ -1,4 +1,4 @@
-"""Differences in NLL: the registered interval against its definition and against simulated truth."""
+"""Differences in NLL: the registered interval against its definition and against simulations."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_rows_add_their_variance_and_benchmarks_count_alike() -> None:
 
 
 def test_the_interval_holds_the_truth_and_the_smallest_difference_is_found() -> None:
-    """500 simulated pairs with effects of seeds, rows and both; a true difference of the size that can be found."""
+    """500 simulated pairs with seed, row and interaction effects, and a true difference of the detectable size."""
     generator = np.random.default_rng(1)
     truth, held, found = 0.02, 0, 0
     smallest = []

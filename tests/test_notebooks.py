@@ -1,4 +1,4 @@
-"""Small copies of runs, and the notebooks that read them: calls only, stored without outputs, and they run."""
+"""Small copies of runs, and the notebooks that read them: only calls, stored without outputs, and executable."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_small_copy_gives_the_same_rows(tmp_path: Path) -> None:
     names = {path.name for path in copy.rglob("*") if path.is_file()}
     assert names == {"config.yaml", "train.json", "score.json", "metrics.jsonl", "spectra.jsonl"}
     assert '"items":[1,0,1]' in score_file(copy).read_text(encoding="utf-8")
-    score_file(run).with_name("samples.jsonl").unlink()  # invented, so that the score does not follow from it
+    score_file(run).with_name("samples.jsonl").unlink()  # invented, so that it contradicts the score
     first, second = load_runs([run]), load_runs([copy])
     first.frame["path"] = second.frame["path"]
     same(first, second)
@@ -41,7 +41,7 @@ def test_a_small_copy_gives_the_same_rows(tmp_path: Path) -> None:
     assert len(thin) == STEPS
     assert thin.index[:FIRST].tolist() == list(range(1, FIRST + 1))
     assert thin.index[-1] == 200
-    assert (abs(thin / whole.loc[thin.index] - 1).fillna(0) < 1e-4).all().all()  # rounded, no more
+    assert (abs(thin / whole.loc[thin.index] - 1).fillna(0) < 1e-4).all().all()  # equal up to rounding
 
 
 @pytest.mark.parametrize("count", [1, STEPS - 1, STEPS, STEPS + 1, 1000])
@@ -88,7 +88,7 @@ def test_a_notebook_is_stored_without_outputs(path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path: Path) -> None:
-    """On the committed records, as a fresh clone has them."""
+    """On the committed records, as in a fresh clone."""
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
     shown = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]

@@ -1,4 +1,4 @@
-"""What dry runs of plan, reproduce and submit print: the same runs in the same words, what they take, and why not."""
+"""The output of plan and of dry runs of reproduce and submit: equal runs in equal words, their costs, and reasons."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ grids:
   - method=diablo method.adapter.num_blocks=4 recipe.learning_rate=0.03
 """
 SPEED = "--tokens-per-second=1000"
-# All but those on the tiny or the real small model alone.
+# All except those only on the tiny or the real small model.
 SMALL = {"evidence", "evidence_pilot", "quickstart", "quickstart_lr", "real_data_tiny", "real_smoke"}
 SMALL |= {"all_methods_tiny", "quantized_tiny", "spectra_tiny"}
 OF_THE_PAPER = sorted(set(options("experiment")) - SMALL)
@@ -65,7 +65,7 @@ def test_every_experiment_of_the_paper_has_its_cells() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OF_THE_PAPER)
 def test_the_shipped_cluster_file_has_gpus_for_every_run_of_the_paper(name: str) -> None:
-    """What fits on no number of GPUs would be an error; full fine-tuning and SMT of 7B and more are sharded."""
+    """A run that fits on no number of GPUs would be an error; full fine-tuning and SMT from 7B on are sharded."""
     cluster = read_cluster(str(ROOT / "slurm" / "a100.yaml"))
     for config in plan([f"experiment={name}", PAPER]):
         model, method = config.model, config.method
@@ -76,7 +76,7 @@ def test_the_shipped_cluster_file_has_gpus_for_every_run_of_the_paper(name: str)
 def test_plan_reproduce_and_submit_count_the_same_runs(
     cells: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All, the paper's cells, what a budget pays for, and both: by the measured speed, where tiny runs need no GPU."""
+    """All runs, the paper's cells, runs within a budget, and both, at the measured speed; tiny runs need no GPU."""
     left = set()
     for flags in ([], ["--paper"], [f"--budget={5 * HOUR:.6f}gpuh"], ["--paper", f"--budget={5 * HOUR:.6f}gpuh"]):
         planning.main([*cells, "--dry-run", SPEED, *flags])
@@ -94,7 +94,7 @@ def test_plan_reproduce_and_submit_count_the_same_runs(
         for line in told[1:] if told[0].startswith(count[0]) else told:
             assert line in shown.splitlines(), line
         table = [line.split()[:8] for line in planned.splitlines() if re.match(r"tiny \S+ +\d", line)]
-        for line in table:  # of a CPU run plan says one GPU and submit none
+        for line in table:  # for a CPU run plan prints one GPU and submit none
             assert any(line[:3] == other.split()[:3] for other in shown.splitlines()), line
         left.add("left out" in planned)
     assert left == {True, False}
@@ -110,7 +110,7 @@ def test_a_budget_smaller_than_the_first_run_is_one_line(cells: list[str], fails
 
 
 def test_without_a_speed_submit_counts_time_limits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Of 7 runs of 24 hours each 4 choose the learning rate; a budget of 100 pays for those, not for a second seed."""
+    """4 of 7 runs of 24 hours each choose the learning rate; a budget of 100 pays for those, not for a second seed."""
     path = tmp_path / "one.yaml"
     experiment = {
         "title": "One",
@@ -138,7 +138,7 @@ def test_what_fits_no_gpu_is_one_line_a_setting(
     arguments += [f"runtime.runs_dir={tmp_path}", cluster_file(tmp_path, gpu_memory="20G", gpus=1)]
     fails_with(lambda: submit_from(parse([*arguments, "recipe.learning_rate=1e-4"])))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cannot be submitted: ")]
-    budget = "--budget=100gpuh"  # of which they take nothing
+    budget = "--budget=100gpuh"  # of which these runs use nothing
     said = fails_with(lambda: submit_from(parse([*arguments, "recipe.learning_rate=1e-4", budget])))
     assert said == "2 settings cannot be submitted, for the reasons above"
     budgeted = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cannot be submitted: ")]
@@ -167,14 +167,14 @@ def test_micro_batches_that_do_not_divide_are_one_line(tmp_path: Path, fails_wit
     assert "recipe.batch_size=12 is not a multiple of recipe.micro_batch_size=4 × 2 GPUs: give 1, 3 GPUs, or" in said
     for settings in ({"gpus": "auto"}, {"gpus": 1}):
         cluster = read_cluster(cluster_file(tmp_path, gpu_memory="80G", **settings).removeprefix("cluster="))
-        for method in (config, plan(["method=base"])[0]):  # the process of a base checks it too
+        for method in (config, plan(["method=base"])[0]):  # a base's process checks it too
             odd = with_values(config, {"recipe.batch_size": 13, "method": method.mapping["method"]})
             said = fails_with(lambda cluster=cluster, odd=odd: cluster.resources(odd))
             assert "recipe.batch_size=13 is not a multiple of recipe.micro_batch_size=4 × 1 GPUs" in said
 
 
 def test_the_shipped_settings_fit_every_long_row_of_the_paper() -> None:
-    """The longest rows of the tables: 2,048 tokens of MetaMathQA, where neither tokenizer nor rows are here."""
+    """The longest rows in the tables: 2,048 tokens of MetaMathQA, without tokenizer and rows."""
     cluster = read_cluster("a100")
     configs = {config.method.label: config for config in plan(["experiment=arithmetic", PAPER])}
     assert {label: cluster.resources(config).gpus for label, config in configs.items()} == {

@@ -1,4 +1,4 @@
-"""PEFT's own tests, run over DiabloConfig as if it were one of PEFT's methods."""
+"""PEFT's own tests, run on DiabloConfig as if it were one of PEFT's methods."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-# Tests of PEFT's that DiaBlo is allowed to fail, with the reason. Only what mode "in_place" cannot do by its nature.
+# PEFT tests that DiaBlo may fail, with the reason; only features that mode "in_place" cannot have by design.
 ALLOWED_FAILURES: dict[str, dict[str, str]] = {
     "auto": {},
     "adapter": {},
@@ -30,7 +30,7 @@ FILES = ("tests/test_custom_models.py", "tests/test_decoder_models.py", "tests/t
 
 @pytest.fixture(scope="module")
 def peft_sources() -> Path:
-    """The source distribution of the installed PEFT, which holds its tests; fetched once, then kept in a cache."""
+    """Return the source distribution of the installed PEFT with its tests; downloaded once, then cached."""
     cache = Path(os.environ.get("DIABLO_CACHE", Path.home() / ".cache" / "diablo"))
     sources = cache / f"peft-{version('peft')}"
     if sources.is_dir():
@@ -48,7 +48,7 @@ def peft_sources() -> Path:
             archive.extractall(scratch, filter="data")
         extracted = Path(scratch) / archives[0].name.removesuffix(".tar.gz")
         (extracted / "tests" / "__init__.py").touch()  # its tests import each other as a package
-        extracted.rename(sources)  # only a complete copy ever has this name
+        extracted.rename(sources)  # only a complete copy has this name
     return sources
 
 
@@ -81,6 +81,6 @@ def test_peft_matrices(peft_sources: Path, tmp_path: Path) -> None:
     for mode, found in outcomes.items():
         failed = {name.partition("[")[0] for name in found["failed"]}
         assert failed == ALLOWED_FAILURES.get(mode, {}).keys(), run.stdout[-8000:]
-    # A matrix that collected nothing would fail nothing. In place, the cases with dropout or Conv1D are not run.
+    # A matrix without collected tests would never fail. In place, the cases with dropout or Conv1D are not run.
     expected = {"auto": 500, "adapter": 500, "in_place": 350, "None": 30}
     assert {mode for mode, found in outcomes.items() if len(found["passed"]) < expected[mode]} == set()

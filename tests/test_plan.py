@@ -61,7 +61,7 @@ def test_merging_single_values_equals_composing_everything(arguments: list[str])
 
 
 def test_what_is_resolved_once_for_many_runs_is_right_for_each() -> None:
-    """References to what is swept, from it and beside it: `lora_alpha: ${times:2,${.r}}`, the chosen learning rate."""
+    """References from and beside swept settings: `lora_alpha: ${times:2,${.r}}`, the chosen learning rate."""
     references = ["method.adapter.r=2,4", "recipe.adapter_dropout=0.0,0.1", "protocol.bos=true,false"]
     beside = ["recipe.learning_rate=1e-3,${method.learning_rate.arith}", "seed=1", "recipe.schedule=cosine"]
     for overrides in (*sweep(["method=lora", *references, *beside]), *sweep(["method=lora", *beside, *references])):
@@ -160,8 +160,8 @@ def test_a_directory_without_config_is_no_run(tmp_path: Path) -> None:
         read_config(RunPaths(tmp_path))
 
 
-# Exact trainable parameters and their share of the base, from the published shapes; the third number is how the paper's
-# percentages for models with grouped-query attention come about. Paper, tables 1 to 4.
+# Exact trainable parameters and their share of the base, from the published shapes; the third number gives the paper's
+# percentages for models with grouped-query attention. Paper, tables 1 to 4.
 COUNTS = [
     ("llama2_7b", "diablo", "method.adapter.num_blocks=128", "commonsense_170k", 35_127_296, 0.5213, None),
     ("llama2_7b", "diablo", "method.adapter.num_blocks=64", "commonsense_170k", 70_254_592, 1.0426, None),
@@ -225,7 +225,7 @@ def test_matched_budgets_of_the_quickstart() -> None:
 
 
 def test_the_quickstart_uses_the_learning_rates_that_were_chosen() -> None:
-    """Those with the best held-out accuracy in the committed record; of equal ones the smallest."""
+    """Those with the best held-out accuracy in the committed record; on ties the smallest."""
     with (ROOT / "results" / "quickstart_lr.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for label in {row["label"] for row in rows}:
@@ -238,7 +238,7 @@ def test_the_quickstart_uses_the_learning_rates_that_were_chosen() -> None:
 
 
 def test_every_config_file_is_read() -> None:
-    """No file lies about that no group or experiment offers."""
+    """There is no file that no group or experiment uses."""
     offered = {
         CONFIGS / group / f"{name}.yaml" for group in (*planning.GROUPS, "experiment") for name in options(group)
     }

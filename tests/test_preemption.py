@@ -1,4 +1,4 @@
-"""Runs that real signals stop and that are started again end as if nothing had been."""
+"""Runs stopped by real signals and restarted end like uninterrupted ones."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def start(module: str, run: RunPaths, **environment: str) -> subprocess.Popen[st
 
 
 def preempt(module: str, run: RunPaths, seen: Seen, number: int = signal.SIGUSR1) -> dict[str, Any]:
-    """Start a stage, send it a signal as soon as something is seen in its directory, and read the marker."""
+    """Start a stage, send it a signal once `seen` accepts its directory, and return the marker's content."""
     process = start(module, run, SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="3", SLURM_RESTART_COUNT="1")
     try:
         while process.poll() is None and not seen(run):
@@ -63,7 +63,7 @@ def preempt(module: str, run: RunPaths, seen: Seen, number: int = signal.SIGUSR1
 
 
 def beating(run: RunPaths) -> bool:
-    """The attempt has begun: Python imports and loads."""
+    """Return whether the attempt has begun, while Python still imports and loads."""
     return run.lock.is_file() and bool(run.lock.read_text(encoding="utf-8")) and run.heartbeat.is_file()
 
 
@@ -76,7 +76,7 @@ def saving(run: RunPaths) -> bool:
 
 
 def content(run: RunPaths) -> dict[str, Any]:
-    """Everything a run recorded, but for clocks and machine."""
+    """Return all records of a run except clocks and machine."""
     found: dict[str, Any] = {path.name: path.read_bytes() for path in run.adapter.iterdir()}
     for name in ("metrics.jsonl", "eval/*/*/samples.jsonl"):
         for path in run.root.glob(name):
@@ -109,7 +109,7 @@ def undisturbed(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -
 def test_a_run_stopped_again_and_again_ends_as_if_undisturbed(
     undisturbed: RunPaths, settings: list[str], tmp_path: Path
 ) -> None:
-    """While it imports, in the middle of training twice in a row, inside a save, and twice in the evaluation."""
+    """During imports, twice in the middle of training, inside a save, and twice during evaluation."""
     run = planned([*settings, f"runtime.runs_dir={tmp_path}"])
     markers = [preempt("experiments.train", run, beating)]
     assert not run.checkpoints.exists()
@@ -139,13 +139,13 @@ def test_a_run_stopped_again_and_again_ends_as_if_undisturbed(
 
 
 def start_two(run: RunPaths, port: int) -> list[subprocess.Popen[str]]:
-    """Two processes as srun starts them, without torchrun."""
+    """Start two processes as srun does, without torchrun."""
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [start("experiments.train", run, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in (0, 1)]
 
 
 def listens(process: subprocess.Popen[str]) -> bool:
-    """Whether a process catches SIGTERM yet: in its first tenths of a second it dies of it, and the other waits."""
+    """Return whether a process catches SIGTERM yet; in its first tenths of a second it would die and the other wait."""
     with contextlib.suppress(OSError):
         status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
         caught = int(re.findall(r"SigCgt:\s*(\w+)", status)[0], 16)
@@ -161,7 +161,7 @@ def free_port() -> int:
 
 @pytest.mark.slow
 def test_all_processes_stop_at_one_step_though_one_was_asked(small: list[str], tmp_path: Path) -> None:
-    """Before the first step, and in the middle; then they go on and end as two that nobody asked."""
+    """Before the first step and in the middle; then they resume and end like two uninterrupted ones."""
     settings = [*small, "recipe.epochs=6", "recipe.micro_batch_size=4", "recipe.adapter_dropout=0.1"]
     whole, broken = (planned([*settings, f"runtime.runs_dir={tmp_path / name}"]) for name in ("whole", "broken"))
     steps = []
@@ -173,7 +173,7 @@ def test_all_processes_stop_at_one_step_though_one_was_asked(small: list[str], t
         for process in processes:
             assert process.wait(240) == 75, process.communicate()[1][-2000:]
         marker = read_json(broken.preempted)
-        assert marker["signal"] == "SIGTERM"  # the first process wrote this, the second had the signal
+        assert marker["signal"] == "SIGTERM"  # written by the first process, received by the second
         steps.append(marker["step"])
     assert steps[0] is None
     assert 5 < steps[1] < 48
@@ -184,7 +184,7 @@ def test_all_processes_stop_at_one_step_though_one_was_asked(small: list[str], t
 
 
 def test_a_disk_that_is_full_keeps_the_checkpoint_before(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit on a file's size stands for the disk: a write within a checkpoint's file fails."""
+    """A limit on file sizes simulates the full disk: a write inside a checkpoint's file fails."""
     run = planned([*small, "runtime.checkpoint_every=4"])
     publish, before = checkpoints.publish, resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -205,7 +205,7 @@ def test_a_disk_that_is_full_keeps_the_checkpoint_before(small: list[str], monke
 
 
 def test_a_new_checkpoint_is_never_dropped_for_stale_ones(tmp_path: Path) -> None:
-    """Later ones, of other data, may lie there."""
+    """The folder may hold later checkpoints of other data."""
     for step in (400, 500):
         checkpoints.folder(tmp_path, step).mkdir()
     for step in (100, 200, 300):
@@ -256,7 +256,7 @@ def test_a_library_that_chokes_on_the_signal_is_preempted_and_a_mistake_is_not(t
 
 
 def test_a_signal_after_the_last_step_leaves_the_run_finished(tmp_path: Path) -> None:
-    """It is left to the next stage of the process."""
+    """The signal is handled by the next stage of the process."""
     run = RunPaths(tmp_path)
     with attempt(run, "train"):
         preemption.raise_immediately(False)

@@ -1,4 +1,4 @@
-"""Runs of methods that are prepared with data or come after another run, on the real pipeline."""
+"""Runs of methods that are prepared with data or follow another run, on the real pipeline."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def test_a_run_trains_the_one_before_it_and_both_are_scored(small: list[str]) ->
     run = planned([*small, *LORI_S])
     record = train(run)
     first = before(run)
-    assert first == planned([*small, "method=lori_d"])  # as if planned for itself
+    assert first == planned([*small, "method=lori_d"])  # as if planned separately
     whole = train(first)
     assert record.changed
     assert record.base_hash == whole.base_hash
     assert record.trainable_parameters == int((1 - 0.8) * whole.trainable_parameters)
     assert record.steps == whole.steps == 16
     for name, factor in load_file(run.adapter / "adapter_model.safetensors").items():
-        if "lora_A" in name:  # the same A, so that an entry of B means the same in both
+        if "lora_A" in name:  # the same A, so that entries of B correspond
             assert torch.equal(factor, load_file(first.adapter / "adapter_model.safetensors")[name])
     (scored,) = evaluate(run)
     assert scored.n == 28
@@ -79,7 +79,7 @@ def test_the_run_before_is_shared_and_trained_once(small: list[str]) -> None:
 
 
 def test_the_run_before_takes_the_memory_settings_of_the_run_after(small: list[str]) -> None:
-    """It is trained by the same processes, so a sharding of earlier days would not fit them."""
+    """The same processes train both, so an older sharding setting would not fit them."""
     run = planned([*small, *LORI_S, "runtime.sharding=none"])
     planned([*small, "method=lori_d", "runtime.gradient_checkpointing=true", "runtime.sharding=full"])
     first = read_config(before(run))
@@ -99,7 +99,7 @@ def test_killed_and_resumed_equals_undisturbed(
     record = train(whole)
     assert record.changed
     broken = planned([*arguments, "runtime.checkpoint_every=3", f"runtime.runs_dir={tmp_path / 'broken'}"])
-    if method == LORI_S:  # killed in the run before, too
+    if method == LORI_S:  # also killed in the first run
         train_until(broken, 7, monkeypatch)
         assert not before(broken).train_record.exists()
         train(before(broken))
@@ -115,7 +115,7 @@ def test_killed_and_resumed_equals_undisturbed(
 
 
 def test_another_start_is_noticed(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checkpoints are not resumed where other entries are trained."""
+    """Checkpoints are not resumed if different entries are trained."""
     run = planned([*small, *LORI_S, "runtime.checkpoint_every=3"])
     train(before(run))
     train_until(run, 5, monkeypatch)
@@ -124,7 +124,7 @@ def test_another_start_is_noticed(small: list[str], monkeypatch: pytest.MonkeyPa
 
 
 def change_adapter(run: RunPaths) -> None:
-    """As many entries are large, others."""
+    """Change which entries of the adapter are large, but not how many."""
     path = run.adapter / "adapter_model.safetensors"
     save_file({name: tensor.flip(0).contiguous() for name, tensor in load_file(path).items()}, path)
     record = read_json(run.train_record)
@@ -149,7 +149,7 @@ def test_a_mask_of_another_base_is_refused(small: list[str], fails_with: Callabl
 def test_a_first_adapter_of_another_size_is_refused(
     small: list[str], fails_with: Callable[[Callable[[], object]], str]
 ) -> None:
-    """`method.…` is of the method alone; what both follow is set elsewhere."""
+    """`method.…` applies to the method only; settings for both runs are elsewhere."""
     run = planned([*small, *LORI_S, "method.adapter.r=3"])
     assert "in the first run's adapter" in fails_with(lambda: train(run))
     (both,) = plan([*small, *LORI_S, "model.adapter_size.rank=3"])
@@ -207,7 +207,7 @@ def torchrun(run: RunPaths) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [LORI_S, ["method=lora_ga"]], ids=["lori_s", "lora_ga"])
 def test_two_processes_equal_one(method: list[str], small: list[str], tmp_path: Path) -> None:
-    """The run before is trained in the same group; all processes prepare alike."""
+    """The first run is trained in the same process group; all processes prepare equally."""
     arguments = [*small, *method, "recipe.learning_rate=1e-3", "recipe.micro_batch_size=4"]
     one, two = planned(arguments), planned([*arguments, f"runtime.runs_dir={tmp_path / 'two'}"])
     train(one)
@@ -255,7 +255,7 @@ def test_a_method_before_without_a_learning_rate_is_refused(
     [("commonsense_170k", "commonsense_74k"), ("code_alpaca", "code_alpaca_6k"), ("saferpaca", "safety_7k")],
 )
 def test_a_stand_in_has_the_learning_rates_of_its_task(task: str, stand_in: str) -> None:
-    """A method that needs a run before it runs on the stand-ins too."""
+    """A method that needs a first run also works on the stand-in tasks."""
     runs = [plan(["method=lori_s", f"task={name}"])[0] for name in (task, stand_in)]
     ours, theirs = ((run.recipe.learning_rate, run.mapping["method"]["prerequisite"]["learning_rate"]) for run in runs)
     assert ours == theirs == (5e-4, 5e-5)
@@ -305,7 +305,7 @@ def test_a_step_is_of_batch_size_rows_whatever_the_device_holds(grouped: bool, s
             backward()
         found.append({name: parameter.grad for name, parameter in base.named_parameters()})
     base.zero_grad()
-    for (whole,) in steps:  # the last one's micro-batch is the step
+    for (whole,) in steps:  # the last step is one micro-batch
         logits, labels = base(whole["input_ids"], whole["attention_mask"]).logits, whole["labels"]
         functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED).backward()
     for name, parameter in base.named_parameters():
@@ -315,7 +315,7 @@ def test_a_step_is_of_batch_size_rows_whatever_the_device_holds(grouped: bool, s
 
 @pytest.mark.parametrize("method", ["smt", "lora_ga"])
 def test_what_is_prepared_does_not_depend_on_the_micro_batch_size(method: str, small: list[str]) -> None:
-    """The chosen blocks; the gradients, of which LoRA-GA takes singular vectors with either sign."""
+    """Compares chosen blocks, or gradients (the signs of LoRA-GA's singular vectors are arbitrary)."""
     found = []
     for size in (2, 4, 8):
         (config,) = plan([*small, f"method={method}", f"recipe.micro_batch_size={size}"])

@@ -1,4 +1,4 @@
-"""How the processes of one training find each other, and what they say where one is missing."""
+"""How the processes of one training find each other, and the error if one is missing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ run_command(main)
 
 
 def start(folder: Path, rank: int, port: int, seconds: float, late: float) -> subprocess.Popen[str]:
-    """One process of two, which waits so many seconds for the other, and starts late by so many."""
+    """Start one of two processes, which waits `seconds` for the other and starts `late` seconds late."""
     script = folder / "process.py"
     script.write_text(PROCESS, encoding="utf-8")
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
@@ -94,7 +94,7 @@ def test_a_port_that_is_taken(
 
 def test_gpus_of_mixed_memory_are_noted() -> None:
     big, small = Member("n1", "A100-80", 80 * 2**30), Member("n2", "A100-40", 40 * 2**30)
-    almost = Member("n3", "A100-80", 79 * 2**30)  # what a driver keeps for itself differs
+    almost = Member("n3", "A100-80", 79 * 2**30)  # drivers reserve different amounts
     assert mixed_memory([big, almost]) is None
     assert mixed_memory([Member("n1", "cpu", 0), Member("n2", "cpu", 0)]) is None
     assert mixed_memory([big, small, big]) == (
@@ -106,7 +106,7 @@ def test_gpus_of_mixed_memory_are_noted() -> None:
 def test_a_number_of_processes_that_does_not_divide_the_batch(
     small: list[str], monkeypatch: pytest.MonkeyPatch, fails_with: Callable[[Callable[[], object]], str]
 ) -> None:
-    """At once, before any process waits for another."""
+    """Refused immediately, before any process waits for another."""
     run = planned([*small, "method=lora", "recipe.micro_batch_size=4"])
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert fails_with(lambda: train(run)) == (

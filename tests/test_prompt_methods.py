@@ -1,4 +1,4 @@
-"""Methods that are scored unmerged, and IA3, from training to score; what prompt methods put before every row."""
+"""Methods scored unmerged, and IA3, from training to score; the virtual tokens that prompt methods prepend."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ VIRTUAL = {"prompt": 20, "prefix": 10}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> dict[str, RunPaths]:
-    """One trained and scored run of each method; two micro-batches make a step."""
+    """Return one trained and scored run of each method; a step has two micro-batches."""
     folder = tmp_path_factory.mktemp("prompt_methods")
     found = {}
     for name in METHODS:
@@ -65,8 +65,8 @@ def test_a_run_is_trained_and_scored(name: str, runs: dict[str, RunPaths]) -> No
 
 @prompt_methods
 def test_a_batch_is_completed_as_its_rows_alone(name: str, runs: dict[str, RunPaths]) -> None:
-    """Padding stands between prompt tuning's virtual tokens and a shorter row, and changes nothing: by probabilities,
-    since texts of a hardly trained model rarely show it.
+    """Padding between prompt tuning's virtual tokens and a shorter row changes nothing; probabilities are compared,
+    since texts of a hardly trained model rarely differ.
     """
     found = scored(runs[name])
     tokenizer = found.tokenizer
@@ -94,7 +94,7 @@ def test_a_batch_is_completed_as_its_rows_alone(name: str, runs: dict[str, RunPa
         assert torch.equal(together.sequences[number, batch.input_ids.shape[1] :], written)
         for one, other in zip(together.logits, alone.logits, strict=True):
             torch.testing.assert_close(one[number], other[0], rtol=1e-4, atol=1e-4)
-        # And as training computes it: the whole text in one pass, without a cache and with nothing padded.
+        # And as in training: the whole text in one pass, without a cache or padding.
         with torch.no_grad():
             whole = peft_model(runs[name])(input_ids=alone.sequences).logits[0, -7:-1]
         torch.testing.assert_close(torch.cat(alone.logits), whole, rtol=1e-4, atol=1e-4)
@@ -119,7 +119,7 @@ def test_completions_are_the_same_whatever_the_batch(name: str, beams: int, runs
 
 @prompt_methods
 def test_virtual_tokens_take_room_in_the_context(name: str, runs: dict[str, RunPaths]) -> None:
-    """A prompt that is too long loses its beginning, so that the completion still fits."""
+    """A prompt that is too long is cut on the left, so that the completion fits."""
     config = read_config(runs[name])
     found = scored(runs[name])
     assert found.context == 1024 - VIRTUAL[name]
@@ -133,8 +133,8 @@ def test_virtual_tokens_take_room_in_the_context(name: str, runs: dict[str, RunP
     with language_model(config, runs[name], found) as lm:
         inner.register_forward_pre_hook(spy, with_kwargs=True)
         ask(lm, ["7 + 5 = 12. " * 400])
-    assert seen[0] == 1024 - NEW  # tokens behind which the first is written: the virtual ones and the prompt's
-    assert max(seen) == 1023  # the last one that is written is not read
+    assert seen[0] == 1024 - NEW  # tokens before the first new one: virtual tokens and prompt
+    assert max(seen) == 1023  # the last new token is not read
 
 
 @every_method

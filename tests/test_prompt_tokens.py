@@ -1,4 +1,4 @@
-"""The ids of a prompt are the same in training and in evaluation, whatever a tokenizer puts around a text by itself."""
+"""A prompt has the same ids in training and in evaluation, whatever special tokens a tokenizer adds by itself."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ ROWS = [
 
 
 def adds_bos(tokenizer: Any) -> None:
-    """As LLaMA's."""
+    """Make the tokenizer add a BOS, as LLaMA's does."""
     bos = tokenizer.bos_token
     _template(tokenizer, f"{bos} $A", bos)
 
 
 def has_bos(tokenizer: Any) -> None:
-    """As SmolLM2's, GPT-2's and Pythia's: it is there, and is not added."""
+    """Give the tokenizer a BOS that it does not add, as SmolLM2's, GPT-2's and Pythia's."""
     _template(tokenizer, "$A")
 
 
 def without_bos(tokenizer: Any) -> None:
-    """As Qwen's."""
+    """Remove the tokenizer's BOS, as in Qwen's."""
     _template(tokenizer, "$A")
     tokenizer.bos_token = None
 
 
 def own_template(tokenizer: Any) -> None:
-    """Two tokens before a text, as ChatGLM's, and the end of sequence behind it."""
+    """Make the tokenizer add two tokens before a text, as ChatGLM's does, and the end of sequence after it."""
     eos, pad = tokenizer.eos_token, tokenizer.pad_token
     _template(tokenizer, f"{pad} {eos} $A {eos}", eos, pad)
 
@@ -58,7 +58,7 @@ def _template(tokenizer: Any, single: str, *special: str) -> None:
 
 
 def sentence_pieces() -> PreTrainedTokenizerFast:
-    """As LLaMA 2's: a space is part of the word behind it, also before the first one."""
+    """Return a tokenizer like LLaMA 2's: a space belongs to the next word, also before the first one."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
@@ -75,14 +75,14 @@ def changed(tokenizer: Any, change: Callable[[Any], None]) -> Any:
     return tokenizer
 
 
-BEHAVIOURS: dict[str, tuple[Callable[[], Any], list[int]]] = {  # a tokenizer, and what belongs before its texts
+BEHAVIOURS: dict[str, tuple[Callable[[], Any], list[int]]] = {  # a tokenizer, and the ids before its texts
     "adds BOS": (lambda: changed(make_tokenizer(400, 0), adds_bos), [1]),
     "has BOS": (lambda: changed(make_tokenizer(400, 0), has_bos), []),
     "no BOS": (lambda: changed(make_tokenizer(400, 0), without_bos), []),
     "own template": (lambda: changed(make_tokenizer(400, 0), own_template), [0, 2]),
     "sentence pieces": (lambda: changed(sentence_pieces(), adds_bos), [1]),
 }
-PROTOCOLS = {  # the first task that has it
+PROTOCOLS = {  # protocol: the first task with it
     name: next(task for task in options("task") if _own_protocol(task).split("/")[0] == name.split("/")[0])
     for name in options("protocol")
 }
@@ -102,7 +102,7 @@ def network(tokenizer: Any) -> Any:
 
 
 def in_training(protocol: Protocol, tokenizer: Any) -> list[list[int]]:
-    """The rows' ids with nothing to write but the end of sequence, which goes."""
+    """Return the rows' ids with empty targets, without the end of sequence."""
     asked = replace(protocol, target="", ending="", max_length=2048, max_prompt_length=None, max_target_length=None)
     examples = encode(asked, tokenizer, ROWS)
     assert all(example.input_ids[-1] == tokenizer.eos_token_id for example in examples)
@@ -110,11 +110,11 @@ def in_training(protocol: Protocol, tokenizer: Any) -> list[list[int]]:
 
 
 def in_evaluation(model: Any, tokenizer: Any, prompts: list[str], bos: bool) -> list[list[int]]:
-    """What reaches the network, without its padding."""
+    """Return the network's input without padding."""
     seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def spy(module: Any, arguments: Any, given: dict[str, Any]) -> None:
-        ids, mask = given["input_ids"], given.get("attention_mask")  # rows of one length need no mask
+        ids, mask = given["input_ids"], given.get("attention_mask")  # rows of equal length need no mask
         seen.setdefault(0, (ids.clone(), torch.ones_like(ids) if mask is None else mask.clone()))
 
     hook = model.register_forward_pre_hook(spy, with_kwargs=True)
@@ -144,13 +144,13 @@ def test_a_prompt_has_the_same_ids_in_training_and_evaluation(behaviour: str) ->
 
 
 def test_a_protocol_asks_with_the_tokens_that_it_trains_with() -> None:
-    """LoRI's code protocol does not, as its source: prompts without a BOS in training, with one in the test."""
+    """LoRI's code protocol is the exception, as in its source: no BOS in training, but one in the test."""
     differ = [name for name in PROTOCOLS if config_of(name).protocol.bos != config_of(name).evaluation.bos]
     assert differ == ["code/lori"]
 
 
 def test_a_row_begins_with_its_prompt() -> None:
-    """With a target behind it. Where both are tokenised as one text, the last token may reach over the border."""
+    """Also with a target. If both are tokenised as one text, a token may span the border."""
     tokenizer = BEHAVIOURS["adds BOS"][0]()
     for name in PROTOCOLS:
         protocol = replace(config_of(name).protocol, max_length=2048)
@@ -176,7 +176,7 @@ def real_tokenizer(smollm2: Path) -> Any:
 
 @pytest.mark.real
 def test_smollm2_gets_no_bos_in_training_nor_in_evaluation(real_tokenizer: Any) -> None:
-    """It has one, `<|im_start|>` (1), and puts nothing before a text; its end of sequence is `<|im_end|>` (2)."""
+    """It has a BOS, `<|im_start|>` (1), but adds nothing before a text; its end of sequence is `<|im_end|>` (2)."""
     protocol = replace(config_of("math_10k/pyreft").protocol, prompt="{instruction}", joined=False)
     row = {"instruction": "The capital of France is", "input": "", "output": " Paris", "answer": ""}
     (example,) = encode(protocol, real_tokenizer, [row])

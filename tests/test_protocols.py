@@ -1,4 +1,4 @@
-"""Protocols: the literal prompts, what the loss sees, how rows are cut, and which settings go with which benchmark."""
+"""Protocols: literal prompts, loss masks, truncation of rows, and the settings of each benchmark."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_tokens_are_the_prompt_and_the_target(task: str, protocol: str) -> None:
 
 
 def test_the_released_mask_hides_the_first_tokens_of_the_response() -> None:
-    """The masked prefix is as long as the template with an empty response, whose ending is 13 characters long."""
+    """The masked prefix is as long as the template with an empty response, which ends with 13 characters."""
     used = config_of("metamathqa", "diablo_release").protocol
     sample = row("1+1?", "2+2=4 and more text follows. The answer is: 4")
     (example,) = encode(used, TOKENIZER, [sample])
@@ -189,7 +189,7 @@ def test_repeated_prompts_keep_the_last_row_in_the_first_place() -> None:
 
 
 def test_long_rows_are_cut_as_their_source_cuts_them() -> None:
-    """GSM8K, 512 tokens: the prompt to 256, then DiaBlo's target to what is left, LoRI's to 256; neither has an end."""
+    """GSM8K, 512 tokens: the prompt to 256, then DiaBlo's target to the rest, LoRI's to 256; neither has an EOS."""
     long = row("word " * 400, "text " * 400)
     lengths = {}
     for name in ("lori", "diablo"):
@@ -251,7 +251,7 @@ def test_a_protocol_that_does_not_fit_names_the_field(fails_with: Fails) -> None
 
 
 def test_every_task_can_be_scored_by_each_of_its_protocols() -> None:
-    """Every setting a score needs is there for every benchmark of the task, and names something that exists."""
+    """Every setting needed for a score exists for every benchmark of the task and has a valid value."""
     for task, protocol in ALL:
         config = config_of(task, protocol)
         if config.evaluation.judge:

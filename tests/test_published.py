@@ -1,4 +1,4 @@
-"""The published numbers as data, and the paper's tables with ours beside them."""
+"""The published numbers as data, and the paper's tables with our numbers beside them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def frame_of(*folders: Path) -> pd.DataFrame:
 
 
 def parameters(row: dict[str, Any]) -> float:
-    """Trainable parameters of a published row from the model's shapes."""
+    """Return the trainable parameters of a published row, computed from the model's shapes."""
     architecture = yaml.safe_load((MODELS / f"{row['model']}.yaml").read_text(encoding="utf-8"))["architecture"]
     h, i = architecture["hidden_size"], architecture["intermediate_size"]
     kv = h * architecture["num_key_value_heads"] // architecture["num_attention_heads"]
@@ -73,7 +73,7 @@ def test_computed_shares_are_the_shapes() -> None:
 
 
 def test_means_are_those_of_their_benchmarks() -> None:
-    """As printed: to a tenth, from values rounded to a tenth."""
+    """As printed: to one decimal, from values rounded to one decimal."""
     frame = read_published().query("table in ('commonsense_per_task', 'arithmetic')")
     for key, part in frame.groupby(["table", "model", "method", "setting"]):
         mean = part["benchmark"].str.startswith("mean of")
@@ -119,7 +119,7 @@ def row_of(numbers: pd.DataFrame, **key: str) -> dict[str, Any]:
 
 
 def test_both_masks_stand_beside_a_copied_row(tmp_path: Path) -> None:
-    """LoRA on LLaMA2-7B, 77.6 as printed with the loss on the prompt: ours under either mask, in its own column."""
+    """LoRA on LLaMA2-7B, printed as 77.6 with the loss on the prompt: our numbers for each mask in separate columns."""
     for protocol, items in (("diablo", [1, 1, 1, 1, 0]), ("llm_adapters", [1, 1, 1, 0, 0])):
         for seed in (0, 1):
             run = write_run(
@@ -151,7 +151,7 @@ def test_both_masks_stand_beside_a_copied_row(tmp_path: Path) -> None:
     "table", ["commonsense", "arithmetic", "code_safety", "quantized", "sparse_patterns", "efficiency"]
 )
 def test_what_is_published_is_planned(table: str, tmp_path: Path) -> None:
-    """So that a run of ours stands beside each number of the paper's, under the names that tables look for."""
+    """Each of the paper's numbers has a run of ours, under the names that the tables use."""
     write_runs(plan([f"experiment={table}", "seed=0", f"runtime.runs_dir={tmp_path}"]))
     ours = frame_of(tmp_path)
     for row in records(read_published()):
@@ -167,7 +167,7 @@ def test_pass_at_10_comes_from_the_share_of_right_completions_of_each_problem(tm
         **{"size": 32, "model": "llama3_8b", "task": "code_alpaca", "protocol": "lori", "benchmark": "human_eval"},
         items=[1, 0],
     )
-    shares = [0.0, 0.05, 0.5, 1.0]  # of 20 completions
+    shares = [0.0, 0.05, 0.5, 1.0]  # shares of 20 completions
     change(
         score_file(run),
         items=shares,
@@ -242,7 +242,7 @@ def test_what_was_not_scored_whole_or_was_swept_is_not_beside_the_paper(tmp_path
     assert pd.isna(ours())
     change(path, generation=generation)
     other = write_run(tmp_path, "lora", items=[0, 0], learning_rate=2e-3, **common)
-    assert pd.isna(ours())  # two rates, none of them chosen
+    assert pd.isna(ours())  # two learning rates, none chosen
     RunPaths(other).learning_rate.write_text(
         '{"by": "loss", "seed": 0, "at_edge": false, "tried": [1, 2]}', encoding="utf-8"
     )

@@ -1,4 +1,4 @@
-"""The benchmark of quantised models, at a small size: that it measures what it says."""
+"""The benchmark of quantised models at a small size: it measures what it reports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_the_plain_loop_is_gptq() -> None:
     ours = gptq(weight, gram, 4, -1)
     plain = plain_gptq(Namespace(bits=4, group_size=-1), "q_proj", weight, gram)
     assert torch.equal(ours.scales, plain.scales)
-    # The order of additions differs, and with it now and then a code at the middle between two.
+    # The order of summation differs, which occasionally changes a code halfway between two.
     assert (ours.codes == plain.codes).float().mean() > 0.995
 
 

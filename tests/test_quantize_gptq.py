@@ -17,7 +17,7 @@ ROWS, COLUMNS = 12, 192  # more columns than GPTQ's block
 
 
 def problem(seed: int = 0, samples: int = 500) -> tuple[Tensor, Tensor, Tensor]:
-    """A weight, correlated inputs and their Gram matrix."""
+    """Return a weight, correlated inputs and their Gram matrix."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(ROWS, COLUMNS, generator=generator, dtype=torch.float64)
     mixing = torch.randn(COLUMNS, COLUMNS, generator=generator, dtype=torch.float64) / COLUMNS**0.5
@@ -26,7 +26,7 @@ def problem(seed: int = 0, samples: int = 500) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def column_by_column(weight: Tensor, gram: Tensor, bits: int, group: int, sym: bool, damp: float = 0.01) -> Tensor:
-    """GPTQ without factor and blocks: each column's error is spread by the inverse of what is left of the Hessian."""
+    """GPTQ without Cholesky factor and blocks: each error is spread by the inverse of the remaining Hessian."""
     weight, gram = weight.clone(), gram.clone()
     dead = gram.diagonal() == 0
     gram[dead, dead] = 1
@@ -36,7 +36,7 @@ def column_by_column(weight: Tensor, gram: Tensor, bits: int, group: int, sym: b
     scale = zero = weight[:, 0]
     for j in range(weight.shape[1]):
         if j % 128 == 0:
-            corrected = weight.clone()  # what grids are fitted to until the next block of columns
+            corrected = weight.clone()  # grids are fitted to this until the next block of columns
         if j % group == 0:
             scale, zero = fit_grid(corrected[:, j : j + group], bits, sym)  # pyright: ignore
         codes[:, j] = to_codes(weight[:, j], scale, zero, bits)
@@ -129,7 +129,7 @@ def test_the_proximal_map_minimises_its_objective() -> None:
 
 @pytest.mark.parametrize("group_size", [-1, 32])
 def test_each_proximal_step_lowers_the_objective_and_the_magnitudes_shrink(group_size: int) -> None:
-    weight, x, gram = problem(samples=100)  # fewer inputs than columns: directions that cost nothing
+    weight, x, gram = problem(samples=100)  # fewer inputs than columns: some directions have no cost
     scaled = x / torch.linalg.matrix_norm(x, 2)
     alpha = 0.02
 
@@ -161,7 +161,7 @@ def test_each_pass_of_coordinate_descent_lowers_the_error_of_every_rows_outputs(
 
 @pytest.mark.parametrize(("bits", "group_size"), [(2, 128), (2, 64), (2, -1), (3, 128), (4, 64)])
 def test_magr_ends_no_worse_than_it_began(bits: int, group_size: int) -> None:
-    """At 2 bits in groups of 128 the 30 passes ended at twice the error of GPTQ."""
+    """Regression: at 2 bits in groups of 128 the 30 passes ended at twice GPTQ's error."""
     torch.manual_seed(0)
     weight = 0.02 * torch.randn(64, 256)
     x = torch.randn(1024, 256) @ (torch.randn(256, 256) / 16 + 0.3 * torch.eye(256))
@@ -173,7 +173,7 @@ def test_magr_ends_no_worse_than_it_began(bits: int, group_size: int) -> None:
     errors = [output_error(x, weight, magr(weight, gram, bits, group_size, passes=n).dequantize()) for n in (0, 1, 5)]
     errors.append(output_error(x, weight, magr(weight, gram, bits, group_size).dequantize()))
     assert errors[0] == before
-    assert all(other <= 1.001 * one for one, other in itertools.pairwise(errors[:3]))  # scales are kept in float16
+    assert all(other <= 1.001 * one for one, other in itertools.pairwise(errors[:3]))  # scales are stored in float16
     assert errors[3] <= 1.001 * before
     if bits == 2 and group_size != -1:
         assert errors[3] < 0.9 * output_error(x, weight, gptq(weight, gram, bits, group_size).dequantize())
@@ -238,7 +238,7 @@ def test_magr_quantises_on_a_narrower_grid(bits: int, group_size: int, beta: flo
     scale, _ = fit_grid(smaller.view(ROWS, -1, COLUMNS if group_size == -1 else group_size)[:, 0], bits, shrink=beta)
     first = result.scales[
         :, 0
-    ].double()  # GPTQ finds the first group as it was; its grid is fitted again to what is used
+    ].double()  # GPTQ gets the first group unchanged; its grid is refitted to the quantised weights
     assert torch.equal(first, scale) if group_size == -1 else (first <= 1.01 * scale).all()
     assert output_error(x, weight, result.dequantize()) < output_error(
         x, weight, round_to_nearest(weight, bits, group_size).dequantize()

@@ -1,4 +1,4 @@
-"""Grids, rounding to them, and codes in words."""
+"""Grids, rounding to them, and packing of codes into words."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_nf4_agrees_with_bitsandbytes() -> None:
     weight = random_weight(8, 256).float()
     theirs = functional.dequantize_4bit(*functional.quantize_4bit(weight, blocksize=64, quant_type="nf4"))
     ours = normal_float(weight, 4, 64).dequantize()
-    # Their scales are float32, ours float16; a weight between two levels may go to the other.
+    # Their scales are float32, ours float16; a weight halfway between two levels may be rounded to either.
     close = torch.isclose(ours, theirs, rtol=1e-3)
     assert close.float().mean() > 0.995
     torch.testing.assert_close((ours - weight).norm(), (theirs - weight).norm(), rtol=1e-3, atol=0)

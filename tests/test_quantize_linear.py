@@ -1,4 +1,4 @@
-"""The layer with packed weights, alone and under the adapters of PEFT and DiaBlo."""
+"""The layer with packed weights, alone and with adapters of PEFT and DiaBlo."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ every_adapter = pytest.mark.parametrize("name", ADAPTERS)
 
 
 def layers() -> list[QuantizedLinear]:
-    """One of each grid, with and without a bias."""
+    """Return a layer for each grid, with and without a bias."""
     weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
     bias = torch.arange(24.0)
     return [
@@ -52,7 +52,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def plain(layer: QuantizedLinear, dtype: torch.dtype = torch.float32) -> nn.Linear:
-    """An ordinary layer with the same weight."""
+    """Return an `nn.Linear` with the same weight."""
     linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
     linear.weight.data = layer.dequantize()
     if layer.bias is not None:
@@ -118,7 +118,7 @@ def test_the_weight_cannot_be_assigned_to() -> None:
 
 @pytest.mark.parametrize(("bits", "group_size", "expected"), [(2, 64, 2.375), (4, 64, 4.375), (3, -1, 3.0 + 24 / 4096)])
 def test_bits_per_weight_count_scales_and_zero_points(bits: int, group_size: int, expected: float) -> None:
-    """A group adds a float16 and a byte."""
+    """Each group adds a float16 and a byte."""
     layer = QuantizedLinear(4096, 4096, bits, group_size, device="meta")
     assert layer.bits_per_weight == expected
 

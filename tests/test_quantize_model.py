@@ -1,4 +1,4 @@
-"""Quantising a whole model, layer by layer: errors, storage, resuming, bad input."""
+"""Quantising a whole model layer by layer: errors, storage, resuming, bad input."""
 
 from __future__ import annotations
 
@@ -293,7 +293,7 @@ def test_apiq_starts_at_its_clipping_and_trains_it_and_the_factors(tmp_path: Pat
     linear = nn.Linear(32, 8)
     module = ClippedLinear(linear, 2, 16, rank=4, scaling=0.5)
     scale, zero = module.grid()
-    # sigmoid(4) of the range on both sides; both ends shrink alike, so zero is what it was.
+    # sigmoid(4) of the range on both sides; both ends shrink equally, so the zero point is unchanged.
     full, expected_zero = fit_grid(linear.weight.detach().view(8, 2, 16), 2)
     torch.testing.assert_close(scale, full * torch.sigmoid(torch.tensor(4.0)), rtol=2e-3, atol=0)
     assert torch.equal(zero, expected_zero)
@@ -338,7 +338,7 @@ def test_loftq_equals_its_definition_and_the_rank_decides_how_much_is_left() -> 
     for rank in (1, 8, 32, 64):
         quantized, (a, b) = loftq(weight, 2, GROUP, rank, lora_alpha=16, iterations=1)
         assert torch.equal(quantized.codes, normal_float(weight, 2, GROUP).codes)
-        # What is left of the error are its singular values beyond the rank.
+        # The remaining error consists of the singular values beyond the rank.
         difference = weight - quantized.dequantize()
         left.append((difference - 16 / rank * b @ a).square().sum().item())
         expected = torch.linalg.svdvals(difference)[rank:].square().sum().item()

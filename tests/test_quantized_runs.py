@@ -1,4 +1,4 @@
-"""Runs on quantised bases: the cached base, training and scoring on it, and what is refused."""
+"""Runs on quantised bases: the cached base, training and scoring on it, and errors."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def bases(cache: Path) -> list[Path]:
 
 @pytest.fixture
 def own_cache(small: list[str], cache_dir: Path, tmp_path: Path) -> list[str]:
-    """`small` with a cache of its own for quantised bases; the full-precision base is shared."""
+    """Return `small` with a separate cache for quantised bases; the full-precision base is shared."""
     load_full_precision(config_of(small))
     own = tmp_path / "cache"
     own.mkdir()
@@ -96,7 +96,7 @@ def test_a_run_trains_and_is_scored_on_a_quantised_base(
     (scored,) = evaluate(run)
     assert (scored.n, scored.base_hash, scored.identity) == (8, base["hash"], False)
 
-    # Merged, as it was scored, the model has no packed layer left and computes what it does unmerged.
+    # Merged, as in scoring, the model has no packed layer left and gives the unmerged outputs.
     merged = load(config, run, record, allow_identity=False).model
     assert not quantized_layers(merged)
     unmerged = methods.load(config.method, load_base(config)[0], run.adapter, merge=False)
@@ -110,7 +110,7 @@ def test_a_run_trains_and_is_scored_on_a_quantised_base(
     with torch.no_grad():
         assert torch.equal(saved(input_ids=tokens).logits, merged(input_ids=tokens).logits)
 
-    # Back on the grid: the same base where nothing was trained, and what the rounding cost is said.
+    # Requantised: the same base where nothing was trained, and the rounding error is printed.
     capsys.readouterr()
     merge_main([str(run.root), "--out", str(tmp_path / "packed"), "--to-grid"])
     assert "rounding lost" in capsys.readouterr().out
@@ -123,7 +123,7 @@ def test_a_run_trains_and_is_scored_on_a_quantised_base(
         assert torch.equal(found.scales, before.scales)
         assert name in lost or torch.equal(found.codes, before.codes)
 
-    # The next run, of another seed, takes the same base.
+    # The next run, with another seed, uses the same base.
     before = made.stat().st_mtime_ns
     assert train(planned([*own_cache, *FEW, *arguments, "seed=1"])).base_hash == base["hash"]
     assert [path.stat().st_mtime_ns for path in bases(tmp_path / "cache")] == [before]
@@ -146,7 +146,7 @@ def test_what_cannot_be_merged_is_one_line(
 
 
 def test_a_finished_run_finds_its_base_by_its_hash(own_cache: list[str], tmp_path: Path) -> None:
-    """Also when the folder's name is not what today's code would give it, and nothing is made again."""
+    """Also if today's code would give the folder another name; nothing is quantised again."""
     run = planned([*own_cache, *FEW, "method=diablo", "quantization=nf"])
     train(run)
     (made,) = bases(tmp_path / "cache")
@@ -163,7 +163,7 @@ def test_another_quantised_base_is_refused(
     config = read_config(run)
     other = with_values(config, {"quantization.bits": 3})
     (made,) = bases(tmp_path / "cache")
-    made.unlink()  # that of the run is found by its hash
+    made.unlink()  # the run's own base is found by its hash
     said = fails_with(lambda: load(other, run, record, False))
     assert "was trained on a base model with hash" in said
     assert "runtime.cache_dir with its quantised base" in said
@@ -199,7 +199,7 @@ def test_a_lora_that_was_made_with_the_weights_is_where_training_starts(
         *((config.method.adapter or {})[key] for key in ("r", "lora_alpha")),
         set(config.task.target_modules or ()),
     )
-    # o and gate are quantised too, though nothing is trained there.
+    # o and gate are quantised too, though not trained.
     assert isinstance(base.get_submodule("model.layers.0.mlp.gate_proj"), QuantizedLinear)
 
 
@@ -281,7 +281,7 @@ def test_a_stopped_quantisation_goes_on_after_its_last_layer(
     folder = make_quantized(config, "cpu", progress=False)
     (made,) = bases(tmp_path / "cache")
     whole = json.loads(made.read_text(encoding="utf-8"))
-    for path in (made, *folder.glob("layers/0000[23]*")):  # as it was after two of four layers
+    for path in (made, *folder.glob("layers/0000[23]*")):  # the state after two of four layers
         path.unlink()
     worked: list[str] = []
     quantize = diablo.quantize.model._quantize_each
@@ -310,7 +310,7 @@ def test_the_command_makes_the_bases_of_runs_ahead(
 ) -> None:
     main([*own_cache, "method=lora,diablo", "quantization=rtn", "quantization.bits=4,2", "seed=0,1"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(bases(tmp_path / "cache")) == 2  # whatever is trained on them
+    assert len(lines) == len(bases(tmp_path / "cache")) == 2  # independent of the trained method
     assert "4.750 bits per quantised weight" in lines[0]
     run = planned([*own_cache, *FEW, "method=lora", "quantization=rtn", "quantization.bits=2"])
     main([str(run.root)])
@@ -338,7 +338,7 @@ def test_the_dry_run_says_bytes_from_shapes_alone(capsys: pytest.CaptureFixture[
 
 @pytest.mark.slow
 def test_the_four_benchmarks_of_math_10k_on_a_quantised_base(data_root: Path, cache_dir: Path, tmp_path: Path) -> None:
-    """By the protocol of Math10K, trained on the open stand-in for its rows."""
+    """With the protocol of Math10K, trained on the open stand-in for its rows."""
     own = [f"runtime.{key}={value}" for key, value in (("data_root", data_root), ("runs_dir", tmp_path / "runs"))]
     own += [f"runtime.cache_dir={cache_dir}", "runtime.device=cpu", "model.pretraining.steps=4"]
     brief = ["recipe.max_steps=2", "recipe.micro_batch_size=4", "recipe.batch_size=4", "protocol.max_length=256"]

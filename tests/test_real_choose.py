@@ -53,10 +53,10 @@ def test_rates_are_chosen_by_the_held_out_rows_with_grouping_by_length(
         base, tokenizer = load_base(config)
         examples = encode(config.protocol, tokenizer, held_out)
         lengths = [len(example.input_ids) for example in examples]
-        assert lengths != sorted(lengths)  # so that scoring them sorted could mix them up
+        assert lengths != sorted(lengths)  # unsorted, so that scoring in sorted order could mix them up
         rows = read_json(run_paths(config).held_out)
         assert rows["targets"] == [sum(label != IGNORED for label in example.labels) for example in examples]
-        if tried.chosen:  # row by row as the loaded adapter predicts it
+        if tried.chosen:  # equal row by row to the loaded adapter's predictions
             model = methods.load(config.method, base, run_paths(config).adapter, merge=False).eval()
             for example, nll in zip(examples, rows["nll"], strict=True):
                 ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])

@@ -1,7 +1,7 @@
-"""The paper's experiments that choose learning rates on held-out rows, each executed from its plan to its report page.
+"""The paper's experiments that choose learning rates on held-out rows, each run from plan to report page.
 
 On three layers of SmolLM2-135M and real rows, with every method, kind of task, protocol and quantiser of the file;
-rows, steps, sizes and learning rates are few. What comes out says that the experiment runs and nothing about methods.
+with few rows, steps, sizes and learning rates. This tests that the experiment runs, and nothing about the methods.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COMMON = [
     *("task.data.heldout=2", "seed=0", "evaluation.limit=1", "evaluation.generation.max_new_tokens=2"),
     *("evaluation.full_batches_of=null", "runtime.device=cpu"),
 ]
-# The whole training set of the paper's task is not in its public repository: its stand-in, and of that one part.
+# The paper's repository lacks the full training set of the task: one part of its stand-in is used.
 COMMONSENSE = [
     *("task=commonsense_74k", "task.data.source=[arc_easy]"),
     *("protocol.max_length=72", "protocol.max_prompt_length=60", "protocol.max_target_length=12"),
@@ -42,12 +42,12 @@ COMMONSENSE = [
 
 @dataclass(frozen=True)
 class Case:
-    """What is given beside `COMMON`, and what of the file's text is replaced: sizes that do not fit 576 × 1536, and
-    what only one of its methods has."""
+    """Settings beside `COMMON`, and replacements in the file's text: sizes that do not fit 576 × 1536, and settings
+    that only one of its methods has."""
 
     overrides: list[str]
     replaced: dict[str, str] = field(default_factory=dict)
-    layers: int | None = None  # of a base of its own
+    layers: int | None = None  # number of layers of a separate base
 
 
 CASES = {
@@ -60,7 +60,7 @@ CASES = {
             "num_blocks=3688": "num_blocks=20 method.prepare.steps=2",
         },
     ),
-    "arithmetic": Case(["task.data.source=mawps"]),  # MetaMathQA's protocols belong to its own task
+    "arithmetic": Case(["task.data.source=mawps"]),  # MetaMathQA's protocols need its own task
     "code_safety": Case(
         [
             *("task=code_alpaca_6k,safety_7k", "protocol.max_length=96", "protocol.max_prompt_length=80"),
@@ -74,7 +74,7 @@ CASES = {
             *("model.adapter_size.calibration_samples=2", "model.adapter_size.calibration_length=64"),
         ],
         {"quantization=magr": "quantization=magr quantization.options.iterations=2"},
-        layers=1,  # a layer takes 40 s to be quantised in all ten ways
+        layers=1,  # quantising a layer in all ten ways takes 40 s
     ),
     "sweep_n_rank": Case(
         COMMONSENSE,
@@ -88,7 +88,7 @@ CASES = {
 
 
 def shortened(name: str, folder: Path) -> Path:
-    """A copy of the experiment: two learning rates where DiaBlo or the patterns come first, elsewhere the lowest."""
+    """Write a copy of the experiment: two learning rates for groups led by DiaBlo or the patterns, else the lowest."""
     text = (CONFIGS / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
     for written, fitting in CASES[name].replaced.items():
         assert re.search(rf"{written}(?=\s)", text), written
@@ -104,7 +104,7 @@ def shortened(name: str, folder: Path) -> Path:
 
 
 def kinds(configs: list[RunConfig]) -> set[tuple[Any, ...]]:
-    """What differs between runs beside sizes, models, seeds and learning rates."""
+    """Return what differs between runs apart from sizes, models, seeds and learning rates."""
     return {
         (
             config.method.name,
@@ -132,7 +132,7 @@ def test_an_experiment_runs_from_plan_to_page(
     overrides = [*base, *COMMON, *CASES[name].overrides, *places, f"runtime.cache_dir={cache_dir}"]
     file = shortened(name, tmp_path)
     gc.collect()
-    gc.freeze()  # every training collects garbage twice, through all that was imported: half a second each time
+    gc.freeze()  # every training runs the garbage collector twice over all imported objects, half a second each
     try:
         page = reproduce(str(file), overrides, tmp_path / "report")
     finally:

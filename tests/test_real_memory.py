@@ -1,4 +1,4 @@
-"""The estimated memory of a run against the peaks of whole trainings of SmolLM2-135M on this CPU, alone and sharded."""
+"""The estimated memory of a run against peaks of full trainings of SmolLM2-135M on this CPU, alone and sharded."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tests.real_runs import settings
 pytestmark = pytest.mark.real
 
 ROOT = Path(__file__).resolve().parent.parent
-LENGTH = 128  # nearly every row of GSM8K is longer, and cut to this
-# The allocator's own events: the peak of every step but the first, which makes Adam's state as it ends, and the last,
-# whose end is not marked. The whole base is loaded before.
+LENGTH = 128  # nearly every row of GSM8K is longer and truncated to this
+# By the allocator's events: the peak of every step except the first, at whose end Adam's state is made, and the last,
+# whose end is not marked. The whole base is loaded first.
 MEASURE = """
 import bisect, json, sys, time
 from pathlib import Path
@@ -61,7 +61,7 @@ Path(sys.argv[2], f"{rank}.json").write_text(json.dumps(peaks))
 def test_a_run_takes_what_is_estimated(
     method: str, processes: int, tolerance: float, smollm2: Path, data_root: Path, tmp_path: Path
 ) -> None:
-    """Sharded, the least of three steps: a step of processes that wait for each other held up to a fifth more."""
+    """Sharded, the smallest of three steps: processes waiting for each other held up to a fifth more in one step."""
     more = ["runtime.sharding=full"] if processes > 1 else []
     run = planned(
         [

@@ -41,11 +41,11 @@ SHAPES = {  # in, out
     "gate_proj": (HIDDEN, INNER), "up_proj": (HIDDEN, INNER), "down_proj": (INNER, HIDDEN),
 }  # fmt: skip
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-SMT_BLOCKS = 53  # a tenth of the whole model's 532, for a tenth of its layers
+SMT_BLOCKS = 53  # a tenth of the full model's 532, for a tenth of its layers
 
 
 def over(entries: Callable[[int, int], int], modules: tuple[str, ...] = TARGETS) -> int:
-    """Summed over the modules of one layer, from their input and output features."""
+    """Return the sum of `entries(in, out)` over the modules of one layer."""
     return sum(entries(*SHAPES[name]) for name in modules)
 
 
@@ -73,14 +73,14 @@ FORMULAS: dict[str, Callable[[int], int]] = {  # layers -> trained parameters, f
     "prefix": lambda layers: layers * 2 * 10 * KEYS,
     "prompt": lambda layers: 20 * HIDDEN,
 }
-TIES = {"lori_s": 0.01}  # a share: of entries that are equally large all are chosen, and few steps make such
-# Rates for a few steps: the toy's chosen ones jump about on real weights, a quarter of them does not.
+TIES = {"lori_s": 0.01}  # tolerance: all of equally large entries are chosen, and few steps leave such ties
+# Learning rates for a few steps: those chosen for the toy are unstable on real weights, a quarter of them is not.
 WHOLE = {"diablo": 3e-3, "lora": 3e-3, "full": 1e-4}
 
 
 @dataclass
 class Trained:
-    """A finished run, the model as its training left it, and hashes of every tensor before the first step."""
+    """A finished run, its model after training, and hashes of every tensor before the first step."""
 
     run: RunPaths
     config: RunConfig
@@ -102,7 +102,7 @@ def fresh_hashes(path: str, dtype: str) -> dict[str, str]:
 
 
 def train_watched(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Trained:
-    """Train a run through the pipeline, and keep what it holds in memory."""
+    """Train a run through the pipeline and keep its model in memory."""
     run = planned(arguments)
     config = read_config(run)
     names = fresh_hashes(str(config.model.path), config.model.dtype).keys()
@@ -124,7 +124,7 @@ def train_watched(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Trai
 
 
 def check_training(found: Trained, name: str, layers: int) -> None:
-    """The loss fell on rows seen again, only what is trained changed, and as much is trained as was counted."""
+    """Check that the loss fell on repeated rows, and that only the counted trainable parameters changed."""
     record, trained = found.record, methods.trained_tensors(found.model)
     places = {tensor.data_ptr() for tensor in trained.values()}  # a tied tensor has a second name
     after = hashes(found.model.state_dict())
@@ -157,7 +157,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def check_loading(found: Trained, name: str, rounding: float) -> None:
-    """Saved and loaded on a fresh base the model gives the same logits, merged too where the method merges."""
+    """Check that the adapter, saved and loaded on a fresh base, gives the same logits, also merged if possible."""
     method = found.config.method
     fresh, tokenizer = load_base(found.config)
     row = {"instruction": "Ann has 3 apples and buys 4 more. How many are there?", "input": "", "output": "7"}
@@ -184,7 +184,7 @@ def of_method(name: str) -> list[str]:
 
 
 def run_settings(tmp_path: Path, data_root: Path) -> list[str]:
-    """Of a task for which every prerequisite has a learning rate; without dropout, so that DiaBlo trains in place."""
+    """Settings of a task with learning rates for every first run; without dropout, so that DiaBlo trains in place."""
     task = ["task=gsm8k", "task.data.source=mawps", "recipe.adapter_dropout=0", "recipe.max_steps=5"]
     return [*settings(tmp_path, data_root), *task]
 
@@ -216,7 +216,7 @@ def test_on_all_thirty_layers(
 def test_in_bfloat16(
     name: str, smollm2_slice: list[str], tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bf16 base under autocast with float32 adapters. Two rows: a CPU may take 25 times as long as in float32."""
+    """A bf16 base with autocast and float32 adapters. Two rows, since a CPU may be 25 times slower than in float32."""
     keep_shortest_rows(monkeypatch, 2)
     few = ["model.dtype=bfloat16", "recipe.batch_size=2", "recipe.micro_batch_size=2", "recipe.max_steps=3"]
     arguments = [*smollm2_slice, *run_settings(tmp_path, data_root), *of_method(name), *few]

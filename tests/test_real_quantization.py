@@ -1,4 +1,4 @@
-"""Every quantizer on real weights: an adapter is trained on what it made and scored, and its error is as promised."""
+"""Every quantizer on real weights: an adapter is trained and scored on its model, and its error is bounded."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from tests.real_runs import keep_shortest_rows, settings
 pytestmark = pytest.mark.real
 
 BITS, GROUP = 3, 64
-# What each promises to be below rounding's error; normal-float only fits the weights' distribution.
+# Each must have less error than rounding; normal-float only fits the distribution of the weights.
 PROMISES = {"rtn": False, "nf": False, "gptq": True, "magr": True, "loftq": True, "apiq": True}
-METHODS = {"loftq": "lora", "apiq": "lora"}  # which adapter goes with it, where not every one does
+METHODS = {"loftq": "lora", "apiq": "lora"}  # the required adapter, if any
 CALIBRATION = {"text": None, "samples": 16, "length": 64, "seed": 0}
 CALIBRATED = [f"quantization.calibration.{key}={CALIBRATION[key]}" for key in ("samples", "length")]
 QUICK = {
@@ -45,7 +45,7 @@ QUICK = {
 
 
 def output_error(model: Any, wanted: Sequence[Tensor], tokens: Tensor) -> float:
-    """The mean over decoder layers and positions of the relative squared error of their outputs."""
+    """Return the relative squared error of the decoder layers' outputs, averaged over layers and positions."""
     pairs = zip(layer_outputs(model, tokens), wanted, strict=True)
     errors = [(one - other).square().sum(-1) / other.square().sum(-1) for one, other in pairs]
     return torch.stack(errors).mean().item()
@@ -86,7 +86,7 @@ def test_every_quantizer_with_an_adapter(
     assert tokens is not None
     full = load_full_precision(config)[0]
     wanted = layer_outputs(full, tokens)
-    # Before training, with the LoRA that belongs to the weights where there is one.
+    # Before training, with the quantizer's own LoRA if it makes one.
     start = methods.attach(config.method, load_base(config)[0])
     assert len(quantized_layers(start)) == 3 * 7
     error = output_error(start, wanted, tokens)

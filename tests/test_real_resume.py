@@ -1,4 +1,4 @@
-"""A training of real weights that a signal stops and that goes on ends bit for bit as one that nothing stopped."""
+"""A training on real weights, stopped by a signal and resumed, equals an uninterrupted one bit for bit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS = 10
 def test_resumed_equals_undisturbed(
     method: str, smollm2_slice: list[str], tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped by SIGTERM in a process of its own; with dropout, so that random states count."""
+    """Stopped by SIGTERM in a separate process; with dropout, so that random states matter."""
     arguments = [
         *smollm2_slice, *settings(tmp_path, data_root), f"method={method}", "recipe.learning_rate=3e-3",
         *("task.data.source=mawps", f"recipe.max_steps={STEPS}", "recipe.adapter_dropout=0.1"),

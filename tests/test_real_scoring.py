@@ -1,4 +1,4 @@
-"""Every kind of benchmark on real rows, with an adapter on real weights: completions kept, scored, and scored again."""
+"""Every kind of benchmark on real rows, with an adapter on real weights: completions stored, scored and rescored."""
 
 from __future__ import annotations
 

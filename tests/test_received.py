@@ -1,4 +1,4 @@
-"""Run directories, adapters, checkpoints and bases from elsewhere: no code of theirs runs, no path leads out."""
+"""Run directories, adapters, checkpoints and bases from others: none of their code runs, no path leaves the folder."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ NAMES = [
 
 @pytest.fixture
 def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A module that writes a file when it is imported, on the path under the name `evil`."""
+    """Put a module `evil` on the path that writes a file when imported; yield that file."""
     mark = tmp_path / "ran"
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "evil.py").write_text(f"open({str(mark)!r}, 'w').close()\ndef run(*a, **k): ...\n", "utf-8")
@@ -63,7 +63,7 @@ def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def received(arguments: list[str], folder: Path, change: Callable[[dict[str, Any]], None]) -> RunPaths:
-    """A run directory whose config says something else, with the id that follows from it."""
+    """Make a run directory with a changed config and the run id of that config."""
     config = copy.deepcopy(dict(plan(arguments)[0].mapping))
     change(config)
     config["run_id"] = run_id(config)
@@ -101,9 +101,9 @@ def test_a_name_anywhere_in_a_config_is_checked(small: list[str], tmp_path: Path
     ("section", "target", "message"),
     [
         ("adapter", "diablo.lori.load_file", "only names in diablo and peft"),  # safetensors', imported there
-        ("adapter", "diablo.lori.choose_entries", "no config class"),
+        ("adapter", "diablo.lori.choose_entries", "not a config class"),
         ("prepare", "diablo.lori.torch", "only names in diablo and peft"),
-        ("prepare", "diablo.DiabloConfig", "no function"),
+        ("prepare", "diablo.DiabloConfig", "not a function"),
         ("prepare", "diablo.refresh", "method.prepare: "),
         ("prepare", "peft.utils.nothing.x", "no such function"),
     ],
@@ -153,7 +153,7 @@ def test_an_adapter_folder_holds_what_training_writes(
 
 
 def test_a_trained_model_is_of_the_bases_own_kind(small: list[str], tmp_path: Path, fails_with: Fails) -> None:
-    """Of full fine-tuning neither the config beside the weights is believed, nor the paths in its index."""
+    """For full fine-tuning, neither the config beside the weights nor the paths in its index are trusted."""
     run = planned([*small, "method=full", "recipe.max_steps=1"])
     train(run)
     config = read_config(run)
@@ -173,7 +173,7 @@ def test_a_trained_model_is_of_the_bases_own_kind(small: list[str], tmp_path: Pa
 def test_a_base_that_asks_for_code_is_refused_at_once(
     small: list[str], tmp_path: Path, evil: Path, fails_with: Fails
 ) -> None:
-    """transformers would ask on the terminal, and wait for the answer."""
+    """transformers would ask on the terminal and wait for an answer."""
     config = plan(small)[0]
     load_base(config)
     source = next((Path(config.runtime.cache_dir) / "base").glob("tiny-*"))
@@ -203,14 +203,14 @@ def test_finding_a_gguf_file_imports_nothing(tmp_path: Path, evil: Path, fails_w
 def test_a_config_alone_switches_no_sandbox_off(
     finished: RunPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_with: Fails
 ) -> None:
-    """Its completions come along, and would run as programs."""
+    """The received completions would run as programs."""
     run = copied(finished, tmp_path)
     changes = {"evaluation.sandbox": "none", "evaluation.benchmarks": ["human_eval"]}
     write_config(run, with_values(read_config(run), changes).mapping)
     assert "evaluation.sandbox=none in its config would run programs without protection" in fails_with(
         lambda: evaluate(run)
     )
-    for allowed in ("command line", "environment"):  # goes on, to the rows of the benchmark that are not here
+    for allowed in ("command line", "environment"):  # continues until the benchmark's rows, which are missing
         overrides = ["runtime.data_root=null", *(["evaluation.sandbox=none"] if allowed == "command line" else [])]
         monkeypatch.setenv("DIABLO_SANDBOX", "none" if allowed == "environment" else "")
         monkeypatch.delenv("DIABLO_DATA_ROOT", raising=False)
@@ -297,7 +297,7 @@ def test_a_quantised_base_names_its_own_files(
         load_quantized(folder)
 
 
-# What keeps a reader waiting, or is no record
+# Files that block a reader or are not records
 
 
 def test_a_config_that_unfolds_into_billions_is_refused(tmp_path: Path, small: list[str], fails_with: Fails) -> None:
@@ -377,7 +377,7 @@ def test_weights_that_are_cut_or_no_safetensors_are_one_line(
 
 
 def test_our_own_configs_pass(tmp_path: Path) -> None:
-    """Every method's frozen config is read back, those of prepared and two-stage methods too."""
+    """Every method's frozen config is accepted, including those of prepared and two-stage methods."""
     for method in ("smt", "lora_ga", "lori_s", "prefix", "full", "base"):
         run = received([f"method={method}", "recipe.learning_rate=1e-3"], tmp_path, lambda config: None)
         assert read_config(run).mapping == yaml.safe_load(run.config.read_text("utf-8"))

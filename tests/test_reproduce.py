@@ -1,4 +1,4 @@
-"""The whole pipeline through its commands, as a user types them."""
+"""The whole pipeline through its commands, as typed by a user."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.conftest import SMALL
 
 
 def test_quickstart_end_to_end(tmp_path: Path, cache_dir: Path) -> None:
-    """Every run of the experiment, at a size that takes seconds: the page, the table, and nothing done twice."""
+    """Every run of the experiment, shortened to seconds: the page, the table, and no work done twice."""
     overrides = [
         *SMALL,
         "recipe.max_steps=2",
@@ -33,7 +33,7 @@ def test_quickstart_end_to_end(tmp_path: Path, cache_dir: Path) -> None:
     ]
     page = reproduce("quickstart", overrides, tmp_path / "report")
     text = page.read_text(encoding="utf-8")
-    assert "http://" not in text.replace("http://www.w3.org", "")  # nothing is loaded from elsewhere
+    assert "http://" not in text.replace("http://www.w3.org", "")  # no external resources are loaded
     assert "given for all runs, whatever title and notes say: model.pretraining.steps=4 task.data.train=64" in text
     assert "runtime.runs_dir=" not in text
     with (tmp_path / "report" / "table.csv").open(encoding="utf-8") as file:
@@ -71,12 +71,12 @@ def test_step_times_are_interleaved_and_kept(tmp_path: Path, cache_dir: Path) ->
     ],
 )
 def test_step_times_are_of_one_task_and_one_small_model(arguments: list[str], measured: bool) -> None:
-    """All methods' models are in memory together, and a label stands for one of them."""
+    """All methods' models are in memory together, and a label must identify one of them."""
     assert can_measure(plan(arguments)) == measured
 
 
 def test_every_task_trains_and_scores_on_real_rows(data_root: Path, tmp_path: Path, cache_dir: Path) -> None:
-    """The real files of five tasks through the real pipeline: a few steps, a few rows of each benchmark, one page."""
+    """Five tasks' real files through the real pipeline: a few steps, a few rows of each benchmark, one page."""
     page = reproduce(
         "real_data_tiny",
         [
@@ -92,7 +92,7 @@ def test_every_task_trains_and_scores_on_real_rows(data_root: Path, tmp_path: Pa
     assert {row["benchmark"] for row in rows} == {
         *("boolq", "piqa", "social_i_qa", "hellaswag_sample", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
         *("gsm8k", "math", "svamp", "mawps", "aqua", "human_eval", "advbench", "xstest_unsafe", "xstest_safe"),
-    }  # a few rows of each make no mean
+    }  # scores of a few rows give no mean
     assert all(row["accuracy"] for row in rows)
     for protocol in ("diablo", "pyreft", "lori"):
         assert f"protocol {protocol}" in page.read_text(encoding="utf-8")
@@ -118,7 +118,7 @@ def test_readme_plans_are_real(
 
 @pytest.mark.slow
 def test_a_fresh_install_of_the_package_needs_no_hydra(tmp_path: Path) -> None:
-    """`pip install .` gives `import diablo`, which sees neither Hydra nor the rest of this repository."""
+    """After `pip install .`, `import diablo` works without Hydra and the rest of this repository."""
     target = tmp_path / "site"
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(ROOT)], check=True
@@ -141,7 +141,7 @@ def test_a_fresh_install_of_the_package_needs_no_hydra(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_tiny_model_learns_the_task(tmp_path: Path) -> None:
-    """At full size: the base cannot do the task and full fine-tuning can. Says nothing of any other method."""
+    """At full size, the base fails the task and full fine-tuning learns it; other methods are not tested."""
     accuracy = {}
     arguments = ["model=tiny", "task=arith", "method=base,full", f"runtime.runs_dir={tmp_path / 'runs'}"]
     for run in write_runs(plan(arguments)):
@@ -163,7 +163,7 @@ MAY_IMPORT = {
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_who_imports_whom(package: str) -> None:
-    """Reading records needs no torch, the method knows nothing of runs; only reproduce and jobs start later stages."""
+    """Reading records needs no torch, diablo does not import runs; only reproduce and jobs start later stages."""
     for path in (ROOT / package).rglob("*.py"):
         if path.relative_to(ROOT).as_posix() in ("experiments/reproduce/run.py", "experiments/reproduce/jobs.py"):
             continue

@@ -1,4 +1,4 @@
-"""The stages of a run on the real pipeline: train, resume, evaluate, report; and what each refuses."""
+"""The stages of a run on the real pipeline: train, resume, evaluate, report; and the errors of each."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ Fails = Callable[[Callable[[], object]], str]
 
 
 def files_of(run: RunPaths) -> dict[str, bytes]:
-    """What a run trained and measured, its clock fields left out."""
+    """Return the files that a run produced, without clock fields."""
     content = {path.name: path.read_bytes() for path in run.adapter.iterdir()}
     steps = [{key: value for key, value in line.items() if key != "seconds"} for line in read_lines(run.metrics)]
     return {**content, "metrics": json.dumps(steps).encode()}
 
 
 class Killed(BaseException):
-    """Stands for the process being gone: nothing may catch it."""
+    """Simulates the death of the process: no code may catch it."""
 
 
 def train_until(run: RunPaths, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train, and stop dead after so many optimizer steps."""
+    """Train, and die after `step` optimizer steps."""
     log = trainer_module.RunTrainer.log
 
     def stopping(self: trainer_module.RunTrainer, *arguments: object, **more: object) -> None:
@@ -63,7 +63,7 @@ def test_a_finished_run_holds_what_the_design_says(finished: RunPaths) -> None:
     assert all(len(line["gradient_norms"]) == len(record.tensors) == 20 for line in lines)
     for line in lines:
         assert line["gradient_norm"] == pytest.approx(sum(norm**2 for norm in line["gradient_norms"]) ** 0.5, rel=1e-5)
-    # Readable by others, whatever safetensors' own mode is.
+    # Readable by others, regardless of safetensors' file mode.
     assert (finished.adapter / "adapter_model.safetensors").stat().st_mode & 0o044 == 0o044
 
 
@@ -110,7 +110,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     arguments = [*small, *method, "recipe.learning_rate=1e-2"]
     whole = planned([*arguments, "recipe.micro_batch_size=4"])
     train(whole)
-    # Killed inside an epoch, at its end, and again: two checkpoints away from the last one each time.
+    # Killed inside an epoch, at its end, and again, each time two checkpoints after the previous one.
     broken = planned(
         [
             *arguments,
@@ -131,7 +131,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
 def test_optimizer_and_random_states_resume_bit_for_bit(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last checkpoints of a resumed and of an uninterrupted training hold the same tensors."""
+    """The last checkpoints of a resumed and an uninterrupted training hold the same tensors."""
     states = []
     for name, stops in (("whole", [13]), ("broken", [5, 13])):
         run = planned(
@@ -165,7 +165,7 @@ def test_a_checkpoint_of_other_data_is_not_resumed(small: list[str], monkeypatch
 
 
 def test_a_killed_process_resumes(small: list[str]) -> None:
-    """kill -9 in the middle of training, then the same command again."""
+    """kill -9 in the middle of training, then the same command."""
     run = planned([*small, "recipe.epochs=12", "runtime.checkpoint_every=5"])
     command = [sys.executable, "-m", "experiments.train", str(run.root)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

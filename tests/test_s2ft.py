@@ -1,4 +1,4 @@
-"""S2FT: which channels are drawn over the whole model, and that training them computes what the permuted model does."""
+"""S2FT: channels are drawn over the whole model, and training them equals training the permuted model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from experiments.models.shapes import empty_base
 from experiments.plan.compose import plan
 from tests.test_diablo_tuner import adapted, tiny_llama, tokens, train
 
-HEAD = 8  # features per head of tiny_llama: 4 query heads, 2 key and value heads, 48 neurons, 2 layers
+HEAD = 8  # features per head of tiny_llama, which has 4 query heads, 2 key and value heads, 48 neurons, 2 layers
 
 
 def attach(**fields: Any) -> Any:
@@ -26,7 +26,7 @@ def attach(**fields: Any) -> Any:
 
 
 def chosen(model: Any, projection: str) -> dict[int, list[int]]:
-    """Layer -> input features of `down_proj` and `o_proj`, output features of the others, as the layers hold them."""
+    """Map layers to their chosen features: inputs for `down_proj` and `o_proj`, outputs for the others."""
     result = {}
     for name, layer in adapted(model).items():
         if name.endswith(projection):
@@ -36,7 +36,7 @@ def chosen(model: Any, projection: str) -> dict[int, list[int]]:
 
 
 def changed_channels(layer: DiabloLinear, dim: int) -> list[int]:
-    """Features whose weights are not zero in the update; the others are all zero."""
+    """Return the features with non-zero weights in the update."""
     nonzero = layer.get_delta_weight("default") != 0  # (out, in)
     assert torch.equal(nonzero.any(dim), nonzero.all(dim))
     return nonzero.any(dim).nonzero().flatten().tolist()
@@ -47,7 +47,7 @@ def changed_channels(layer: DiabloLinear, dim: int) -> list[int]:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_neurons_are_drawn_over_all_pairs_of_a_layer_and_a_neuron(seed: int) -> None:
-    """A list of all pairs, in order, of which the drawn numbers are taken."""
+    """The drawn numbers are indices into the ordered list of all pairs."""
     pairs = [(layer, neuron) for layer in range(2) for neuron in range(48)]
     numbers = draw_distinct(96, 28, generator_for(seed, "down_proj"))  # int(0.3 · 96)
     expected: dict[int, list[int]] = {}
@@ -85,7 +85,7 @@ def test_the_draw_depends_on_the_seed_and_the_shapes_alone() -> None:
     assert chosen(attach(down_ratio=0.3, o_ratio=0.5), "down_proj") == first
     assert chosen(attach(down_ratio=0.3, seed=1), "down_proj") != first
     model = attach(down_ratio=0.3)
-    model.add_adapter("again", S2ftConfig(down_ratio=0.3))  # on layers that have an adapter already
+    model.add_adapter("again", S2ftConfig(down_ratio=0.3))  # on layers that already have an adapter
     for layer in adapted(model).values():
         inputs: Any = layer.diablo_inputs
         assert torch.equal(inputs["again"], inputs["default"])
@@ -107,7 +107,7 @@ def test_counts_without_weights() -> None:
 
 
 def test_the_tiny_model_trains_as_much_as_with_diablo() -> None:
-    """0.375 · 4 layers · 192 neurons = 288, each with 96 outputs."""
+    """0.375 · 4 layers · 192 neurons = 288 neurons, each with 96 outputs."""
     from experiments.plan.counting import count
 
     trained = [count(run).trainable for run in plan(["method=s2ft,diablo"])]
@@ -135,7 +135,7 @@ def test_only_the_chosen_channels_are_trained() -> None:
 
 
 def test_training_computes_what_the_permuted_model_does() -> None:
-    """As the released code: neurons reordered so that the chosen ones come first, their slab of down_proj trained."""
+    """As in the released code: neurons are reordered, chosen ones first, and their part of down_proj is trained."""
     model = attach(down_ratio=0.3).double()
     permuted = tiny_llama().double()
     permuted.requires_grad_(False)
@@ -176,7 +176,7 @@ def test_saved_and_loaded_on_a_fresh_base_computes_the_same(tmp_path: Path) -> N
     assert torch.equal(loaded.merge_and_unload()(tokens()).logits, logits)
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Programs in the sandbox: hostile ones do no harm and do not pass, right ones do. Real bubblewrap and processes."""
+"""Programs in the sandbox: hostile ones do no harm and fail, correct ones pass. Real bubblewrap and processes."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def run(program: str, sandbox: str = "bwrap", timeout: float = 3.0) -> Outcome:
 
 
 def named(name: str) -> str:
-    """Program text that gives its process and the children after it a name that `alive` finds."""
+    """Return program text that names its process and later children, for `alive` to find."""
     return f"import ctypes, os, time\nassert ctypes.CDLL(None).prctl(15, b'{name}') == 0\n"
 
 
 def alive(name: str) -> list[int]:
-    """The machine's processes of this name that are not ended."""
+    """Return the ids of the machine's running processes with this name."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -95,7 +95,7 @@ def test_messages_are_one_short_line(sandbox: str) -> None:
 
 @BOTH
 def test_a_program_is_on_its_own(sandbox: str) -> None:
-    """No `__main__`, no future import of the runner's, nothing of the environment, the same hashes every time."""
+    """No `__main__`, none of the runner's future imports, no environment variables, reproducible hashes."""
     program = (
         "import os, sys\nassert __name__ != '__main__'\ndef f(x: 1 + 1): pass\nassert f.__annotations__ == {'x': 2}\n"
         f"assert 'DIABLO_SECRET' not in os.environ and hash('a') == {_hash_of_a()}\n"
@@ -125,7 +125,7 @@ def _hash_of_a() -> str:
         ("import os\nos._exit(0)\n" + RIGHT, "killed", "exit status 0 before its tests were through"),
         ("print('passed')\n" + WRONG.format("return 2"), "failed", "AssertionError"),
         (
-            # What the runner writes, but for the token, to every open file
+            # The runner's own output without the token, written to every open file
             "import os\nfor fd in range(64):\n    for line in (b'passed', b'0' * 32 + b' passed'):\n"
             "        try: os.write(fd, b'\\n' + line + b'\\n')\n        except OSError: pass\nos._exit(0)",
             "killed",
@@ -143,7 +143,7 @@ def _hash_of_a() -> str:
         ("import os\nos.closerange(0, 64)\n" + RIGHT, "killed", "exit status 120 before its tests were through"),
         ("input()", "failed", "OSError"),
         ("import sys\nsys.stdin.read()", "failed", "OSError"),
-        # The child of a fork, which the sandbox refuses, does not report
+        # The child of a fork, refused in the sandbox, does not report
         ("import os, posix\nif posix.fork() != 0:\n    os.wait()\n    raise Exception", "failed", ""),
         ("def f(): return f()\nf()", "failed", "RecursionError"),
         ("x = bytearray(10 * 2**30)", "failed", "MemoryError"),
@@ -168,7 +168,7 @@ def test_endless_programs_are_timed_out(sandbox: str, monkeypatch: pytest.Monkey
     programs = ["while True: pass", "10**10**9", "while True:\n    try:\n        while True: pass\n    except: pass"]
     started = time.monotonic()
     assert run("import time; time.sleep(600)", sandbox, timeout=0.2) == Outcome("timed_out", "over 0.8 s on the clock")
-    monkeypatch.setattr("eval.sandbox.WALL_FACTOR", 100)  # so that the CPU's limit comes first on a loaded machine too
+    monkeypatch.setattr("eval.sandbox.WALL_FACTOR", 100)  # so that a loaded machine reaches the CPU limit first
     for outcome in run_programs(programs, sandbox=sandbox, timeout=0.4):
         assert outcome == Outcome("timed_out", "over 0.4 s of CPU time")
     assert time.monotonic() - started < 60
@@ -195,7 +195,7 @@ def test_a_program_cannot_lift_its_time_limits(sandbox: str) -> None:
 
 @BOTH
 def test_a_loaded_machine_fails_no_right_program(sandbox: str) -> None:
-    """1 s of work with a limit of 2 s, while two busy processes for each CPU take most of the clock's time."""
+    """1 s of work with a limit of 2 s, while two busy processes per CPU use most of the wall time."""
     work = "import time\nwhile time.process_time() < 1: pass\n"
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
     try:
@@ -224,7 +224,7 @@ REFUSED = "except OSError as error:\n    assert error.errno == 1\nelse:\n    rai
     ],
 )
 def test_a_program_is_one_process(fork: str) -> None:
-    """So its limits of memory are those of the sandbox. Without it the same calls do make processes."""
+    """So memory limits of a process apply to the whole sandbox. Outside it the same calls do make processes."""
     calls = CALLS[platform.machine()]
     program = (
         "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
@@ -232,7 +232,7 @@ def test_a_program_is_one_process(fork: str) -> None:
         f"try:\n    {fork.format(clone=calls['clone'])}\n" + REFUSED
     )
     assert run(program) == Outcome("passed")
-    if "vfork" not in fork:  # whose child shares the parent's stack
+    if "vfork" not in fork:  # a vfork's child shares the parent's stack
         assert run(program, sandbox="none") != Outcome("passed")
 
 
@@ -266,7 +266,7 @@ def test_a_bomb_of_threads_takes_none_from_its_neighbours() -> None:
 @BWRAP
 @pytest.mark.parametrize("call", ["memfd_create", "shmget", "msgget", "semget"])
 def test_no_memory_is_kept_outside_the_process(call: str) -> None:
-    """Address space is limited; what these make is none until it is mapped."""
+    """Address space is limited, but these objects use none until they are mapped."""
     arguments = "b'x', 0" if call == "memfd_create" else "0, 1024, 0o666"
     program = (
         "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
@@ -278,7 +278,7 @@ def test_no_memory_is_kept_outside_the_process(call: str) -> None:
 
 
 def test_a_background_child_ends_with_its_program() -> None:
-    """Where there may be one: without the sandbox."""
+    """Without the sandbox, where children are possible."""
     name = f"child{os.getpid()}"
     started = time.monotonic()
     program = named(name) + "import posix\nif posix.fork() == 0:\n    time.sleep(60)\n"
@@ -301,7 +301,7 @@ def test_no_other_process_can_be_killed() -> None:
     assert run(seen) == Outcome("passed")
 
 
-# What the source's harness lets pass, and what not: bigcode_eval/tasks/custom_metrics/execute.py of juzhengz/LoRI
+# Programs that the source's harness passes or fails: bigcode_eval/tasks/custom_metrics/execute.py of juzhengz/LoRI
 
 
 @BOTH

@@ -1,4 +1,4 @@
-"""What the sandbox keeps from a program: the machine's files, its network, other users' rights. Real bubblewrap."""
+"""The sandbox isolates a program from the machine's files, its network and privileges. Real bubblewrap."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ NOBODY = 65534
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder that every user of the machine may read and write, so that only the sandbox can be in the way."""
+    """Yield a folder that every user may read and write, so that only the sandbox can block access."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
         Path(name).chmod(0o777)
         yield Path(name)
 
 
-# Files, network, privileges. Without the sandbox the same programs do what they try: the tests can fail.
+# Files, network, privileges. Without the sandbox the same programs succeed, so the tests can fail.
 
 
 @BWRAP
@@ -118,7 +118,7 @@ def test_a_program_has_no_privileges() -> None:
 
 @BWRAP
 def test_no_key_of_the_user_is_read() -> None:
-    """Namespaces hide no session keyring. The key is in one of its own, made and dropped by this test."""
+    """Namespaces do not hide the session keyring. The key is in a separate keyring, made and removed by this test."""
     calls = CALLS[platform.machine()]
     libc = ctypes.CDLL(None, use_errno=True)
     session = -3
@@ -140,7 +140,7 @@ def test_no_key_of_the_user_is_read() -> None:
 
 @BWRAP
 def test_no_namespace_is_made() -> None:
-    """A new user namespace has every right in its own: a file system in memory of any size among them."""
+    """In a new user namespace a program has all privileges and could mount in-memory file systems of any size."""
     calls = CALLS[platform.machine()]
     for call in (
         f"{calls['unshare']}, 0x10000000",
@@ -156,7 +156,7 @@ def test_no_namespace_is_made() -> None:
 
 @BWRAP
 def test_a_python_in_the_home_directory_opens_no_more_of_it(folder: Path) -> None:
-    """`pip install --prefix ~`, or Python built into it: its prefix is the home directory."""
+    """After `pip install --prefix ~`, or with Python built into it, the prefix is the home directory."""
     home = folder / "home"
     (home / "bin").mkdir(parents=True)
     python = home / "bin" / "python"
@@ -182,7 +182,7 @@ def test_a_python_in_the_home_directory_opens_no_more_of_it(folder: Path) -> Non
 
 @pytest.fixture
 def copy(folder: Path) -> Path:
-    """The sandbox's own files where every user can read them."""
+    """Return a copy of the sandbox's own files that every user can read."""
     for name in (
         "eval/__init__.py",
         "eval/sandbox.py",
@@ -199,7 +199,7 @@ def copy(folder: Path) -> Path:
 
 @BWRAP
 def test_it_works_for_an_ordinary_user(copy: Path) -> None:
-    """In a user namespace, as everyone but root has it. The other tests run as whoever runs them."""
+    """In a user namespace, as for every user but root. The other tests run as the current user."""
     if os.geteuid() != 0:
         pytest.skip("the other tests already run as an ordinary user")
 
@@ -222,7 +222,7 @@ def test_it_works_for_an_ordinary_user(copy: Path) -> None:
                 pythons.append(python)
     if not pythons:
         pytest.skip("no Python >= 3.11 that an ordinary user may run")
-    programs = [  # the fork bomb is far from the loop, whose time it would take
+    programs = [  # the fork bomb is far from the loop, since it would use the loop's time
         "while True: pass",
         RIGHT,
         "import os\nos._exit(0)",
@@ -287,7 +287,7 @@ def test_a_missing_bubblewrap_is_told_and_nothing_runs(
 
 @BWRAP
 def test_a_machine_without_namespaces_is_told_and_nothing_runs(folder: Path) -> None:
-    """A process that may make no namespace, as in many containers: bubblewrap itself puts one there."""
+    """A process that may not make namespaces, as in many containers; here bubblewrap itself sets that up."""
     target = folder / "ran"
     program = f"open({str(target)!r}, 'w')"
     script = (

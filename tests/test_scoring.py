@@ -1,4 +1,4 @@
-"""Reading and judging answers: pure functions of text, checked against cases worked out by hand."""
+"""Parsing and comparing answers: pure functions of text, checked against cases computed by hand."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OPTIONS = {
 OPTIONS |= dict.fromkeys(("ARC-Easy", "ARC-Challenge", "openbookqa"), OPTIONS["social_i_qa"])
 
 
-# Which text is read
+# Which text is parsed
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ OPTIONS |= dict.fromkeys(("ARC-Easy", "ARC-Challenge", "openbookqa"), OPTIONS["s
         ("whole", "Q 1", " 2", "Q 1 2"),
         ("after_first_response", "Q\n### Response:\n", "2", "\n2"),
         ("after_first_response", "Q\n### Response:\n", "2\n### Response: 3", "\n2\n"),
-        ("after_first_response", "Q ", "2", "Q 2"),  # no marker: all there is
+        ("after_first_response", "Q ", "2", "Q 2"),  # no marker: the whole text
         ("after_first_response", "Q ", "2 ### Response: 3", " 3"),
         ("all_after_first_response", "Q\n### Response:\n", "5\n\n### Response:\n7", "\n5\n\n### Response:\n7"),
         ("all_after_first_response", "Q ", "2", "Q 2"),
@@ -50,7 +50,7 @@ def test_searched(name: str, prompt: str, completion: str, text: str) -> None:
     assert SEARCHED[name](prompt, completion) == text
 
 
-# Parsers: a completion and what each makes of it
+# Parsers: a completion and the result
 
 HASH_MARKS = [
     ("2+2=<<2+2=4>>4\n#### 4", "4"),
@@ -79,7 +79,7 @@ LAST_NUMBER = [
 METAMATH_NUMBER = [
     ("So 9 * 2 = 18.\n#### 18\nThe answer is: 18", "18"),
     ("The answer is: 1,000", "1000"),
-    ("The answer is: 1,234,567", "1234"),  # the rule knows one separator
+    ("The answer is: 1,234,567", "1234"),  # the rule allows one separator
     ("The answer is: $18.50", "18"),  # 18.5 is halfway, 18 is even
     ("The answer is: 2.5", "2"),
     ("The answer is: 3.5", "4"),
@@ -114,7 +114,7 @@ METAMATH_EXPRESSION = [
     ("3", None),
 ]
 DIABLO_EXPRESSION = [
-    ("The answer is: 9.\nThe answer is: ", "9"),  # a phrase without its space is none
+    ("The answer is: 9.\nThe answer is: ", "9"),  # a phrase without its space is ignored
     ("The answer is: 44. \n.\n", "44."),
     (r"so The answer is: \frac{1}{2}. ", r"\frac{1}{2}"),
     ("The answer is: ", None),
@@ -290,12 +290,12 @@ def test_score_counts() -> None:
         Rules("completion", "final_answer", "same_number"),
         samples(("The final answer is: 4.0", "4"), ("none", "4"), ("1000", "1,000"), ("8", "7"), ("none", "none")),
     )
-    assert scored.items == [1, 0, 1, 0, 0]  # two answers that cannot be read are not equal
+    assert scored.items == [1, 0, 1, 0, 0]  # two unparsed answers are not equal
     assert (scored.unparsed, scored.fallback) == (2, 2)
 
 
 def test_the_searched_text_decides() -> None:
-    """Of a completion without a number: the last number of the question."""
+    """For a completion without a number, the last number of the question."""
     said = samples(("none", "4"))
     assert score(Rules("completion", "final_answer", "same_number"), said).items == [0]
     assert score(Rules("whole", "final_answer", "same_number"), said).items == [1]
@@ -305,7 +305,7 @@ def test_an_empty_gold_is_never_right() -> None:
     assert score(
         Rules("completion", "metamath_expression", "hendrycks"), samples((r"The answer is: \!", ""))
     ).items == [0]
-    assert EQUALITIES["hendrycks"](r"\!", "")  # which alone would say so
+    assert EQUALITIES["hendrycks"](r"\!", "")  # this equality alone would accept it
 
 
 def test_options_reach_the_parser() -> None:
@@ -349,7 +349,7 @@ def read_list(path: Path) -> list[dict[str, Any]]:
 def test_saying_nothing_scores_under_the_released_reading(
     benchmark: str, path: str, floor: float, data_root: Path
 ) -> None:
-    """DiaBlo's evaluator reads a silent model from its prompt; LLM-Adapters' gives it nothing."""
+    """For empty completions DiaBlo's evaluator parses the prompt; LLM-Adapters' finds no answer."""
     packed = data_root / f"{path}.gz"
     rows = read_list(packed if packed.is_file() else data_root / path)
     silent = [Sample(row["instruction"] + "\n", "", row["answer"]) for row in rows]

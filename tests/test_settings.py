@@ -1,4 +1,4 @@
-"""What a setting may be, and how it is written on the command line."""
+"""Valid values of settings, and their form on the command line."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_equal_evaluations_have_one_folder() -> None:
 
 
 def test_every_setting_has_a_type() -> None:
-    """Settings that the files leave null, whose type cannot be seen there, are in the table; so is every range."""
+    """The table has every range, and every setting that is null in the files, where its type is not visible."""
     untold: set[str] = set()
     for group in ("model", "method", "quantization", "task"):
         for name in options(group):
@@ -145,7 +145,7 @@ def test_the_optimizers_are_those_of_transformers() -> None:
 def test_a_config_that_was_edited_to_the_impossible_is_refused_by_name(
     section: str, key: str, value: object, tmp_path: Path, fails_with: Fails
 ) -> None:
-    """As a run directory from elsewhere may hold it."""
+    """As in a run directory received from others."""
     config = plan([])[0]
     run = RunPaths(tmp_path / config.run_id)
     write_config(run, {**config.mapping, section: config.mapping[section] | {key: value}})
@@ -189,7 +189,7 @@ def test_every_text_can_be_written(text: str) -> None:
     quoted = (
         text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r").replace('"', '\\"')
     )
-    if "\\\\\\" in quoted or quoted.endswith("\\"):  # a backslash before a quote: the parser reads these by itself
+    if "\\\\\\" in quoted or quoted.endswith("\\"):  # a backslash before a quote: the parser handles these differently
         return
     ((override,),) = sweep([f'protocol.ending="{quoted}"'])
     assert value_of(override) == text
@@ -238,7 +238,7 @@ def test_a_broken_experiment_file_is_one_line(content: str, tmp_path: Path, fail
 
 
 def test_a_frozen_config_is_checked_like_a_planned_one() -> None:
-    """All configs that the files give pass, also read back from YAML."""
+    """All configs made from the files pass, also after a round trip through YAML."""
     for method in options("method"):
         (overrides,) = sweep([f"method={method}"])
         config = resolve(overrides)

@@ -1,4 +1,4 @@
-"""Processes that each hold a part of the model (`runtime.sharding=full`) train it as one process does."""
+"""Processes that each hold a part of the model (`runtime.sharding=full`) train like one process."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ FLOAT64 = ["model.dtype=float64", "recipe.epochs=1", "recipe.micro_batch_size=2"
 
 
 def start(folder: Path, runs: list[RunPaths], processes: int) -> subprocess.Popen[str]:
-    """Train the runs one after the other in one group of gloo processes."""
+    """Start training the runs one after the other in one group of gloo processes."""
     script = folder / "train.py"
     script.write_text(TRAIN, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
@@ -79,7 +79,7 @@ def sharded(arguments: list[str], folder: Path) -> RunPaths:
 
 
 def assert_equal(one: RunPaths, two: RunPaths, relative: float, sharding: str = "full") -> None:
-    """Losses and gradient norms at every step, every file that was saved, and the loss on the held-out rows."""
+    """Compare losses and gradient norms at every step, all saved files, and the loss on the held-out rows."""
     steps = list(zip(read_lines(one.metrics), read_lines(two.metrics), strict=True))
     assert steps
     for first, second in steps:
@@ -106,7 +106,7 @@ def assert_equal(one: RunPaths, two: RunPaths, relative: float, sharding: str = 
 
 
 def test_two_processes_equal_one(small: list[str], tmp_path: Path) -> None:
-    """With two micro-batches a step on each, checkpointing of activations or not, and the same score in the end."""
+    """With two micro-batches per step and process, with or without activation checkpointing, up to the score."""
     plans = [["method=full"], ["method=full", "runtime.gradient_checkpointing=true"]]
     plans += [["method=diablo", "method.adapter.mode=in_place"]]
     ones = [
@@ -115,7 +115,7 @@ def test_two_processes_equal_one(small: list[str], tmp_path: Path) -> None:
     twos = [sharded([*small, *FLOAT64, *each], tmp_path / f"two{i}") for i, each in enumerate(plans)]
     train_over(tmp_path, twos)
     for one, two in zip(ones, twos, strict=True):
-        assert one.root.name == two.root.name  # how it is computed changes no result
+        assert one.root.name == two.root.name  # sharding does not change the run id
         train(one)
         assert_equal(one, two, 1e-10)
     assert set(read_record(twos[2].train_record, TrainRecord).forward_modes.values()) == {"in_place"}
@@ -143,7 +143,7 @@ def test_every_method_over_two_processes(small: list[str], tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_four_processes_and_blocks_that_they_cannot_share(small: list[str], tmp_path: Path) -> None:
-    """Four processes have two of eight blocks each; two blocks train beside the weight."""
+    """Each of four processes has two of eight blocks; only two blocks cannot be shared and train beside the weight."""
     plans = [["method=full"], ["method=diablo", "method.adapter.mode=in_place"]]
     plans += [["method=diablo", "method.adapter.num_blocks=2"]]
     plans = [[*small, *FLOAT64, *each] for each in plans]
@@ -159,7 +159,7 @@ def test_four_processes_and_blocks_that_they_cannot_share(small: list[str], tmp_
 
 @pytest.mark.slow
 def test_bf16_over_float32_master_weights(small: list[str], tmp_path: Path) -> None:
-    """Nearer to float32 than bf16's rounding of a loss; what is saved is the float32 copy."""
+    """Losses are closer to float32 than bf16's rounding; the float32 copy is saved."""
     plans = [[*small, *FLOAT64, f"method={name}", "model.dtype=bfloat16"] for name in ("full", "diablo", "lora")]
     twos = [sharded(each, tmp_path / "two") for each in plans]
     train_over(tmp_path, twos)
@@ -170,11 +170,11 @@ def test_bf16_over_float32_master_weights(small: list[str], tmp_path: Path) -> N
             assert second["loss"] == pytest.approx(first["loss"], rel=1e-2)
         for tensor in load_file(next(two.adapter.glob("*.safetensors"))).values():
             assert str(tensor.dtype) == "torch.float32"
-            assert (tensor != tensor.bfloat16().float()).any()  # more than bf16 can hold
+            assert (tensor != tensor.bfloat16().float()).any()  # more precise than bf16
 
 
 def preempt(folder: Path, run: RunPaths, processes: int, steps: int) -> int:
-    """Stop the training by a signal to its first process after so many steps; the step of its checkpoint."""
+    """Stop the training by a signal to its first process after `steps` steps; return its checkpoint's step."""
     process = start(folder, [run], processes)
     try:
         while process.poll() is None and not after(steps)(run):
@@ -189,7 +189,7 @@ def preempt(folder: Path, run: RunPaths, processes: int, steps: int) -> int:
 
 
 def stopped_equals_undisturbed(arguments: list[str], tmp_path: Path) -> RunPaths:
-    """Bit for bit. Gives the run as it was stopped and finished."""
+    """Check that a stopped and resumed run equals an uninterrupted one bit for bit; return the stopped one."""
     whole, broken = sharded(arguments, tmp_path / "whole"), sharded(arguments, tmp_path / "broken")
     train_over(tmp_path, [whole])
     step = preempt(tmp_path, broken, 2, steps=2)
@@ -221,7 +221,7 @@ def test_a_checkpoint_of_another_sharding_is_refused(
     step = preempt(tmp_path, run, 2, steps=1)
     again = planned([*arguments, f"runtime.runs_dir={tmp_path}"])
     assert again.root == run.root
-    assert read_config(run).runtime.sharding == "full"  # planning it again leaves that
+    assert read_config(run).runtime.sharding == "full"  # planning it again keeps the setting
     planned([*arguments, f"runtime.runs_dir={tmp_path}", "runtime.sharding=none"])
     line = fails_with(lambda: train(again))
     assert "was written by 2 processes with runtime.sharding=full, but these are 1 processes with" in line

@@ -1,4 +1,4 @@
-"""The private Slurm that the other tests of this folder use."""
+"""The private Slurm used by the other Slurm tests."""
 
 from __future__ import annotations
 

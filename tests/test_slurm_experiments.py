@@ -1,4 +1,4 @@
-"""Whole experiments on a real Slurm, submitted once: two stages, and a report that no preemption shows in."""
+"""Whole experiments on a real Slurm, submitted once: two stages, and a report unaffected by preemptions."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def idle(cluster: SlurmCluster) -> bool:
 
 
 def table(report: Path) -> list[dict[str, str]]:
-    """The report's table without its clocks and what a process happened to hold."""
+    """Return the report's table without times and memory."""
     with (report / "table.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    measured = ("time", "seconds", "memory", "mixed")  # a commit meanwhile makes code versions mixed
+    measured = ("time", "seconds", "memory", "mixed")  # a commit during the test makes code versions mixed
     return [{key: value for key, value in row.items() if not any(word in key for word in measured)} for row in rows]
 
 
@@ -48,7 +48,7 @@ def test_two_stages_from_one_submission(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Nobody is logged in between: a job chooses the learning rates and submits the rest, another writes the report."""
+    """Without further commands, a job chooses the learning rates and submits the rest, another writes the report."""
     monkeypatch.chdir(tmp_path)
     Path("two_stages.yaml").write_text(FILE.format(by="loss", rates="1e-3,1e-2"), encoding="utf-8")
     small = [*SMALL, "recipe.max_steps=4", f"runtime.cache_dir={cache_dir}"]
@@ -77,20 +77,20 @@ def test_two_stages_from_one_submission(
 def test_the_quickstart_preempted_twice_ends_in_the_same_report(
     cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`python -m slurm.submit experiment=quickstart`, one seed, and the same without Slurm on the same machine."""
+    """`python -m slurm.submit experiment=quickstart` with one seed, and the same runs without Slurm on this machine."""
     cache = os.environ.get("DIABLO_CACHE", f"{os.environ['HOME']}/.cache/diablo")
     settings = ["seed=0", f"runtime.cache_dir={cache}"]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    make_bases(plan(["experiment=quickstart", *settings]))  # or the first jobs would spend minutes on it
+    make_bases(plan(["experiment=quickstart", *settings]))  # otherwise the first jobs would spend minutes on it
     runs = tmp_path / "runs"
     arguments = ["experiment=quickstart", *settings, f"runtime.runs_dir={runs}", "runtime.checkpoint_every=20"]
     subprocess.run([sys.executable, "-m", "slurm.submit", *arguments, CLUSTER, "--pack", "5"], check=True)
     jobs = {task.job for tasks in queued(runs).values() for task in tasks}
 
     def training() -> bool:
-        """Whether all tasks run, and one of them is in the middle of a training."""
+        """Return whether all tasks run and one of them is in the middle of training."""
         beats = [json.loads(path.read_text(encoding="utf-8")) for path in runs.glob("*/heartbeat.json")]
         alive = [beat for beat in beats if beat["stage"] == "train" and time.time() - beat["time"] < 2]
         running = all(cluster.job(job).get("JobState") == "RUNNING" for job in jobs)

@@ -1,4 +1,4 @@
-"""What happens to jobs on a cluster, done to runs in the middle of their training: their records must not show it."""
+"""Faults of a cluster, applied to runs in the middle of training, must not change their records."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_one_run_through_every_fault(cluster: SlurmCluster, tmp_path: Path, cach
     arguments = ["method=lora", "seed=0", LONG]
     running = Running(cluster, tmp_path / "runs", [*overrides(tmp_path / "runs", cache_dir), *arguments])
 
-    # Preempted by a partition of higher priority: Slurm requeues by itself.
+    # Preempted by a partition of higher priority: Slurm itself requeues.
     cluster.output("sbatch", *ALL_NODES, "--wrap", "sleep 1")
     running.wait_for_restarts(1)
     wait_for(lambda: running.state().preempted == 1, "the record of the preemption")
@@ -45,16 +45,16 @@ def test_one_run_through_every_fault(cluster: SlurmCluster, tmp_path: Path, cach
     cluster.output("scontrol", "update", f"nodename={node}", "state=resume")
     running.wait_for_steps()
 
-    # A killed process is a failed task, and submitting again goes on.
+    # A killed process is a failed task, and submitting again resumes it.
     os.kill(running.pid(), signal.SIGKILL)
     assert cluster.wait(running.task, END)["JobState"] == "FAILED"
-    assert running.state().state == "running"  # by its heartbeat, for a moment
+    assert running.state().state == "running"  # for a moment, because of its heartbeat
     wait_for(lambda: running.state().state == "failed", "a heartbeat that is no longer fresh", 90)
     assert "ended without a message" in running.state().detail
     running.submit()
     running.wait_for_steps()
 
-    # Cancelled stays cancelled.
+    # A cancelled task stays cancelled.
     cancel.main([f"runs_dir={running.runs_dir}", running.run.root.name])
     assert cluster.wait(running.task, END)["JobState"] == "CANCELLED"
     assert "not in the queue" in running.state().detail
@@ -71,10 +71,10 @@ def test_one_run_through_every_fault(cluster: SlurmCluster, tmp_path: Path, cach
 def test_warned_with_a_time_of_grace_and_before_the_time_limit(
     cluster: SlurmCluster, tmp_path: Path, cache_dir: Path
 ) -> None:
-    """Slurm warns and waits, so the task has to put itself back; leaving would count as finished."""
+    """Slurm warns and waits, so the task must requeue itself; exiting would count as finished."""
     arguments = ["method=lora", "seed=0", "recipe.epochs=20"]  # 160 steps
     everywhere = overrides(tmp_path / "runs", cache_dir)
-    changes = ("partition=grace", "signal=USR1@50")  # the limit is the settings' 10 minutes
+    changes = ("partition=grace", "signal=USR1@50")  # the time limit is 10 minutes, from the settings
     running = Running(cluster, tmp_path / "runs", [*everywhere, *arguments], *changes)
 
     cluster.output("sbatch", *ALL_NODES, "--wrap", "sleep 1")
@@ -82,9 +82,9 @@ def test_warned_with_a_time_of_grace_and_before_the_time_limit(
     assert running.log().count(f"requeued {running.task}") == 1
     running.wait_for_steps()
 
-    # Slurm looks at limits every half minute and may warn a minute early; it never requeues at a limit itself. The
-    # training stands still until it is warned, so that it is in the middle however fast the machine is; and the limit
-    # is near only while it stands still, so that it is warned once however slow the machine is.
+    # Slurm checks limits every half minute and may warn a minute early; it never requeues at a limit itself. The
+    # training is stopped until it is warned, so that it is unfinished even on a fast machine; the limit is near
+    # only while it is stopped, so that it is warned only once even on a slow machine.
     pid = running.pid()
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -150,6 +150,6 @@ def test_two_processes_on_two_nodes(cluster: SlurmCluster, tmp_path: Path, cache
 
 
 def _is_told(pid: int, number: signal.Signals) -> bool:
-    """Whether a signal waits for a process that stands still."""
+    """Return whether a signal is pending for a stopped process."""
     lines = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines())
     return any(int(lines[which], 16) >> (number - 1) & 1 for which in ("SigPnd", "ShdPnd"))

@@ -1,4 +1,4 @@
-"""What Slurm's side decides without Slurm: settings, scripts, snapshots and locks."""
+"""The Slurm code that needs no Slurm: settings, scripts, snapshots and locks."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_resources_by_model_and_method() -> None:
 
 
 def test_the_a100_file_has_host_memory_for_every_process() -> None:
-    """Each loads the base, in float32 where all of it trains, and SMT's warm-up copies it in float32."""
+    """Each process loads the base, in float32 for full fine-tuning, and SMT's warm-up copies it in float32."""
     cluster = read_cluster("a100")
     for model, parameters in (
         ("llama2_7b", 6.74e9),
@@ -87,7 +87,7 @@ def test_the_a100_file_has_host_memory_for_every_process() -> None:
 def test_a_run_that_does_not_fit_one_gpu_is_sharded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without anyone asking for it; and one that fits is not, whatever it is given."""
+    """Sharded without a request; a run that fits is not sharded, regardless of its number of GPUs."""
     monkeypatch.setenv("PATH", "/nonexistent")
     a100 = ["gpus_per_node=8", "gpu_memory=80G", "gpus={default: auto, lora: 2}"]
     found = {method: settings(*a100).resources(run("llama2_7b", method)) for method in ("full", "lora")}
@@ -111,7 +111,7 @@ def test_a_run_that_does_not_fit_one_gpu_is_sharded(
 def test_a_submission_writes_how_a_run_is_sharded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_with: FailsWith
 ) -> None:
-    """Planning it again leaves that; a checkpoint of other processes is refused before anything is queued."""
+    """Planning again keeps it; a checkpoint of a different number of processes is refused before anything is queued."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for name, script in {"sbatch": "echo 7", "squeue": "true", "scontrol": "echo MaxArraySize = 1001"}.items():
@@ -251,7 +251,7 @@ def test_ranks_under_the_names_that_torch_reads() -> None:
 def test_an_error_of_git_is_short_and_comes_before_anything_is_written(
     tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, fails_with: FailsWith
 ) -> None:
-    """A full disk has a line for every file; a repository of another user is refused at once."""
+    """With a full disk git prints a line for every file; a repository of another user is refused immediately."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for name, script in {
@@ -274,7 +274,7 @@ def test_an_error_of_git_is_short_and_comes_before_anything_is_written(
 
 
 def test_a_run_is_finished_when_its_own_evaluation_is(tmp_path: Path, small: list[str]) -> None:
-    """Another one, with `evaluation.limit`, leaves a score in another folder of the same protocol."""
+    """Another evaluation, with `evaluation.limit`, leaves a score in another folder of the same protocol."""
     from eval.run import evaluate
     from experiments.train.run import train
 
@@ -287,7 +287,7 @@ def test_a_run_is_finished_when_its_own_evaluation_is(tmp_path: Path, small: lis
     assert (is_finished(run, "train", about), is_finished(run, "eval", about)) == (True, False)
     evaluate(run)
     assert is_finished(run, "eval", about)
-    # The run's own config counts, whatever it is submitted with later.
+    # The run's own config applies, regardless of later submissions.
     (later,) = (_with_frozen_evaluation(config) for config in plan([*arguments, "evaluation.limit=5"]))
     assert describe_run(run, later) == about
 

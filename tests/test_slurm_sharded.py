@@ -1,4 +1,4 @@
-"""Full fine-tuning of real weights that do not fit one GPU: submission shards it, preemption changes nothing."""
+"""Full fine-tuning of real weights that do not fit one GPU: submission shards it, preemption changes no result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slurm
 def test_a_sharded_run_of_real_weights_is_preempted_and_equals_an_undisturbed_one(
     cluster: SlurmCluster, smollm2_slice: list[str], tmp_path: Path, data_root: Path
 ) -> None:
-    """Three layers of SmolLM2-135M need 0.90 GiB on one GPU and 0.87 on each of two, where 0.88 can be used."""
+    """Three layers of SmolLM2-135M need 0.90 GiB on one GPU and 0.87 on each of two; 0.88 is available."""
     changes = ("gpus=auto", "gpu_memory=0.96G", "cpus=1")
     runs = []
     for name in ("undisturbed", "preempted"):
@@ -31,7 +31,7 @@ def test_a_sharded_run_of_real_weights_is_preempted_and_equals_an_undisturbed_on
         ]  # fmt: skip
         running = Running(cluster, tmp_path / name / "runs", arguments, *changes)
         if name == "preempted":
-            # Warned with time enough for a checkpoint: a requeue by hand kills after half a minute.
+            # Warned with enough time for a checkpoint: a manual requeue kills after half a minute.
             cluster.output("scancel", "--batch", "--signal=USR1", running.task)
             running.wait_for_restarts(1, 180)
         running.finish()

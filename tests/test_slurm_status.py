@@ -1,4 +1,4 @@
-"""The states of runs without Slurm: from their files, and from what squeue says or does not say."""
+"""The states of runs without Slurm: from their files, and from the output of squeue or its absence."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_lines_of_other_jobs_are_passed_over(tmp_path: Path, squeue: Callable[[s
 
 
 def test_a_give_up_is_a_failure_of_every_run_of_the_task(tmp_path: Path, fails_with: FailsWith) -> None:
-    """Whether a run was preempted, killed, between its stages or not begun when the task was stopped."""
+    """Whether a run was preempted, killed, between its stages or not started when the task was stopped."""
     lasts: dict[str, list[dict[str, Any]]] = {
         "preempted": [attempt_entry("preempted")],
         "killed": [attempt_entry(None)],
@@ -164,7 +164,7 @@ def test_a_running_runs_progress_and_a_finished_run(tmp_path: Path) -> None:
     running = run_state(RunPaths(tmp_path), about, Task("7_0", "RUNNING", "None"), None)
     assert running.detail.startswith("train step 120/400, 5,300 tokens/s, 4 min left, until ")
     heartbeat, now = tmp_path / "heartbeat.json", time.time()
-    for jumped in (0, now - 1200, now + 1200):  # the clock of the node: the disk's says that it was written just now
+    for jumped in (0, now - 1200, now + 1200):  # the node's clock: by the disk's clock it was written just now
         heartbeat.write_text(json.dumps({**beat, "time": jumped}), encoding="utf-8")
         assert "silent" not in run_state(RunPaths(tmp_path), about, Task("7_0", "RUNNING", "None"), None).detail
     heartbeat.write_text(json.dumps({**beat, "time": now - 1200}), encoding="utf-8")
@@ -205,7 +205,7 @@ def test_status_names_what_it_knows(tmp_path: Path, fails_with: FailsWith) -> No
 def test_a_squeue_without_a_cluster_says_why_and_not_how_it_looked(
     squeue: Callable[[str], None], fails_with: Callable[[Callable[[], object]], str]
 ) -> None:
-    """Slurm's tools print a line for each place where they looked for a configuration, the reason last."""
+    """Slurm's tools print a line for each place searched for a configuration, and the reason last."""
     errors = [
         "error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host",
         "error: fetch_config: DNS SRV failed",

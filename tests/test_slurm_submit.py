@@ -1,4 +1,4 @@
-"""Submitting arrays to a real Slurm: what is queued, what is run, what is left out."""
+"""Submitting arrays to a real Slurm: which tasks are queued, run or left out."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def states(runs_dir: Path) -> list[str]:
 def test_an_array_of_eight_from_dry_run_to_finished(
     cluster: SlurmCluster, tmp_path: Path, cache_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Trained two at a time, each evaluated by a task of its own as soon as it is trained."""
+    """Trained two at a time, each evaluated by a separate task as soon as it is trained."""
     runs_dir = tmp_path / "runs"
     options = Options(max_parallel=2, eval_separately=True)
     arguments = ["method=lora", "seed=range(0,8)", *overrides(runs_dir, cache_dir)]
@@ -71,7 +71,7 @@ def test_an_array_of_eight_from_dry_run_to_finished(
 def test_a_budget_submits_the_runs_that_plan_writes(
     cluster: SlurmCluster, tmp_path: Path, cache_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of three learning rates and two seeds those that four runs' hours pay for; status counts the same runs."""
+    """From three learning rates and two seeds the runs within the hours of four runs; status counts the same."""
     experiment = tmp_path / "cells.yaml"
     experiment.write_text(
         "title: Cells\nlearning_rate_by: loss\ncommon: seed=0,1\npaper:\n"
@@ -144,7 +144,7 @@ def test_what_starts_after_a_failed_job_and_is_refused_if_it_was_edited_or_moved
         (job, *_), manifest, _ = submitted[name]
         assert cluster.wait(f"{job}_0", END)["JobState"] == "FAILED"
         assert said in (manifest.parent / "logs" / f"{job}_0.log").read_text(encoding="utf-8")
-    # What waits for the good end of a job that failed is cancelled, and told.
+    # A job that depends on the success of a failed job is cancelled and reported.
     for job in (submitted["config"][0][1], submitted["afterok"][0][0]):
         assert cluster.wait(f"{job}_0", END)["JobState"] == "CANCELLED"
     (failed,), (never,) = (status.statuses(tmp_path / name) for name in ("config", "afterok"))

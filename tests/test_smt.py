@@ -1,4 +1,4 @@
-"""SMT: which blocks a warm-up chooses, that it leaves no other trace, and that these alone are trained."""
+"""SMT: the warm-up chooses the right blocks and changes nothing else, and only these blocks are trained."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.test_in_place import bits
 
 SIZE = 8  # q is a grid of 4 × 4 blocks, k and v of 4 × 2
 TARGETS = ["q_proj", "k_proj", "v_proj"]
-MAX_NORM = 0.5  # less than the gradients' of the toy
+MAX_NORM = 0.5  # less than the norm of the toy model's gradients
 
 
 def config(num_blocks: int = 9, **fields: Any) -> SmtConfig:
@@ -50,7 +50,7 @@ def frozen_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
 
 
 def summed_gradients(steps: int, learning_rate: float) -> dict[str, Tensor]:
-    """Of the targets, by an ordinary training loop over a model of its own."""
+    """Return the targets' summed gradients from an ordinary training loop over a separate model."""
     model = tiny_llama().train()
     adam = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     sums: dict[str, Tensor] = {}
@@ -72,7 +72,7 @@ def summed_gradients(steps: int, learning_rate: float) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("score", ["mean_abs", "abs_mean"])
 def test_the_blocks_of_the_largest_summed_gradients_are_chosen(score: str) -> None:
-    """Every block is cut out and scored alone. The rate is high enough that the steps change the gradients."""
+    """Every block is scored separately. The learning rate is high enough that the steps change the gradients."""
     scores = {}
     for name, total in summed_gradients(4, 1e-2).items():
         for row in range(total.shape[1] // SIZE):
@@ -90,7 +90,7 @@ def test_the_blocks_of_the_largest_summed_gradients_are_chosen(score: str) -> No
 
 
 def test_a_score_is_of_the_block_in_that_place() -> None:
-    """A weight of 2 outputs and 4 inputs; blocks of 2 × 2: rows are input features."""
+    """A weight of 2 outputs and 4 inputs with blocks of 2 × 2; grid rows are input features."""
     total = torch.tensor([[1.0, -1.0, 2.0, 2.0], [1.0, -1.0, 2.0, -4.0]])
     assert block_scores(total, 2, "mean_abs").tolist() == [[0.0], [0.5]]
     assert block_scores(total, 2, "abs_mean").tolist() == [[1.0], [2.5]]
@@ -108,7 +108,7 @@ def test_ties_go_to_the_first_name_row_and_column() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_base_is_afterwards_what_it_was(dtype: torch.dtype) -> None:
     model = frozen_llama(dtype)
-    model.model.layers[1].train()  # a mode that is not the same everywhere
+    model.model.layers[1].train()  # modules in different modes
     model.lm_head.weight.requires_grad_(True)
     before = {name: bits(tensor) for name, tensor in model.state_dict().items()}
     memory = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
@@ -120,7 +120,7 @@ def test_the_base_is_afterwards_what_it_was(dtype: torch.dtype) -> None:
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["lm_head.weight"]
     assert all(parameter.grad is None for parameter in model.parameters())
     attached = get_peft_model(model, prepared)
-    losses = train(attached)  # the base still takes gradients of its own dtype
+    losses = train(attached)  # the base still accepts gradients of its own dtype
     assert losses[-1] < losses[0]
 
 
@@ -262,7 +262,7 @@ def test_a_block_outside_the_grid_is_refused() -> None:
 
 
 def test_the_method_file_prepares_itself() -> None:
-    """What experiments do with it: build the config, prepare it, attach it."""
+    """As in experiments: build the config, prepare it, attach it."""
     (run,) = plan(["method=smt", "model.adapter_size.smt_blocks=9", f"model.adapter_size.smt_block_size={SIZE}"])
     method = run.method
     prepare = dict(method.prepare or {})

@@ -1,4 +1,4 @@
-"""The table of data sets: what its makers do with a record, and what the real files hold."""
+"""The table of data sets: conversion of records, and the contents of the real files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FURTHER = {
     "xstest_safe": ["category"],
     "xstest_unsafe": ["category"],
 }
-# Not in the folder of data: too large for it, or gated.
+# Not in the data folder: too large, or gated.
 ABSENT = {
     ("social_i_qa", "train"),
     ("hellaswag", "train"),
@@ -220,7 +220,7 @@ def test_the_six_commonsense_sets_that_are_here(data_root: Path) -> None:
 
 
 def test_the_sizes_of_commonsense_170k_follow_from_its_parts() -> None:
-    """Its parts with WinoGrande in all sizes (xs, s, m, l, xl, debiased) instead of xl alone."""
+    """Its parts with WinoGrande in all sizes (xs, s, m, l, xl, debiased) instead of only xl."""
     parts = ("boolq", "piqa", "social_i_qa", "hellaswag", "arc_easy", "arc_challenge", "openbookqa")
     winogrande = 160 + 640 + 2_558 + 10_234 + 40_398 + 9_248
     assert sum(SOURCES[name]["train"].rows[0] for name in parts) + winogrande == 170_420
@@ -311,7 +311,7 @@ def test_safety_rows(rows_of: Callable[..., list[Row]]) -> None:
             assert (row["input"], row["output"], row["answer"]) == ("", "", "safe")
     safe, unsafe = rows_of("xstest_safe"), rows_of("xstest_unsafe")
     assert not {row["instruction"] for row in safe} & {row["instruction"] for row in unsafe}
-    # The source names the kinds of unsafe prompts after those of safe ones.
+    # The source names the categories of unsafe prompts after those of safe ones.
     assert {row["category"].startswith("contrast_") for row in unsafe} == {True}
     assert {row["category"].startswith("contrast_") for row in safe} == {False}
 

@@ -1,4 +1,4 @@
-"""Sparse patterns in a model: W0 never lost, saved and loaded with their positions, as any of PEFT's adapters."""
+"""Sparse patterns in a model: W0 is never lost, positions are saved and loaded, adapters behave as in PEFT."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.test_diablo_tuner import ALL_SEVEN, adapted, tiny_llama, tokens, trai
 from tests.test_in_place import bits
 from tests.test_in_place_state import assert_holds_the_base
 
-# One pattern for each way of finding the entries: rows, columns, cells of the grid, single ones.
+# One pattern for each kind of selection: rows, columns, grid cells, single entries.
 KINDS = ["random_row", "random_column", "random_block", "shuffled_diagonal", "random_entry"]
 every_kind = pytest.mark.parametrize("pattern", KINDS)
 
@@ -31,7 +31,7 @@ def attach(pattern: str, base: nn.Module | None = None, **fields: Any) -> Any:
 
 
 def trained(pattern: str) -> Any:
-    """On a bf16 base, some steps into training."""
+    """Return a model on a bf16 base after some training steps."""
     model = attach(pattern, tiny_llama(torch.bfloat16))
     losses = train(model)
     assert losses[-1] < losses[0]
@@ -123,7 +123,7 @@ def test_a_file_holds_its_places_whatever_a_new_draw_would_give(
 ) -> None:
     model = trained(pattern)
     logits = model(tokens()).logits
-    model.peft_config["default"].seed = 5  # as if draws had changed since
+    model.peft_config["default"].seed = 5  # as if later code drew differently
     model.save_pretrained(str(tmp_path))
     names = {name.rpartition(".")[2] for name in load_file(tmp_path / "adapter_model.safetensors")}
     assert names == {"diablo_blocks", "diablo_inputs", "diablo_outputs"}
@@ -184,7 +184,7 @@ def test_two_active_adapters_add_up() -> None:
 
 @every_kind
 def test_a_layer_that_keeps_its_weight_transposed(pattern: str) -> None:
-    """transformers' Conv1D: the same entries of W, from the side and merged."""
+    """transformers' Conv1D: the same entries of W, beside the weight and merged."""
     linear, conv, x = nn.Linear(32, 16), Conv1D(16, 32), torch.randn(5, 32)
     conv.weight.data, conv.bias.data = linear.weight.data.T.clone(), linear.bias.data.clone()
     config = SparseConfig(pattern=pattern, density="1/4", target_modules=["layer"])

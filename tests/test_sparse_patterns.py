@@ -1,4 +1,4 @@
-"""Sparse patterns of one layer: which entries they choose, and that these get the gradient of full fine-tuning."""
+"""Sparse patterns of one layer: the chosen entries, which get the gradient of full fine-tuning."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def places_of(pattern: str, in_features: int, out_features: int, n: int, seed: i
 
 
 def mask_of(positions: Positions, in_features: int, out_features: int) -> Tensor:
-    """`(in, out)`, as the paper's W: how often an entry is chosen."""
+    """Return how often each entry is chosen, `(in, out)` like the paper's W."""
     mask = torch.zeros(in_features, out_features, dtype=torch.int64)
     for inputs, outputs in zip(positions.inputs.tolist(), positions.outputs.tolist(), strict=True):
         for i in inputs:
@@ -45,7 +45,7 @@ def layer_of(pattern: str, base: nn.Linear, mode: Literal["adapter", "in_place"]
     return DiabloLinear(copy.deepcopy(base), "default", config, positions=positions)
 
 
-# Which entries
+# Choice of entries
 
 
 @given(
@@ -67,7 +67,7 @@ def test_a_pattern_chooses_its_share_once_each_and_has_its_form(
     assert torch.equal(positions.inputs, positions.inputs.sort(1).values)
     assert torch.equal(positions.outputs, positions.outputs.sort(1).values)
 
-    cells = mask.view(n, d_in, n, d_out).sum((1, 3)) // (d_in * d_out)  # 1 where all of a block is chosen
+    cells = mask.view(n, d_in, n, d_out).sum((1, 3)) // (d_in * d_out)  # 1 where a whole block is chosen
     if pattern == "random_row":
         assert sorted(mask.sum(1).tolist()) == [0] * (in_features - d_in) + [out_features] * d_in
     elif pattern == "random_column":
@@ -99,7 +99,7 @@ def test_a_dense_update_holds_every_block_at_its_place() -> None:
 
 
 def test_numbers_are_drawn_alike() -> None:
-    """2000 draws of 2 of 10: each number 400 times on average, with a standard deviation of 18."""
+    """2000 draws of 2 out of 10: each number occurs 400 times on average, with a standard deviation of 18."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.cat([draw_distinct(10, 2, generator) for _ in range(2000)])  # few of many
     assert ((drawn.bincount(minlength=10) - 400).abs() < 5 * 18).all()
@@ -109,7 +109,7 @@ def test_numbers_are_drawn_alike() -> None:
 
 @every_pattern
 def test_a_draw_depends_on_the_seed_and_the_name_alone(pattern: str) -> None:
-    """On neither where nothing is drawn."""
+    """A pattern without random draws depends on neither."""
 
     def mask(seed: int, name: str) -> Tensor:
         return mask_of(places_of(pattern, 48, 32, 8, seed, name), 48, 32)
@@ -136,7 +136,7 @@ def test_patterns_are_different() -> None:
 def test_a_pattern_that_is_named_and_not_written_is_an_error(
     known_as_blocks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It trained the diagonal under another name."""
+    """Regression: it trained the diagonal under another name."""
     for module in (patterns, sparse):
         monkeypatch.setattr(module, "PATTERNS", (*PATTERNS, "spiral"))
         if known_as_blocks:
@@ -199,11 +199,11 @@ def test_a_density_is_exact_however_it_is_written(density: float | str) -> None:
     assert SparseConfig(density=1 / 3).fraction == Fraction(1, 3)
 
 
-# What they train
+# Training
 
 
 @every_pattern
-@pytest.mark.parametrize("n", [4, 32])  # the CPU takes single entries of the one from the dense gradient, not the other
+@pytest.mark.parametrize("n", [4, 32])  # on the CPU only one of them takes single entries from the dense gradient
 @pytest.mark.parametrize("mode", ["in_place", "adapter"])
 def test_gradients_and_steps_are_those_of_full_fine_tuning_at_the_chosen_entries(
     pattern: str, n: int, mode: Literal["adapter", "in_place"]
@@ -218,7 +218,7 @@ def test_gradients_and_steps_are_those_of_full_fine_tuning_at_the_chosen_entries
     mask = mask_of(positions, 96, 64).T
     original = full.weight.detach().clone()
     sgd = torch.optim.SGD(layer.diablo_blocks.parameters(), lr=0.1)
-    for _ in range(2):  # the second time with values that are not zero
+    for _ in range(2):  # the second time with non-zero values
         full.zero_grad()
         sgd.zero_grad()
         for module, inputs in ((full, x), (layer, layer_x)):
@@ -268,7 +268,7 @@ def test_dropout_drops_inputs_of_the_entries_only() -> None:
 
 
 def kept_sizes(layer: nn.Module, x: Tensor) -> list[int]:
-    """Elements of every tensor that a forward pass keeps for the backward pass, indices left out."""
+    """Return the sizes of tensors, except indices, that a forward pass keeps for the backward pass."""
     sizes: list[int] = []
 
     def keep(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The condition of the theory, measured in training runs: experiments/train/spectra.py."""
+"""The theory's condition, measured in training runs (experiments/train/spectra.py)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
 def test_against_the_definitions(
     tokens: int, blocks: int, width: int, rank: int, decay: int, dtype: torch.dtype, seed: int
 ) -> None:
-    """numpy's, of the same rounded matrix; the `rank` directions of X fall to 10^-decay of the first."""
+    """Against numpy on the same rounded matrix; the `rank` directions of X decay to 10^-decay of the first."""
     generator = np.random.default_rng(seed)
     factors = generator.normal(size=(tokens, rank)), generator.normal(size=(rank, blocks * width))
     rounded = torch.tensor(factors[0] * np.logspace(0, -decay, rank) @ factors[1]).to(dtype)
@@ -69,7 +69,7 @@ def test_against_the_definitions(
         energy = (own[: max(1, width // 4)] ** 2).sum() / (own**2).sum()
         assert found["block_energy"][number] == pytest.approx(energy)
         inside = part @ np.linalg.lstsq(part, x, rcond=TOLERANCE[dtype])[0]
-        condition = own[0] / own[own > TOLERANCE[dtype] * own[0]].min()  # what rounding in float64 is enlarged by
+        condition = own[0] / own[own > TOLERANCE[dtype] * own[0]].min()  # amplifies float64 rounding errors
         assert found["covered"][number] == pytest.approx((inside**2).sum() / squares.sum(), abs=1e-14 * condition)
         assert found["covered"][number] <= found["energy"] + 1e-9
 
@@ -106,7 +106,7 @@ def test_bf16_and_zeros() -> None:
 
 
 def step(measure: MeasureSpectra, model: torch.nn.Module, number: int, ids: torch.Tensor, mask: torch.Tensor) -> None:
-    """One optimizer step as Trainer tells its callbacks of it."""
+    """Make the callback calls of one optimizer step as Trainer does."""
     about: Any = (None, SimpleNamespace(global_step=number), None)
     measure.on_step_begin(*about)
     model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
@@ -114,7 +114,7 @@ def step(measure: MeasureSpectra, model: torch.nn.Module, number: int, ids: torc
 
 
 def test_what_is_measured_makes_the_gradient_of_the_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """g_Y^T X, over all tokens; padding is left out, where no gradient comes from."""
+    """g_Y^T X over all tokens; padding, which has no gradient, is left out."""
     seen: list[torch.Tensor] = []
 
     def keep(x: torch.Tensor, blocks: int) -> dict[str, Any]:
@@ -216,7 +216,7 @@ def test_the_figure_and_the_report_show_the_first_and_the_last_measurement(tmp_p
 
 @pytest.mark.slow
 def test_it_costs_less_than_a_twentieth_of_training(small: list[str]) -> None:
-    """At the interval and size of experiment=spectra_tiny, by the training's own clock."""
+    """At the interval and size of experiment=spectra_tiny, by the training's own timing."""
     run = planned(
         [
             *small,

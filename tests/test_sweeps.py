@@ -24,7 +24,7 @@ def frame_of(folder: Path) -> pd.DataFrame:
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """LoRA at four rates: two seeds, two seeds, one that diverged, one that was not trained. DiaBlo at one rate."""
+    """LoRA at four learning rates: two seeds, two seeds, one diverged, one not trained. DiaBlo at one rate."""
     for rate, seed, items in ((1e-3, 0, [1, 0]), (1e-3, 1, [0, 0]), (2e-3, 0, [1, 1]), (2e-3, 1, [1, 0])):
         write_run(tmp_path, "lora", learning_rate=rate, seed=seed, items=items)
     change(write_run(tmp_path, "lora", learning_rate=4e-3, items=[1, 1]) / "train.json", final_loss=float("nan"))
@@ -71,7 +71,7 @@ def test_held_out_loss_goes_before_accuracy_and_less_is_better(runs: Path) -> No
 
 
 def test_a_rate_that_was_chosen_is_marked_by_what_it_was_chosen_by(runs: Path) -> None:
-    """Also where the loss, or a benchmark, would have had another."""
+    """Also if the loss or a benchmark would have chosen another rate."""
     frame = frame_of(runs)
     chosen = [row["label"] == "lora-r7" and row["learning_rate"] == 1e-3 for row in records(frame)]
     frame = frame.assign(

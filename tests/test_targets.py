@@ -1,4 +1,4 @@
-"""What a config names must be in the model: every method of ours, PEFT's from `experiments`, real architectures."""
+"""Names in a config must exist in the model: all our methods, PEFT's in `experiments`, real architectures."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"target_modules": ["model.layers.0.self_attn.q_proj"], "layers_to_transform": [0]},
-        "no target is in layer 0, none has a number$",  # a complete name, which PEFT takes in any layer
+        "no target is in layer 0, none has a number$",  # a complete name, which PEFT matches in any layer
     ),
 ]
 
@@ -246,7 +246,7 @@ def test_the_names_that_experts_would_have() -> None:
         "qwen2_moe": qwen,
         "mixtral": {"w1", "w2", "w3", "gate_up_proj", "down_proj"},
     }
-    convolution = nn.Sequential(nn.Conv1d(2, 3, 4))  # a 3-D parameter that is no expert, as Mamba has
+    convolution = nn.Sequential(nn.Conv1d(2, 3, 4))  # a 3-D parameter that is not an expert, as in Mamba
     assert expert_names(convolution) == []
 
 

@@ -1,4 +1,4 @@
-"""Text is UTF-8 whatever the locale: said wherever text is read, written or piped, and tried under one that is not."""
+"""Text is UTF-8 in any locale: every call passes the encoding, and commands are run in a non-UTF-8 locale."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ OPENERS = {"open", "fdopen", "read_text", "write_text", "NamedTemporaryFile", "T
 
 
 def calls_without_encoding(source: str) -> Iterator[int]:
-    """The lines of calls that read, write or pipe text and leave its encoding to the locale.
+    """Yield the lines of calls that read, write or pipe text in the locale's encoding.
 
-    Ruff's PLW1514 sees those whose object it can tell to be a path.
+    Ruff's PLW1514 finds only calls on objects known to be paths.
     """
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         given = {keyword.arg: keyword.value for keyword in node.keywords}
-        if {"encoding", None} & given.keys():  # or arguments of which nothing is known
+        if {"encoding", None} & given.keys():  # or unknown keyword arguments
             continue
         constants = [value.value for value in [*node.args, *given.values()] if isinstance(value, ast.Constant)]
         modes = [text for text in constants if isinstance(text, str) and text and set(text) <= set("rwaxbt+")]
@@ -40,7 +40,7 @@ def calls_without_encoding(source: str) -> Iterator[int]:
         if ast.unparse(node.func) == "os.open":  # a descriptor
             continue
         if name in OPENERS and not any("b" in mode for mode in modes):
-            if name in ("NamedTemporaryFile", "TemporaryFile") and not modes:  # binary if nothing is said
+            if name in ("NamedTemporaryFile", "TemporaryFile") and not modes:  # binary by default
                 continue
             if name in ("read_text", "write_text") and len(node.args) > (name == "write_text"):
                 continue
@@ -91,7 +91,7 @@ def test_the_locale_of_this_test_is_not_utf_8() -> None:
 
 
 def test_planning_and_reporting_do_not_ask_the_locale(tmp_path: Path, cache_dir: Path) -> None:
-    """An experiment file, a prompt on the command line and a note beyond ASCII."""
+    """With non-ASCII text in an experiment file, in a prompt on the command line and in a note."""
     experiment = tmp_path / "experiment.yaml"
     experiment.write_text(
         f"title: Ünïcode · 表\ncommon: runtime.runs_dir={tmp_path / 'runs'}\n"

@@ -1,4 +1,4 @@
-"""Least squares with diagonal blocks: the statements of analysis/theory.py, each against numbers."""
+"""Least squares with diagonal blocks: each statement of analysis/theory.py is checked numerically."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def loss(problem: Problem, update: np.ndarray) -> float:
 
 @pytest.mark.parametrize("blocks", [2, 4, 8, 16])
 def test_the_boundary_is_where_the_rank_passes_the_block_width(blocks: int) -> None:
-    """m1 = 64: exact up to rank 64 / N, and not one rank further."""
+    """m1 = 64: exact up to rank 64 / N, and not at the next rank."""
     exact = []
     for rank in range(1, 64 // blocks + 4):
         problem = make_problem(96, 64, 48, rank, 48, seed=rank)
@@ -51,11 +51,11 @@ def test_block_ranks_by_hand() -> None:
 
 
 def test_the_losses_by_hand() -> None:
-    """X is the identity of four: all of W fits everything, blocks their own entries, rank one the largest direction."""
+    """X is the 4 × 4 identity: W fits everything, blocks fit their entries, rank one fits the largest direction."""
     residual = np.array([[3.0, 0, 0, 0], [0, 2, 0, 0], [0, 0, 1, 0], [5, 0, 0, 1]])
     problem = Problem(np.eye(4), residual)
     assert full_loss(problem) == pytest.approx(0)
-    assert diablo_loss(problem, 2) == pytest.approx(25)  # the 5 outside the blocks
+    assert diablo_loss(problem, 2) == pytest.approx(25)  # from the 5 outside the blocks
     assert lora_loss(Problem(np.eye(4), np.diag([3.0, 2, 1, 1])), 1) == pytest.approx(4 + 1 + 1)
 
 
@@ -66,7 +66,7 @@ def test_the_diablo_optimum_has_its_loss_and_its_form() -> None:
     mask = np.kron(np.eye(3), np.ones((8, 4)))
     assert not update[mask == 0].any()
     generator = np.random.default_rng(1)
-    for _ in range(20):  # convex: whatever else the blocks are, the loss is larger
+    for _ in range(20):  # convex: any other blocks have a larger loss
         assert loss(problem, update + 0.1 * mask * generator.normal(size=update.shape)) > diablo_loss(problem, 3)
 
 
@@ -90,16 +90,16 @@ def test_within_the_condition_lora_at_equal_budget_is_never_better() -> None:
 
 
 def test_outside_the_condition_lora_can_be_better() -> None:
-    """rank(X) = 64 > m1 / N = 8: the reason why the paper's claim needs its condition."""
+    """rank(X) = 64 > m1 / N = 8: the paper's claim needs its condition."""
     (row,) = sweep([64], [16], m=128, b=192)
     assert 0 < row["lora"] < row["diablo"]
     (low,) = sweep([64], [16], m=128, b=192, update_rank=2)
-    assert low["lora"] < row["lora"]  # and the more so, the lower the rank of what is to be learnt
+    assert low["lora"] < row["lora"]  # the more so, the lower the rank of the target
 
 
 @given(seed=st.integers(0, 10_000), rank=st.integers(1, 12))
 def test_stationary_for_the_blocks_is_stationary_for_all_of_w(seed: int, rank: int) -> None:
-    """Any loss: X_i^T g_i = 0 for every block makes X^T g_Y = 0 if rank(X_i) = rank(X), here rank ≤ 24 / 3 = 8."""
+    """For any loss, X_i^T g_i = 0 for every block implies X^T g_Y = 0 if rank(X_i) = rank(X), here ≤ 24 / 3 = 8."""
     generator = np.random.default_rng(seed)
     x = generator.normal(size=(30, rank)) @ generator.normal(size=(rank, 24))
     blocks = []
@@ -139,7 +139,7 @@ def test_lora_gradients_are_differences_of_the_loss() -> None:
         (of_a, along_a, lambda s: (a + s * along_a) @ b),
         (of_b, along_b, lambda s: a @ (b + s * along_b)),
     ):
-        slope = (loss(problem, at(step)) - loss(problem, at(-step))) / (4 * step)  # of half the loss
+        slope = (loss(problem, at(step)) - loss(problem, at(-step))) / (4 * step)  # the derivative of half the loss
         assert np.sum(gradient * along) == pytest.approx(slope, rel=1e-5)
 
 
@@ -167,7 +167,7 @@ def test_the_map_says_in_signs_what_the_losses_are() -> None:
             "D=",
             "D" if rows[2]["diablo"] < rows[2]["lora"] else "L",
         ]
-        assert np.asarray(axes.get_lines()[0].get_xdata()).tolist() == [1.5, 1.5]  # behind the second of three ranks
+        assert np.asarray(axes.get_lines()[0].get_xdata()).tolist() == [1.5, 1.5]  # after the second of three ranks
     assert [sign(0.1, 0), sign(0.1, 0.2), sign(0.2, 0.1)] == ["L=", "D", "L"]
 
 
@@ -178,7 +178,7 @@ def test_numpy_is_all_it_needs() -> None:
 
 @pytest.mark.parametrize("rank", [1, 4, 5, 9])
 def test_the_mirrored_condition_on_the_gradient_is_enough_too(rank: int) -> None:
-    """X_i^T g_Y_i = 0 for every block of 4 columns makes X^T g_Y vanish as long as rank(g_Y) ≤ 4, whatever X's rank."""
+    """X_i^T g_Y_i = 0 for every block of 4 columns implies X^T g_Y = 0 if rank(g_Y) ≤ 4, for any rank of X."""
     generator = np.random.default_rng(0)
     gradient = generator.normal(size=(40, rank)) @ generator.normal(size=(rank, 12))
     blocks = []

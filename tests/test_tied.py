@@ -1,4 +1,4 @@
-"""A weight that several modules share: an adapter on the output layer of a model whose embedding is the same tensor."""
+"""A shared weight: an adapter on the output layer of a model whose embedding is the same tensor."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def trained(model: Any, config: PeftConfig) -> PeftModel:
-    """The adapter attached, with random values in what it trains."""
+    """Return the model with the adapter attached and random values in the trained parameters."""
     attached: Any = get_peft_model(model, config).eval()
     nn.Module.to(attached, logits(model).dtype)
     generator = torch.Generator().manual_seed(1)
@@ -92,7 +92,7 @@ def test_our_tuners_untie_when_they_merge(name: str, tmp_path: Path) -> None:
 
 
 def test_a_merged_output_layer_is_w_plus_d_and_the_embedding_is_w() -> None:
-    """Against a dense sum in float64, layer by layer as PEFT's own callers merge."""
+    """Against a dense float64 sum, merged layer by layer as PEFT's own callers do."""
     model = trained(base(), DiabloConfig(num_blocks=4, target_modules=["lm_head"]))
     layer: Any = model.get_submodule("base_model.model.lm_head")
     blocks, original = layer.diablo_blocks["default"].detach(), base().lm_head.weight.detach()
@@ -143,7 +143,7 @@ def test_from_experiments_every_method_is_merged_and_saved_right(name: str, tmp_
     assert_merged(loaded, logits(loaded), tmp_path / "merged")
 
 
-# Starts that change the weight
+# Initialisations that change the weight
 
 STARTS: dict[str, PeftConfig] = {
     "milora": MiloraConfig(r=2, lora_alpha=2, **HEAD),
@@ -178,7 +178,7 @@ def test_it_is_found_when_planning(name: str) -> None:
 
 @pytest.mark.parametrize("name", STARTS)
 def test_on_an_untied_output_layer_such_a_start_is_saved_for_the_unchanged_weight(name: str, tmp_path: Path) -> None:
-    """PEFT writes the weights of adapted output layers beside the adapter: these would be the changed ones."""
+    """PEFT saves the weights of adapted output layers with the adapter, which would be the changed ones."""
     model: Any = get_peft_model(base(tied=False, dtype=torch.float32), STARTS[name])
     initial = initial_factors(model)
     with torch.no_grad():
@@ -196,7 +196,7 @@ def test_on_an_untied_output_layer_such_a_start_is_saved_for_the_unchanged_weigh
 
 
 def test_a_quantised_base_with_an_adapted_output_layer_is_merged_and_saved_right(tmp_path: Path) -> None:
-    """Its decoder layers are quantised, its output layer is not, and is tied."""
+    """The decoder layers are quantised; the output layer is tied and not quantised."""
 
     def fresh() -> PreTrainedModel:
         model = llama(tie_word_embeddings=True)
@@ -213,7 +213,7 @@ def test_a_quantised_base_with_an_adapted_output_layer_is_merged_and_saved_right
         torch.testing.assert_close(logits(loaded), expected, atol=1e-4, rtol=1e-4)
         assert loaded.config.tie_word_embeddings is False
     merged = merge_to_grid(trained(fresh(), LoraConfig(r=2, target_modules=["lm_head"]))).model
-    on_grid = logits(merged)  # the layers on the grid were not adapted: nothing is lost
+    on_grid = logits(merged)  # quantised layers were not adapted, so nothing is lost
     torch.testing.assert_close(on_grid, logits(trained(fresh(), LoraConfig(r=2, target_modules=["lm_head"]))))
     save_quantized(merged, tmp_path / "grid")
     torch.testing.assert_close(logits(load_quantized(tmp_path / "grid")), on_grid)

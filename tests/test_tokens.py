@@ -1,4 +1,4 @@
-"""Tokens in the cache equal what `encode` gives, whatever interrupts the writing; and batches of rows of one length."""
+"""Cached tokens equal the output of `encode` despite interrupted writes; batches of rows of similar length."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Fails = Callable[[Callable[[], object]], str]
 
 @pytest.fixture(scope="module")
 def rows() -> Rows:
-    """Three batches, the last one not full."""
+    """Return three batches of rows, the last one incomplete."""
     return load_rows(Data("arith", train=600, heldout=14, test=28, seed=0), "train", None)
 
 
@@ -49,12 +49,12 @@ def protocol() -> Protocol:
 
 
 def folders(cache: Path) -> list[Path]:
-    """All there is in the cache, unfinished ones too."""
+    """Return all folders in the cache, including unfinished ones."""
     return sorted((cache / "tokens").iterdir())
 
 
 class Killed(BaseException):
-    """Stands for the process being gone: nothing may catch it."""
+    """Simulates the death of the process: no code may catch it."""
 
 
 @pytest.mark.parametrize("train_on_prompt", [True, False])
@@ -95,7 +95,7 @@ def test_a_second_call_tokenises_nothing(
     monkeypatch.setattr(prompts, "encode", None)
     before = pa.total_allocated_bytes()
     second = tokenised(protocol, tokenizer, rows, tmp_path)
-    # The tokens, four bytes each, stay in the file; a length of four bytes a row does not.
+    # The tokens, four bytes each, stay on disk; the lengths, four bytes per row, do not.
     assert pa.total_allocated_bytes() - before < second.lengths.sum() < (folder / "tokens.arrow").stat().st_size / 4
     assert second[300] == first[300]
     assert folders(tmp_path) == [folder]
@@ -209,7 +209,7 @@ def test_two_processes_may_make_the_same_folder(
     encode, others = prompts.encode, []
 
     def overtaken(*arguments: Any) -> list[prompts.Example]:
-        if not others:  # another process begins later and is done first
+        if not others:  # another process starts later and finishes first
             others.append(None)
             others[0] = tokenised(protocol, tokenizer, rows, tmp_path)
         return encode(*arguments)
@@ -253,7 +253,7 @@ def sampler(
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[list[int], int, int]:
-    """Lengths of rows, a batch size, and a micro-batch size that divides it; up to several windows."""
+    """Draw row lengths (up to several windows), a batch size, and a micro-batch size that divides it."""
     micro = draw(st.sampled_from([1, 2, 4]))
     lengths = draw(st.lists(st.integers(1, 300), max_size=20)) * draw(st.integers(1, 40))
     return lengths, micro * draw(st.integers(1, 3)), micro
@@ -273,7 +273,7 @@ def test_grouping_keeps_an_epochs_rows(case: tuple[list[int], int, int], seed: i
     def padded(order: list[int]) -> int:
         return sum(max(lengths[row] for row in order[at : at + micro]) for at in range(0, len(order), micro))
 
-    assert padded(grouped) <= padded(plain)  # sorting cannot do worse, whatever the lengths
+    assert padded(grouped) <= padded(plain)  # sorting never pads more
 
 
 def test_without_grouping_the_order_is_a_plain_permutation() -> None:
@@ -310,7 +310,7 @@ def test_padding_is_what_its_definition_says() -> None:
 
 
 def test_two_processes_share_whole_micro_batches() -> None:
-    """As accelerate deals them out: each process the next one in turn, so that a step has the same rows."""
+    """As in accelerate: micro-batches are assigned to processes in turn, so that a step has the same rows."""
     lengths = list(range(1, 38))
     micro_batches = list(BatchSampler(sampler(lengths, 8, 2, grouped=True), 2, drop_last=False))
     shards = [
@@ -349,4 +349,4 @@ def test_the_benchmark_writes_what_it_prints(
 
 
 def test_the_benchmark_needs_a_batch(fails_with: Fails) -> None:
-    assert "--rows 3: at least 16" in fails_with(lambda: token_benchmark.main(["--rows", "3"]))
+    assert "--rows 3: give at least 16, one batch" in fails_with(lambda: token_benchmark.main(["--rows", "3"]))

@@ -1,4 +1,4 @@
-"""The vLLM back end beside transformers', on the CPU build of vLLM in an environment of its own."""
+"""The vLLM back end compared with transformers', on the CPU build of vLLM in a separate environment."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROBLEMS = 24
 
 @pytest.fixture
 def vllm_python() -> str:
-    """The interpreter of an environment with vLLM, or a skip."""
+    """Return the interpreter of an environment with vLLM; skip without it."""
     path = os.environ.get("DIABLO_VLLM_PYTHON")
     if not path or not Path(path).is_file():
         pytest.skip("vLLM is not installed: `make install-vllm`, and name .venv-vllm/bin/python in DIABLO_VLLM_PYTHON")
@@ -39,7 +39,7 @@ def score_on_vllm(python: str, run: RunPaths, *overrides: str) -> None:
 
 
 def evaluations(run: RunPaths) -> dict[tuple[str, str, int], tuple[list[str], EvalRecord]]:
-    """(back end, benchmark, samples per row) -> completions and record."""
+    """Map (back end, benchmark, samples per row) to completions and record."""
     found = {}
     for paths in run.evaluations():
         record = read_record(paths.score, EvalRecord)
@@ -52,13 +52,13 @@ def evaluations(run: RunPaths) -> dict[tuple[str, str, int], tuple[list[str], Ev
 def test_both_back_ends_write_the_same_answers(
     vllm_python: str, tmp_path: Path, cache_dir: Path, data_root: Path
 ) -> None:
-    """Greedy answers to GSM8K and MATH by the merged tiny model, asked by the metamath protocol; then sampled ones."""
+    """Greedy answers of the merged tiny model to GSM8K and MATH with the metamath protocol; then sampled ones."""
     arguments = [
         *(argument for argument in SMALL if not argument.startswith("task.")),
         *("task=metamathqa", "protocol=metamath", "task.data.source=gsm8k"),  # MetaMathQA itself is large
         *("method=diablo", "method.adapter.num_blocks=4", "recipe.learning_rate=1e-2", "recipe.max_steps=4"),
         *("protocol.max_length=256", "evaluation.generation.max_new_tokens=32", f"evaluation.limit={PROBLEMS}"),
-        # vLLM's attention on a CPU takes heads of 32, 64 …, and those of `tiny` are 24 wide.
+        # vLLM's CPU attention supports head sizes 32, 64 …, and those of `tiny` are 24.
         *("model.architecture.num_attention_heads=3", "model.architecture.num_key_value_heads=1"),
         *(f"runtime.data_root={data_root}", f"runtime.runs_dir={tmp_path}", f"runtime.cache_dir={cache_dir}"),
     ]
@@ -74,12 +74,12 @@ def test_both_back_ends_write_the_same_answers(
         theirs, their_record = found["vllm", benchmark, 1]
         assert len(ours) == len(theirs) == PROBLEMS
         assert any(ours)
-        # Float32 rounding differs between the two; a near tie may fall the other way, and all that follows with it.
+        # Float32 rounding differs between the two; a near tie may be decided differently, changing all later tokens.
         same = sum(one == other for one, other in zip(ours, theirs, strict=True))
         assert same >= PROBLEMS - 2, [pair for pair in zip(ours, theirs, strict=True) if pair[0] != pair[1]]
         assert their_record.data_hash == our_record.data_hash
         assert "vllm" in " ".join(their_record.environment)
     texts, _ = found["vllm", "gsm8k", 3]
     assert len(texts) == 12
-    assert any(len(set(texts[start : start + 3])) > 1 for start in range(0, 12, 3))  # a seed of its own for each sample
-    assert not list(run.root.glob(".merged-*"))  # the exported model is gone
+    assert any(len(set(texts[start : start + 3])) > 1 for start in range(0, 12, 3))  # each sample has its own seed
+    assert not list(run.root.glob(".merged-*"))  # the exported model is deleted

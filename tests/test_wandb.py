@@ -1,4 +1,4 @@
-"""What is mirrored in Weights & Biases, read back from the files of offline runs."""
+"""Data mirrored in Weights & Biases, read back from the files of offline runs."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from tests.analysis_runs import write_run
 from tests.conftest import planned
 from tests.test_run import train_until
 
-BLOCK, HEADER, LAST = 32768, 7, (1, 4)  # of LevelDB's log format: bytes; a whole record or its last part
+BLOCK, HEADER, LAST = 32768, 7, (1, 4)  # LevelDB's log: sizes in bytes; types of a full record and a last part
 
 
 def records_of(folder: Path) -> Iterator[Any]:
-    """The protobuf records of one offline run."""
-    from wandb.proto import wandb_internal_pb2  # made of .proto files: its classes are not seen by a type checker
+    """Yield the protobuf records of one offline run."""
+    from wandb.proto import wandb_internal_pb2  # generated from .proto files: type checkers do not see its classes
 
     (path,) = folder.glob("*.wandb")
     data, place, parts = path.read_bytes(), HEADER, b""
     assert data[:4] == b":W&B"
     while place + HEADER <= len(data):
-        if BLOCK - place % BLOCK < HEADER:  # what is left of a block is too short for a header
+        if BLOCK - place % BLOCK < HEADER:  # the rest of the block is too short for a header
             place += BLOCK - place % BLOCK
         _, length, kind = struct.unpack("<IHB", data[place : place + HEADER])
         parts += data[place + HEADER : place + HEADER + length]
@@ -41,13 +41,13 @@ def records_of(folder: Path) -> Iterator[Any]:
 
 
 def history_of(folder: Path) -> list[dict[str, Any]]:
-    """What was logged, a dictionary for each call."""
+    """Return the logged data, one dictionary per call."""
     rows = [record.history.item for record in records_of(folder) if record.HasField("history")]
     return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row} for row in rows]
 
 
 def id_of(folder: Path) -> str:
-    """wandb writes by a process of its own, which on a busy machine may be behind."""
+    """Return the run's id, waiting for wandb's separate writer process, which may be late on a busy machine."""
     for _ in range(300):
         found = [record.run.run_id for record in records_of(folder) if record.HasField("run")]
         if found:

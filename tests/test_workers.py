@@ -1,6 +1,6 @@
-"""`python -m experiments.reproduce EXPERIMENT --workers N`: several runs at a time, in processes of their own.
+"""`python -m experiments.reproduce EXPERIMENT --workers N`: several runs at a time, in separate processes.
 
-How long a run takes and in which order runs are begun: tests/test_jobs.py.
+tests/test_jobs.py tests durations and the order of runs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.test_preemption import ROOT, after, content
 
 @pytest.mark.slow
 def test_runs_beside_each_other_end_as_those_in_one_process(tmp_path: Path, cache_dir: Path) -> None:
-    """Stopped once in the middle; then one fails and the others do not mind."""
+    """Stopped once in the middle; then one fails without affecting the others."""
     overrides = [*SMALL, "seed=0", "method=diablo", "recipe.epochs=4", f"runtime.cache_dir={cache_dir}"]
     here = f"runtime.runs_dir={tmp_path / 'runs'}"
     runs = write_runs(plan(["experiment=quickstart", *overrides, here]))

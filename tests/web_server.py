@@ -1,4 +1,4 @@
-"""A web server on the loopback interface that a test tells how to answer."""
+"""A web server on the loopback interface whose answers are set by a test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 
 
 class Server:
-    """`asked` are the requests so far: method and path; `ranges` the parts of a file that they asked for."""
+    """`asked` lists the requests so far (method and path), `ranges` their Range headers."""
 
     def __init__(self, url: str) -> None:
         self.url, self.asked, self.ranges = url, list[tuple[str, str]](), list[str | None]()
@@ -23,16 +23,16 @@ class Server:
 
 @contextmanager
 def serving(answer: Answer) -> Iterator[Server]:
-    """`answer` is called for every request, in a thread of its own."""
+    """Run a server that calls `answer` for every request, each in its own thread."""
     found: list[Server] = []
 
     class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.0"  # the connection ends with the answer
+        protocol_version = "HTTP/1.0"  # the connection closes after the answer
 
         def do_GET(self) -> None:
             found[0].asked.append((self.command, self.path))
             found[0].ranges.append(self.headers["Range"])
-            with contextlib.suppress(ConnectionError):  # who asked did not wait
+            with contextlib.suppress(ConnectionError):  # the client did not wait
                 answer(self)
 
         do_HEAD = do_GET
@@ -53,7 +53,7 @@ def serving(answer: Answer) -> Iterator[Server]:
 
 
 def status(code: int) -> Answer:
-    """An empty answer of one status."""
+    """Return an empty answer with this status."""
 
     def send(request: BaseHTTPRequestHandler) -> None:
         request.send_response(code)
@@ -71,14 +71,14 @@ def file(
     ranges: bool = True,
     length: bool = True,
 ) -> Answer:
-    """A file, or from where a request asks for it.
+    """Return an answer that sends a file, or the requested range of it.
 
     Args:
-        cuts: the first answers end after so many bytes each, the later ones are whole.
-        silent: seconds without a byte before an answer that is cut ends.
+        cuts: number of bytes after which the first answers are cut, one each; later answers are complete.
+        silent: seconds of silence before a cut answer's connection closes.
         every: seconds between two bytes.
-        ranges: False ignores what part is asked for.
-        length: False does not tell how long the answer is.
+        ranges: False ignores Range headers.
+        length: False omits the Content-Length header.
     """
     left = itertools.chain(cuts, itertools.repeat(None))
 
@@ -105,5 +105,5 @@ def file(
 
 
 def silent(seconds: float) -> Answer:
-    """Nothing at all, and then the connection ends."""
+    """Return an answer that sends nothing for `seconds` and then closes the connection."""
     return lambda request: time.sleep(seconds)
