@@ -46,8 +46,8 @@ def begin(paths: EvalPaths, plan: Config) -> None:
         for key in plan:
             if found.get(key) != plan[key]:
                 raise UserError(
-                    f"{paths.plan}: was begun with another {key}: give that one, or delete the folder {paths.root} to "
-                    f"generate anew"
+                    f"{paths.plan}: was started with another {key}: give that one, or delete the folder {paths.root} "
+                    "to generate again"
                 )
     else:
         write_atomically(paths.plan, json.dumps(plan) + "\n")

@@ -222,7 +222,7 @@ def test_a_generation_goes_on_as_it_was_begun(
             stop_after(chunks, patch)
             with pytest.raises(Killed):
                 evaluate(run, [f"evaluation.batch_size={4 + chunks}"])
-    assert "was begun with another batch_size" in fails_with(lambda: evaluate(run, ["evaluation.batch_size=6"]))
+    assert "was started with another batch_size" in fails_with(lambda: evaluate(run, ["evaluation.batch_size=6"]))
     (record,) = evaluate(run, ["evaluation.batch_size=5"])
     assert record.batch_size == 5
 

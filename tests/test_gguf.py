@@ -191,7 +191,7 @@ def test_tokenizers_that_do_not_fit(tmp_path: Path, fails_with: Fails) -> None:
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "no_eos")
     said = fails_with(lambda: load_tokenizer(replace(MODEL, path=str(tmp_path / "no_eos")), tmp_path / "no_eos"))
-    assert said.startswith("model m: its tokenizer names no end-of-sequence token")
+    assert said.startswith("model m: its tokenizer has no end-of-sequence token")
     small = {**ARCHITECTURE, "vocab_size": 700}
     AutoModelForCausalLM.from_config(build_config(small)).save_pretrained(tmp_path / "small")
     make_tokenizer(720, 0).save_pretrained(tmp_path / "small")
@@ -210,4 +210,4 @@ def test_lengths_of_older_and_nested_configs(fails_with: Fails) -> None:
 
     assert context_length(GPT2Config(n_positions=77)) == 77
     assert context_length(Gemma3Config(text_config={"max_position_embeddings": 99})) == 99
-    assert fails_with(lambda: context_length(BloomConfig())).startswith("model of type bloom: its config states no")
+    assert fails_with(lambda: context_length(BloomConfig())).startswith("model of type bloom: its config has no")

@@ -324,7 +324,7 @@ def test_any_text_is_a_benchmark(copied: RunPaths, tmp_path: Path, fails_with: F
     ("override", "message"),
     [
         ("evaluation.limit=0", "evaluation.limit=0: it must be a whole number of at least 1"),
-        ("evaluation.limit={number: 3}", "of which evaluation.limit says nothing"),
+        ("evaluation.limit={number: 3}", "for which evaluation.limit has no value"),
         ("evaluation.benchmarks=[arith_nl]", "did you mean arith_nll"),
     ],
 )

@@ -172,15 +172,15 @@ def test_an_interrupted_quantisation_goes_on_and_gives_the_same(
 def test_a_folder_begun_with_other_settings_is_refused_and_kept(tmp_path: Path) -> None:
     quantized("rtn", tmp_path, 3)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"begun with bits=3, now bits=2.*kept"):
+    with pytest.raises(ValueError, match=r"started with bits=3, now bits=2.*kept"):
         quantized("rtn", tmp_path, 2)
-    with pytest.raises(ValueError, match=r"begun with method=rtn, now method=nf"):
+    with pytest.raises(ValueError, match=r"started with method=rtn, now method=nf"):
         quantized("nf", tmp_path, 3)
     other = llama()
     other.lm_head.weight.data += 1
-    with pytest.raises(ValueError, match=r"begun with base=\w+, this has base="):
+    with pytest.raises(ValueError, match=r"started with base=\w+, this has base="):
         quantize_model(other, settings_of("rtn"), tmp_path, tokens(), progress=False)
-    with pytest.raises(ValueError, match=r"begun with calibration=\w+, this has calibration="):
+    with pytest.raises(ValueError, match=r"started with calibration=\w+, this has calibration="):
         quantize_model(llama(), settings_of("rtn"), tmp_path, tokens(4), progress=False)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 

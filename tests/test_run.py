@@ -81,7 +81,7 @@ def test_the_number_of_blocks_can_be_left_to_a_budget(small: list[str], fails_wi
     automatic = [*small, "method=diablo", "method.adapter.num_blocks=auto", "recipe.max_steps=1"]
     record = train(planned([*automatic, "method.budget=0.2"]))
     assert 0.1 * record.base_parameters < record.trainable_parameters <= 0.2 * record.base_parameters
-    message = "method.adapter.num_blocks=auto and method.budget=… (such as 0.005) belong together: give both"
+    message = "method.adapter.num_blocks=auto and method.budget=… (e.g. 0.005) belong together: give both"
     assert message in fails_with(lambda: train(planned(automatic)))
     assert message in fails_with(lambda: train(planned([*small, "method=diablo", "method.budget=0.07"])))
 

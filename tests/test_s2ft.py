@@ -194,7 +194,8 @@ def test_a_config_that_cannot_be_is_refused(fields: dict[str, Any], message: str
 
 
 def test_a_share_that_is_no_channel_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"down_proj: the share 0\.01 of 96 neurons of down_proj is none: raise it"):
+    message = r"down_proj: the share 0\.01 of 96 neurons of down_proj rounds to zero: raise it"
+    with pytest.raises(ValueError, match=message):
         attach(down_ratio=0.01)
-    with pytest.raises(ValueError, match=r"the share 0\.2 of 4 heads of v_proj is none"):
+    with pytest.raises(ValueError, match=r"the share 0\.2 of 4 heads of v_proj rounds to zero"):
         attach(down_ratio=0.0, v_ratio=0.2)

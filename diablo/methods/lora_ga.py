@@ -49,7 +49,7 @@ def estimate_gradients(
     for name, layer in layers.items():
         weight: Any = layer.weight
         if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
-            raise ValueError(f"{name} is quantised: LoRA-GA needs gradients of its weights, which it has none of")
+            raise ValueError(f"{name} is quantised: LoRA-GA needs gradients, which quantised weights lack")
         shape = tuple(weight.shape)
         if 2 * config.r > min(shape):
             raise ValueError(f"{name}: LoRA-GA takes 2 r = {2 * config.r} triplets of a {shape} gradient")

@@ -94,7 +94,7 @@ class S2ftModel(DiabloModel):
         total, ratio = sum(numbers.values()), config.ratio(projection)
         if not int(ratio * total):
             kind = "heads" if CHANNELS[projection].are_heads else "neurons"
-            raise ValueError(f"the share {ratio} of {total} {kind} of {projection} is none: raise it")
+            raise ValueError(f"the share {ratio} of {total} {kind} of {projection} rounds to zero: raise it")
         drawn = draw_distinct(total, int(ratio * total), generator_for(config.seed, projection))
         chosen, start = {}, 0
         for name, number in numbers.items():

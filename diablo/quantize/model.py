@@ -48,7 +48,7 @@ def quantize_model(
 
     Raises:
         ValueError: the calibration set is empty, activations are not finite (the message names the layer), a group size
-            does not divide, a target module is missing, or the folder was begun with other settings. Finished layers
+            does not divide, a target module is missing, or the folder was started with other settings. Finished layers
             are kept.
     """
     prefix, layers = storage.decoder_layers(model)
@@ -176,7 +176,7 @@ def _errors(weight: Tensor, quantized: QuantizedWeight, gram: Tensor | None) -> 
 
 
 def _begin(folder: Path, settings: QuantizationSettings, model: PreTrainedModel, calibration: Tensor | None) -> None:
-    """Write everything the result depends on, or compare it with what the folder was begun with."""
+    """Write everything the result depends on, or compare it with what the folder was started with."""
     wanted = {
         **asdict(settings),
         "base": storage.tensors_hash(model.state_dict()),
@@ -189,7 +189,7 @@ def _begin(folder: Path, settings: QuantizationSettings, model: PreTrainedModel,
     for key, value in wanted.items():
         if begun.get(key) != value:
             raise ValueError(
-                f"{folder}: begun with {key}={begun.get(key)}, now {key}={value}: use another folder; "
+                f"{folder}: started with {key}={begun.get(key)}, now {key}={value}: use another folder; "
                 "the finished layers are kept"
             )
 
