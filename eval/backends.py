@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -122,7 +122,7 @@ def plain_generation(model: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 @contextmanager
-def language_model(config: RunConfig, run: RunPaths, scored: Scored) -> Iterator[Any]:
+def language_model(config: RunConfig, run: RunPaths, scored: Scored) -> Generator[Any, None, None]:
     """The model behind lm-eval's interface, by the run's `evaluation.backend`."""
     import torch
 

@@ -7,7 +7,7 @@ may take for ever (9^{9^{9^9}}): `eval.comparisons` limits them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -249,7 +249,7 @@ def _verified(text: str, gold: str) -> bool:
 
 
 @contextmanager
-def _failures_ignored() -> Iterator[None]:
+def _failures_ignored() -> Generator[None, None, None]:
     """What these libraries cannot do with a text is no error, unless memory ran out."""
     try:
         yield

@@ -18,7 +18,7 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -272,7 +272,7 @@ def _absolute(runs_dir: Path, config: RunConfig) -> RunPaths:
 
 
 @contextlib.contextmanager
-def _submitter_lock(runs_dir: Path) -> Iterator[None]:
+def _submitter_lock(runs_dir: Path) -> Generator[None, None, None]:
     """One submitter per folder of runs. The system lets go of it when its holder ends, however it ends."""
     path = submissions(runs_dir) / "lock"
     path.parent.mkdir(parents=True, exist_ok=True)

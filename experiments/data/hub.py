@@ -12,7 +12,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,7 +84,7 @@ def within(seconds: float, ask: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def offline() -> Iterator[None]:
+def offline() -> Generator[None, None, None]:
     """Take what is in the libraries' cache and ask nobody, as whoever only plans does."""
     from huggingface_hub import constants
 

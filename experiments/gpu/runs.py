@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -89,7 +89,7 @@ def small_model(options: argparse.Namespace) -> list[str]:
 
 
 @contextmanager
-def _scratch_run(options: argparse.Namespace, *settings: str) -> Iterator[RunPaths]:
+def _scratch_run(options: argparse.Namespace, *settings: str) -> Generator[RunPaths, None, None]:
     """A planned run that is gone afterwards."""
     with tempfile.TemporaryDirectory(dir=options.out / "tmp", ignore_cleanup_errors=True) as folder:
         where = [f"runtime.device={options.device}", f"runtime.runs_dir={folder}"]

@@ -7,7 +7,7 @@ files, the settings, the calibration tokens and the code of diablo/quantize.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -230,7 +230,7 @@ def _files(config: RunConfig) -> Any:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(folder: Path) -> Generator[None, None, None]:
     """Hold the folder's lock, as a run's; a process that is at work there is waited for."""
     from experiments.runs.attempts import Heartbeat
     from experiments.runs.lock import locked

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -174,7 +174,7 @@ def _drop(parameter: Tensor) -> None:
 
 
 @contextmanager
-def _entering(head: nn.Module) -> Iterator[list[Tensor]]:
+def _entering(head: nn.Module) -> Generator[list[Tensor], None, None]:
     """What enters the output layer, which is given nothing to do: experiments/train/loss.py computes it in chunks."""
     hidden: list[Tensor] = []
 

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -88,7 +88,7 @@ class Heartbeat:
 
 
 @contextmanager
-def attempt(run: RunPaths, stage: str, wait_for_holder: bool = False) -> Iterator[Heartbeat]:
+def attempt(run: RunPaths, stage: str, wait_for_holder: bool = False) -> Generator[Heartbeat, None, None]:
     """The body is an attempt at a stage. Asked to stop by a signal, it ends with `Preempted` and leaves a marker.
 
     Of several processes the first alone writes; loading is not interrupted there, for the others would wait for ever.
@@ -125,7 +125,7 @@ def attempt(run: RunPaths, stage: str, wait_for_holder: bool = False) -> Iterato
 
 
 @contextmanager
-def _memory_errors_explained(run: RunPaths, stage: str) -> Iterator[None]:
+def _memory_errors_explained(run: RunPaths, stage: str) -> Generator[None, None, None]:
     """Out of memory becomes one line that names what to change, and what the stage held is free for the next one."""
     try:
         yield
@@ -139,7 +139,7 @@ def _memory_errors_explained(run: RunPaths, stage: str) -> Iterator[None]:
 
 
 @contextmanager
-def _recorded(run: RunPaths, heart: Heartbeat) -> Iterator[None]:
+def _recorded(run: RunPaths, heart: Heartbeat) -> Generator[None, None, None]:
     """Append the attempt to `attempts.json`, and say at its end how it went."""
     entry: dict[str, Any] = {**heart.who, "started": time.time(), "ended": None, "how": None, "error": None}
     attempts = [*_read_attempts(run), entry]

@@ -14,7 +14,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def identity() -> Holder:
 
 
 @contextmanager
-def locked(run: RunPaths, patience: float | None = None, wait_for_holder: bool = False) -> Iterator[str]:
+def locked(run: RunPaths, patience: float | None = None, wait_for_holder: bool = False) -> Generator[str, None, None]:
     """Hold the run's lock, and give its text. Waits for a holder that shows no life, refuses beside one that does.
 
     `wait_for_holder`: wait for that one too, until it has ended.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,7 +48,7 @@ def raise_immediately(raises: bool) -> None:
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
+def deferred() -> Generator[None, None, None]:
     """What is begun is finished; signals are raised before and after it."""
     raise_immediately(True)
     _Request.raises = False
@@ -57,7 +57,7 @@ def deferred() -> Iterator[None]:
 
 
 @contextmanager
-def listening() -> Iterator[None]:
+def listening() -> Generator[None, None, None]:
     """Listen, and leave the handlers as they were: a command that listens all along goes on doing so."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     listen()

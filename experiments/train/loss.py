@@ -8,7 +8,7 @@ logits are kept, and none are computed twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -129,7 +129,7 @@ class TargetForward:
         return Targets(hidden[0], labels, self.head, self.vocabulary)
 
     @contextmanager
-    def _collected(self) -> Iterator[list[Tensor]]:
+    def _collected(self) -> Generator[list[Tensor], None, None]:
         """What enters the output layer, which itself is given nothing to do."""
         hidden: list[Tensor] = []
 

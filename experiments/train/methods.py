@@ -12,7 +12,7 @@ import importlib
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from operator import attrgetter
 from pathlib import Path
@@ -138,7 +138,7 @@ def _prepared(
 
 
 @contextmanager
-def _deterministic() -> Iterator[None]:
+def _deterministic() -> Generator[None, None, None]:
     """On a GPU some backward passes add in an order that changes; a run that goes on must find the same start again."""
     import torch
 

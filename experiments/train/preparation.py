@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -74,7 +74,7 @@ class Backward:
             (loss * self._share).backward()  # gradients are averaged over the processes
 
     @contextmanager
-    def _sharded_copy(self, processes: int) -> Iterator[Any]:
+    def _sharded_copy(self, processes: int) -> Generator[Any, None, None]:
         """A copy of the model that trains in full, in float32, with a part on each process; calls go to it meanwhile.
 
         The model itself is on the CPU afterwards.

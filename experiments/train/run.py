@@ -12,7 +12,7 @@ import os
 import shutil
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -276,7 +276,7 @@ def _fit(
 
 
 @contextmanager
-def _wandb(config: RunConfig, run: RunPaths, main_process: bool) -> Iterator[None]:
+def _wandb(config: RunConfig, run: RunPaths, main_process: bool) -> Generator[None, None, None]:
     """One wandb run per run id, resumed when the training is; Trainer's callback finds it and logs into it."""
     if config.runtime.wandb == "off" or not main_process:
         yield
