@@ -340,7 +340,7 @@ class RunConfig:
     runtime: Runtime
     quantization: Quantization | None = None
     spectra: Spectra | None = None
-    mapping: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    mapping: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False, compare=False)
 
 
 # Fields of the open mappings, by dotted name: of PEFT's config classes, of `prepare` and of `quantization.options`.

@@ -171,7 +171,7 @@ def show(
 
     Gives the number of settings that cannot.
     """
-    from experiments.plan.overview import memory_table, settings
+    from experiments.plan.overview import Column, memory_table, settings
 
     refused = _refused([*(config for config, _ in todo), *following], cluster)
     kept = [
@@ -187,7 +187,7 @@ def show(
         return f"{'≤ ' if limited else ''}{sum(_hours(run, cluster, selection) for run in runs):,.0f}"
 
     if settings(configs):
-        gpus = [("GPU-h", lambda config, count: hours([config] * count))]
+        gpus: list[Column] = [("GPU-h", lambda config, count: hours([config] * count))]
         print(*memory_table(configs, lambda config: cluster.resources(config).gpus, gpus), sep="\n")
     for line in unknown:
         print(f"unknown: {line}; ≤ is the time limit" if line.startswith("GPU-hours") else f"unknown: {line}")

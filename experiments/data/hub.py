@@ -106,6 +106,6 @@ def _set_offline(value: bool) -> None:
     os.environ["HF_HUB_OFFLINE"] = str(int(value))
     constants.HF_HUB_OFFLINE = value
     if "datasets" in sys.modules:
-        from datasets import config
+        from datasets import config  # pyright: ignore[reportMissingTypeStubs]
 
         config.HF_HUB_OFFLINE = value

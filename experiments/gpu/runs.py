@@ -82,7 +82,7 @@ def small_model(options: argparse.Namespace) -> list[str]:
         with contextlib.suppress(OSError, UserError, ValueError):
             path = base_path(config)
             load_tokenizer(config.model, path)
-            AutoConfig.from_pretrained(path, revision=config.model.revision)
+            AutoConfig.from_pretrained(path, revision=config.model.revision)  # pyright: ignore[reportUnknownMemberType]
             return [f"model={REAL_MODEL}"]
     dtype = ["model.dtype=bfloat16"] if options.device != "cpu" else []
     return ["model=tiny", "model.pretraining.steps=50", *dtype]
@@ -179,7 +179,7 @@ def _train_and_kill(run: RunPaths) -> None:
 
 def different_bits(left: Path, right: Path) -> dict[str, int]:
     """How many bits of each tensor differ between two safetensors files; those that agree are left out."""
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
     tensors, others = load_file(left), load_file(right)
     if tensors.keys() != others.keys():
@@ -215,7 +215,7 @@ def _queue(options: argparse.Namespace) -> Config:
     if options.results is not None:
         take_in(jobs.configs, options.results)
     execute(str(options.queue), jobs, options.workers)
-    result = {
+    result: Config = {
         "runs": [{"run_id": run_id, "scored": scored, "seconds": round(s, 1)} for (run_id, scored), s in jobs.times()],
         "failed": [f"{run_id}: {error}" for (run_id, _), error in jobs.failed.items()],
         "left_out": len(jobs.left_out),

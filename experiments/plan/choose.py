@@ -45,12 +45,16 @@ class Tried:
 class Stages:
     """The runs of an experiment, as far as they can be told by what is finished."""
 
-    first: list[RunConfig] = field(default_factory=list)  # only trained; none where nothing is chosen
-    final: list[RunConfig] = field(default_factory=list)  # trained and scored
-    undecided: list[str] = field(default_factory=list)  # groups without a choice: the runs they wait for, a line each
-    to_come: list[RunConfig] = field(default_factory=list)  # their second stage, with a learning rate that stands in
+    first: list[RunConfig] = field(default_factory=list[RunConfig])  # only trained; none where nothing is chosen
+    final: list[RunConfig] = field(default_factory=list[RunConfig])  # trained and scored
+    undecided: list[str] = field(
+        default_factory=list[str]
+    )  # groups without a choice: the runs they wait for, a line each
+    to_come: list[RunConfig] = field(
+        default_factory=list[RunConfig]
+    )  # their second stage, with a learning rate that stands in
     by: str | None = None  # a key of `RULES`
-    tried: list[Tried] = field(default_factory=list)
+    tried: list[Tried] = field(default_factory=list[Tried])
 
     def known(self) -> list[RunConfig]:
         """The runs of both stages that can be named by now, each once."""

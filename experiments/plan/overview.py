@@ -95,7 +95,7 @@ def dry_run(arguments: Sequence[str], selection: Selection) -> None:
 
 def off_by(configs: Sequence[RunConfig]) -> list[str]:
     """How far off the estimates are: of every setting whose peak was measured, else of the runs on record."""
-    lines = []
+    lines: list[str] = []
     for config, _ in settings(configs):
         for where, count, peak, trained in _measured(config, configs):
             guess = estimate(trained, count).peak

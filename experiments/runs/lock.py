@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.errors import Preempted, UserError
+from experiments.rules import Value
 from experiments.runs import preemption
 from experiments.runs.commands import answer
 from experiments.runs.records import RunPaths
@@ -161,7 +162,7 @@ def _read(path: Path) -> str:
 def _read_json(text: str) -> dict[str, Any]:
     """A JSON object, {} where a text is not one (a lock is empty while it is being written)."""
     try:
-        content = json.loads(text)
+        content: Value = json.loads(text)
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}

@@ -76,7 +76,7 @@ def agreed(device: Any) -> bool:
 
     if torch.distributed.is_initialized():
         number = torch.tensor(_Request.signal, device=device)
-        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)  # pyright: ignore[reportUnknownMemberType]
         _Request.signal = int(number)
     return bool(_Request.signal)
 

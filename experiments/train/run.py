@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """The training of one run: start (base model and rows), attach (adapter), fit (Trainer), save, record.
 
 The run directory's config decides everything. A finished run is left as it is; an interrupted one goes on from its last
@@ -74,7 +75,7 @@ class Start:
     @property
     def shards(self) -> int:
         """The number of processes that each hold a part of the model; 1 if each holds all of it."""
-        return self.arguments.world_size if sharding_of(self.config) == "full" else 1
+        return cast(int, self.arguments.world_size) if sharding_of(self.config) == "full" else 1
 
     @property
     def collate(self) -> Any:
@@ -98,8 +99,8 @@ class Fitted:
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    tensors: list[str] = field(default_factory=list)
-    resumed_at: list[int] = field(default_factory=list)
+    tensors: list[str] = field(default_factory=list[str])
+    resumed_at: list[int] = field(default_factory=list[int])
     held_out: dict[str, Any] | None = None
 
 
@@ -254,7 +255,7 @@ def _fit(
     preemption.raise_immediately(False)  # from here on the steps look, and what follows the last one is short
     if preemption.agreed(arguments.device):
         raise Preempted
-    with _wandb(config, run, arguments.should_save):
+    with _wandb(config, run, cast(bool, arguments.should_save)):
         trainer.resume()
     if trainer.state.global_step < trainer.state.max_steps:
         wait_for_everyone()
@@ -330,7 +331,7 @@ def _record(run: RunPaths, start: Start, attached: Attached, fitted: Fitted) -> 
         resumed_at=fitted.resumed_at,
         tensors=fitted.tensors,
         forward_modes=methods.forward_modes(attached.model),
-        world_size=start.arguments.world_size,
+        world_size=cast(int, start.arguments.world_size),
         sharding=sharding_of(start.config),
         environment=environment(device),
         base=start.base_name,
