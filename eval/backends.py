@@ -1,7 +1,9 @@
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 """The model that is scored: the base with what was trained on it, checked, and as lm-eval drives it."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 import warnings
@@ -166,8 +168,7 @@ def hf(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, bos: boo
         def _model_generate(self, context: Any, max_length: int, stop: list[str], **settings: Any) -> Any:
             if settings.get("num_beams", 1) > 1 or all(text == tokenizer.eos_token for text in stop):
                 stop = []
-            ask = super()._model_generate  # pyright: ignore[reportAttributeAccessIssue]
-            return ask(context, max_length, stop, **settings)
+            return cast(Any, super())._model_generate(context, max_length, stop, **settings)
 
     kind: Any = Transformers  # lm-eval's registry hides the class's signature
     return kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=context)
@@ -205,7 +206,7 @@ def vllm(
 def _vllm_class() -> type:
     """lm-eval's class; it asks for the version of a distribution named vllm, which the CPU build is not."""
     try:
-        import vllm as engine  # pyright: ignore[reportMissingImports]  # noqa: F401
+        importlib.import_module("vllm")
     except ImportError as error:
         raise UserError(
             f"evaluation.backend=vllm: vLLM is not installed here ({error}): install vllm==0.32.0, without a GPU "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from eval.parsers import final_answer_expression, metamath_expression
 
@@ -209,21 +209,22 @@ def _same_parts(prediction: str, gold: str) -> bool:
 
 def _symbols_agree(prediction: str, gold: str) -> bool:
     """Equal to sympy, or the same value within 1e-3."""
-    from sympy import N, simplify
+    import sympy  # pyright: ignore[reportMissingTypeStubs]
 
     from eval.latex import parse_latex
 
     left: Any = None
     right: Any = None
+    library = cast(Any, sympy)
     with _failures_ignored():  # no LaTeX; its grammar raises many kinds
         left, right = parse_latex(prediction), parse_latex(gold)
     if right is None:
         return False
     with _failures_ignored():  # an equation has no difference
-        if simplify(left - right) == 0:
+        if library.simplify(left - right) == 0:
             return True
     with _failures_ignored():  # a symbol has no value
-        return math.isclose(N(left), N(right), rel_tol=1e-3)
+        return math.isclose(library.N(left), library.N(right), rel_tol=1e-3)
     return False
 
 
@@ -241,10 +242,13 @@ def math_verify_equal(text: str, gold: str) -> bool:
 
 
 def _verified(text: str, gold: str) -> bool:
-    from math_verify import parse, verify
+    import math_verify  # pyright: ignore[reportMissingTypeStubs]
+
+    library = cast(Any, math_verify)
 
     with _failures_ignored():  # without the library's own time limits, which are signals
-        return verify(parse(gold, parsing_timeout=0), parse(text, parsing_timeout=0), timeout_seconds=0)
+        parsed = (library.parse(part, parsing_timeout=0) for part in (gold, text))
+        return library.verify(*parsed, timeout_seconds=0)
     return False
 
 

@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """Fold what a run trained into a model that stands alone.
 
     python -m experiments.merge runs/<run_id> --out model

@@ -17,8 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute  # pyright: ignore[reportMissingTypeStubs]
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
+pa = cast(Any, pyarrow)  # it has no annotations
 TOKENS, MANIFEST = "tokens.arrow", "manifest.json"
 BATCH = 256  # rows tokenised at once, by all threads of the tokenizer; larger batches are not faster
 SCHEMA = pa.schema(
@@ -54,7 +54,7 @@ class Examples(Dataset[Example]):
     def __init__(self, path: Path) -> None:
         # The operating system reads the parts that are asked for, and drops them when memory is short.
         self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        self.lengths: np.ndarray = pc.call_function("list_value_length", [self.table["input_ids"]]).to_numpy()
+        self.lengths: np.ndarray = pa.compute.call_function("list_value_length", [self.table["input_ids"]]).to_numpy()
         self.truncated = int(self.table["truncated"].to_numpy().sum())
         ignored = self.table["ignored"].to_numpy().clip(min=1)  # nothing predicts the first token
         self.unlabelled = int((ignored >= self.lengths).sum())

@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """Base models in full precision: from the hub, from a folder, from a GGUF file, or made here (`tiny`)."""
 
 from __future__ import annotations
@@ -73,9 +74,10 @@ def load_config(model: Model, path: str | Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=False)
+        found = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise cannot_load(model, error) from None
+    config = cast("PretrainedConfig", found)
     attention = str(getattr(config, "_attn_implementation", None))
     if "/" in attention:
         raise UserError(f"model {model.name}: its config takes attention from the hub ({attention}), which is code")
@@ -86,9 +88,10 @@ def load_tokenizer(model: Model, path: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise cannot_load(model, error) from None
+    tokenizer = cast("PreTrainedTokenizerBase", found)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model {model.name}: its tokenizer names no end-of-sequence token, with which training rows end: add "

@@ -1,3 +1,4 @@
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 """Quantised base models: made once, kept in the cache folder, and loaded by every run that trains on them.
 
 A run makes its base when it finds none; `python -m experiments.quantize` makes it ahead. It goes on after the last
@@ -7,11 +8,11 @@ files, the settings, the calibration tokens and the code of diablo/quantize.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from experiments.config import RunConfig
 from experiments.errors import UserError
@@ -96,11 +97,12 @@ def make_quantized(config: RunConfig, device: str, progress: bool = True) -> Pat
 
 def start_from(model: Any, folder: Path, label: str) -> None:
     """Gives an attached LoRA the factors that belong to its base."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
+    import peft
+    import safetensors.torch
 
     try:
-        result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        factors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+        result = cast(Any, peft.set_peft_model_state_dict(model, factors))
     except RuntimeError as error:
         raise UserError(f"{label}: {folder} does not fit: {error}") from None
     lacking = [name for name in result.missing_keys if ".lora_" in name]
@@ -127,7 +129,8 @@ def planned_sizes(config: RunConfig, dtype: torch.dtype | None = None) -> dict[s
     base = base.to(dtype or weights_dtype(config.model, str(resolve_device(config.runtime.device))))
     full_bytes = sizes(base)["other_bytes"]
     prefix, layers = decoder_layers(base)
-    names = [f"{prefix}.{name}" for name, module in layers.named_modules() if isinstance(module, torch.nn.Linear)]
+    modules = cast("Iterator[tuple[str, torch.nn.Module]]", layers.named_modules())
+    names = [f"{prefix}.{name}" for name, module in modules if isinstance(module, torch.nn.Linear)]
     try:
         replace_linears(base, names, settings.bits, settings.group_size, settings.method in NORMAL_FLOAT)
     except ValueError as error:
@@ -168,7 +171,7 @@ def _settings(config: RunConfig) -> QuantizationSettings:
 
 def calibration_tokens(config: RunConfig) -> Tensor | None:
     """Token ids, `(samples, length)`: stretches of a text or of the run's training rows, one after the other."""
-    import pyarrow.compute as pc
+    import pyarrow.compute
     import torch
 
     from diablo.quantize import calibration_windows
@@ -189,7 +192,7 @@ def calibration_tokens(config: RunConfig) -> Tensor | None:
         rows = load_rows(config.task.data, "train", config.runtime.data_root)
         cache = Path(config.runtime.cache_dir)
         examples = tokenised(config.protocol, tokenizer, select_rows(config.protocol, rows), cache)
-        flat: Any = pc.call_function("list_flatten", [examples.table["input_ids"]])
+        flat = cast(Any, pyarrow.compute).call_function("list_flatten", [examples.table["input_ids"]])
         tokens = torch.tensor(flat.to_numpy(), dtype=torch.int64)
     try:
         return calibration_windows(tokens, wanted.samples, wanted.length, wanted.seed)
@@ -216,7 +219,7 @@ def _folder(config: RunConfig, settings: QuantizationSettings, tokens: Tensor | 
 
 def _files(config: RunConfig) -> Any:
     """What the full-precision base is: the hashes of its files, or a hub's id and commit."""
-    from transformers.utils.hub import cached_file
+    from transformers.utils import hub
 
     from experiments.models.full_precision import base_path
 
@@ -224,7 +227,7 @@ def _files(config: RunConfig) -> Any:
     if Path(path).is_dir():
         kept = [file for file in sorted(Path(path).iterdir()) if file.suffix in (".safetensors", ".bin")]
         return {file.name: file_hash(file) for file in [*kept, Path(path) / "config.json"]}
-    found = cached_file(str(path), "config.json", revision=config.model.revision)
+    found = hub.cached_file(str(path), "config.json", revision=config.model.revision)
     assert found is not None
     return [str(path), Path(found).parent.name]
 

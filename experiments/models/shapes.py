@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """A base model before its weights are loaded: config, shapes, dtype and device; and the hash that names weights."""
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def empty_base(architecture: Mapping[str, Any]) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(build_config(architecture))
+        return cast("PreTrainedModel", AutoModelForCausalLM.from_config(build_config(architecture)))
 
 
 def context_length(config: PretrainedConfig) -> int:

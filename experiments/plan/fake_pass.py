@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """A model's shapes: how many bytes its tensors take, and what a forward and backward pass of it allocates.
 
 The pass runs on fake tensors (torch's FakeTensorMode): every operation and every autograd function of the real one, on
@@ -12,7 +13,7 @@ import weakref
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +163,7 @@ def forward_backward(model: Any, tokens: Tensor, autocast: bool) -> None:
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
         parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
         chunk = max(1, LOGITS // head.weight.shape[0])
-        loss: Any = ChunkedLoss.apply(labelled, tokens.flatten(), 1.0, head, chunk, *parameters)
+        loss = cast(Tensor, ChunkedLoss.apply(labelled, tokens.flatten(), 1.0, head, chunk, *parameters))
     del labelled
     loss.backward()
     for hook in hooks:
@@ -193,7 +194,7 @@ def make_fake(model: nn.Module) -> None:
     """Fake tensors in the place of the model's, one for each however often it is shared."""
     made: dict[int, tuple[Tensor, Tensor]] = {}  # the first keeps its id from being used again
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        for tensors in (module._parameters, module._buffers):  # pyright: ignore[reportPrivateUsage]
             for name, tensor in tensors.items():
                 if tensor is None:
                     continue
@@ -227,7 +228,7 @@ class Allocations(TorchDispatchMode):
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
+        key = storage._cdata  # pyright: ignore[reportPrivateUsage]
         if key in self._known:
             return
         self._known.add(key)

@@ -52,7 +52,7 @@ class Targets:
         scores = torch.zeros(self.rows, 3, dtype=torch.float64, device=self.tokens.device)
         with torch.no_grad():
             for part, tokens, row in zip(
-                *(x.split(self.chunk) for x in (self.hidden, self.tokens, self.row)), strict=True
+                *(torch.split(x, self.chunk) for x in (self.hidden, self.tokens, self.row)), strict=True
             ):
                 logits = _logits(self.head, part)
                 losses = functional.cross_entropy(logits, tokens, reduction="none").double()

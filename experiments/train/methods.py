@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """What a method does to a base model: attach what is trained, save it, and put it back on a fresh base.
 
 A method's config names a PEFT config class; full fine-tuning and the untouched base are the two cases without one.
@@ -12,7 +13,7 @@ import importlib
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from operator import attrgetter
 from pathlib import Path
@@ -176,7 +177,7 @@ def check_checkpointing(method: Method, model: torch.nn.Module) -> None:
 
 def forward_modes(model: torch.nn.Module) -> dict[str, str]:
     """How each layer computed with its adapter, for methods that can do it in several ways: layer name -> mode."""
-    modules = model.named_modules()
+    modules = cast("Iterator[tuple[str, torch.nn.Module]]", model.named_modules())
     return {name: mode["default"] for name, module in modules if (mode := getattr(module, "forward_mode", None))}
 
 
@@ -198,7 +199,8 @@ def prepared_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What preparing chose and is not trained: whole numbers that the adapter's layers keep, such as indices."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = [name for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
+    modules = cast("Iterator[tuple[str, torch.nn.Module]]", model.named_modules())
+    layers = [name for name, layer in modules if isinstance(layer, BaseTunerLayer)]
     buffers = {f"{name}.{key}": tensor for name in layers for key, tensor in model.get_submodule(name).named_buffers()}
     return {name: tensor for name, tensor in buffers.items() if not tensor.is_floating_point()}
 
@@ -270,7 +272,7 @@ def load(method: Method, base: PreTrainedModel, folder: Path, merge: bool) -> Pr
         untie(model.get_base_model())
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")  # it is untied now
-            return cast(Any, model.merge_and_unload())
+            return model.merge_and_unload()
     try:
         return merge_dequantized(model)
     except (ValueError, TypeError) as error:
@@ -286,7 +288,8 @@ def _check_files(folder: Path, whole_model: bool) -> None:
         if path.name.endswith(".json"):
             content = read_json(path)
             check_fields(str(path), content)
-            check_file_names(path, set((content.get("weight_map") or {}).values()))
+            weight_map: dict[str, Any] = content.get("weight_map") or {}
+            check_file_names(path, set(weight_map.values()))
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder}: no weights: train the run again")
 
@@ -297,7 +300,7 @@ def _check_finite(folder: Path) -> None:
 
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(path, framework="pt") as file:
+            with cast(Any, safe_open(path, framework="pt")) as file:
                 for name in file.keys():  # noqa: SIM118  # it is no dictionary
                     tensor: torch.Tensor = file.get_tensor(name)
                     if tensor.is_floating_point() and not tensor.isfinite().all():

@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """Gradient steps on a run's own rows, for methods that look at gradients before they are attached."""
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ def row_steps(
             epoch=partial(int, epoch),
             group_by_length=False,  # which puts rows into steps by the size of the micro-batches
         )
-        for rows in torch.tensor(list(sampler)).split(recipe.batch_size):
+        for rows in torch.split(torch.tensor(list(sampler)), recipe.batch_size):
             rows = rows[sampler.lengths[rows].argsort(stable=True)]  # less padding
-            parts = rows.split(recipe.micro_batch_size)
-            batches = [collator([examples[row] for row in part.tolist()]) for part in parts]
+            parts = torch.split(rows, recipe.micro_batch_size)
+            batches = [collator([examples[row] for row in cast(list[int], part.tolist())]) for part in parts]
             yield [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
 
 
@@ -60,7 +61,7 @@ class Backward:
         self.model, self.steps = model, steps
         self.device, self.dtype = model.device.type, model.dtype
         self.in_16_bits = self.dtype in (torch.float16, torch.bfloat16)
-        self.forward = TargetForward(model)
+        self.forward: TargetForward = TargetForward(model)
         if processes > 1:
             self.sharded_copy = partial(self._sharded_copy, processes)
         self._rank, self._share = 0, 1  # of the micro-batches of a step

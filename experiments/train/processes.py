@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """The processes of one distributed training: that all of them have started, on which devices, and barriers."""
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from experiments.config import Recipe
 from experiments.errors import Preempted, UserError
@@ -137,7 +138,7 @@ def _member(device: torch.device) -> Member:
 
     if device.type != "cuda":
         return Member(socket.gethostname(), device.type, 0)
-    about = torch.cuda.get_device_properties(device)
+    about = cast(Any, torch.cuda.get_device_properties(device))
     return Member(socket.gethostname(), about.name, about.total_memory)
 
 

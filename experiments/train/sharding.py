@@ -1,3 +1,4 @@
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 """Training with `runtime.sharding=full`: each process holds a part of every parameter, gradient and optimizer state.
 
 accelerate shards the model with FSDP2, layer by layer, when Trainer prepares it. A parameter is a DTensor from then on,
@@ -8,7 +9,7 @@ the master copy; with `model.dtype=bfloat16` they are gathered, and computed wit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from experiments.config import RunConfig
 from experiments.errors import UserError
@@ -78,7 +79,8 @@ def norms(gradients: Sequence[torch.Tensor], across: bool) -> torch.Tensor:
     import torch
 
     wide = [torch.promote_types(gradient.dtype, torch.float32) for gradient in gradients]
-    each = [torch.linalg.vector_norm(part, dtype=dtype) for part, dtype in zip(gradients, wide, strict=True)]
+    pairs = zip(gradients, wide, strict=True)
+    each = [cast("torch.Tensor", torch.linalg.vector_norm(part, dtype=dtype)) for part, dtype in pairs]
     if not across:
         return torch.stack(each)
     squares = torch.stack(each).double().square()
