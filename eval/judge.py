@@ -22,7 +22,7 @@ from experiments.runs.preemption import deferred
 from experiments.runs.records import EvalPaths, file_hash, read_lines, write_atomically
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 Config = dict[str, Any]
 BATCH_SIZE = 16
@@ -110,8 +110,8 @@ def _model(settings: Config, device: str) -> tuple[Any, PreTrainedTokenizerBase]
     found = Path(name).is_dir() or hub.check(hub.model_file(name, revision))
     try:
         tokenizer = cast(Any, AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False))
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        context = context_length(cast("PretrainedConfig", config))
+        config = cast(Any, AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False))
+        context = context_length(config)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if found else "the hub cannot be reached"
         raise UserError(f"evaluation.judge.model={name}: cannot be loaded ({reason})") from None

@@ -1,3 +1,4 @@
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 """Training and test rows: from local files under a data root, from the Hugging Face hub, or generated.
 
 `experiments.data.sources` has the table of data sets. Every field of every row is checked when a file is read.
@@ -199,7 +200,7 @@ def _made(records: Iterable[tuple[str, Any]], make: Maker) -> list[Row]:
 
 
 def _from_hub(place: Hub, name: str, split: str) -> list[Row]:
-    import datasets  # pyright: ignore[reportMissingTypeStubs]
+    import datasets
 
     part = SOURCES[name][split]
     reached = hub.check(hub.data_file(place.name, place.revision))

@@ -17,7 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import pyarrow.compute  # pyright: ignore[reportMissingTypeStubs]
+import pyarrow  # pyright: ignore[reportMissingTypeStubs]
+from pyarrow import compute  # pyright: ignore[reportMissingTypeStubs]
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
-pa = cast(Any, pyarrow)  # it has no annotations
+pa, pc = cast(Any, pyarrow), cast(Any, compute)  # which have no annotations
 TOKENS, MANIFEST = "tokens.arrow", "manifest.json"
 BATCH = 256  # rows tokenised at once, by all threads of the tokenizer; larger batches are not faster
 SCHEMA = pa.schema(
@@ -54,7 +55,7 @@ class Examples(Dataset[Example]):
     def __init__(self, path: Path) -> None:
         # The operating system reads the parts that are asked for, and drops them when memory is short.
         self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        self.lengths: np.ndarray = pa.compute.call_function("list_value_length", [self.table["input_ids"]]).to_numpy()
+        self.lengths: np.ndarray = pc.call_function("list_value_length", [self.table["input_ids"]]).to_numpy()
         self.truncated = int(self.table["truncated"].to_numpy().sum())
         ignored = self.table["ignored"].to_numpy().clip(min=1)  # nothing predicts the first token
         self.unlabelled = int((ignored >= self.lengths).sum())

@@ -74,10 +74,11 @@ def load_config(model: Model, path: str | Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
-        found = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=False)
+        config = cast(
+            "PretrainedConfig", AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=False)
+        )
     except (OSError, ValueError) as error:
         raise cannot_load(model, error) from None
-    config = cast("PretrainedConfig", found)
     attention = str(getattr(config, "_attn_implementation", None))
     if "/" in attention:
         raise UserError(f"model {model.name}: its config takes attention from the hub ({attention}), which is code")
@@ -88,10 +89,12 @@ def load_tokenizer(model: Model, path: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        found = AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=False)
+        tokenizer = cast(
+            "PreTrainedTokenizerBase",
+            AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=False),
+        )
     except (OSError, ValueError) as error:
         raise cannot_load(model, error) from None
-    tokenizer = cast("PreTrainedTokenizerBase", found)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model {model.name}: its tokenizer names no end-of-sequence token, with which training rows end: add "

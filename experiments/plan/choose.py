@@ -47,12 +47,10 @@ class Stages:
 
     first: list[RunConfig] = field(default_factory=list[RunConfig])  # only trained; none where nothing is chosen
     final: list[RunConfig] = field(default_factory=list[RunConfig])  # trained and scored
-    undecided: list[str] = field(
-        default_factory=list[str]
-    )  # groups without a choice: the runs they wait for, a line each
-    to_come: list[RunConfig] = field(
-        default_factory=list[RunConfig]
-    )  # their second stage, with a learning rate that stands in
+    # Groups without a choice: the runs they wait for, a line each.
+    undecided: list[str] = field(default_factory=list[str])
+    # Their second stage, with a learning rate that stands in.
+    to_come: list[RunConfig] = field(default_factory=list[RunConfig])
     by: str | None = None  # a key of `RULES`
     tried: list[Tried] = field(default_factory=list[Tried])
 

@@ -182,7 +182,9 @@ def _tokenizer(model: Model, runtime: Runtime) -> PreTrainedTokenizerBase | None
             return None
         path = converted(gguf, cache)
     try:
-        found = AutoTokenizer.from_pretrained(str(path), revision=model.revision, local_files_only=True)
+        return cast(
+            "PreTrainedTokenizerBase",
+            AutoTokenizer.from_pretrained(str(path), revision=model.revision, local_files_only=True),
+        )
     except (OSError, ValueError):
         return None
-    return cast("PreTrainedTokenizerBase", found)

@@ -106,7 +106,7 @@ def value_of(override: Override) -> Any:
             )
         return value
 
-    return read(cast(Any, override)._value)
+    return read(cast(Any, override._value))  # pyright: ignore[reportPrivateUsage]
 
 
 def _unescaped(text: str) -> str:

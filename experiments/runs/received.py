@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from experiments.errors import UserError
 from experiments.rules import Value
@@ -115,7 +114,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         text = path.read_text(encoding="utf-8")
-        check_depth(text, partial(yaml.parse, text, loader))  # pyright: ignore[reportUnknownMemberType]
+        check_depth(text, lambda: cast(Any, yaml).parse(text, loader))
         config: Value = yaml.load(text, loader)
         check_config(config)
     except UserError as error:

@@ -133,7 +133,9 @@ def _attach_authors(base: nn.Module, targets: list[str], num_blocks: int, author
     weights = {name: layer.weight for name, layer in modules if isinstance(layer, nn.Linear)}
     module.replace_linear_with_blocklinear(base, num_blocks=num_blocks, target_modules=targets)
     base.requires_grad_(False)
-    layers: Any = [(name, layer) for name, layer in base.named_modules() if isinstance(layer, module.BlockLinear)]
+    layers: Any = [
+        (name, layer) for name, layer in cast(Any, base).named_modules() if isinstance(layer, module.BlockLinear)
+    ]
     for name, layer in layers:
         layer.linear.weight = weights[name]  # theirs is a clone; all methods here share one
         layer.block_A.requires_grad_(True)
