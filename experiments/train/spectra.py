@@ -62,9 +62,8 @@ def spectrum(x: Tensor, blocks: int) -> dict[str, Any]:
     tolerance = TOLERANCE[x.dtype]
     x = x.double()
     if x.shape[0] > x.shape[1]:
-        x = cast(
-            Tensor, torch.linalg.qr(x, mode="r").R
-        )  # other rows, the same inner products of columns: nothing below changes
+        # Other rows, the same inner products of columns: nothing below changes.
+        x = cast(Tensor, torch.linalg.qr(x, mode="r").R)
     width = x.shape[1] // blocks
     rows = x @ x.T
     parts = x.view(x.shape[0], blocks, width).transpose(0, 1)  # (N, tokens, d)
@@ -72,9 +71,8 @@ def spectrum(x: Tensor, blocks: int) -> dict[str, Any]:
     left, singular, _ = cast(tuple[Tensor, Tensor, Tensor], torch.linalg.svd(parts, full_matrices=False))
     left = left * (singular > tolerance * singular[:, :1])[:, None]
     covered = (left * (rows @ left)).sum((1, 2)) / rows.trace()
-    whole = _shares(
-        cast(Tensor, torch.linalg.eigvalsh(rows)).flip(-1).clamp(min=0), width
-    )  # rounding leaves some below 0
+    squares = cast(Tensor, torch.linalg.eigvalsh(rows)).flip(-1).clamp(min=0)  # rounding leaves some below 0
+    whole = _shares(squares, width)
     each = _shares(singular.square(), max(1, width // 4))
     return {
         **dict(zip(("stable_rank", "energy"), whole, strict=True)),
