@@ -1,11 +1,13 @@
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 """The scored model: the base with the trained adapter, checked, and behind lm-eval's interface."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -122,7 +124,7 @@ def plain_generation(model: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 @contextmanager
-def language_model(config: RunConfig, run: RunPaths, scored: Scored) -> Iterator[Any]:
+def language_model(config: RunConfig, run: RunPaths, scored: Scored) -> Generator[Any, None, None]:
     """Yield the model behind lm-eval's interface, by the run's `evaluation.backend`."""
     import torch
 
@@ -166,8 +168,7 @@ def hf(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, bos: boo
         def _model_generate(self, context: Any, max_length: int, stop: list[str], **settings: Any) -> Any:
             if settings.get("num_beams", 1) > 1 or all(text == tokenizer.eos_token for text in stop):
                 stop = []
-            ask = super()._model_generate  # pyright: ignore[reportAttributeAccessIssue]
-            return ask(context, max_length, stop, **settings)
+            return cast(Any, super())._model_generate(context, max_length, stop, **settings)
 
     kind: Any = Transformers  # lm-eval's registry hides the class's signature
     return kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=context)
@@ -205,7 +206,7 @@ def vllm(
 def _vllm_class() -> type:
     """Return lm-eval's class; it looks up the version of a distribution named vllm, which the CPU build lacks."""
     try:
-        import vllm as engine  # pyright: ignore[reportMissingImports]  # noqa: F401
+        importlib.import_module("vllm")
     except ImportError as error:
         raise UserError(
             f"evaluation.backend=vllm: vLLM is not installed here ({error}): install vllm==0.32.0, without a GPU "

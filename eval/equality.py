@@ -7,9 +7,9 @@ may run forever (9^{9^{9^9}}): `eval.comparisons` limits them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from eval.parsers import final_answer_expression, metamath_expression
 
@@ -209,21 +209,22 @@ def _same_parts(prediction: str, gold: str) -> bool:
 
 def _symbols_agree(prediction: str, gold: str) -> bool:
     """Equal for sympy, or the same value within 1e-3 (relative)."""
-    from sympy import N, simplify
+    import sympy  # pyright: ignore[reportMissingTypeStubs]
 
     from eval.latex import parse_latex
 
     left: Any = None
     right: Any = None
+    library = cast(Any, sympy)
     with _failures_ignored():  # not LaTeX; the grammar raises many kinds of errors
         left, right = parse_latex(prediction), parse_latex(gold)
     if right is None:
         return False
     with _failures_ignored():  # equations cannot be subtracted
-        if simplify(left - right) == 0:
+        if library.simplify(left - right) == 0:
             return True
     with _failures_ignored():  # symbols have no value
-        return math.isclose(N(left), N(right), rel_tol=1e-3)
+        return math.isclose(library.N(left), library.N(right), rel_tol=1e-3)
     return False
 
 
@@ -241,15 +242,18 @@ def math_verify_equal(text: str, gold: str) -> bool:
 
 
 def _verified(text: str, gold: str) -> bool:
-    from math_verify import parse, verify
+    import math_verify  # pyright: ignore[reportMissingTypeStubs]
+
+    library = cast(Any, math_verify)
 
     with _failures_ignored():  # the library's own time limits are off, because they use signals
-        return verify(parse(gold, parsing_timeout=0), parse(text, parsing_timeout=0), timeout_seconds=0)
+        parsed = (library.parse(part, parsing_timeout=0) for part in (gold, text))
+        return library.verify(*parsed, timeout_seconds=0)
     return False
 
 
 @contextmanager
-def _failures_ignored() -> Iterator[None]:
+def _failures_ignored() -> Generator[None, None, None]:
     """Ignore these libraries' errors on a text, except running out of memory."""
     try:
         yield

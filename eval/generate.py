@@ -1,3 +1,4 @@
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 """Completions through lm-eval, from a fixed plan, in chunks that are either complete or absent.
 
 A plan fixes the order of the rows (longest prompt first) and cuts it into chunks. Each chunk is generated with a random
@@ -12,8 +13,9 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from eval.benchmarks import Benchmark, Row
 from experiments.data.prompts import Asked, prompt_text, prompt_tokens
@@ -93,7 +95,7 @@ def generate(
             if not path.is_file():
                 with deferred():
                     started = time.perf_counter()
-                    part = {index: rows[index] for index in indices}
+                    part: dict[int, Row] = {index: rows[index] for index in indices}
                     lines = _complete(plan, number, benchmark, part, lm, tokenizer)
                     header = {**about_model, "seconds": time.perf_counter() - started}
                     write_atomically(path, _json_lines([header, *lines]))
@@ -114,7 +116,8 @@ def _complete(
 
     asked = plan["settings"]["asked"]
     generation = asked["generation"]
-    docs, lines = [], []
+    docs: list[Config] = []
+    lines: list[Config] = []
     for index, row in rows.items():
         prompt = prompt_text(asked_of(plan), row)
         room = generation["max_new_tokens"]
@@ -168,12 +171,18 @@ def _ask(benchmark: Benchmark, docs: list[Config], lm: Any, asked: Config) -> It
                 request.arguments[1]["seed"] = doc["seed"]
             return request
 
+    def dataset(**_: Any) -> dict[str, Any]:
+        return {benchmark.split: datasets.Dataset.from_list(docs)}
+
+    def text(doc: Config) -> str:
+        return doc["prompt"]
+
     task = Task(
         config={
             **benchmark.task,
             "metric_list": [{"metric": "bypass", "higher_is_better": True}],  # we score ourselves
-            "custom_dataset": lambda **_: {benchmark.split: datasets.Dataset.from_list(docs)},
-            "doc_to_text": lambda doc: doc["prompt"],
+            "custom_dataset": dataset,
+            "doc_to_text": text,
             "generation_kwargs": common,
         }
     )
@@ -185,12 +194,13 @@ def _ask(benchmark: Benchmark, docs: list[Config], lm: Any, asked: Config) -> It
 
 def _join(paths: EvalPaths, chunks: list[Path]) -> None:
     """Join all chunks into one file, in the benchmark's order."""
-    headers, lines = [], []
+    headers: list[Config] = []
+    lines: list[Config] = []
     for path in chunks:
         header, *part = read_lines(path)
         headers.append(header)
         lines += part
-    lines.sort(key=lambda line: (line["index"], line["repeat"]))
+    lines.sort(key=itemgetter("index", "repeat"))
     whole = headers[-1] | {"seconds": sum(header["seconds"] for header in headers)}
     write_atomically(paths.samples, _json_lines([whole, *lines]))
     shutil.rmtree(paths.chunks)
@@ -244,7 +254,7 @@ def quiet() -> None:
     for name in ("lm_eval", "lm_eval.api.task", "lm_eval.evaluator", "lm_eval.models.huggingface"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
-    class NoBar(tqdm):
+    class NoBar(cast(Any, tqdm)):
         def __init__(self, *arguments: Any, **settings: Any) -> None:
             super().__init__(*arguments, **{**settings, "disable": True})
 

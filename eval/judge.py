@@ -1,3 +1,4 @@
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 """A chat model as judge of completions, in protocols with a judge. `eval/parsers.py` reads its stored words.
 
 The judge runs through lm-eval, with its own chat template if it has one, greedily, in chunks: a stopped judging resumes
@@ -11,7 +12,7 @@ import shutil
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from experiments.data import hub
 from experiments.data.prompts import fill
@@ -30,7 +31,7 @@ CHUNK = 4 * BATCH_SIZE  # completions
 
 def judge(settings: Config, paths: EvalPaths, device: str) -> None:
     """Write `judgements.jsonl`: a first line about the judge and the completions, then its words on each completion."""
-    about = {"judge": settings, "samples_hash": file_hash(paths.samples)}
+    about: Config = {"judge": settings, "samples_hash": file_hash(paths.samples)}
     if paths.judgements.is_file() and next(read_lines(paths.judgements), None) == about:
         return
     _, *lines = read_lines(paths.samples)
@@ -40,7 +41,7 @@ def judge(settings: Config, paths: EvalPaths, device: str) -> None:
     def model() -> tuple[Any, PreTrainedTokenizerBase]:
         return _model(settings, device)
 
-    judgements = []
+    judgements: list[Config] = []
     for number, start in enumerate(range(0, len(lines), CHUNK)):
         path = folder / f"{number:05}.jsonl"
         if not path.is_file() or next(read_lines(path), None) != about:
@@ -108,8 +109,9 @@ def _model(settings: Config, device: str) -> tuple[Any, PreTrainedTokenizerBase]
     name, revision = settings["model"], settings["revision"]
     found = Path(name).is_dir() or hub.check(hub.model_file(name, revision))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-        context = context_length(AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False))
+        tokenizer = cast(Any, AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False))
+        config = cast(Any, AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False))
+        context = context_length(config)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if found else "the hub cannot be reached"
         raise UserError(f"evaluation.judge.model={name}: cannot be loaded ({reason})") from None

@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """Likelihood benchmarks: how well a run's model predicts given targets, as negative log-likelihood (NLL) in nats.
 
 Rows are tokenised exactly as in training (experiments/data/tokens.py), by the run's own protocol or the one that the
@@ -65,16 +66,16 @@ def measure(
     if examples.unlabelled == len(examples):
         raise UserError(f"{name}: no row has a target: protocol {about['protocol']} cuts them all off")
     started = time.perf_counter()
-    found = score_examples(scored, examples, size, name if progress else "", heartbeat).tolist()
-    header = {
+    scores = score_examples(scored, examples, size, name if progress else "", heartbeat)
+    header: Config = {
         "dtype": scored.dtype,
         "identity": scored.identity,
         "cut_prompts": examples.truncated,
         "environment": environment(str(resolve_device(config.runtime.device))),
         "seconds": time.perf_counter() - started,
     }
-    lines = []
-    for index, (nll, targets, exact) in enumerate(found):
+    lines: list[Config] = []
+    for index, (nll, targets, exact) in enumerate(cast(list[list[float]], scores.tolist())):
         if not math.isfinite(nll):
             raise UserError(f"{name}: the NLL of row {index} is {nll} in {scored.dtype}: a larger model.dtype may help")
         lines.append({"index": index, "nll": float(f"{nll:.7g}"), "targets": int(targets), "exact": int(exact)})
@@ -93,13 +94,16 @@ def score_examples(
 
     model: Any = scored.model
     order = torch.from_numpy(examples.lengths.argsort(kind="stable")[::-1].copy())  # largest memory need first
-    batches, found = order.split(batch_size), []
+    batches = torch.split(order, batch_size)
+    found: list[torch.Tensor] = []
     with torch.no_grad(), tqdm(total=len(order), desc=title, unit="row", leave=False, disable=not title) as bar:
         forward = TargetForward(model)
         for number, part in enumerate(batches):
             if heartbeat is not None:
                 heartbeat.at(number, len(batches))
-            batch = collate([examples[row] for row in part.tolist()], cast(int, scored.tokenizer.pad_token_id))
+            batch = collate(
+                [examples[row] for row in cast(list[int], part.tolist())], cast(int, scored.tokenizer.pad_token_id)
+            )
             inputs: Any = {name: tensor.to(model.device) for name, tensor in batch.items()} | {"use_cache": False}
             found.append(forward(model, inputs).row_scores())
             bar.update(len(part))

@@ -80,7 +80,7 @@ def rescore(run: RunPaths, sandbox: str = "bwrap") -> list[tuple[EvalRecord | No
     evaluations = [paths for paths in run.evaluations() if paths.samples.is_file()]
     if not evaluations:
         raise UserError(f"{run.root}: no stored completions: run `python -m eval.run {run.root}` first")
-    results = []
+    results: list[tuple[EvalRecord | None, EvalRecord]] = []
     for paths in evaluations:
         if planned_fields(paths.plan, read_json(paths.plan))["judge"] is not None and not paths.score.is_file():
             continue  # not judged yet: `eval.run` continues there

@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -78,7 +79,7 @@ def run_programs(
     """
     command = _command(sandbox)
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(lambda program: _run(program, sandbox, command, timeout), programs))
+        return list(pool.map(partial(_run, sandbox=sandbox, command=command, timeout=timeout), programs))
 
 
 def check_sandbox(sandbox: str) -> None:

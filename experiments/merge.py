@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """Merges what a run trained into a standalone model.
 
     python -m experiments.merge runs/<run_id> --out model

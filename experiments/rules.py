@@ -16,6 +16,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+Value = Mapping[str, Any] | list[Any] | str | float | None  # what YAML and JSON hold
 NAME = re.compile(r"\w[\w.+=,@-]{0,99}")  # names become folders: no path fits
 BENCHMARK = re.compile(rf"{NAME.pattern}|(?:[^\0]*/)?{NAME.pattern}\.txt")
 SHARE = re.compile(r"1/[1-9]\d*")
@@ -56,7 +57,7 @@ class Rule:
     above: bool = False
     below: bool = False
 
-    def stored(self, value: Any) -> Any:
+    def stored(self, value: Value) -> Any:
         """The value as it is stored; ValueError if it is not allowed."""
         if value is None and self.null:
             return None

@@ -7,11 +7,11 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
 from functools import cache
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from experiments.config import OPEN, RunConfig
 from experiments.errors import UserError, nearest
-from experiments.rules import Rule, rule_of, rule_of_value, section_of
+from experiments.rules import Rule, Value, rule_of, rule_of_value, section_of
 
 Config = dict[str, Any]
 Section = TypeVar("Section")
@@ -96,14 +96,14 @@ def _section(kind: type[Any], mapping: Mapping[str, Any], prefix: str) -> Any:
     return kind(**{name: _value(hints[name], value, f"{prefix}{name}.") for name, value in mapping.items()})
 
 
-def _value(annotation: Any, value: Any, prefix: str) -> Any:
+def _value(annotation: Any, value: Value, prefix: str) -> Any:
     kind = section_of(annotation)
     if kind is not None and isinstance(value, Mapping):
         return _section(kind, value, prefix)
     if isinstance(value, list) and _is_typed(annotation):
         return tuple(value)
     if isinstance(value, Mapping) and _is_typed(annotation):
-        return {key: tuple(part) if isinstance(part, list) else part for key, part in value.items()}
+        return {key: tuple(cast(list[Any], part)) if isinstance(part, list) else part for key, part in value.items()}
     return value
 
 
@@ -122,7 +122,7 @@ def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
         if not isinstance(value, dict) or whole:
             yield key, value
         if isinstance(value, dict) and (own is None or own.kind == "map" or not whole):
-            yield from leaves(value, f"{key}.")
+            yield from leaves(cast(Config, value), f"{key}.")
 
 
 def shown(value: Any) -> str:
@@ -143,7 +143,7 @@ def _own(key: str) -> str:
     return "recipe.learning_rate" if key == "learning_rate" else key
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: Value) -> Any:
     """A value of unknown type; whole numbers without their `.0`."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}

@@ -13,6 +13,7 @@ import yaml
 
 from experiments.config import RunConfig
 from experiments.errors import UserError, nearest
+from experiments.rules import Value
 from experiments.runs.sizes import read_bytes
 
 Config = dict[str, Any]
@@ -82,12 +83,12 @@ class Cluster:
     max_parallel: int | None = None
     max_requeues: int = 100
     signal: str = "USR1@120"
-    activate: list[str] = field(default_factory=list)
+    activate: list[str] = field(default_factory=list[str])
     python: str | None = None
     scratch: str | None = None
-    sbatch: dict[str, Any] = field(default_factory=dict)
-    eval: dict[str, Any] = field(default_factory=dict)
-    follow_up: dict[str, Any] = field(default_factory=dict)
+    sbatch: dict[str, Any] = field(default_factory=dict[str, Any])
+    eval: dict[str, Any] = field(default_factory=dict[str, Any])
+    follow_up: dict[str, Any] = field(default_factory=dict[str, Any])
     given: tuple[str, ...] = field(default=(), compare=False)  # not a setting: the arguments behind this object
 
     def resources(self, config: RunConfig, stage: str = "train") -> Resources:
@@ -147,7 +148,8 @@ class Cluster:
         """Return the settings of a stage; from maps, the value of the first of the names that they contain."""
         settings = {key: getattr(self, key) for key in PER_MODEL}
         own = {"train": {}, "eval": self.eval, "follow_up": {**SMALL, **self.follow_up}}[stage]
-        chosen = {}
+        chosen: dict[str, Any] = {}
+        value: Value
         for key, value in {**settings, **own}.items():
             if isinstance(value, dict):
                 found = next((name for name in (*names, "default") if name in value), None)
@@ -196,7 +198,7 @@ def read_cluster(name: str, overrides: Iterable[str] = ()) -> Cluster:
         )
     overrides = list(overrides)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         for override in overrides:
             key, _, value = override.partition("=")
             content[key] = yaml.safe_load(value)
@@ -207,7 +209,7 @@ def read_cluster(name: str, overrides: Iterable[str] = ()) -> Cluster:
     return dataclasses.replace(_checked(path, content), given=given)
 
 
-def _checked(path: Path, content: Any) -> Cluster:
+def _checked(path: Path, content: Value) -> Cluster:
     if not isinstance(content, dict):
         raise UserError(f"{path}: cluster settings are key: value lines")
     known = {field.name for field in dataclasses.fields(Cluster)} - {"given"}

@@ -86,7 +86,9 @@ def measure_start(folder: Path) -> Iterator[tuple[str, float]]:
     command = "from experiments.errors import prepare_imports; prepare_imports()"
     command += f"; {modules}; import os, peft"
     command += "; os._exit(0)"  # skips the end of the process, which takes time as well
-    imports, first, whole = [], [], []
+    imports: list[float] = []
+    first: list[float] = []
+    whole: list[float] = []
     for seed in range(1, 4):
         imports.append(timed(lambda: _python("-c", command))[0])
         started = time.time()

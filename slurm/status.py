@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.errors import UserError, nearest, run_command
+from experiments.rules import Value
 from experiments.runs.records import RunPaths
 from slurm.manifest import all_manifests, is_finished
 from slurm.queue import Task, queued_if_known
@@ -45,7 +46,7 @@ def statuses(runs_dir: Path, experiment: str | None = None) -> list[State]:
     """Return the state of all runs submitted from a folder, in the order of planning."""
     about: dict[str, dict[str, Any]] = {}
     logs: dict[str, Path] = {}  # run -> log of its last task
-    experiments = set()
+    experiments: set[str] = set()
     for path, manifest in all_manifests(runs_dir):
         experiments.add(manifest.experiment)
         if experiment is not None and manifest.experiment != experiment:
@@ -131,7 +132,7 @@ def _lives(run: RunPaths) -> bool:
 def read_attempts(run: RunPaths) -> list[dict[str, Any]]:
     """Return the records of all attempts at the run; empty before the first."""
     try:
-        attempts = json.loads((run.root / "attempts.json").read_text(encoding="utf-8"))
+        attempts: Value = json.loads((run.root / "attempts.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
     return attempts if isinstance(attempts, list) else []

@@ -18,7 +18,7 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -170,7 +170,7 @@ def show(
 
     Returns the number of settings that cannot be submitted.
     """
-    from experiments.plan.overview import memory_table, settings
+    from experiments.plan.overview import Column, memory_table, settings
 
     refused = _refused([*(config for config, _ in todo), *following], cluster)
     kept = [
@@ -186,7 +186,7 @@ def show(
         return f"{'≤ ' if limited else ''}{sum(_hours(run, cluster, selection) for run in runs):,.0f}"
 
     if settings(configs):
-        gpus = [("GPU-h", lambda config, count: hours([config] * count))]
+        gpus: list[Column] = [("GPU-h", lambda config, count: hours([config] * count))]
         print(*memory_table(configs, lambda config: cluster.resources(config).gpus, gpus), sep="\n")
     for line in unknown:
         print(f"unknown: {line}; ≤ is the time limit" if line.startswith("GPU-hours") else f"unknown: {line}")
@@ -273,7 +273,7 @@ def _absolute(runs_dir: Path, config: RunConfig) -> RunPaths:
 
 
 @contextlib.contextmanager
-def _submitter_lock(runs_dir: Path) -> Iterator[None]:
+def _submitter_lock(runs_dir: Path) -> Generator[None, None, None]:
     """Lock a folder of runs for one submitter. The system releases the lock whenever its holder ends."""
     path = submissions(runs_dir) / "lock"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -62,7 +62,8 @@ def check(splits: list[tuple[str, str]], data_root: str | None, from_hub: bool) 
         raise UserError("the Hugging Face hub cannot be reached: connect, or leave out --hub")
     line = "{:16}  {:5}  {:>7}  {:16}  {}".format
     print(line("data set", "split", "rows", "sha256 of rows", "place"))
-    absent, broken = [], []
+    absent: list[str] = []
+    broken: list[str] = []
     for name, split in splits:
         if name == "arith":
             print(line(name, split, "", "", "generated"))

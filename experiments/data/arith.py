@@ -12,7 +12,7 @@ import functools
 import itertools
 import operator
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 SPLITS = ("train", "heldout", "test")
@@ -143,13 +143,18 @@ CORPUS_TEMPLATES = (
     ),
 )
 
-_OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+_OPERATIONS: dict[str, Callable[[int, int], float]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": lambda first, second: first / second,
+}
 
 
 def solve(template: Template, numbers: dict[str, int]) -> list[tuple[str, int]] | None:
     """Return the computed steps, as ("5*7", 35) pairs, or None if a result is not an integer in `RESULTS`."""
     values = dict(numbers)
-    worked = []
+    worked: list[tuple[str, int]] = []
     for variable, operation in zip("xyz", template.steps, strict=False):
         first, second = (values[letter] if letter in values else int(letter) for letter in operation[::2])
         result = _OPERATIONS[operation[1]](first, second)

@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -110,7 +110,7 @@ def _take(held: list[tuple[str, str]], root: Path, seconds: float) -> str:
 
 
 @contextmanager
-def _aside(folder: Path, url: str) -> Iterator[tuple[IO[bytes], Path]]:
+def _aside(folder: Path, url: str) -> Generator[tuple[IO[bytes], Path], None, None]:
     """Open the partial download of `url` next to its target, at its end, locked for this process."""
     partial = folder / f".partial-{hashlib.sha256(url.encode()).hexdigest()[:8]}-{Path(url).name}"
     with partial.open("ab") as file:

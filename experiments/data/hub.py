@@ -11,7 +11,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,7 +83,7 @@ def within(seconds: float, ask: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def offline() -> Iterator[None]:
+def offline() -> Generator[None, None, None]:
     """Use only the libraries' cache and ask no server, e.g. while planning."""
     from huggingface_hub import constants
 
@@ -105,6 +105,6 @@ def _set_offline(value: bool) -> None:
     os.environ["HF_HUB_OFFLINE"] = str(int(value))
     constants.HF_HUB_OFFLINE = value
     if "datasets" in sys.modules:
-        from datasets import config
+        from datasets import config  # pyright: ignore[reportMissingTypeStubs]
 
         config.HF_HUB_OFFLINE = value

@@ -86,10 +86,10 @@ def encode(protocol: Protocol, tokenizer: PreTrainedTokenizerBase, rows: Sequenc
         protocol.max_prompt_length,
         protocol.max_target_length,
     )
-    examples = []
+    examples: list[Example] = []
     encoded = prompt_tokens(tokenizer, prompts, protocol.bos)
     for prompt, target in zip(encoded, _tokens(tokenizer, answers), strict=True):
-        target = [*target, tokenizer.eos_token_id]
+        target = [*target, cast(int, tokenizer.eos_token_id)]
         truncated = len(prompt) + len(target) > longest
         if truncated and longest_prompt is not None:
             prompt = prompt[:longest_prompt]
@@ -112,10 +112,10 @@ def _encode_joined(
     longest = protocol.max_length
     hidden = [prompt + protocol.ending for prompt in prompts] if protocol.mask_counts_ending else prompts
     texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    examples = []
+    examples: list[Example] = []
     encoded = (prompt_tokens(tokenizer, part, protocol.bos) for part in (texts, hidden))
     for tokens, prompt in zip(*encoded, strict=True):
-        tokens = [*tokens, tokenizer.eos_token_id]
+        tokens = [*tokens, cast(int, tokenizer.eos_token_id)]
         prompt_length = min(len(prompt), longest, len(tokens))
         examples.append(_example(protocol, tokens[:longest], prompt_length, len(tokens) > longest))
     return examples
@@ -197,7 +197,7 @@ def fill(template: str, fields: dict[str, str]) -> str:
 
 @lru_cache
 def _parts(template: str) -> tuple[tuple[str, str | None], ...]:
-    parts = []
+    parts: list[tuple[str, str | None]] = []
     for text, name, form, conversion in string.Formatter().parse(template):
         if name is not None and (form or conversion or not name.isidentifier()):
             raise ValueError(

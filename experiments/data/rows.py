@@ -1,3 +1,4 @@
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 """Training and test rows: from files under a data root, from the Hugging Face hub, or generated.
 
 `experiments.data.sources` has the table of data sets. Reading a file checks every field of every row.
@@ -21,6 +22,7 @@ from experiments.config import Data
 from experiments.data import arith, hub
 from experiments.data.sources import HUBS, SOURCES, Hub, Maker, Row, Split
 from experiments.errors import UserError, nearest
+from experiments.rules import Value
 
 
 def load_rows(data: Data, split: str, data_root: str | None) -> list[Row]:
@@ -169,7 +171,7 @@ def read_records(path: Path, columns: tuple[str, ...] | None) -> Iterator[tuple[
                     if line.strip():
                         yield place, json.loads(line)
             else:
-                records = json.load(file)
+                records: Value = json.load(file)
                 if not isinstance(records, list):
                     raise UserError(f"{path}: a JSON list of rows is needed, not {records!r:.40}")
                 for index, record in enumerate(records):
@@ -184,12 +186,12 @@ def read_records(path: Path, columns: tuple[str, ...] | None) -> Iterator[tuple[
 
 
 def _made(records: Iterable[tuple[str, Any]], make: Maker) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
     for place, record in records:
         try:
             if not isinstance(record, dict):
                 raise ValueError(f"a row must be an object, not {record!r:.40}")
-            row = make(record)
+            row = make(cast(dict[str, Any], record))
         except ValueError as error:
             raise UserError(f"{place}: {error}") from None
         if row is not None:
@@ -201,7 +203,8 @@ def _from_hub(place: Hub, name: str, split: str) -> list[Row]:
     import datasets
 
     part = SOURCES[name][split]
-    reached, rows = hub.check(hub.data_file(place.name, place.revision)), []
+    reached = hub.check(hub.data_file(place.name, place.revision))
+    rows: list[Row] = []
     for configuration in place.configurations:
         try:
             loaded = datasets.load_dataset(place.name, configuration, split=split, revision=place.revision)

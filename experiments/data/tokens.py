@@ -18,8 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow  # pyright: ignore[reportMissingTypeStubs]
+from pyarrow import compute  # pyright: ignore[reportMissingTypeStubs]
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
+pa, pc = cast(Any, pyarrow), cast(Any, compute)  # which have no annotations
 TOKENS, MANIFEST = "tokens.arrow", "manifest.json"
 BATCH = 256  # rows tokenised at once by all of the tokenizer's threads; larger batches are not faster
 SCHEMA = pa.schema(

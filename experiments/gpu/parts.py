@@ -172,7 +172,7 @@ def _speed(options: argparse.Namespace, items: list[Config]) -> Iterator[Item]:
     layers = SimpleNamespace(**common, rounds=20 if on_gpu else 2)
     labels = (FLOOR, LORA, DORA, ADAPTER, DROPOUT, IN_PLACE, *([AUTHORS] if options.authors_repo else []))
     tokens = 4096 if on_gpu else 64
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # pyright: ignore[reportUnknownMemberType]
 
     def model(name: str, labels: tuple[str, ...], tokens: int, checkpointing: bool, seconds: float) -> Item:
         title = f"{name} {tokens}{' checkpointing' if checkpointing else ''}{' full' if FULL in labels else ''}"

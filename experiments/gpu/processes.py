@@ -81,7 +81,7 @@ def _run_part(part: str, out: Path, arguments: list[str], deadline: float) -> Co
             in_time = False
         finally:
             _end(process)
-    record = read_json(path) if path.is_file() else {"part": part, "items": []}
+    record: Config = read_json(path) if path.is_file() else {"part": part, "items": []}
     ended = record.get("status", "running") != "running"  # the part wrote it, with every item done or left out
     if not ended and not in_time:
         record |= {"status": "stopped", "reason": f"the time was up in {record.get('item') or 'its start'}"}

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -82,14 +82,14 @@ def small_model(options: argparse.Namespace) -> list[str]:
         with contextlib.suppress(OSError, UserError, ValueError):
             path = base_path(config)
             load_tokenizer(config.model, path)
-            AutoConfig.from_pretrained(path, revision=config.model.revision)
+            AutoConfig.from_pretrained(path, revision=config.model.revision)  # pyright: ignore[reportUnknownMemberType]
             return [f"model={REAL_MODEL}"]
     dtype = ["model.dtype=bfloat16"] if options.device != "cpu" else []
     return ["model=tiny", "model.pretraining.steps=50", *dtype]
 
 
 @contextmanager
-def _scratch_run(options: argparse.Namespace, *settings: str) -> Iterator[RunPaths]:
+def _scratch_run(options: argparse.Namespace, *settings: str) -> Generator[RunPaths, None, None]:
     """Yield a planned run that is deleted afterwards."""
     with tempfile.TemporaryDirectory(dir=options.out / "tmp", ignore_cleanup_errors=True) as folder:
         where = [f"runtime.device={options.device}", f"runtime.runs_dir={folder}"]
@@ -179,7 +179,7 @@ def _train_and_kill(run: RunPaths) -> None:
 
 def different_bits(left: Path, right: Path) -> dict[str, int]:
     """Return the number of differing bits per tensor of two safetensors files; equal tensors are left out."""
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
     tensors, others = load_file(left), load_file(right)
     if tensors.keys() != others.keys():
@@ -215,7 +215,7 @@ def _queue(options: argparse.Namespace) -> Config:
     if options.results is not None:
         take_in(jobs.configs, options.results)
     execute(str(options.queue), jobs, options.workers)
-    result = {
+    result: Config = {
         "runs": [{"run_id": run_id, "scored": scored, "seconds": round(s, 1)} for (run_id, scored), s in jobs.times()],
         "failed": [f"{run_id}: {error}" for (run_id, _), error in jobs.failed.items()],
         "left_out": len(jobs.left_out),

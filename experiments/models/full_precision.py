@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """Base models in full precision: from the hub, a folder or a GGUF file, or generated (`tiny`)."""
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ def base_name(config: RunConfig, base: PreTrainedModel) -> str:
 def load_config(model: Model, path: str | Path) -> PretrainedConfig:
     """Load the config of a base model. One with its own code is refused; transformers would wait for a confirmation."""
     try:
-        config = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=False)
+        config = cast(
+            "PretrainedConfig", AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=False)
+        )
     except (OSError, ValueError) as error:
         raise cannot_load(model, error) from None
     attention = str(getattr(config, "_attn_implementation", None))
@@ -81,7 +84,10 @@ def load_config(model: Model, path: str | Path) -> PretrainedConfig:
 
 def load_tokenizer(model: Model, path: str | Path) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=False)
+        tokenizer = cast(
+            "PreTrainedTokenizerBase",
+            AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=False),
+        )
     except (OSError, ValueError) as error:
         raise cannot_load(model, error) from None
     if tokenizer.eos_token_id is None:

@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """GGUF files as base models: converted once into the cache folder and loaded from there like any other folder.
 
 `<cache>/base/<file name>-<16 hex of its sha256>/` has the dequantised weights in float32, the config, the tokenizer
@@ -14,13 +15,14 @@ import shutil
 import tempfile
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
 from experiments import CONFIGS
 from experiments.config import Gguf, Model
 from experiments.errors import UserError
+from experiments.rules import Value
 from experiments.runs.received import check_file_names
 from experiments.runs.records import file_hash, write_atomically
 from experiments.settings import section
@@ -153,11 +155,11 @@ def _convert(file: Path, folder: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"{file}: the package gguf, which reads such files, is not installed: run `make real-model`")
     transformers.utils.logging.disable_progress_bar()
-    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "trust_remote_code": False}
+    where: Config = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "trust_remote_code": False}
     print(f"converting {file.name}: half a minute per 100 MB, once", flush=True)
     try:
         dequantised: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        tokenizer = cast(Any, AutoTokenizer.from_pretrained(**where))
     except Exception as error:  # from the reader, from NumPy on a truncated file, from transformers' tables
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{file}: not a complete GGUF file that transformers can read: {reason}") from None
@@ -165,13 +167,13 @@ def _convert(file: Path, folder: Path) -> None:
     for key in ("quantization_config", "_name_or_path"):  # transformers refuses to save the first
         settings.pop(key, None)
     config = AutoConfig.for_model(settings.pop("model_type"), **_shortest(settings))
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain = cast(Any, AutoModelForCausalLM.from_config(config, dtype=torch.float32))
     plain.load_state_dict(dequantised.state_dict())
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _shortest(value: Any) -> Any:
+def _shortest(value: Value) -> Any:
     """Restore numbers to their values before GGUF stored them in float32: 1e-5, not 9.999999747378752e-06."""
     import numpy as np
 

@@ -1,3 +1,4 @@
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 """Quantised base models: made once, cached, and loaded by every run that trains on them.
 
 A run makes its base if it is missing; `python -m experiments.quantize` makes it in advance. An interrupted quantisation
@@ -7,17 +8,13 @@ base's files, the settings, the calibration tokens and the code in diablo/quanti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-import pyarrow.compute as pc
 import torch
-from peft import set_peft_model_state_dict
-from safetensors.torch import load_file
-from transformers.utils.hub import cached_file
 
 from diablo import quantize
 from diablo.quantize import (
@@ -108,7 +105,8 @@ def make_quantized(config: RunConfig, device: str, progress: bool = True) -> Pat
 def start_from(model: Any, folder: Path, label: str) -> None:
     """Load into an attached LoRA the factors made with its base."""
     try:
-        result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        factors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+        result = cast(Any, peft.set_peft_model_state_dict(model, factors))
     except RuntimeError as error:
         raise UserError(f"{label}: {folder} does not fit: {error}") from None
     lacking = [name for name in result.missing_keys if ".lora_" in name]
@@ -128,7 +126,8 @@ def planned_sizes(config: RunConfig, dtype: torch.dtype | None = None) -> dict[s
     base = base.to(dtype or weights_dtype(config.model, str(resolve_device(config.runtime.device))))
     full_bytes = sizes(base)["other_bytes"]
     prefix, layers = decoder_layers(base)
-    names = [f"{prefix}.{name}" for name, module in layers.named_modules() if isinstance(module, torch.nn.Linear)]
+    modules = cast("Iterator[tuple[str, torch.nn.Module]]", layers.named_modules())
+    names = [f"{prefix}.{name}" for name, module in modules if isinstance(module, torch.nn.Linear)]
     try:
         replace_linears(base, names, settings.bits, settings.group_size, settings.method in NORMAL_FLOAT)
     except ValueError as error:
@@ -179,7 +178,7 @@ def calibration_tokens(config: RunConfig) -> Tensor | None:
         rows = load_rows(config.task.data, "train", config.runtime.data_root)
         cache = Path(config.runtime.cache_dir)
         examples = tokenised(config.protocol, tokenizer, select_rows(config.protocol, rows), cache)
-        flat: Any = pc.call_function("list_flatten", [examples.table["input_ids"]])
+        flat = cast(Any, pyarrow.compute).call_function("list_flatten", [examples.table["input_ids"]])
         tokens = torch.tensor(flat.to_numpy(), dtype=torch.int64)
     try:
         return calibration_windows(tokens, wanted.samples, wanted.length, wanted.seed)
@@ -207,13 +206,13 @@ def _files(config: RunConfig) -> Any:
     if Path(path).is_dir():
         kept = [file for file in sorted(Path(path).iterdir()) if file.suffix in (".safetensors", ".bin")]
         return {file.name: file_hash(file) for file in [*kept, Path(path) / "config.json"]}
-    found = cached_file(str(path), "config.json", revision=config.model.revision)
+    found = hub.cached_file(str(path), "config.json", revision=config.model.revision)
     assert found is not None
     return [str(path), Path(found).parent.name]
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(folder: Path) -> Generator[None, None, None]:
     """Hold the folder's lock, like that of a run; wait for a process that is working there."""
     folder.mkdir(parents=True, exist_ok=True)
     home = RunPaths(folder)

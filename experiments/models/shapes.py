@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """A base model without its weights: config, shapes, dtype and device; and the hash that identifies weights."""
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def empty_base(architecture: Mapping[str, Any]) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(build_config(architecture))
+        return cast("PreTrainedModel", AutoModelForCausalLM.from_config(build_config(architecture)))
 
 
 def context_length(config: PretrainedConfig) -> int:

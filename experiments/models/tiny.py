@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """The base model `tiny`: a Llama and its tokenizer, trained from scratch in about a minute and cached by content.
 
 It learns sums and simple stories from `experiments.data.arith.corpus`, so that fine-tuning it resembles fine-tuning a
@@ -12,7 +13,7 @@ import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -91,7 +92,7 @@ def _pretrain(model: Model, folder: Path) -> None:
     config = build_config(model.architecture)
     with torch.random.fork_rng():  # the caller's random state must not depend on whether the model was cached
         torch.manual_seed(settings.seed)
-        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+        network = cast(Any, AutoModelForCausalLM.from_config(config, dtype=torch.float32)).train()
         optimizer = torch.optim.AdamW(
             network.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
         )

@@ -45,12 +45,16 @@ class Tried:
 class Stages:
     """The runs of an experiment, as far as the finished runs determine them."""
 
-    rate_search: list[RunConfig] = field(default_factory=list)  # only trained; empty if there is nothing to choose
-    final: list[RunConfig] = field(default_factory=list)  # trained and scored
-    undecided: list[str] = field(default_factory=list)  # a line per group without a choice: the runs it waits for
-    to_come: list[RunConfig] = field(default_factory=list)  # their second stage, with a placeholder learning rate
+    rate_search: list[RunConfig] = field(
+        default_factory=list[RunConfig]
+    )  # only trained; empty if there is nothing to choose
+    final: list[RunConfig] = field(default_factory=list[RunConfig])  # trained and scored
+    # a line per group without a choice: the runs it waits for.
+    undecided: list[str] = field(default_factory=list[str])
+    # Their second stage, with a placeholder learning rate.
+    to_come: list[RunConfig] = field(default_factory=list[RunConfig])
     by: str | None = None  # a key of `RULES`
-    tried: list[Tried] = field(default_factory=list)
+    tried: list[Tried] = field(default_factory=list[Tried])
 
     def known(self) -> list[RunConfig]:
         """Return the runs of both stages whose settings are known, each once."""

@@ -7,6 +7,7 @@ runs are their union. A run's `config.yaml` is resolved and frozen.
 from __future__ import annotations
 
 import copy
+import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -29,6 +30,7 @@ from experiments.models.gguf import settle_weights
 from experiments.plan.experiment_files import expand_experiment, options
 from experiments.plan.overrides import by_name, by_name_resolved, checked, set_value, settle, sweep
 from experiments.plan.quantization import name_quantized
+from experiments.rules import Value
 from experiments.runs.config_files import freeze_config, run_id
 from experiments.runs.evaluations import kind_of
 from experiments.runs.prerequisite import freeze_prerequisite
@@ -41,7 +43,7 @@ CHOSEN_LEARNING_RATE = "${method.learning_rate.${task.name}}"  # what run.yaml s
 ONLY_TO_CHOOSE = {"method": ("learning_rate", "contract"), "model": ("adapter_size",), "task": ("benchmarks",)}
 Config = dict[str, Any]
 
-OmegaConf.register_new_resolver("times", lambda factor, value: factor * value, replace=True)
+OmegaConf.register_new_resolver("times", operator.mul, replace=True)
 
 
 def plan(arguments: Sequence[str]) -> list[RunConfig]:
@@ -56,7 +58,9 @@ def plan(arguments: Sequence[str]) -> list[RunConfig]:
 
 def resolve(overrides: Iterable[Override]) -> RunConfig:
     """One run's config, resolved. Files are composed once per choice of groups; single values are merged in."""
-    groups, values, overrides = [], [], list(overrides)
+    groups: list[Override] = []
+    values: list[Override] = []
+    overrides = list(overrides)
     for override in overrides:
         (groups if override.key_or_group in GROUPS else values).append(override)
     lines = _lines(groups)
@@ -128,7 +132,7 @@ def _lines(overrides: Iterable[Override]) -> tuple[str, ...]:
     """Overrides as Hydra takes them; `protocol=diablo` means the `diablo` of the task's family."""
     overrides = list(overrides)
     chosen = {override.key_or_group: override for override in overrides}
-    lines = []
+    lines: list[str] = []
     for override in overrides:
         line = str(override.input_line)
         if override.key_or_group == "protocol":
@@ -185,7 +189,7 @@ def _nothing_refers_to(override: Override, groups: tuple[str, ...]) -> bool:
 def _references(groups: tuple[str, ...]) -> frozenset[str]:
     """Every dotted name, or beginning of one, in the references of the config files of a choice of groups."""
 
-    def names(value: Any, *path: str) -> Iterator[str]:
+    def names(value: Value, *path: str) -> Iterator[str]:
         if isinstance(value, dict | list):
             for key, part in value.items() if isinstance(value, dict) else enumerate(value):
                 yield from names(part, *path, str(key))
@@ -249,7 +253,7 @@ def run_paths(config: RunConfig) -> RunPaths:
 
 def write_runs(configs: Iterable[RunConfig]) -> list[RunPaths]:
     """Make the run directories, or check those that are there (`freeze_config`)."""
-    runs = []
+    runs: list[RunPaths] = []
     for config in configs:
         run = run_paths(config)
         freeze_config(run, config)

@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """The cost of planned runs: training tokens, and GPU-hours at a measured speed, which a budget counts.
 
 Tokens are counted if the task's rows and the model's tokenizer are on this machine. Otherwise `--tokens-per-row` is
@@ -12,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from experiments.config import Data, Model, Protocol, RunConfig, Runtime, Task
 from experiments.data import hub
@@ -35,7 +36,7 @@ class Speed:
 
 def read_speed(speeds: Sequence[str], tokens_per_row: float | None) -> Speed:
     """Parse speeds such as `3000` or `llama2_7b=3000`."""
-    found = {}
+    found: dict[str, float] = {}
     for text in speeds:
         model, _, number = text.rpartition("=")
         try:
@@ -181,6 +182,9 @@ def _tokenizer(model: Model, runtime: Runtime) -> PreTrainedTokenizerBase | None
             return None
         path = converted(gguf, cache)
     try:
-        return AutoTokenizer.from_pretrained(str(path), revision=model.revision, local_files_only=True)
+        return cast(
+            "PreTrainedTokenizerBase",
+            AutoTokenizer.from_pretrained(str(path), revision=model.revision, local_files_only=True),
+        )
     except (OSError, ValueError):
         return None

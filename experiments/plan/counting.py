@@ -67,7 +67,7 @@ def print_counts(configs: Sequence[RunConfig], following: Sequence[RunConfig], s
             line += f"   [* {result.ungrouped:,} = {100 * result.ungrouped / result.base:.3f}%]"
         print(line)
     everything = [*configs, *following]
-    sums = []
+    sums: list[str] = []
     for what, cost in (("tokens", tokens), ("GPU-hours of training", gpu_hours)):
         known = [value for value in (cost(config, speed) for config in everything) if value is not None]
         if len(known) == len(everything):

@@ -11,6 +11,7 @@ import yaml
 
 from experiments import CONFIGS
 from experiments.errors import UserError, nearest
+from experiments.rules import Value
 
 PAPER = "cells=paper"  # next to experiment=…: only the paper's own cells
 Config = dict[str, Any]
@@ -63,7 +64,7 @@ def read_experiment(name: str) -> Config:
     if not path.is_file():
         raise UserError(f"no experiment {name!r}: {nearest(name, options('experiment'))}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content: Value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):

@@ -8,11 +8,11 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from experiments.config import OPEN
 from experiments.errors import UserError, nearest
-from experiments.rules import section_of
+from experiments.rules import Value, section_of
 from experiments.settings import SECTIONS, annotation_of, rule, shown
 
 WIDTH = 100
@@ -38,8 +38,9 @@ def _section(name: str, values: Mapping[str, Any]) -> Iterator[str]:
     texts = _texts(kind)
     for part in fields(kind):
         key = f"{name}.{part.name}"
-        value, nested = values.get(part.name), section_of(annotation_of(key))
-        is_open = value if isinstance(value, Mapping) and nested is None else {}
+        value: Value = values.get(part.name)
+        nested = section_of(annotation_of(key))
+        is_open: Mapping[str, Any] = value if isinstance(value, Mapping) and nested is None else {}
         given = part.name in values and not is_open and not (nested and value)
         yield key + (f" = {shown(value)}" if given else "")
         yield from _about(key, texts.get(part.name, ""))
@@ -50,7 +51,7 @@ def _section(name: str, values: Mapping[str, Any]) -> Iterator[str]:
             yield f"  {other}" + (f" = {shown(is_open[field])}" if field in is_open else "")
             yield from (f"  {line}" for line in _about(other, ""))
         if nested is not None and part.name != "prerequisite":  # which is a method again
-            yield from (f"  {line}".rstrip() for line in _section(key, value or {}))
+            yield from (f"  {line}".rstrip() for line in _section(key, cast(Mapping[str, Any], value or {})))
 
 
 def _about(key: str, text: str) -> list[str]:

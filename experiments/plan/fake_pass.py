@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """Memory from shapes: the bytes of a model's tensors, and the allocations of its forward and backward pass.
 
 The pass runs on fake tensors (torch's FakeTensorMode): every operation and every autograd function of the real pass, on
@@ -9,10 +10,10 @@ from __future__ import annotations
 import functools
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +163,7 @@ def forward_backward(model: Any, tokens: Tensor, autocast: bool) -> None:
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
         parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
         chunk = max(1, LOGITS // head.weight.shape[0])
-        loss: Any = ChunkedLoss.apply(labelled, tokens.flatten(), 1.0, head, chunk, *parameters)
+        loss = cast(Tensor, ChunkedLoss.apply(labelled, tokens.flatten(), 1.0, head, chunk, *parameters))
     del labelled
     loss.backward()
     for hook in hooks:
@@ -174,7 +175,7 @@ def _drop(parameter: Tensor) -> None:
 
 
 @contextmanager
-def _entering(head: nn.Module) -> Iterator[list[Tensor]]:
+def _entering(head: nn.Module) -> Generator[list[Tensor], None, None]:
     """Capture the output layer's input and pass it an empty one: experiments/train/loss.py computes it in chunks."""
     hidden: list[Tensor] = []
 
@@ -193,7 +194,7 @@ def make_fake(model: nn.Module) -> None:
     """Replace the model's tensors by fake ones; shared tensors stay shared."""
     made: dict[int, tuple[Tensor, Tensor]] = {}  # keeping the old tensor prevents reuse of its id
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        for tensors in (module._parameters, module._buffers):  # pyright: ignore[reportPrivateUsage]
             for name, tensor in tensors.items():
                 if tensor is None:
                     continue
@@ -227,7 +228,7 @@ class Allocations(TorchDispatchMode):
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
+        key = storage._cdata  # pyright: ignore[reportPrivateUsage]
         if key in self._known:
             return
         self._known.add(key)

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.errors import UserError, nearest
+from experiments.rules import Value
 from experiments.settings import leaves, rule, stored
 
 Config = dict[str, Any]
@@ -91,7 +92,7 @@ def _values(argument: str, override: Override) -> list[Override]:
 def value_of(override: Override) -> Any:
     """An override's value, escapes in double quotes read."""
 
-    def read(value: Any) -> Any:
+    def read(value: Value | QuotedString) -> Any:
         if isinstance(value, list):
             return [read(part) for part in value]
         if isinstance(value, dict):
@@ -105,7 +106,7 @@ def value_of(override: Override) -> Any:
             )
         return value
 
-    return read(override._value)
+    return read(cast(Any, override._value))  # pyright: ignore[reportPrivateUsage]
 
 
 def _unescaped(text: str) -> str:
@@ -136,7 +137,7 @@ def _checked(override: Override, files: Mapping[str, Any]) -> Override:
     value = stored(key, given, files.get(key))
     if repr(value) == repr(given):
         return override
-    text = Override._get_value_element_as_str(cast(Any, value))
+    text = Override._get_value_element_as_str(value)  # pyright: ignore[reportPrivateUsage]
     line = f"{'+' if override.is_add() else ''}{key}={text}"
     return dataclasses.replace(override, _value=value, input_line=line)
 
@@ -147,7 +148,7 @@ def by_name(config: Mapping[str, Any], prefix: str = "") -> Config:
     for name, value in config.items():
         found[f"{prefix}{name}"] = value
         if isinstance(value, dict):
-            found |= by_name(value, f"{prefix}{name}.")
+            found |= by_name(cast(Config, value), f"{prefix}{name}.")
     return found
 
 
@@ -193,11 +194,12 @@ def set_value(config: Config, override: Override, others: Iterable[str]) -> None
         where = ".".join(parents[:depth])
         if not isinstance(node, dict):
             raise UserError(f"no setting {key!r}: {where} is {node!r} for these choices")
-        if part not in node and not (adds and depth == len(parents)):
-            known = {*node, *(() if where else others)}
+        section = cast(Config, node)
+        if part not in section and not (adds and depth == len(parents)):
+            known = {*section, *(() if where else others)}
             raise UserError(f"no setting {key!r}: {nearest(part, known)}")
         if depth < len(parents):
-            node = node[part]
+            node = section[part]
     node[last] = value_of(override)
 
 

@@ -95,7 +95,7 @@ def dry_run(arguments: Sequence[str], selection: Selection) -> None:
 
 def off_by(configs: Sequence[RunConfig]) -> list[str]:
     """Return the error of the estimates, for every setting with a measured peak, else for the runs on record."""
-    lines = []
+    lines: list[str] = []
     for config, _ in settings(configs):
         for where, count, peak, trained in _measured(config, configs):
             guess = estimate(trained, count).peak

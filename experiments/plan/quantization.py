@@ -46,7 +46,8 @@ def _check_grid(model: Config, quantization: Config) -> None:
 
 
 def _check_lora(method: Config, quantization: Config) -> None:
-    adapter, made = method["adapter"] or {}, quantization["options"]
+    adapter: Config = method["adapter"] or {}
+    made = quantization["options"]
     plain = adapter.get("_target_") == "peft.LoraConfig" and "prepare" not in method
     if not plain or any(adapter.get(key) for key in NOT_PLAIN):
         raise UserError(

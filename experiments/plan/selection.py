@@ -40,7 +40,7 @@ class Selected:
 
     configs: list[RunConfig]
     by: str | None
-    left_out: dict[str, tuple[int, int]] = field(default_factory=dict)
+    left_out: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
 
     def lines(self) -> list[str]:
         """Return lines about `left_out` for printing."""
@@ -81,7 +81,7 @@ def select(arguments: Sequence[str], selection: Selection, hours: Hours | None =
     configs, by = plan([*arguments, *([PAPER] if selection.paper else [])]), rule(arguments)
     if selection.budget is None:
         return Selected(configs, by)
-    cost = hours or (lambda config: known_hours(config, selection.speed))
+    cost: Hours = hours or (lambda config: known_hours(config, selection.speed))
     return within(configs, by, selection.budget, cost)
 
 

@@ -160,7 +160,8 @@ def finished_outcome(job: Job) -> str | None:
     """Return the outcome of a finished job whose adapter is not local, e.g. trained elsewhere; else None."""
     if job.run.adapter.is_dir() or not job.is_finished():
         return None
-    trained, scores = read_record(job.run.train_record, TrainRecord), []
+    trained = read_record(job.run.train_record, TrainRecord)
+    scores: list[EvalRecord] = []
     check_training(job.run, job.config, trained)
     for paths in evaluation_paths(job.run, job.config) if job.score else []:
         scores.append(read_record(paths.score, EvalRecord))

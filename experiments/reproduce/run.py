@@ -63,7 +63,7 @@ def reproduce(
     found = jobs.stages()
     page = report(name, found, out, [*overrides, *selection.flags], measure=not report_only)
     print(f"report: {page.resolve()}  ({time.perf_counter() - started:.0f} s in all)")
-    missing = []
+    missing: list[str] = []
     if jobs.failed:
         total = len({config.run_id for config in [*found.rate_search, *found.final]})
         missing.append(f"{len(jobs.failed)} of {total} runs failed")
@@ -86,7 +86,8 @@ def report(name: str, found: Stages, out: Path, overrides: list[str], measure: b
     from analysis.report import write_report
     from experiments.speed.timing import can_measure, measure_step_times
 
-    experiment, notes = read_experiment(name), []
+    experiment = read_experiment(name)
+    notes: list[str] = []
     runs = [run for run in map(run_paths, found.final) if run.config.is_file()]
     if not any(run.train_record.is_file() for run in runs):
         raise UserError(f"no run of {name} is finished: nothing to report")

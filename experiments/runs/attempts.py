@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -88,7 +88,7 @@ class Heartbeat:
 
 
 @contextmanager
-def attempt(run: RunPaths, stage: str, wait_for_holder: bool = False) -> Iterator[Heartbeat]:
+def attempt(run: RunPaths, stage: str, wait_for_holder: bool = False) -> Generator[Heartbeat, None, None]:
     """Run the body as an attempt at a stage. If a signal stops it, it ends with `Preempted` and leaves a marker.
 
     Of several processes only the first writes; there, loading is not interrupted, or the others would wait forever.
@@ -125,7 +125,7 @@ def attempt(run: RunPaths, stage: str, wait_for_holder: bool = False) -> Iterato
 
 
 @contextmanager
-def _memory_errors_explained(run: RunPaths, stage: str) -> Iterator[None]:
+def _memory_errors_explained(run: RunPaths, stage: str) -> Generator[None, None, None]:
     """Turn running out of memory into one line that says what to change, and free the stage's memory."""
     try:
         yield
@@ -139,7 +139,7 @@ def _memory_errors_explained(run: RunPaths, stage: str) -> Iterator[None]:
 
 
 @contextmanager
-def _recorded(run: RunPaths, heart: Heartbeat) -> Iterator[None]:
+def _recorded(run: RunPaths, heart: Heartbeat) -> Generator[None, None, None]:
     """Append the attempt to `attempts.json`, and add at its end how it ended."""
     entry: dict[str, Any] = {**heart.who, "started": time.time(), "ended": None, "how": None, "error": None}
     attempts = [*_read_attempts(run), entry]

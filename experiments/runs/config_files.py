@@ -29,7 +29,8 @@ def config_hash(config: Mapping[str, Any]) -> str:
 def setting_hash(config: Mapping[str, Any]) -> str:
     """Hash of what the runs of one setting have in common: all but the seed, and what an adapter draws with it."""
     method = config["method"]
-    adapter = {key: value for key, value in (method.get("adapter") or {}).items() if key != "seed"}
+    given: dict[str, Any] = method.get("adapter") or {}
+    adapter = {key: value for key, value in given.items() if key != "seed"}
     return config_hash({**config, "seed": None, "method": {**method, "adapter": adapter}})
 
 

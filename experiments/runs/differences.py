@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.config import RunConfig
+from experiments.rules import Value
 from experiments.runs.config_files import NOT_IN_THE_ID
 
 
@@ -48,7 +49,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:39]}…"
 
 
-def _flat(value: Any, *path: str) -> dict[str, Any]:
+def _flat(value: Value, *path: str) -> dict[str, Any]:
     """Return all settings by their dotted names; a list is one value."""
     if not isinstance(value, dict) or not value:
         return {".".join(path): value}

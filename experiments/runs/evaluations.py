@@ -15,7 +15,7 @@ import yaml
 from experiments import CONFIGS, ROOT
 from experiments.config import RunConfig
 from experiments.errors import UserError, nearest
-from experiments.rules import NAME
+from experiments.rules import NAME, Value
 from experiments.runs.records import EvalPaths, RunPaths
 
 Config = dict[str, Any]
@@ -122,7 +122,7 @@ def settings_of(evaluation: Mapping[str, Any], benchmark: str, kind: str) -> Con
     return {"asked": asked | {"limit": chosen(evaluation["limit"], "evaluation.limit")}, "read": read}
 
 
-def _chosen(value: Any, name: str, benchmark: str, kind: str) -> Any:
+def _chosen(value: Value, name: str, benchmark: str, kind: str) -> Any:
     """Return a setting's value, or if it is a map, its value for the benchmark or its kind of answer."""
     if not isinstance(value, Mapping):
         return value

@@ -63,7 +63,7 @@ def check_score(paths: EvalPaths, record: EvalRecord) -> None:
                 f"{paths.samples}: not the completions that {paths.score.name} was made from: restore them, or delete "
                 f"{paths.root} and evaluate the run again"
             )
-        header = next(read_lines(paths.samples), {})
+        header = next(read_lines(paths.samples), Config())
         expected |= {name: header.get(name) for name in FROM_HEADER}
     if record.judgements_hash and paths.judgements.is_file():
         expected["judgements_hash"] = file_hash(paths.judgements)

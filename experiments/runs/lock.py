@@ -14,12 +14,13 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from experiments.errors import Preempted, UserError
+from experiments.rules import Value
 from experiments.runs import preemption
 from experiments.runs.commands import answer
 from experiments.runs.records import RunPaths
@@ -41,7 +42,7 @@ def identity() -> Holder:
 
 
 @contextmanager
-def locked(run: RunPaths, patience: float | None = None, wait_for_holder: bool = False) -> Iterator[str]:
+def locked(run: RunPaths, patience: float | None = None, wait_for_holder: bool = False) -> Generator[str, None, None]:
     """Hold the run's lock and yield its text. Waits for a holder without signs of life; UserError if it is alive.
 
     `wait_for_holder`: also wait for a living holder, until it has ended.
@@ -161,7 +162,7 @@ def _read(path: Path) -> str:
 def _read_json(text: str) -> dict[str, Any]:
     """Parse a JSON object; {} for other text (a lock is empty while it is being written)."""
     try:
-        content = json.loads(text)
+        content: Value = json.loads(text)
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}

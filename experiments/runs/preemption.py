@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,7 +48,7 @@ def raise_immediately(raises: bool) -> None:
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
+def deferred() -> Generator[None, None, None]:
     """Finish the body without interruption; signals are raised before and after it."""
     raise_immediately(True)
     _Request.raises = False
@@ -57,7 +57,7 @@ def deferred() -> Iterator[None]:
 
 
 @contextmanager
-def listening() -> Iterator[None]:
+def listening() -> Generator[None, None, None]:
     """Listen in the body, then restore the handlers, so that a command that already listens continues to do so."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     listen()
@@ -76,7 +76,7 @@ def agreed(device: Any) -> bool:
 
     if torch.distributed.is_initialized():
         number = torch.tensor(_Request.signal, device=device)
-        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)  # pyright: ignore[reportUnknownMemberType]
         _Request.signal = int(number)
     return bool(_Request.signal)
 

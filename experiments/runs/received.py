@@ -10,9 +10,10 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from experiments.errors import UserError
+from experiments.rules import Value
 
 CODE = re.compile(r"(diablo|peft)(\.[^\W\d]\w*)+")
 FILE_NAME = re.compile(r"[\w-][\w.-]*")
@@ -60,9 +61,10 @@ def check_depth(text: str, parse: Callable[[], Iterable[Any]]) -> None:
             raise UserError(f"nested more than {MOST_LEVELS} times: not a run's config")
 
 
-def check_config(config: Any) -> None:
+def check_config(config: Value) -> None:
     """Raise a UserError if a config is too large, or names code that does not belong to a method."""
-    left = [("", config)]
+    left: list[tuple[str, Any]] = [("", config)]
+    value: Value
     for count in range(MOST_ENTRIES):
         if not left:
             return
@@ -87,6 +89,7 @@ def check_target(where: str, target: Any) -> None:
 def check_fields(where: str, fields: dict[str, Any]) -> None:
     """Raise a UserError if an adapter's settings name other modules or files."""
     left = [fields]
+    value: Value
     while left:
         for key, value in left.pop().items():
             if key in FOREIGN and value and not (key == "megatron_core" and value == "megatron.core"):
@@ -109,8 +112,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         text = path.read_text(encoding="utf-8")
-        check_depth(text, lambda: yaml.parse(text, loader))
-        config = yaml.load(text, loader)
+        check_depth(text, lambda: cast(Any, yaml).parse(text, loader))
+        config: Value = yaml.load(text, loader)
         check_config(config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -118,13 +121,13 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a run's config ({error}): plan the run again") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: not a run's config: plan the run again")
-    method = config.get("method")
+    method: Value = config.get("method")
     if isinstance(method, dict) and "first" in method:  # its name in earlier configs
         config["method"] = {"prerequisite" if key == "first" else key: value for key, value in method.items()}
     return config
 
 
-def has_type(value: Any, kind: str) -> bool:
+def has_type(value: Value, kind: str) -> bool:
     """Return whether a JSON value has the type of a record's field, written as in experiments/runs/records.py."""
     if kind.endswith(" | None"):
         return value is None or has_type(value, kind.removesuffix(" | None"))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from experiments.errors import UserError
+from experiments.rules import Value
 from experiments.runs.received import check_file_names, has_type
 
 SCHEMA = 5  # raised when a record changes its meaning
@@ -256,7 +257,7 @@ def trained_record(run: RunPaths) -> TrainRecord:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data: Value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}): delete it and run the stage again") from None
     if not isinstance(data, dict):

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -115,7 +115,7 @@ def attach(label: str, base: nn.Module, targets: list[str], num_blocks: int, ran
         dropout = 0.05 if label == DROPOUT else 0.0
         config = DiabloConfig(num_blocks=num_blocks, target_modules=targets, mode=mode, dropout=dropout)
     try:
-        return get_peft_model(base, config)  # pyright: ignore[reportArgumentType]
+        return cast(Any, get_peft_model(cast(Any, base), config))
     except ValueError as error:
         raise UserError(f"{label}: {error}") from None
 
@@ -130,10 +130,13 @@ def _attach_authors(base: nn.Module, targets: list[str], num_blocks: int, author
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    weights: Any = {name: layer.weight for name, layer in base.named_modules() if isinstance(layer, nn.Linear)}
+    modules = list(cast("Iterator[tuple[str, nn.Module]]", base.named_modules()))
+    weights = {name: layer.weight for name, layer in modules if isinstance(layer, nn.Linear)}
     module.replace_linear_with_blocklinear(base, num_blocks=num_blocks, target_modules=targets)
     base.requires_grad_(False)
-    layers: Any = [(name, layer) for name, layer in base.named_modules() if isinstance(layer, module.BlockLinear)]
+    layers: Any = [
+        (name, layer) for name, layer in cast(Any, base).named_modules() if isinstance(layer, module.BlockLinear)
+    ]
     for name, layer in layers:
         layer.linear.weight = weights[name]  # their layer clones it; here all methods share one
         layer.block_A.requires_grad_(True)

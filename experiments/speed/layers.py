@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """Measures speed and memory of DiaBlo and the other methods in one run.
 
     python -m experiments.speed.layers                                  # on the GPU if there is one, else on the CPU
@@ -14,9 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from experiments.errors import UserError, run_command
 from experiments.runs.records import SCHEMA, write_atomically
@@ -55,7 +57,9 @@ def measure_layer(
     x = torch.randn(tokens, m, device=options.device, dtype=options.dtype, requires_grad=True)
     upstream = torch.randn(tokens, n, device=options.device, dtype=options.dtype)
     rank = cases.matched_rank([(m, n)], num_blocks)
-    work, parameters, layers = {}, {}, {}
+    work: dict[str, Callable[[], None]] = {}
+    parameters: dict[str, int] = {}
+    layers: dict[str, nn.Module] = {}
     for label in labels:
         layer = cases.attach(label, cases.sharing(base), ["0"], num_blocks, rank, options.authors_repo).train()
         parameters[label] = sum(p.numel() for p in layer.parameters() if p.requires_grad)
@@ -104,14 +108,17 @@ def measure_model(
 
     length = min(options.length, tokens)
     with torch.device(options.device):
-        base = AutoModelForCausalLM.from_config(build_config(architecture(name)), dtype=options.dtype)
+        base = cast(Any, AutoModelForCausalLM.from_config(build_config(architecture(name)), dtype=options.dtype))
         ids = torch.randint(base.config.vocab_size, (tokens // length, length))
     base.config.use_cache = False
-    linears = {n: m for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
+    linears: dict[str, torch.nn.Linear] = {n: m for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
     shapes = [(m.in_features, m.out_features) for n, m in linears.items() if n.rpartition(".")[2] in TARGETS[targets]]
     num_blocks = options.num_blocks or BLOCKS.get(name, 64)
     rank = cases.matched_rank(shapes, num_blocks)
-    passes, steps, trained, costs = {}, {}, {}, {}
+    passes: dict[str, Callable[[], None]] = {}
+    steps: dict[str, Callable[[], None]] = {}
+    trained: dict[str, list[torch.nn.Parameter]] = {}
+    costs: dict[str, cases.Cost] = {}
     for label in labels:
         model = cases.attach(
             label, cases.sharing(base), TARGETS[targets], num_blocks, rank, options.authors_repo

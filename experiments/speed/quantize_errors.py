@@ -62,7 +62,7 @@ def describe_errors(rows: list[dict[str, Any]]) -> list[str]:
         f"| bits | {' | '.join(METHODS)} |",
         f"|---|{'---|' * len(METHODS)}",
     ]
-    exceptions = []
+    exceptions: list[str] = []
     for bits in BITS:
         totals = {method: sum(found[method, bits, layer] for layer in layers) for method in METHODS}
         cells = [f"{totals[method] / size:.3%} ({totals[method] / totals['rtn']:.2f})" for method in METHODS]

@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """Measures the cost of quantised models: time to quantise, time to train, and memory.
 
     python -m experiments.speed.quantized                          # minutes on two cores
@@ -17,10 +18,10 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from experiments.errors import UserError, run_command
 from experiments.runs.records import write_atomically
@@ -70,7 +71,7 @@ def measure_quantising(options: Any) -> list[dict[str, Any]]:
     from diablo.quantize.storage import decoder_layers
     from experiments.models.shapes import build_config
 
-    model: Any = AutoModelForCausalLM.from_config(build_config(options.architecture), dtype=torch.float32).eval()
+    model = cast(Any, AutoModelForCausalLM.from_config(build_config(options.architecture), dtype=torch.float32)).eval()
     name, layers = decoder_layers(model)
     ids = torch.randint(model.config.vocab_size, (options.samples, options.length))
     with torch.no_grad():
@@ -78,7 +79,8 @@ def measure_quantising(options: Any) -> list[dict[str, Any]]:
         layer = layers[0]
         seconds = {"activations": _timed(lambda: activations.gram_matrices(f"{name}.0", layer))}
         grams = activations.gram_matrices(f"{name}.0", layer)
-        linears = {n: m for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
+        modules = cast("Iterator[tuple[str, nn.Module]]", layer.named_modules())
+        linears = {n: m for n, m in modules if isinstance(m, torch.nn.Linear)}
         for method in ("rtn", "nf", "gptq", "magr", "loftq"):
             extra = {"rank": options.rank, "iterations": 1} if method == "loftq" else {}
             settings = QuantizationSettings(method, options.bits, options.group_size, options=extra)
@@ -151,12 +153,12 @@ def measure_steps(options: Any) -> list[dict[str, Any]]:
     from experiments.speed import cases
     from experiments.speed.timing import forward_backward, interleaved
 
-    full: Any = AutoModelForCausalLM.from_config(build_config(options.architecture), dtype=torch.float32)
+    full = cast(Any, AutoModelForCausalLM.from_config(build_config(options.architecture), dtype=torch.float32))
     full.to(options.device).config.use_cache = False
     packed = cases.sharing(full)
     pack_linears(packed, options)
     ids = torch.randint(full.config.vocab_size, (max(1, options.tokens // options.length), options.length))
-    passes = {}
+    passes: dict[str, Callable[[], None]] = {}
     for label in (cases.FLOOR, cases.LORA, cases.ADAPTER):
         for base, name in ((full, "full precision"), (packed, f"{options.bits} bits")):
             model = cases.attach(
@@ -164,7 +166,7 @@ def measure_steps(options: Any) -> list[dict[str, Any]]:
             ).train()
             passes[f"{label}, {name}"] = partial(forward_backward, model, ids.to(options.device))
     seconds = interleaved(passes, options.rounds, options.device, title="training passes")
-    result = []
+    result: list[dict[str, Any]] = []
     for entry, values in seconds.items():
         floor = seconds[entry.split(", ")[0] + ", full precision"]
         ratio = statistics.median(a / b for a, b in zip(values, floor, strict=True))
@@ -179,7 +181,7 @@ def pack_linears(module: nn.Module, options: Any) -> None:
     from diablo.quantize import QuantizedLinear, round_to_nearest
     from diablo.quantize.quantized_linear import set_module
 
-    for name, linear in list(module.named_modules()):
+    for name, linear in list(cast("Iterator[tuple[str, nn.Module]]", module.named_modules())):
         if isinstance(linear, torch.nn.Linear) and not isinstance(linear, QuantizedLinear) and "lm_head" not in name:
             with torch.no_grad():
                 weight = round_to_nearest(linear.weight, options.bits, options.group_size)

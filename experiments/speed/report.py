@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """Writes the speed benchmark's table (Markdown) and picture from its JSON.
 
 python -m experiments.speed.report results/benchmark_cpu/benchmark.json
@@ -5,10 +6,11 @@ python -m experiments.speed.report results/benchmark_cpu/benchmark.json
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -61,7 +63,7 @@ def limit_seconds(entry: dict[str, Any], rates: dict[str, float]) -> float:
 
 def limit_share(entry: dict[str, Any], rates: dict[str, float] | None) -> str:
     """Return the least time as a share of the median pass; empty if the machine's rates were not measured."""
-    return "" if rates is None else f"{limit_seconds(entry, rates) / float(np.median(entry['seconds'])):.0%}"
+    return "" if rates is None else f"{limit_seconds(entry, rates) / statistics.median(entry['seconds']):.0%}"
 
 
 def layer_table(case: dict[str, Any], rates: dict[str, float] | None) -> list[str]:
@@ -74,7 +76,7 @@ def layer_table(case: dict[str, Any], rates: dict[str, float] | None) -> list[st
     ]
     for label, entry in case["entries"].items():
         middle, low, high = ratio(case, label)
-        median = float(np.median(entry["seconds"]))
+        median = statistics.median(entry["seconds"])
         lines.append(
             f"| {label} | {entry['parameters']:,} | {1e3 * median:.2f} | {middle:.3f} ({low:.3f}–{high:.3f}) | "
             f"{entry['operations'] / 1e9:.1f} | {entry['bytes'] / 1e6:.0f} | "
@@ -97,7 +99,7 @@ def model_table(case: dict[str, Any], rates: dict[str, float] | None) -> list[st
     for label, entry in case["entries"].items():
         middle, low, high = ratio(case, label)
         step, step_low, step_high = ratio(case, label, "step_seconds")
-        speed = case["tokens"] / float(np.median(entry["step_seconds"]))
+        speed = case["tokens"] / statistics.median(entry["step_seconds"])
         lines.append(
             f"| {label} | {entry['parameters']:,} | {middle:.3f} ({low:.3f}–{high:.3f}) | "
             f"{step:.3f} ({step_low:.3f}–{step_high:.3f}) | {speed:,.0f} | {COMMONSENSE_TOKENS / speed / 60:,.0f} | "
@@ -161,20 +163,20 @@ def write_report(result: dict[str, Any], out: Path) -> Path:
 
 def draw(result: dict[str, Any], out: Path) -> None:
     """Draw ratios to the floor with quartiles: a panel for each whole model, one for the layers, one for the curve."""
-    from matplotlib import rc_context
+    import matplotlib
     from matplotlib.figure import Figure
 
     panels = [*result["models"], *([result["layers"]] if result["layers"] else [])]
     panels += [result["curve"]] if result["curve"] else []
     style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "diablo"}
-    with rc_context(style):
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.2 * len(panels), 3.9), layout="constrained")
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             axes.axhline(1, color="#888888", linewidth=1, linestyle="--")
             axes.grid(axis="y", color="#e4e4e4", linewidth=0.6)
             axes.set_ylabel("time ÷ frozen floor")
             if isinstance(panel, dict):
-                _draw_model(axes, panel)
+                _draw_model(axes, cast(dict[str, Any], panel))
             elif panel is result["curve"]:
                 names = [f"{case['num_blocks']}\n{case['rank']}" for case in panel]
                 _draw_cases(axes, panel, names, "N (DiaBlo) and rank (LoRA), equal budgets")

@@ -90,7 +90,7 @@ def _attached(config: RunConfig, tokens: Any) -> Any:
             model = _attached(before, tokens)
             initial = methods.initial_state(model)
             forward_backward(model, tokens)
-            torch.optim.SGD(methods.trained_tensors(model).values(), lr=1e-3).step()
+            torch.optim.SGD(methods.trained_tensors(model).values(), lr=1e-3).step()  # pyright: ignore[reportUnknownMemberType]
             methods.save(before.method, model, Path(folder), initial)
         base = load_base(config, str(tokens.device))[0]
         backward = Backward(base, itertools.repeat([batch]))

@@ -15,7 +15,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,7 +86,7 @@ def padding(lengths: np.ndarray, micro_batch_size: int, group_by_length: bool) -
 
 
 @contextmanager
-def peak_memory() -> Iterator[list[int]]:
+def peak_memory() -> Generator[list[int], None, None]:
     """Yield the peak resident bytes of the process beyond those at the start, sampled every 5 ms."""
     import psutil
 

@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """Measures how well a trained model predicts the rows kept out of its training, by which learning rates are chosen.
 
 No text is generated, so the measure is cheap and the same for every task and method. `exact_match` is the share of rows
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from experiments.runs.records import write_atomically
 
@@ -26,7 +27,7 @@ def measure(trainer: RunTrainer, examples: Examples, path: Path) -> dict[str, An
     or 0). All processes of a training must call this.
     """
     scores = trainer.score_rows(examples)
-    columns = [scores[:, 0].tolist(), scores[:, 1].int().tolist(), scores[:, 2].int().tolist()]
+    columns = cast(list[list[float]], [scores[:, 0].tolist(), scores[:, 1].int().tolist(), scores[:, 2].int().tolist()])
     if trainer.args.should_save:
         nll = [float(f"{value:.7g}") if math.isfinite(value) else None for value in columns[0]]
         rows = {"nll": nll, "targets": columns[1], "exact": columns[2]}

@@ -8,7 +8,7 @@ are kept, and none are computed twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -52,7 +52,7 @@ class Targets:
         scores = torch.zeros(self.rows, 3, dtype=torch.float64, device=self.tokens.device)
         with torch.no_grad():
             for part, tokens, row in zip(
-                *(x.split(self.chunk) for x in (self.hidden, self.tokens, self.row)), strict=True
+                *(torch.split(x, self.chunk) for x in (self.hidden, self.tokens, self.row)), strict=True
             ):
                 logits = _logits(self.head, part)
                 losses = functional.cross_entropy(logits, tokens, reduction="none").double()
@@ -129,7 +129,7 @@ class TargetForward:
         return Targets(hidden[0], labels, self.head, self.vocabulary)
 
     @contextmanager
-    def _collected(self) -> Iterator[list[Tensor]]:
+    def _collected(self) -> Generator[list[Tensor], None, None]:
         """Capture the input of the output layer, and pass it an empty one."""
         hidden: list[Tensor] = []
 

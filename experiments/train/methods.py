@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """Applies a method to a base model: attach what is trained, save it, and load it onto a fresh base.
 
 A method's config names a PEFT config class, except full fine-tuning and the untouched base. If a method needs data
@@ -11,7 +12,7 @@ import importlib
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from operator import attrgetter
 from pathlib import Path
@@ -140,7 +141,7 @@ def _prepared(
 
 
 @contextmanager
-def _deterministic() -> Iterator[None]:
+def _deterministic() -> Generator[None, None, None]:
     """Make GPU backward passes deterministic, so that a resumed run prepares exactly the same start."""
     before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     with warnings.catch_warnings():
@@ -174,7 +175,7 @@ def check_checkpointing(method: Method, model: torch.nn.Module) -> None:
 
 def forward_modes(model: torch.nn.Module) -> dict[str, str]:
     """Return how each layer applied its adapter, for methods with several modes: layer name -> mode."""
-    modules = model.named_modules()
+    modules = cast("Iterator[tuple[str, torch.nn.Module]]", model.named_modules())
     return {name: mode["default"] for name, module in modules if (mode := getattr(module, "forward_mode", None))}
 
 
@@ -190,7 +191,8 @@ def initial_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def prepared_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return untrained tensors chosen in preparation: integers that the adapter's layers keep, e.g. indices."""
-    layers = [name for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
+    modules = cast("Iterator[tuple[str, torch.nn.Module]]", model.named_modules())
+    layers = [name for name, layer in modules if isinstance(layer, BaseTunerLayer)]
     buffers = {f"{name}.{key}": tensor for name in layers for key, tensor in model.get_submodule(name).named_buffers()}
     return {name: tensor for name, tensor in buffers.items() if not tensor.is_floating_point()}
 
@@ -252,7 +254,7 @@ def load(method: Method, base: PreTrainedModel, folder: Path, merge: bool) -> Pr
         untie(model.get_base_model())
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")  # already untied
-            return cast(Any, model.merge_and_unload())
+            return model.merge_and_unload()
     try:
         return merge_dequantized(model)
     except (ValueError, TypeError) as error:
@@ -268,7 +270,8 @@ def _check_files(folder: Path, whole_model: bool) -> None:
         if path.name.endswith(".json"):
             content = read_json(path)
             check_fields(str(path), content)
-            check_file_names(path, set((content.get("weight_map") or {}).values()))
+            weight_map: dict[str, Any] = content.get("weight_map") or {}
+            check_file_names(path, set(weight_map.values()))
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder}: no weights: train the run again")
 
@@ -277,7 +280,7 @@ def _check_finite(folder: Path) -> None:
     """Raise a UserError if a tensor in the folder's files is not finite: its training failed."""
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(path, framework="pt") as file:
+            with cast(Any, safe_open(path, framework="pt")) as file:
                 for name in file.keys():  # noqa: SIM118  # not a dictionary
                     tensor: torch.Tensor = file.get_tensor(name)
                     if tensor.is_floating_point() and not tensor.isfinite().all():

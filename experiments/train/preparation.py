@@ -1,10 +1,11 @@
+# pyright: reportUnknownMemberType=false
 """Gradient steps on a run's own rows, for methods that use gradients before they are attached."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -40,10 +41,10 @@ def row_steps(
             epoch=partial(int, epoch),
             group_by_length=False,  # grouping would make a step's rows depend on the micro-batch size
         )
-        for rows in torch.tensor(list(sampler)).split(recipe.batch_size):
+        for rows in torch.split(torch.tensor(list(sampler)), recipe.batch_size):
             rows = rows[sampler.lengths[rows].argsort(stable=True)]  # less padding
-            parts = rows.split(recipe.micro_batch_size)
-            batches = [collator([examples[row] for row in part.tolist()]) for part in parts]
+            parts = torch.split(rows, recipe.micro_batch_size)
+            batches = [collator([examples[row] for row in cast(list[int], part.tolist())]) for part in parts]
             yield [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
 
 
@@ -60,7 +61,7 @@ class Backward:
         self.model, self.steps = model, steps
         self.device, self.dtype = model.device.type, model.dtype
         self.in_16_bits = self.dtype in (torch.float16, torch.bfloat16)
-        self.forward = TargetForward(model)
+        self.forward: TargetForward = TargetForward(model)
         if processes > 1:
             self.sharded_copy = partial(self._sharded_copy, processes)
         self._rank, self._share = 0, 1  # this process's share of a step's micro-batches
@@ -74,7 +75,7 @@ class Backward:
             (loss * self._share).backward()  # gradients are averaged over the processes
 
     @contextmanager
-    def _sharded_copy(self, processes: int) -> Iterator[Any]:
+    def _sharded_copy(self, processes: int) -> Generator[Any, None, None]:
         """Yield a copy of the model for full training in float32, sharded over the processes; calls use it meanwhile.
 
         The model itself is on the CPU afterwards.

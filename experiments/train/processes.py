@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """The processes of one distributed training: waiting for all to start, their devices, and barriers."""
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed
@@ -134,7 +135,7 @@ def _is_there(host: str, port: int) -> bool:
 def _member(device: torch.device) -> Member:
     if device.type != "cuda":
         return Member(socket.gethostname(), device.type, 0)
-    about = torch.cuda.get_device_properties(device)
+    about = cast(Any, torch.cuda.get_device_properties(device))
     return Member(socket.gethostname(), about.name, about.total_memory)
 
 

@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """Trains one run: start (base model and rows), attach (adapter), fit (Trainer), save, record.
 
 The run directory's config determines everything. A finished run is left alone; an interrupted one resumes from its last
@@ -12,7 +13,7 @@ import os
 import shutil
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -74,7 +75,7 @@ class Start:
     @property
     def shards(self) -> int:
         """Number of processes that each hold a part of the model; 1 if each holds all of it."""
-        return self.arguments.world_size if sharding_of(self.config) == "full" else 1
+        return cast(int, self.arguments.world_size) if sharding_of(self.config) == "full" else 1
 
     @property
     def collate(self) -> Any:
@@ -98,8 +99,8 @@ class Fitted:
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    tensors: list[str] = field(default_factory=list)
-    resumed_at: list[int] = field(default_factory=list)
+    tensors: list[str] = field(default_factory=list[str])
+    resumed_at: list[int] = field(default_factory=list[int])
     held_out: dict[str, Any] | None = None
 
 
@@ -257,7 +258,7 @@ def _fit(
     preemption.raise_immediately(False)  # from here on, steps check for signals, and what follows the last is short
     if preemption.agreed(arguments.device):
         raise Preempted
-    with _wandb(config, run, arguments.should_save):
+    with _wandb(config, run, cast(bool, arguments.should_save)):
         trainer.resume()
     if trainer.state.global_step < trainer.state.max_steps:
         wait_for_everyone()
@@ -279,7 +280,7 @@ def _fit(
 
 
 @contextmanager
-def _wandb(config: RunConfig, run: RunPaths, main_process: bool) -> Iterator[None]:
+def _wandb(config: RunConfig, run: RunPaths, main_process: bool) -> Generator[None, None, None]:
     """Open one wandb run per run id, resumed with the training; Trainer's callback logs into it."""
     if config.runtime.wandb == "off" or not main_process:
         yield
@@ -333,7 +334,7 @@ def _record(run: RunPaths, start: Start, attached: Attached, fitted: Fitted) -> 
         resumed_at=fitted.resumed_at,
         tensors=fitted.tensors,
         forward_modes=methods.forward_modes(attached.model),
-        world_size=start.arguments.world_size,
+        world_size=cast(int, start.arguments.world_size),
         sharding=sharding_of(start.config),
         environment=environment(device),
         base=start.base_name,

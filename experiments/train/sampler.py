@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -40,8 +41,8 @@ class EpochSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
         order = torch.randperm(len(self.lengths), generator=generator)[: len(self)]
         if self.group_by_length:
-            windows = order.split(WINDOW * self.micro_batch_size)
+            windows = torch.split(order, WINDOW * self.micro_batch_size)
             ordered = [window[self.lengths[window].argsort(stable=True)] for window in windows]
             batches = torch.cat(ordered).view(len(order) // self.micro_batch_size, self.micro_batch_size)
             order = batches[torch.randperm(len(batches), generator=generator)].flatten()
-        yield from order.tolist()
+        yield from cast(list[int], order.tolist())  # pyright: ignore[reportUnknownMemberType]

@@ -1,3 +1,4 @@
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 """Training with `runtime.sharding=full`: each process holds a part of every parameter, gradient and optimizer state.
 
 accelerate shards the model with FSDP2, layer by layer, when Trainer prepares it. From then on a parameter is a DTensor,
@@ -8,7 +9,7 @@ the master copy; with `model.dtype=bfloat16` they are gathered and used in bf16.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -69,7 +70,8 @@ def choose_precision(state: Any, in_bf16: bool) -> None:
 def norms(gradients: Sequence[torch.Tensor], across: bool) -> torch.Tensor:
     """Return Frobenius norms, at least in float32. `across`: each process passes its part of the tensors."""
     wide = [torch.promote_types(gradient.dtype, torch.float32) for gradient in gradients]
-    each = [torch.linalg.vector_norm(part, dtype=dtype) for part, dtype in zip(gradients, wide, strict=True)]
+    pairs = zip(gradients, wide, strict=True)
+    each = [cast("torch.Tensor", torch.linalg.vector_norm(part, dtype=dtype)) for part, dtype in pairs]
     if not across:
         return torch.stack(each)
     squares = torch.stack(each).double().square()

@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """Measures how close a training run is to the condition under which diagonal blocks reach the optimum of all of W.
 
 In a layer Y = X W the gradient of W vanishes with the gradients of its diagonal blocks if every block X_i of the input
@@ -15,10 +16,10 @@ from __future__ import annotations
 import json
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -61,15 +62,17 @@ def spectrum(x: Tensor, blocks: int) -> dict[str, Any]:
     tolerance = TOLERANCE[x.dtype]
     x = x.double()
     if x.shape[0] > x.shape[1]:
-        x = torch.linalg.qr(x, mode="r").R  # keeps the inner products of columns, so nothing below changes
+        # keeps the inner products of columns, so nothing below changes.
+        x = cast(Tensor, torch.linalg.qr(x, mode="r").R)
     width = x.shape[1] // blocks
     rows = x @ x.T
     parts = x.view(x.shape[0], blocks, width).transpose(0, 1)  # (N, tokens, d)
     # Not from eigenvalues of X_i^T X_i: in float64 they lose singular values below 1e-8 of the largest.
-    left, singular, _ = torch.linalg.svd(parts, full_matrices=False)
+    left, singular, _ = cast(tuple[Tensor, Tensor, Tensor], torch.linalg.svd(parts, full_matrices=False))
     left = left * (singular > tolerance * singular[:, :1])[:, None]
     covered = (left * (rows @ left)).sum((1, 2)) / rows.trace()
-    whole = _shares(torch.linalg.eigvalsh(rows).flip(-1).clamp(min=0), width)  # rounding makes some negative
+    squares = cast(Tensor, torch.linalg.eigvalsh(rows)).flip(-1).clamp(min=0)  # rounding makes some negative
+    whole = _shares(squares, width)
     each = _shares(singular.square(), max(1, width // 4))
     return {
         **dict(zip(("stable_rank", "energy"), whole, strict=True)),
@@ -81,7 +84,7 @@ def spectrum(x: Tensor, blocks: int) -> dict[str, Any]:
 def _shares(squares: Tensor, count: int) -> tuple[Any, Any]:
     """From descending squared singular values (…, m): their sum over the largest, and the `count` largest's share."""
     total = squares.sum(-1)
-    return (total / squares[..., 0]).tolist(), (squares[..., :count].sum(-1) / total).tolist()
+    return cast(tuple[Any, Any], ((total / squares[..., 0]).tolist(), (squares[..., :count].sum(-1) / total).tolist()))
 
 
 class MeasureSpectra(TrainerCallback):
@@ -163,7 +166,8 @@ def trained_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers with an adapter, by their names in the base; without any, the trained linear layers."""
 
     def named(chosen: Callable[[str, Any], bool]) -> dict[str, nn.Module]:
-        found = [(name, module) for name, module in model.named_modules() if chosen(name, module)]
+        modules = cast(Iterator[tuple[str, nn.Module]], model.named_modules())
+        found = [(name, module) for name, module in modules if chosen(name, module)]
         return {name.removeprefix("base_model.model."): module for name, module in found}
 
     return named(lambda _, module: isinstance(module, BaseTunerLayer)) or named(
@@ -171,7 +175,7 @@ def trained_layers(model: nn.Module) -> dict[str, nn.Module]:
     )
 
 
-def _rounded(value: Any) -> Any:
+def _rounded(value: dict[str, Any] | list[Any] | float) -> Any:
     """Round numbers to `DIGITS` digits; NaN (from all zeros) becomes None."""
     if isinstance(value, dict):
         return {key: _rounded(part) for key, part in value.items()}

@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """transformers' Trainer with additions: checkpoints without pickle, a data order that needs no replay, and the gradient
 norm of every trained tensor at every step.
 """
@@ -15,7 +16,7 @@ import torch
 import torch.distributed
 from peft import PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -122,7 +123,7 @@ class RunTrainer(Trainer):
     def score_rows(self, examples: Examples) -> torch.Tensor:
         """Return `Targets.row_scores` of examples that are not trained on, in order, on the CPU."""
         model = cast(torch.nn.Module, self.model).eval()
-        found = []
+        found: list[torch.Tensor] = []
         for batch in self.get_test_dataloader(cast(Any, examples)):
             with self.accelerator.autocast():
                 scores = self.forward(model, cast(Any, self._prepare_inputs(batch))).row_scores()
@@ -135,12 +136,12 @@ class RunTrainer(Trainer):
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
         self._norms = self._gradient_norms()
-        return super()._clip_grad_norm(model)
+        return cast(Any, super()._clip_grad_norm(model))
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         if grad_norm is None:  # clipping is off
             self._norms = self._gradient_norms()
-        return super()._get_grad_norm(model, grad_norm)
+        return cast(Any, super()._get_grad_norm(model, grad_norm))
 
     def _gradient_norms(self) -> list[float]:
         """Return Frobenius norms before clipping, in the order of `trained`, with one transfer from the device."""
@@ -149,7 +150,7 @@ class RunTrainer(Trainer):
         if len(gradients) != len(trained):
             without = [name for name, parameter in trained.items() if parameter.grad is None]
             raise RuntimeError(f"no gradient reached {len(without)} trained tensors, the first is {without[0]}")
-        norms = sharding.norms(gradients, across=self.is_fsdp_enabled).tolist()
+        norms = cast(list[float], sharding.norms(gradients, across=self.is_fsdp_enabled).tolist())
         for name, norm in zip(trained, norms, strict=True):
             if not math.isfinite(norm):  # check before the optimizer corrupts the trained tensors and its state
                 raise Diverged(self.state.global_step + 1, f"the gradient of {name} is not finite")
