@@ -14,7 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import peft
+import pyarrow.compute
+import safetensors.torch
 import torch
+from transformers.utils import hub
 
 from diablo import quantize
 from diablo.quantize import (

@@ -45,11 +45,11 @@ class Tried:
 class Stages:
     """The runs of an experiment, as far as the finished runs determine them."""
 
-    rate_search: list[RunConfig] = field(
-        default_factory=list[RunConfig]
-    )  # only trained; empty if there is nothing to choose
-    final: list[RunConfig] = field(default_factory=list[RunConfig])  # trained and scored
-    # a line per group without a choice: the runs it waits for.
+    # Only trained; empty if there is nothing to choose.
+    rate_search: list[RunConfig] = field(default_factory=list[RunConfig])
+    # Trained and scored.
+    final: list[RunConfig] = field(default_factory=list[RunConfig])
+    # A line per group without a choice: the runs it waits for.
     undecided: list[str] = field(default_factory=list[str])
     # Their second stage, with a placeholder learning rate.
     to_come: list[RunConfig] = field(default_factory=list[RunConfig])
