@@ -38,7 +38,7 @@ test-gptqmodel: .venv/installed ## our GPTQ beside gptqmodel's (installs it into
 	@test -x .venv-gptqmodel/bin/python || $(PYTHON) -m venv .venv-gptqmodel
 	@$(BIN)/python $(SITE) > "$$(.venv-gptqmodel/bin/python $(SITE))/beneath.pth"
 	.venv-gptqmodel/bin/python -m pip install --no-build-isolation gptqmodel==7.6.0 numpy==2.2.6
-	OMP_NUM_THREADS=1 .venv-gptqmodel/bin/python -m pytest -q tests/test_gptqmodel.py
+	OMP_NUM_THREADS=1 .venv-gptqmodel/bin/python -m pytest -q tests/diablo/quantize/test_gptqmodel.py
 
 lint: .venv/installed ## format, lint and type checks
 	$(BIN)/ruff format --check .

@@ -123,9 +123,23 @@ def test_a_method_a_task_and_a_benchmark_of_ones_own(clone: Path, tmp_path: Path
     assert not score.identity
 
 
+METHODS = METHODS
+
+
 @pytest.mark.slow
 def test_the_contract_tests_find_a_method_of_ones_own(clone: Path) -> None:
-    told = python(clone, "pytest", "-v", "-p", "no:cacheprovider", "-n", "0", "tests/test_methods.py", "-k", "toy")
+    told = python(
+        clone,
+        "pytest",
+        "-v",
+        "-p",
+        "no:cacheprovider",
+        "-n",
+        "0",
+        "tests/experiments/train/test_methods.py",
+        "-k",
+        "toy",
+    )
     for name in ("merged_equals_unmerged", "saved_and_loaded", "only_what_is_trained", "trainable_parameters_equal"):
         assert re.search(rf"test_{name}\w*\[.*toy\] PASSED", told), name
     assert " failed" not in told

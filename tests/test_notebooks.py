@@ -14,8 +14,8 @@ from analysis.load import find_runs, load_metrics, load_runs, load_spectra
 from experiments.errors import UserError
 from experiments.runs.follows import FROM_HEADER
 from experiments.runs.records import file_hash, read_json
-from tests.analysis_runs import change, score_file, write_run, write_spectra
-from tests.test_analysis_cache import same
+from tests.analysis.analysis_runs import change, score_file, write_run, write_spectra
+from tests.analysis.test_analysis_cache import same
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "analysis" / "notebooks").glob("*.ipynb"))
 

@@ -23,7 +23,7 @@ def gptq(
 
     A group's grid is fitted when its first column is reached, to weights corrected for the errors of all earlier blocks
     of columns. The authors' code and gptqmodel do the same; gptqmodel gives the same codes if scales are kept in
-    float32 (tests/test_gptqmodel.py). Scales stored in float16, as here, move some codes by one.
+    float32 (tests/diablo/quantize/test_gptqmodel.py). Scales stored in float16, as here, move some codes by one.
 
     Args:
         weight: `(out, in)`. Columns whose inputs are always 0 are set to 0.

@@ -143,7 +143,9 @@ def _correctness(options: argparse.Namespace, _: list[Config]) -> Iterator[Item]
         arguments = ["-q", "-m", "cuda", "-p", "no:cacheprovider", "--rootdir", str(ROOT), f"-c{ROOT}/pyproject.toml"]
         arguments += [f"--junitxml={options.out / 'correctness.xml'}", f"--basetemp={options.out / 'tmp' / 'pytest'}"]
         with contextlib.redirect_stdout(sys.stderr):
-            status = pytest.main([*arguments, str(ROOT / "tests" / "test_cuda.py")], plugins=[outcomes])
+            status = pytest.main(
+                [*arguments, str(ROOT / "tests" / "experiments" / "gpu" / "test_cuda.py")], plugins=[outcomes]
+            )
         counts = {
             name: sum(test["outcome"] == name for test in outcomes.tests) for name in ("passed", "failed", "skipped")
         }
