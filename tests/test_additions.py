@@ -123,7 +123,7 @@ def test_a_method_a_task_and_a_benchmark_of_ones_own(clone: Path, tmp_path: Path
     assert not score.identity
 
 
-METHODS = METHODS
+METHODS = "tests/experiments/train/test_methods.py"
 
 
 @pytest.mark.slow

@@ -111,9 +111,9 @@ def test_each_folder_of_experiments_imports_only_those_before_it() -> None:
 
 def test_the_tests_mirror_the_packages() -> None:
     """A folder of tests is named as the folder whose code it tests; beside them are tests of everything together."""
-    folders = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
-    assert {path.as_posix() for path in folders if not any((ROOT / path).glob("*.py"))} == set()
-    assert {path.parts[0] for path in folders if path.parts} == set(PACKAGES)
+    folders = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").glob("*/**/test_*.py")}
+    assert {path.parts[0] for path in folders} == set(PACKAGES)
+    assert [path.as_posix() for path in folders if not any((ROOT / path).glob("*.py"))] == []
 
 
 def test_the_map_of_the_code_is_current() -> None:
