@@ -1,8 +1,9 @@
 # Everything here works from a fresh clone with Python >= 3.11: the first target that needs it makes .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-# Two processes of one thread each are faster on small tensors than one process of two.
-PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -q
+# Two processes of one thread each are faster on small tensors than one process of two. The tests of a file stay
+# together: they share trained runs.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -q --dist loadfile
 
 .PHONY: help quickstart real-model test test-slow test-real test-random test-slurm test-gptqmodel
 .PHONY: lint install install-vllm clean
@@ -30,7 +31,7 @@ test-random: .venv/installed ## property tests at random and ten times as far: w
 	$(PYTEST) -m hypothesis --hypothesis-profile random
 
 test-slurm: .venv/installed ## on private Slurm clusters, as root (apt-get install slurm-wlm munge; under 12 minutes)
-	$(PYTEST) --dist loadfile -m slurm
+	$(PYTEST) -m slurm
 
 # gptqmodel wants another numpy than the rest: a small environment on top of .venv.
 SITE := -c 'import site; print(site.getsitepackages()[0])'

@@ -225,7 +225,7 @@ def run(options: Any) -> Path:
         "dtype": str(options.dtype).removeprefix("torch."),
         "rounds": options.rounds,
         "environment": environment(options.device),
-        "rates": machine_rates(options),
+        "rates": {},
         **{suite: [] for suite in SUITES},
     }
     if "layers" in options.suites:
@@ -245,6 +245,7 @@ def run(options: Any) -> Path:
                         result["models"].append(measure_model(options, labels, name, targets, tokens, checkpointing))
                         if cuda:
                             torch.cuda.empty_cache()
+    result["rates"] = machine_rates(options)  # last: arguments that do not fit are refused before it
     write_atomically(options.out / "benchmark.json", json.dumps(result, indent=1) + "\n")
     return write_report(result, options.out)
 

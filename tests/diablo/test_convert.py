@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from diablo import suggest_num_blocks
-from diablo.convert import from_authors, to_authors
+from diablo.convert import from_authors, main, to_authors
 from experiments.models.shapes import empty_base
 from experiments.plan.compose import plan
 from tests.diablo.blocks.test_diablo_tuner import adapted, tiny_llama, tokens
@@ -166,15 +166,18 @@ def test_an_adapter_that_was_cut_short_is_refused(base: Path, tmp_path: Path) ->
         to_authors(tmp_path / "ours", tmp_path / "back.chkpt")
 
 
-def test_the_command_prints_one_line(base: Path, tmp_path: Path) -> None:
+def test_the_command_prints_one_line(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.save(their_state(4), tmp_path / "adapter.chkpt")
     command = [sys.executable, "-m", "diablo.convert", str(tmp_path / "adapter.chkpt"), str(tmp_path / "ours")]
     done = subprocess.run([*command, "--base", str(base)], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.endswith("num_blocks=4, target_modules=['down_proj', 'k_proj', 'q_proj', 'up_proj', 'v_proj']\n")
     torch.save({}, tmp_path / "adapter.chkpt")
-    done = subprocess.run([*command, "--base", str(base)], capture_output=True, encoding="utf-8", check=False)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: ")
+    monkeypatch.setattr(sys, "argv", [*command[2:], "--base", str(base)])
+    with pytest.raises(SystemExit, match=r"^1$"):
+        main()
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
 
 
 # Choosing N

@@ -20,7 +20,7 @@ from experiments.reproduce.run import reproduce
 from experiments.runs.records import read_json
 from experiments.speed.timing import FLOOR, can_measure, measure_step_times
 from experiments.train.run import train
-from tests.conftest import SMALL
+from tests.conftest import SMALL, planned
 
 
 def test_quickstart_end_to_end(tmp_path: Path, cache_dir: Path) -> None:
@@ -75,12 +75,29 @@ def test_step_times_are_of_one_task_and_one_small_model(arguments: list[str], me
     assert can_measure(plan(arguments)) == measured
 
 
+def test_a_task_trains_and_scores_on_real_rows(data_root: Path, small: list[str]) -> None:
+    """The smallest of five; all of them are below."""
+    settings = [override for override in small if not override.startswith("task.data.")]
+    run = planned(
+        [
+            *(*settings, "task=safety_7k", "method=diablo", "recipe.learning_rate=4e-2", "recipe.max_steps=3"),
+            *("protocol.max_length=256", "evaluation.limit=2", f"runtime.data_root={data_root}"),
+        ]
+    )
+    record = train(run)
+    assert record.rows == 7483
+    assert 0 < record.examples <= record.rows
+    assert {score.benchmark for score in evaluate(run)} == {"advbench", "xstest_unsafe", "xstest_safe"}
+
+
+@pytest.mark.slow
 def test_every_task_trains_and_scores_on_real_rows(data_root: Path, tmp_path: Path, cache_dir: Path) -> None:
     """Five tasks' real files through the real pipeline: a few steps, a few rows of each benchmark, one page."""
     page = reproduce(
         "real_data_tiny",
         [
             *("model.pretraining.steps=4", "recipe.max_steps=2", "evaluation.limit=4", "runtime.device=cpu"),
+            *("recipe.batch_size=4", "recipe.micro_batch_size=4"),
             *("evaluation.generation.max_new_tokens=8", "evaluation.full_batches_of=null"),
             *(f"runtime.runs_dir={tmp_path / 'runs'}", f"runtime.cache_dir={cache_dir}"),
             f"runtime.data_root={data_root}",
@@ -107,7 +124,11 @@ def commands_of_readme() -> list[str]:
     return [line for line in lines if line.startswith("python -m experiments.plan") and "--dry-run" in line]
 
 
-@pytest.mark.parametrize("command", commands_of_readme())
+@pytest.mark.parametrize(
+    "command",
+    # The memory of every setting of a whole table takes 20 seconds.
+    [pytest.param(c, marks=[pytest.mark.slow] if "experiment=" in c else []) for c in commands_of_readme()],
+)
 def test_readme_plans_are_real(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
