@@ -24,7 +24,7 @@ from experiments.models.shapes import resolve_device
 from experiments.runs.environment import environment, free_memory, reset_peak_memory
 from experiments.runs.records import write_atomically
 from experiments.speed.cases import ADAPTER, AUTHORS, DORA, DROPOUT, FLOOR, FULL, IN_PLACE, LORA
-from experiments.speed.layers import SHAPES, machine_rates, measure_layer, measure_model
+from experiments.speed.layer_passes import SHAPES, machine_rates, measure_layer, measure_model
 from experiments.speed.timing import synchronize
 
 Config = dict[str, Any]

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from diablo.quantize import QuantizationSettings
+from diablo.quantize.activations import Activations
+from diablo.quantize.storage import decoder_layers
+from experiments.models.full_precision import load_full_precision
+from experiments.models.quantized import calibration_tokens
+from experiments.plan.compose import plan
+
 BITS = (2, 3, 4)
 METHODS = ("rtn", "nf", "gptq", "magr")  # methods whose weights are used without a LoRA
 
@@ -14,15 +23,6 @@ def measure_errors(options: Any) -> list[dict[str, Any]]:
     All methods get the same X, from the unquantised model on the training rows of `arith`, and use the tiny model's own
     group size.
     """
-    import torch
-
-    from diablo.quantize import QuantizationSettings
-    from diablo.quantize.activations import Activations
-    from diablo.quantize.storage import decoder_layers
-    from experiments.models.full_precision import load_full_precision
-    from experiments.models.quantized import calibration_tokens
-    from experiments.plan.compose import plan
-
     steps = ["model.pretraining.steps=4"] if options.small else []
     (config,) = plan(["model=tiny", "task=arith", "method=diablo", "quantization=gptq", "quantization.bits=4", *steps])
     base, _ = load_full_precision(config)

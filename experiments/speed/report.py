@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from experiments.runs.records import read_json, write_atomically
 from experiments.speed.cases import (
@@ -163,9 +165,6 @@ def write_report(result: dict[str, Any], out: Path) -> Path:
 
 def draw(result: dict[str, Any], out: Path) -> None:
     """Draw ratios to the floor with quartiles: a panel for each whole model, one for the layers, one for the curve."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     panels = [*result["models"], *([result["layers"]] if result["layers"] else [])]
     panels += [result["curve"]] if result["curve"] else []
     style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "diablo"}

@@ -17,8 +17,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from tqdm import trange
+
 from experiments.config import RunConfig
+from experiments.models.load import load_base
+from experiments.models.shapes import empty_base, resolve_device
+from experiments.runs.environment import device_name
+from experiments.runs.prerequisite import prerequisite_config
 from experiments.runs.records import content_hash, write_atomically
+from experiments.train import methods
+from experiments.train.preparation import Backward
 
 Config = dict[str, Any]
 FLOOR = "floor"
@@ -29,8 +38,6 @@ STEP_TIMES_SCHEMA = 1
 def can_measure(configs: Sequence[RunConfig]) -> bool:
     """Return whether `measure_step_times` supports these runs: one small model and one task, so that each label stands
     for one method. For larger models, train.json has the step time, and experiments.speed.layers measures passes."""
-    from experiments.models.shapes import empty_base
-
     one = len({(config.model.name, config.task.name) for config in configs}) == 1
     trained = any(config.method.trains != "nothing" for config in configs)
     return one and trained and empty_base(configs[0].model.architecture).num_parameters() <= LARGEST
@@ -41,12 +48,6 @@ def measure_step_times(configs: Sequence[RunConfig], folder: Path, rounds: int =
 
     An existing file is kept. Methods are identified by their label; all configs must share one base model and task.
     """
-    import torch
-
-    from experiments.models.load import load_base
-    from experiments.models.shapes import resolve_device
-    from experiments.runs.environment import device_name
-
     by_label = {config.method.label: config for config in configs if config.method.trains != "nothing"}
     first = next(iter(by_label.values()))
     device = resolve_device(first.runtime.device)
@@ -76,13 +77,6 @@ def _attached(config: RunConfig, tokens: Any) -> Any:
 
     The prepared choice is not a real run's, but has the same size.
     """
-    import torch
-
-    from experiments.models.load import load_base
-    from experiments.runs.prerequisite import prerequisite_config
-    from experiments.train import methods
-    from experiments.train.preparation import Backward
-
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
     before = prerequisite_config(config)
     with tempfile.TemporaryDirectory() as folder:
@@ -107,8 +101,6 @@ def interleaved(
 
     Warm-up rounds are not counted. An entry's work is finished, also on a GPU, before the next one starts.
     """
-    from tqdm import trange
-
     labels, order = list(entries), random.Random(0)
     seconds: dict[str, list[float]] = {label: [] for label in labels}
     for number in trange(warmup + rounds, desc=f"{title}, interleaved", unit="round", leave=False):
@@ -127,8 +119,6 @@ def forward_backward(model: Any, tokens: Any) -> None:
 
     Uses bf16 autocast if the model is bf16, as in training: PEFT's own methods keep their factors in float32.
     """
-    import torch
-
     model.zero_grad()
     embeddings = model.get_input_embeddings()(tokens)
     if not embeddings.requires_grad:
@@ -139,7 +129,5 @@ def forward_backward(model: Any, tokens: Any) -> None:
 
 
 def synchronize(device: str) -> None:
-    import torch
-
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)

@@ -25,7 +25,7 @@ from experiments.plan.overview import MEASURED, memory_table, off_by
 from experiments.runs.sizes import read_bytes
 from experiments.settings import with_values
 from experiments.speed.cases import AUTHORS, DORA, DROPOUT, FLOOR, IN_PLACE, LORA, attach, peak_bytes
-from experiments.speed.layers import TARGETS, architecture
+from experiments.speed.layer_passes import TARGETS, architecture
 from experiments.speed.timing import forward_backward
 from experiments.train import methods
 

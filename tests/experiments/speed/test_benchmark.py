@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiments.errors import UserError
 from experiments.runs.environment import peak_memory, reset_peak_memory
 from experiments.speed import cases
-from experiments.speed.layers import _layer_pass, main
+from experiments.speed.layer_passes import _layer_pass
+from experiments.speed.layers import main
 from experiments.speed.report import ratio
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from diablo.quantize import gptq
-from experiments.speed.quantized import main, plain_gptq
+from experiments.speed.quantized import main
+from experiments.speed.quantized_models import plain_gptq
 
 
 def test_the_plain_loop_is_gptq() -> None:
