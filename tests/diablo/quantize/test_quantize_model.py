@@ -187,9 +187,9 @@ def test_a_folder_begun_with_other_settings_is_refused_and_kept(tmp_path: Path) 
         quantized("nf", tmp_path, 3)
     other = llama()
     other.lm_head.weight.data += 1
-    with pytest.raises(ValueError, match=r"started with base=\w+, this has base="):
+    with pytest.raises(ValueError, match=r"started with base=\w+, now base="):
         quantize_model(other, settings_of("rtn"), tmp_path, tokens(), progress=False)
-    with pytest.raises(ValueError, match=r"started with calibration=\w+, this has calibration="):
+    with pytest.raises(ValueError, match=r"started with calibration=\w+, now calibration="):
         quantize_model(llama(), settings_of("rtn"), tmp_path, tokens(4), progress=False)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
