@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def test_a_pass_takes_what_it_takes_on_this_cpu(method: str, checkpointing: bool
     work = partial(fake_pass.forward_backward, model, tokens, autocast=False)
     work()
     measured = peak_bytes(work, model.parameters(), "cpu")
-    guess = max(pass_bytes(json.dumps(SHAPES), json.dumps(settings), "float32", False, 4, 128, checkpointing))
+    guess = max(pass_bytes(json.dumps(SHAPES), json.dumps(asdict(settings)), "float32", False, 4, 128, checkpointing))
     assert guess == pytest.approx(measured, rel=0.01)
 
 
@@ -122,7 +123,7 @@ def test_few_layers_tell_of_many() -> None:
     """The extrapolation from few layers against all six layers."""
     settings = real("llama2_7b", "lora").method
     arguments = (json.loads(json.dumps(SHAPES)), settings, "bfloat16", True, 4, 128, False)
-    assert max(pass_bytes(json.dumps(SHAPES), json.dumps(settings), *arguments[2:])) == pytest.approx(
+    assert max(pass_bytes(json.dumps(SHAPES), json.dumps(asdict(settings)), *arguments[2:])) == pytest.approx(
         max(fake_pass._peaks(*arguments, 6)), rel=0.002
     )
 
@@ -135,7 +136,9 @@ def test_few_layers_tell_of_many_with_a_large_embedding() -> None:
     few, many = (fake_pass._peaks(shapes, settings, *more, depth) for depth in (3, 32))
     assert few[0] < few[1]
     assert many[0] > many[1]
-    assert max(pass_bytes(json.dumps(shapes), json.dumps(settings), *more)) == pytest.approx(max(many), rel=0.002)
+    assert max(pass_bytes(json.dumps(shapes), json.dumps(asdict(settings)), *more)) == pytest.approx(
+        max(many), rel=0.002
+    )
 
 
 # Sums over tensors
