@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def test_a_prompt_is_the_tokens_that_were_trained_on(bos: bool, trained: Any) ->
     """The network's input is what `encode` made in training, BOS included, padded on the left and masked."""
     _, model, tokenizer, config = trained
     rows = load_rows(config.task.data, "test", None)[:3]
-    protocol = config.protocol | {"bos": bos}
+    protocol = replace(config.protocol, bos=bos)
     seen = []
 
     def spy(module: Any, arguments: Any, settings: dict[str, Any]) -> None:

@@ -253,7 +253,8 @@ def test_a_stage_waits_ten_minutes_by_itself(run: RunPaths, monkeypatch: pytest.
 
 def test_a_directory_of_someone_else_is_one_clear_line(small: list[str]) -> None:
     code = (
-        "import locale, os, sys\nimport experiments.train.run\nfrom experiments.errors import run_command\n"
+        "import locale, os, sys\nfrom experiments.errors import prepare_imports, run_command\nprepare_imports()\n"
+        "import experiments.train.run\n"
         "from experiments.train.__main__ import main\n"
         "if os.geteuid() == 0: os.seteuid(65534)\n"
         "run_command(main)"

@@ -27,8 +27,8 @@ METHODS = ("lora", "full", "diablo")
 
 # Everything in one pair of processes, since it takes longer to start one than to use it.
 TOGETHER = """
-from experiments.models.shapes import block_sklearn_import
-block_sklearn_import()  # a second of every start
+from experiments.errors import prepare_imports
+prepare_imports()  # a second of every start
 import json, sys, torch, torch.distributed as dist
 from pathlib import Path
 from safetensors.torch import save_file

@@ -32,8 +32,8 @@ from tests.real_runs import settings
 TRAIN = """
 import sys
 from pathlib import Path
-from experiments.models.shapes import block_sklearn_import
-block_sklearn_import()  # a second of every start
+from experiments.errors import prepare_imports
+prepare_imports()  # a second of every start
 import torch.distributed
 from experiments.runs import preemption
 from experiments.errors import run_command

@@ -146,14 +146,14 @@ def pytest_configure(config: pytest.Config) -> None:
             "PEFT_DECODER_MODELS_TO_TEST": models,
             "ALL_CONFIGS": _in_all_modes(DECODER_CASES),
         },
-        "tests.experiments.test_config": {"LAYER_INDEXING_CONFIG_CLASSES": [(DiabloConfig, {})]},
+        "tests.test_config": {"LAYER_INDEXING_CONFIG_CLASSES": [(DiabloConfig, {})]},
     }
     for module_name, lists in cases.items():
         module = importlib.import_module(module_name)
         for name, ours in lists.items():
             getattr(module, name)[:] = ours  # in place: the tests' marks hold these very lists
     # ALL_CONFIG_CLASSES is a tuple, so the marks that hold it are rewritten instead.
-    config_tests = sys.modules["tests.experiments.test_config"]
+    config_tests = sys.modules["tests.test_config"]
     for test in vars(config_tests.TestPeftConfig).values():
         marks = getattr(test, "pytestmark", [])
         for index, mark in enumerate(marks):
