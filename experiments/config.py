@@ -1,7 +1,8 @@
 """A run's config, typed and frozen: every setting with its type, its range and what it means. Standard library only.
 
 `python -m experiments.plan --help-config SECTION` prints it. The values come from configs/; `experiments.settings`
-checks them and makes a `RunConfig` of them.
+checks them and builds the `RunConfig`. These classes are not in Hydra's config store: OmegaConf would accept "16" for a
+whole number and turn 3 into 3.0, which changes run ids.
 """
 
 from __future__ import annotations

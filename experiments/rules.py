@@ -1,8 +1,8 @@
-"""Which values a setting may have, told by the annotation of its field in `experiments.config`. Standard library only.
+"""The values a setting may have, read from the annotation of its field in `experiments.config`. Standard library only.
 
 `bool` is a flag, `int` a whole number and `float` a number (neither of them negative), `str` text, a `Literal` one of
 its words, `tuple[X, ...]` a list, `X | None` also null, `X | dict[str, X]` also a map from names to such values.
-`Annotated[X, Rule(…)]` says more. Numbers that are equal are stored alike, so that they give one run id: 8.0 as 8.
+`Annotated[X, Rule(…)]` gives another rule. Equal numbers are stored alike, so that they give one run id: 8.0 as 8.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Rule:
     below: bool = False
 
     def stored(self, value: Value) -> Any:
-        """The value as it is stored; ValueError if it is not allowed."""
+        """Return the value as it is stored; ValueError if it is not allowed."""
         if value is None and self.null:
             return None
         if self.mapped and isinstance(value, Mapping):
@@ -123,7 +123,7 @@ PLAIN = {bool: FLAG, int: WHOLE, float: AMOUNT, str: TEXT}
 
 @cache
 def rule_of(annotation: Any) -> Rule | None:
-    """The rule of an annotation; None for a section of settings: a dataclass, or a mapping to Any."""
+    """Return the rule of an annotation; None for a section of settings: a dataclass, or a mapping to Any."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return next((part for part in parts if isinstance(part, Rule)), None)
@@ -141,7 +141,7 @@ def rule_of(annotation: Any) -> Rule | None:
 
 
 def _rule_of_union(parts: tuple[Any, ...]) -> Rule | None:
-    """The rule of the first part; null, a list and a map of such values widen it."""
+    """Return the rule of the first part, widened by null, a list or a map of such values."""
     first = parts[0]
     rule = rule_of(first) or (MAP if section_of(first) else None)
     if rule is None:
@@ -162,7 +162,7 @@ def _rule_of_union(parts: tuple[Any, ...]) -> Rule | None:
 
 
 def rule_of_value(default: Any) -> Rule | None:
-    """The rule of a setting without an annotation, such as a field of a PEFT config: that of its value in the files."""
+    """Return the rule of a setting without an annotation, e.g. a field of a PEFT config: by its value in the files."""
     if isinstance(default, list):
         part = rule_of_value(default[0]) if default else TEXT
         return part and replace(part, many="list")
@@ -172,7 +172,7 @@ def rule_of_value(default: Any) -> Rule | None:
 
 
 def section_of(annotation: Any) -> type | None:
-    """The dataclass of a section's annotation, null or not; None if it is no such section."""
+    """Return the dataclass of a section's annotation, null or not; None if it is not a section."""
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     parts = (annotation, *get_args(annotation))

@@ -19,7 +19,7 @@ SECTIONS = ("model", "method", "quantization", "task", "recipe", "spectra", "pro
 
 
 def annotation_of(key: str) -> Any:
-    """The annotation of a setting or section; None of what `experiments.config` does not know."""
+    """Return the annotation of a setting or section; None if `experiments.config` does not have it."""
     kind: Any = RunConfig
     for part in _own(key).split("."):
         section = section_of(kind)
@@ -29,16 +29,16 @@ def annotation_of(key: str) -> Any:
 
 @cache
 def rule(key: str) -> Rule | None:
-    """What a setting may be; None of a section, and of a setting that `experiments.config` does not know."""
+    """Return the rule of a setting; None for a section, and for a setting that `experiments.config` does not have."""
     annotation = annotation_of(key)
     return OPEN.get(_own(key)) if annotation is None else rule_of(annotation)
 
 
 def stored(key: str, value: Any, default: Any = None) -> Any:
-    """A setting's value as it is stored in a run's config. UserError if the setting cannot have it.
+    """Return a setting's value as it is stored in a run's config. UserError if the value is not allowed.
 
     Args:
-        default: its value in the config files, which says its type where `experiments.config` does not.
+        default: the setting's value in the config files, whose type counts if `experiments.config` has no rule.
     """
     allowed = rule(key) or rule_of_value(default)
     try:
@@ -49,7 +49,7 @@ def stored(key: str, value: Any, default: Any = None) -> Any:
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """UserError if a setting of a run's config cannot have its value. Those that are missing are not asked for."""
+    """Raise a UserError if a value in a run's config is not allowed. Missing settings are not reported."""
     for name in SECTIONS:
         if not isinstance(config.get(name, {}), dict):
             raise UserError(f"{name}={shown(config[name])}: it must be a section of settings")
@@ -59,17 +59,17 @@ def check(config: Mapping[str, Any]) -> None:
 
 
 def typed(mapping: Mapping[str, Any]) -> RunConfig:
-    """A run's config from the content of its config.yaml, whose values have been checked.
+    """Build a run's config from the content of its config.yaml, whose values have been checked.
 
     Raises:
-        UserError: a setting is missing, or is none.
+        UserError: a setting is missing or unknown.
     """
     kept = copy.deepcopy(dict(mapping))
     return _section(RunConfig, {**kept, "mapping": kept}, "")
 
 
 def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
-    """A config with other values, by dotted name. Its run id stays what it was."""
+    """Return a config with other values, by dotted name. Its run id is not recomputed."""
     changed = copy.deepcopy(dict(config.mapping))
     for key, value in values.items():
         *parents, last = key.split(".")
@@ -81,7 +81,7 @@ def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 
 
 def section(kind: type[Section], mapping: Mapping[str, Any]) -> Section:
-    """One section of a run's config, such as a `Protocol`, from its mapping."""
+    """Build one section of a run's config, e.g. a `Protocol`, from its mapping."""
     return _section(kind, mapping, "")
 
 
@@ -108,13 +108,13 @@ def _value(annotation: Any, value: Value, prefix: str) -> Any:
 
 
 def _is_typed(annotation: Any) -> bool:
-    """Not an open mapping, whose lists stay what they are: they go to other libraries' classes."""
+    """Return whether lists become tuples: not in open mappings, which go to other libraries' classes."""
     parts = get_args(annotation)
     return get_origin(annotation) is tuple or any(get_origin(part) is tuple or _is_typed(part) for part in parts)
 
 
 def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting with its dotted name; a map that is one setting as a whole."""
+    """Yield every setting by its dotted name; a map that is one setting is yielded as a whole."""
     for name, value in config.items():
         key = f"{prefix}{name}"
         own = rule(key)
@@ -126,7 +126,7 @@ def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def shown(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """Format a value as it is written on the command line."""
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
     return str(value) if isinstance(value, int | float) else repr(value)
@@ -138,13 +138,13 @@ def _hints(kind: type[Any]) -> dict[str, Any]:
 
 
 def _own(key: str) -> str:
-    """The name of a prerequisite's setting in a run of its own."""
+    """Return the name of a prerequisite's setting in that run's own config."""
     key = key.removeprefix("method.prerequisite.")
     return "recipe.learning_rate" if key == "learning_rate" else key
 
 
 def _finite(value: Value) -> Any:
-    """A value of unknown type; whole numbers without their `.0`."""
+    """Check a value of unknown type; whole numbers lose their `.0`."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list):

@@ -47,7 +47,7 @@ OmegaConf.register_new_resolver("times", operator.mul, replace=True)
 
 
 def plan(arguments: Sequence[str]) -> list[RunConfig]:
-    """The resolved configs of all runs that the arguments ask for, in order, each run once."""
+    """Return the configs of all runs that the arguments describe, in order, each run once."""
     runs: dict[str, RunConfig] = {}
     for grid in expand_experiment(arguments):
         for overrides in sweep(grid):
@@ -57,7 +57,7 @@ def plan(arguments: Sequence[str]) -> list[RunConfig]:
 
 
 def resolve(overrides: Iterable[Override]) -> RunConfig:
-    """One run's config, resolved. Files are composed once per choice of groups; single values are merged in."""
+    """Resolve one run's config. Files are composed once per choice of groups; single values are merged in."""
     groups: list[Override] = []
     values: list[Override] = []
     overrides = list(overrides)
@@ -77,7 +77,7 @@ def resolve(overrides: Iterable[Override]) -> RunConfig:
 
 
 def resolve_with_hydra(overrides: Iterable[Override]) -> RunConfig:
-    """As `resolve`, with everything composed by Hydra: ten times slower, and what `resolve` must agree with."""
+    """Do the same as `resolve` with everything composed by Hydra: ten times slower, the reference for `resolve`."""
     groups = [override for override in overrides if override.key_or_group in GROUPS]
     values = [override for override in overrides if override.key_or_group not in GROUPS]
     overrides = [*groups, *checked(values, _files(_lines(groups)))]
@@ -87,7 +87,7 @@ def resolve_with_hydra(overrides: Iterable[Override]) -> RunConfig:
 
 
 def protocol_evaluation(task: str, protocol: str) -> Config:
-    """The mapping of the `evaluation` section of another protocol of a task."""
+    """Return the mapping of the `evaluation` section for another protocol of a task."""
     overrides, *more = sweep([f"task={task}", f"protocol={protocol}", "recipe.learning_rate=0"])
     if more:
         raise UserError(f"protocol={protocol}: name one")
@@ -95,7 +95,7 @@ def protocol_evaluation(task: str, protocol: str) -> Config:
 
 
 def set_values(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
-    """A resolved config with single values replaced; keys it does not have are refused."""
+    """Return a config with single values replaced; unknown keys are refused."""
     changed = copy.deepcopy(dict(config.mapping))
     overrides = list(overrides)
     choices, *more = sweep(overrides)
@@ -108,14 +108,14 @@ def set_values(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
 
 @lru_cache
 def protocols(task: str) -> list[str]:
-    """The names of the protocols that a task can be trained by, its own first."""
+    """Return the names of a task's protocols, its default first."""
     family, _, own = _own_protocol(task).partition("/")
     names = [name.split("/")[1] for name in options("protocol") if name.startswith(f"{family}/")]
     return [own, *(name for name in names if name != own)]
 
 
 def _own_protocol(task: str) -> str:
-    """What a task file's defaults say: `<family>/<protocol>`."""
+    """Return the protocol in a task file's defaults: `<family>/<protocol>`."""
     if task not in options("task"):
         raise UserError(f"no task {task!r}: {nearest(task, options('task'))}")
     return _default(f"task/{task}", "override /protocol")
@@ -123,13 +123,13 @@ def _own_protocol(task: str) -> str:
 
 @lru_cache
 def _default(file: str, key: str) -> str:
-    """What a config file's defaults list says for a group."""
+    """Return the entry for a group in a config file's defaults list."""
     defaults = yaml.safe_load((CONFIGS / f"{file}.yaml").read_text(encoding="utf-8"))["defaults"]
     return next(entry[key] for entry in defaults if key in entry)
 
 
 def _lines(overrides: Iterable[Override]) -> tuple[str, ...]:
-    """Overrides as Hydra takes them; `protocol=diablo` means the `diablo` of the task's family."""
+    """Return overrides as Hydra accepts them; `protocol=diablo` is the `diablo` of the task's family."""
     overrides = list(overrides)
     chosen = {override.key_or_group: override for override in overrides}
     lines: list[str] = []
@@ -147,7 +147,7 @@ def _lines(overrides: Iterable[Override]) -> tuple[str, ...]:
 
 @lru_cache(maxsize=256)
 def _compose(overrides: tuple[str, ...]) -> Config:
-    """The config files of a choice of groups, merged by Hydra, their references not resolved yet."""
+    """Merge the config files of a choice of groups with Hydra; references are not resolved yet."""
     for override in overrides:
         group, _, name = override.partition("=")
         if group in GROUPS and name not in options(group):
@@ -162,7 +162,7 @@ def _compose(overrides: tuple[str, ...]) -> Config:
 
 @lru_cache(maxsize=256)
 def _resolved(groups: tuple[str, ...], values: tuple[str, ...], free: tuple[str, ...]) -> Config:
-    """The config of these choices, its references resolved, with null for each free value."""
+    """Return the config of these choices with resolved references, and null for each free value."""
     composed = copy.deepcopy(_compose(groups))
     for override in OverridesParser.create().parse_overrides([*values, *(f"{key}=null" for key in free)]):
         set_value(composed, override, TOP)
@@ -173,12 +173,12 @@ def _resolved(groups: tuple[str, ...], values: tuple[str, ...], free: tuple[str,
 
 @lru_cache(maxsize=256)
 def _files(groups: tuple[str, ...]) -> Config:
-    """Every setting and section of the files of these choices by its dotted name."""
+    """Return every setting and section in the files of these choices, by dotted name."""
     return by_name_resolved(_compose(groups))
 
 
 def _nothing_refers_to(override: Override, groups: tuple[str, ...]) -> bool:
-    """Whether a value can be set after references are resolved: a plain one, with no reference to or from it."""
+    """Return whether a value can be set after references are resolved: no reference leads to or from it."""
     value, key = override.value(), override.key_or_group
     if isinstance(value, dict | list) or (isinstance(value, str) and re.search(r"[$\\]", value)):
         return False
@@ -187,7 +187,7 @@ def _nothing_refers_to(override: Override, groups: tuple[str, ...]) -> bool:
 
 @lru_cache(maxsize=256)
 def _references(groups: tuple[str, ...]) -> frozenset[str]:
-    """Every dotted name, or beginning of one, in the references of the config files of a choice of groups."""
+    """Return every dotted name, or prefix of one, in the references of a choice's config files."""
 
     def names(value: Value, *path: str) -> Iterator[str]:
         if isinstance(value, dict | list):
@@ -202,7 +202,7 @@ def _references(groups: tuple[str, ...]) -> frozenset[str]:
 
 
 def _resolve_references(composed: Config) -> Config:
-    """The values of all references."""
+    """Resolve all references."""
     method, task = composed["method"], composed["task"]
     if composed["recipe"]["learning_rate"] == CHOSEN_LEARNING_RATE and task["name"] not in method["learning_rate"]:
         raise UserError(
@@ -215,7 +215,7 @@ def _resolve_references(composed: Config) -> Config:
 
 
 def _finalize(settings: Config) -> RunConfig:
-    """Drop the tables that only served to choose a value, name the run and type its config."""
+    """Drop the tables that only serve to choose a value, name the run and type its config."""
     _check_data(settings)
     _check_batch(settings["recipe"])
     settle_weights(settings["model"], Path(settings["runtime"]["cache_dir"]))
@@ -229,7 +229,7 @@ def _finalize(settings: Config) -> RunConfig:
 
 
 def _check_batch(recipe: Config) -> None:
-    """Of a micro-batch that does not divide it training would say so, on a GPU and hours later."""
+    """Refuse a micro-batch that does not divide the batch: training would do so hours later, on a GPU."""
     batch, micro_batch = recipe["batch_size"], recipe["micro_batch_size"]
     if batch % micro_batch:
         known = ", ".join(str(size) for size in range(1, batch + 1) if batch % size == 0)
@@ -252,7 +252,7 @@ def run_paths(config: RunConfig) -> RunPaths:
 
 
 def write_runs(configs: Iterable[RunConfig]) -> list[RunPaths]:
-    """Make the run directories, or check those that are there (`freeze_config`)."""
+    """Create the run directories; existing ones are checked (`freeze_config`)."""
     runs: list[RunPaths] = []
     for config in configs:
         run = run_paths(config)

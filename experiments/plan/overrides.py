@@ -1,4 +1,4 @@
-"""The command line's `key=value`: Hydra's grammar, with sweeps, read into single values.
+"""The command line's `key=value` arguments: Hydra's grammar, with sweeps, parsed into single values.
 
 Text in double quotes is read as in the YAML files: backslash and n are a line break, two backslashes are one. In single
 quotes a backslash is itself.
@@ -30,7 +30,7 @@ ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
 def sweep(arguments: Iterable[str]) -> list[tuple[Override, ...]]:
-    """All combinations of the comma-separated values. Of two overrides of one key the later counts."""
+    """Return all combinations of the comma-separated values. The last of several overrides of one key counts."""
     choices: dict[str, list[Override]] = {}
     for argument in arguments:
         override = parse(argument)
@@ -44,7 +44,7 @@ def sweep(arguments: Iterable[str]) -> list[tuple[Override, ...]]:
 
 
 def parse(argument: str) -> Override:
-    """One argument, which may be a sweep."""
+    """Parse one argument, which may be a sweep."""
     try:
         override = OverridesParser.create().parse_override(argument)
     except HydraException as error:
@@ -72,7 +72,7 @@ def _advice(argument: str) -> str:
 
 
 def _values(argument: str, override: Override) -> list[Override]:
-    """What a sweep goes through, as overrides of one value each."""
+    """Return the values of a sweep as overrides of one value each."""
     if not override.is_sweep_override():
         return [override]
     if not override.is_discrete_sweep() or "glob(" in argument.partition("=")[2][:6]:
@@ -90,7 +90,7 @@ def _values(argument: str, override: Override) -> list[Override]:
 
 
 def value_of(override: Override) -> Any:
-    """An override's value, escapes in double quotes read."""
+    """Return an override's value; escapes in double quotes are interpreted."""
 
     def read(value: Value | QuotedString) -> Any:
         if isinstance(value, list):
@@ -117,7 +117,7 @@ def _unescaped(text: str) -> str:
 
 
 def checked(overrides: Iterable[Override], files: Mapping[str, Any]) -> list[Override]:
-    """The overrides with their values as they are stored. UserError if a setting cannot have the value.
+    """Return the overrides with their values as they are stored. UserError if a value is not allowed.
 
     Values with references are left for later, when they are resolved, and so are keys that no file has.
 
@@ -143,7 +143,7 @@ def _checked(override: Override, files: Mapping[str, Any]) -> Override:
 
 
 def by_name(config: Mapping[str, Any], prefix: str = "") -> Config:
-    """Every setting and section of a config by its dotted name."""
+    """Return every setting and section of a config by dotted name."""
     found: Config = {}
     for name, value in config.items():
         found[f"{prefix}{name}"] = value
@@ -153,7 +153,7 @@ def by_name(config: Mapping[str, Any], prefix: str = "") -> Config:
 
 
 def by_name_resolved(config: Config) -> Config:
-    """`by_name` with references resolved; None for those that lead nowhere."""
+    """Return `by_name` with resolved references; None for those that lead nowhere."""
     composed = OmegaConf.create(config)
     found = by_name(config)
     for key, value in found.items():
@@ -167,7 +167,7 @@ def by_name_resolved(config: Config) -> Config:
 
 
 def settle(resolved: Config, files: Config, free: Iterable[str] = ()) -> None:
-    """Every value is one that its setting can have, and is stored as such, but for the keys that are `free`."""
+    """Check every value and store it in its normal form, except for the keys in `free`."""
     free = {key.removeprefix("+") for key in free}
     for key, value in list(leaves(resolved)):
         kept = stored(key, value, files.get(key)) if key not in free else value
@@ -180,7 +180,7 @@ def settle(resolved: Config, files: Config, free: Iterable[str] = ()) -> None:
 
 
 def set_value(config: Config, override: Override, others: Iterable[str]) -> None:
-    """Set one value in place. A key that the config does not have is refused with the nearest ones there are.
+    """Set one value in place. An unknown key is refused with the nearest known ones.
 
     Args:
         others: what else could have been meant at the top.

@@ -1,4 +1,4 @@
-"""A run's config.yaml: read, written once and then frozen, and the hashes of its settings that name runs."""
+"""A run's config.yaml: reading, writing (once, then frozen), and the hashes of its settings that name runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MEMORY_SETTINGS = (("runtime", "gradient_checkpointing"), ("runtime", "sharding"
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Hash of every setting that can change the trained result. This and the next three take a config's mapping."""
+    """Hash every setting that can change the trained result. This and the next three take a config's mapping."""
     kept = {key: value for key, value in config.items() if key not in NOT_IN_THE_ID}
     method = kept["method"]
     if "prerequisite" in method:  # run ids are older than its name
@@ -27,7 +27,7 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 
 def setting_hash(config: Mapping[str, Any]) -> str:
-    """Hash of what the runs of one setting have in common: all but the seed, and what an adapter draws with it."""
+    """Hash what the runs of one setting share: everything but the seeds of the run and of its adapter."""
     method = config["method"]
     given: dict[str, Any] = method.get("adapter") or {}
     adapter = {key: value for key, value in given.items() if key != "seed"}
@@ -35,7 +35,7 @@ def setting_hash(config: Mapping[str, Any]) -> str:
 
 
 def group_hash(config: Mapping[str, Any]) -> str:
-    """Hash of what the runs have in common among which a learning rate is chosen: a setting without it."""
+    """Hash what the runs share among which a learning rate is chosen: a setting without its learning rate."""
     return setting_hash({**config, "recipe": {**config["recipe"], "learning_rate": None}})
 
 
@@ -45,9 +45,9 @@ def run_id(config: Mapping[str, Any]) -> str:
 
 
 def read_config(run: RunPaths) -> RunConfig:
-    """The run's frozen config. One that was edited by hand no longer is what its run id says, and is refused.
+    """Read the run's frozen config. A config that was edited by hand no longer matches its run id and is refused.
 
-    So is a directory that holds what no run does: experiments/runs/received.py.
+    So is a directory with files that no run has: experiments/runs/received.py.
     """
     if not run.config.is_file():
         raise UserError(
@@ -79,9 +79,9 @@ def write_config(run: RunPaths, config: Mapping[str, Any]) -> None:
 
 
 def freeze_config(run: RunPaths, config: RunConfig) -> None:
-    """Write a run's config. One that is already there is checked and stays, but for `MEMORY_SETTINGS`.
+    """Write a run's config. An existing one is checked and kept, except for `MEMORY_SETTINGS`.
 
-    What a submission chose where `auto` left it the choice stays too.
+    A value that a submission chose for `auto` is kept too.
     """
     if not run.config.is_file():
         write_config(run, config.mapping)

@@ -1,4 +1,4 @@
-"""Run directories: where each file lies, what a record holds, and how files are written. Standard library only.
+"""Run directories: the path of each file, the fields of records, and how files are written. Standard library only.
 
 A run is a directory named by its run id. `config.yaml` comes first; training adds `adapter/`, `metrics.jsonl` and
 `train.json`; evaluation adds `eval/<benchmark>/<protocol>-<8 hex>/` with `plan.json`, `samples.jsonl` and `score.json`.
@@ -47,7 +47,7 @@ class RunPaths:
 
     @property
     def spectra(self) -> Path:
-        """Of runs that measure them: experiments/train/spectra.py."""
+        """Only in runs that measure spectra: experiments/train/spectra.py."""
         return self.root / "spectra.jsonl"
 
     @property
@@ -56,27 +56,27 @@ class RunPaths:
 
     @property
     def diverged(self) -> Path:
-        """There if training did not stay finite: `step` and `reason`. Such a run has no train record."""
+        """Exists if training did not stay finite: `step` and `reason`. Such a run has no train record."""
         return self.root / "diverged.json"
 
     @property
     def held_out(self) -> Path:
-        """How well each row that was kept out of training is predicted: experiments/train/held_out.py."""
+        """The scores of the rows kept out of training: experiments/train/held_out.py."""
         return self.root / "held_out.json"
 
     @property
     def learning_rate(self) -> Path:
-        """How the run's learning rate was chosen, where an experiment chose it (experiments/plan/choose.py)."""
+        """How the run's learning rate was chosen, if an experiment chose it (experiments/plan/choose.py)."""
         return self.root / "learning_rate.json"
 
     @property
     def checkpoints(self) -> Path:
-        """Only there while a training is unfinished."""
+        """Exists only while training is unfinished."""
         return self.root / "checkpoints"
 
     @property
     def lock(self) -> Path:
-        """Who writes in the directory now; what it and the next three hold is told in experiments/runs/attempts.py."""
+        """The process that writes in the directory now; experiments/runs/attempts.py describes this and the next three."""
         return self.root / "lock"
 
     @property
@@ -92,11 +92,11 @@ class RunPaths:
         return self.root / "preempted.json"
 
     def evaluation(self, benchmark: str, protocol: str, settings: dict[str, Any]) -> EvalPaths:
-        """The folder of one evaluation: other settings, another folder."""
+        """Return the folder of one evaluation: other settings, another folder."""
         return EvalPaths(self.root / "eval" / benchmark / f"{protocol}-{content_hash(settings)[:8]}")
 
     def evaluations(self) -> list[EvalPaths]:
-        """All evaluations that were begun, by name."""
+        """Return all evaluations that were started, by name."""
         return [EvalPaths(path.parent) for path in sorted(self.root.glob("eval/*/*/plan.json"))]
 
 
@@ -108,7 +108,7 @@ class EvalPaths:
 
     @property
     def plan(self) -> Path:
-        """What is asked, in which order and how it is read: written first and frozen."""
+        """The prompts, their order and how completions are read: written first and frozen."""
         return self.root / "plan.json"
 
     @property
@@ -123,7 +123,7 @@ class EvalPaths:
 
     @property
     def judgements(self) -> Path:
-        """What a judging model wrote about every completion, of protocols that have a judge."""
+        """The judge's answer for every completion, in protocols with a judge."""
         return self.root / "judgements.jsonl"
 
     @property
@@ -206,7 +206,7 @@ class EvalRecord:
     schema: int = SCHEMA
 
     def shown(self, value: float, digits: int = 1) -> str:
-        """A score or its error in the metric's unit: percent with so many digits, or nats."""
+        """Format a score or its error in the metric's unit: percent with so many digits, or nats."""
         return f"{value:.4f}" if self.metric == NLL else f"{value:.{digits}%}"
 
 
@@ -214,7 +214,7 @@ Record = TypeVar("Record", TrainRecord, EvalRecord)
 
 
 def read_record(path: Path, kind: type[Record]) -> Record:
-    """A record from its file, under today's field names. What is none, or of a schema not read here, is refused."""
+    """Read a record from its file, under today's field names. Other files and unknown schemas are refused."""
     data = read_json(path)
     for schema, renamed in RENAMED.items():
         if data.get("schema") == schema:
@@ -241,7 +241,7 @@ def write_record(path: Path, record: TrainRecord | EvalRecord) -> None:
 
 
 def trained_record(run: RunPaths) -> TrainRecord:
-    """The run's train record, once its adapter is what training wrote."""
+    """Return the run's train record after checking that the adapter is what training wrote."""
     if not run.train_record.is_file():
         raise UserError(f"{run.root}: not trained yet: run `python -m experiments.train {run.root}` first")
     record = read_record(run.train_record, TrainRecord)
@@ -266,7 +266,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file. A last line without its end (a write that was cut off) is left out."""
+    """Yield the objects of a JSON-lines file, without an incomplete last line (an interrupted write)."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
@@ -281,13 +281,13 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def cut_lines(path: Path, step: int) -> None:
-    """Keep the lines up to a `step`: those after it belong to an attempt that was lost."""
+    """Keep the lines up to a `step`: later ones belong to a lost attempt."""
     lines = list(read_lines(path)) if path.is_file() else []
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write aside, flush to the disk and rename: a reader sees the old file or the new one, never a part."""
+    """Write to a temporary file, flush it and rename it: readers see the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -308,7 +308,7 @@ def file_hash(path: Path) -> str:
 
 
 def content_hash(value: Any) -> str:
-    """sha256 of a JSON value, whatever the order of its keys."""
+    """Return the sha256 of a JSON value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
