@@ -76,7 +76,7 @@ class RunPaths:
 
     @property
     def lock(self) -> Path:
-        """The process that writes in the directory now; experiments/runs/attempts.py describes this and the next three."""
+        """The process that writes here now; experiments/runs/attempts.py describes this and the next three."""
         return self.root / "lock"
 
     @property

@@ -356,7 +356,8 @@ def test_on_real_weights(
     train(run)
     records = evaluate(run)
     config, found = read_config(run), scored(run)
-    sections = [config.protocol, protocol_section("commonsense/diablo"), protocol_section("metamathqa/diablo")]
+    names = ("commonsense/diablo", "metamathqa/diablo")
+    sections = [config.protocol, *(section(Protocol, protocol_section(name)) for name in names)]
     for record, protocol in zip(records, sections, strict=True):
         rows = rows_of(config, read_benchmark(record.benchmark))
         assert record.n == 4
