@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -148,7 +149,8 @@ def test_ten_thousand_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     machine, where the ratio to the first load must hold."""
     monkeypatch.setenv("DIABLO_CACHE", str(tmp_path / "cache"))
     model = write_run(tmp_path / "model", items=[1, 0] * 200, steps=0)
-    config = yaml.safe_load((model / "config.yaml").read_text(encoding="utf-8"))
+    written = (model / "config.yaml").read_text(encoding="utf-8")
+    config = yaml.safe_load(written)
     texts = {
         path.relative_to(model): path.read_text(encoding="utf-8") for path in (model / "train.json", score_file(model))
     }
@@ -158,12 +160,7 @@ def test_ten_thousand_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         name, digest = run_id(seeded), config_hash(seeded)
         run = tmp_path / "runs" / name
         run.mkdir(parents=True)
-        text = (
-            (model / "config.yaml")
-            .read_text(encoding="utf-8")
-            .replace("seed: 0", f"seed: {seed}")
-            .replace(model.name, name)
-        )
+        text = re.sub("^seed: 0$", f"seed: {seed}", written, flags=re.MULTILINE).replace(model.name, name)
         (run / "config.yaml").write_text(text, encoding="utf-8")
         for relative, record in texts.items():
             (run / relative).parent.mkdir(parents=True, exist_ok=True)

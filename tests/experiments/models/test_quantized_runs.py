@@ -347,5 +347,5 @@ def test_the_four_benchmarks_of_math_10k_on_a_quantised_base(data_root: Path, ca
     assert train(run).changed
     scores = evaluate(run)
     benchmarks = config_of([*own, "task=math_10k", "recipe.learning_rate=0.01"]).evaluation.benchmarks
-    assert [score.benchmark for score in scores] == benchmarks
+    assert tuple(score.benchmark for score in scores) == benchmarks
     assert {(score.n, score.protocol, score.identity) for score in scores} == {(2, "pyreft", False)}
