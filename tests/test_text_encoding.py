@@ -118,6 +118,7 @@ def test_a_path_that_the_locale_cannot_name_is_one_line(tmp_path: Path) -> None:
     assert len(planned.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_training_and_scoring_do_not_ask_the_locale(tmp_path: Path, cache_dir: Path) -> None:
     settings = [*SMALL, f"runtime.runs_dir={tmp_path}", f"runtime.cache_dir={cache_dir}", "recipe.max_steps=4"]
     settings += ["evaluation.limit=2", 'protocol.ending=" ✓"', "protocol.joined=true"]

@@ -52,6 +52,7 @@ def peft_sources() -> Path:
     return sources
 
 
+@pytest.mark.slow
 def test_peft_matrices(peft_sources: Path, tmp_path: Path) -> None:
     """Of all forward modes in one process, since its start takes longer than the tests of a mode."""
     report = tmp_path / "report.xml"

@@ -25,6 +25,7 @@ def test_the_plain_loop_is_gptq() -> None:
     assert (ours.codes == plain.codes).float().mean() > 0.995
 
 
+@pytest.mark.slow
 def test_the_command_measures_all_suites(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
