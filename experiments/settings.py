@@ -80,9 +80,9 @@ def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     return typed(changed)
 
 
-def section(kind: type[Section], mapping: Mapping[str, Any]) -> Section:
-    """Build one section of a run's config, e.g. a `Protocol`, from its mapping."""
-    return _section(kind, mapping, "")
+def section(kind: type[Section], mapping: Mapping[str, Any], name: str = "") -> Section:
+    """Build one section of a run's config, e.g. a `Protocol`, from its mapping; errors give its `name`."""
+    return _section(kind, mapping, f"{name}." if name else "")
 
 
 def _section(kind: type[Any], mapping: Mapping[str, Any], prefix: str) -> Any:

@@ -242,6 +242,10 @@ def _check_data(settings: Config) -> None:
     for benchmark in settings["evaluation"]["benchmarks"]:
         kind_of(benchmark)  # a text's file may be on another machine
     given = settings["task"]["data"]["source"]
+    if not given:
+        raise UserError("task.data.source=[]: no data set: give one or several of those in experiments/data/sources.py")
+    if settings["model"]["path"] is None and settings["model"]["pretraining"] is None:
+        raise UserError("model.path=null and model.pretraining=null: there are no weights: give model.path")
     for source in [given] if isinstance(given, str) else given:
         if source not in SOURCES and source != "arith":
             raise UserError(f"task.data.source={source}: no such data set: {nearest(source, [*SOURCES, 'arith'])}")

@@ -9,6 +9,7 @@ from experiments.errors import UserError
 from experiments.settings import section
 
 Config = dict[str, Any]
+CALIBRATED = ("gptq", "magr", "apiq")
 NOT_PLAIN = ("use_dora", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern")
 
 
@@ -24,12 +25,16 @@ def name_quantized(config: Config) -> None:
         return
     name = f"{quantization['method']}{quantization['bits']}"
     _check_grid(config["model"], quantization)
+    if quantization["calibration"] is None and quantization["method"] in CALIBRATED:
+        raise UserError(
+            f"quantization.calibration=null: quantization={quantization['method']} needs calibration text: leave it out"
+        )
     if not method["contract"].get("on_quantized", True):
         raise UserError(
             f"method={method['name']} changes the weights or needs their gradients, but quantization="
             f"{quantization['method']} keeps them as packed integers: choose another method, or quantization=none"
         )
-    if section(Quantization, quantization).with_factors:
+    if section(Quantization, quantization, "quantization").with_factors:
         _check_lora(method, quantization)
     method["label"] += f"-{name}"
 

@@ -27,6 +27,10 @@ Fails = Callable[[Callable[[], object]], str]
     [
         (["seed='0'"], "seed='0': it must be a whole number of at least 0 and at most 4.29497e+09"),
         (["seed=1e400"], "seed=inf: it must be a whole number"),
+        (["task.data.source=[]"], "task.data.source=[]: no data set: give one"),
+        (["model.pretraining=null"], "model.path=null and model.pretraining=null: there are no weights"),
+        (["quantization=gptq", "quantization.calibration=null"], "quantization=gptq needs calibration text: leave it"),
+        (["quantization=gptq", "quantization.calibration={samples: 3}"], "quantization.calibration.text is missing"),
         (["seed=-1"], "seed=-1: it must be a whole number of at least 0"),
         (["seed=true"], "seed=true: it must be a whole number"),
         (["recipe.batch_size=8.5"], "recipe.batch_size=8.5: it must be a whole number of at least 1"),
