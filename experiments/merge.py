@@ -21,8 +21,6 @@ from experiments.errors import UserError, run_command
 from experiments.runs.config_files import read_config
 from experiments.runs.records import RunPaths, trained_record
 
-Config = dict[str, Any]
-
 
 def merge(run: RunPaths, out: Path, to_grid: bool) -> None:
     """Write the merged model of a trained run into the new folder `out`."""

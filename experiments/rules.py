@@ -62,7 +62,7 @@ class Rule:
         if value is None and self.null:
             return None
         if self.mapped and isinstance(value, Mapping):
-            return {key: self.stored(part) for key, part in value.items()}
+            return {key: replace(self, mapped=False).stored(part) for key, part in value.items()}
         if self.many and isinstance(value, list):
             if self.length not in (None, len(value)):
                 raise ValueError

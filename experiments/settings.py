@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
 from functools import cache
-from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from experiments.config import OPEN, RunConfig
 from experiments.errors import UserError, nearest
@@ -15,6 +16,7 @@ from experiments.rules import Rule, Value, rule_of, rule_of_value, section_of
 
 Config = dict[str, Any]
 Section = TypeVar("Section")
+PATHS = ("runtime.runs_dir", "runtime.data_root", "runtime.cache_dir")
 SECTIONS = ("model", "method", "quantization", "task", "recipe", "spectra", "protocol", "evaluation", "runtime")
 
 
@@ -54,7 +56,7 @@ def check(config: Mapping[str, Any]) -> None:
         if not isinstance(config.get(name, {}), dict):
             raise UserError(f"{name}={shown(config[name])}: it must be a section of settings")
     for key, value in leaves(config):
-        if not (value is None and key.startswith("runtime.")):  # paths are taken out of committed runs
+        if not (value is None and key in PATHS):  # committed runs have none
             stored(key, value)
 
 
@@ -65,6 +67,8 @@ def typed(mapping: Mapping[str, Any]) -> RunConfig:
         UserError: a setting is missing or unknown.
     """
     kept = copy.deepcopy(dict(mapping))
+    if "mapping" in kept:
+        raise UserError(f"no setting mapping: known: {', '.join(SECTIONS)}")
     return _section(RunConfig, {**kept, "mapping": kept}, "")
 
 
@@ -98,6 +102,9 @@ def _section(kind: type[Any], mapping: Mapping[str, Any], prefix: str) -> Any:
 
 def _value(annotation: Any, value: Value, prefix: str) -> Any:
     kind = section_of(annotation)
+    is_section = kind is not None or _is_open(annotation)
+    if is_section and not isinstance(value, Mapping) and (value is not None or NoneType not in _parts(annotation)):
+        raise UserError(f"{prefix[:-1]}={shown(value)}: it must be a section of settings")
     if kind is not None and isinstance(value, Mapping):
         return _section(kind, value, prefix)
     if isinstance(value, list) and _is_typed(annotation):
@@ -105,6 +112,19 @@ def _value(annotation: Any, value: Value, prefix: str) -> Any:
     if isinstance(value, Mapping) and _is_typed(annotation):
         return {key: tuple(cast(list[Any], part)) if isinstance(part, list) else part for key, part in value.items()}
     return value
+
+
+def _parts(annotation: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the annotation itself."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _is_open(annotation: Any) -> bool:
+    """Return whether an annotation is an open mapping, null or not."""
+    first = _parts(annotation)[0]
+    return get_origin(first) is Mapping and get_args(first)[1] is Any
 
 
 def _is_typed(annotation: Any) -> bool:

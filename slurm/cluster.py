@@ -16,7 +16,6 @@ from experiments.errors import UserError, nearest
 from experiments.rules import Value
 from experiments.runs.sizes import read_bytes
 
-Config = dict[str, Any]
 FOLDER = Path(__file__).resolve().parent
 PER_MODEL = ("gpus", "time", "memory", "cpus")  # a value for all, or {default: …, <model>: …, <method>: …}
 AUTO = "auto"  # value of gpus: as many as a run needs

@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
     )
     add_options(parser)
     options = parser.parse_intermixed_args(arguments)
-    if options.help_config:
+    if options.help_config is not None:
         (config, *_) = plan(options.overrides)
         print(*explain(options.help_config, config.mapping), sep="\n")
         return

@@ -225,7 +225,7 @@ def _finalize(settings: Config) -> RunConfig:
     for section, tables in ONLY_TO_CHOOSE.items():
         for table in tables:
             del settings[section][table]
-    return typed({"run_id": run_id(settings), **settings})
+    return typed({"run_id": run_id(settings), **{key: part for key, part in settings.items() if key != "run_id"}})
 
 
 def _check_batch(recipe: Config) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from experiments.config import RunConfig
 from experiments.plan.cost import longest_row
@@ -19,7 +19,6 @@ from experiments.plan.cost import longest_row
 if TYPE_CHECKING:
     from experiments.plan.fake_pass import Held
 
-Config = dict[str, Any]
 LENGTH = 2048  # tokens per row if neither the rows nor the protocol determine it
 PREFETCHED = 2  # decoder layers whose sharded weights are gathered on a GPU at the same time
 

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.errors import UserError, nearest
 from experiments.rules import Value
-from experiments.settings import leaves, rule, stored
+from experiments.settings import SECTIONS, leaves, rule, stored
 
 Config = dict[str, Any]
 MOST_RUNS = 100_000  # of one grid
@@ -129,7 +129,7 @@ def checked(overrides: Iterable[Override], files: Mapping[str, Any]) -> list[Ove
 
 def _checked(override: Override, files: Mapping[str, Any]) -> Override:
     key, given = override.key_or_group, value_of(override)
-    if isinstance(files.get(key), dict) and rule(key) is None:
+    if isinstance(files.get(key), dict) and (rule(key) is None or key in SECTIONS):
         names = ", ".join(files[key])
         raise UserError(f"{override.input_line}: {key} is a section, set one of its settings: {key}.… of {names}")
     if "${" in str(given):

@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from experiments.config import RunConfig
 from experiments.plan.choose import Stages, stages_of
@@ -23,8 +22,6 @@ from experiments.runs.config_files import group_hash, read_config, write_config
 from experiments.runs.evaluations import evaluation_paths
 from experiments.runs.follows import check_score, check_training
 from experiments.runs.records import EvalRecord, RunPaths, TrainRecord, read_record
-
-Config = dict[str, Any]
 
 
 @dataclass(frozen=True)

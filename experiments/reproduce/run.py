@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
 
 from experiments.config import RunConfig
 from experiments.errors import UserError
@@ -24,8 +23,6 @@ from experiments.reproduce.jobs import Job, Jobs, finished_outcome, forget_unsco
 from experiments.reproduce.workers import Stopped, Worker
 from experiments.runs import preemption
 from experiments.runs.records import write_atomically
-
-Config = dict[str, Any]
 
 
 def reproduce(

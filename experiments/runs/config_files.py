@@ -62,7 +62,7 @@ def read_config(run: RunPaths) -> RunConfig:
         raise UserError(f"{run.config}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{run.config}: not a run's config ({error}): plan the run again") from None
-    if expected != run.root.name:
+    if config.run_id != run.root.name or expected != run.root.name:
         raise UserError(
             f"{run.config}: these settings belong to {expected}, not to {run.root.name}: a config is frozen, "
             f"undo the edit or plan a new run"

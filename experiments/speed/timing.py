@@ -29,7 +29,6 @@ from experiments.runs.records import content_hash, write_atomically
 from experiments.train import methods
 from experiments.train.preparation import Backward
 
-Config = dict[str, Any]
 FLOOR = "floor"
 LARGEST = 10_000_000  # parameters of a base: the floor and all methods' models are in memory together, for 18 rounds
 STEP_TIMES_SCHEMA = 1

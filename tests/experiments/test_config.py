@@ -56,6 +56,9 @@ def test_lists_are_tuples_but_in_open_mappings(config: RunConfig) -> None:
         ),
         (lambda mapping: mapping["recipe"].pop("epochs"), "the setting recipe.epochs is missing"),
         (lambda mapping: mapping.pop("protocol"), "the setting protocol is missing"),
+        (lambda mapping: mapping["evaluation"].update(generation=None), "evaluation.generation=null: it must be a sec"),
+        (lambda mapping: mapping["method"].update(adapter=5), "method.adapter=5: it must be a section of settings"),
+        (lambda mapping: mapping.update(mapping=3), "no setting mapping"),
     ],
 )
 def test_a_mapping_has_the_settings_that_there_are(

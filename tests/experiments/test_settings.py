@@ -27,6 +27,9 @@ Fails = Callable[[Callable[[], object]], str]
     [
         (["seed='0'"], "seed='0': it must be a whole number of at least 0 and at most 4.29497e+09"),
         (["seed=1e400"], "seed=inf: it must be a whole number"),
+        (["spectra=null"], "spectra is a section, set one of its settings: spectra"),
+        (["evaluation.generation.num_beams={number: {a: 2}}"], "evaluation.generation.num_beams="),
+        (["method=full", "method.adapter=5"], "method.adapter=5: it must be a section of settings"),
         (["task.data.source=[]"], "task.data.source=[]: no data set: give one"),
         (["model.pretraining=null"], "model.path=null and model.pretraining=null: there are no weights"),
         (["quantization=gptq", "quantization.calibration=null"], "quantization=gptq needs calibration text: leave it"),
