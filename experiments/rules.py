@@ -1,7 +1,7 @@
 """The values a setting may have, read from the annotation of its field in `experiments.config`. Standard library only.
 
 `bool` is a flag, `int` a whole number and `float` a number (neither of them negative), `str` text, a `Literal` one of
-its words, `tuple[X, ...]` a list, `X | None` also null, `X | dict[str, X]` also a map from names to such values.
+its words, `tuple[X, ...]` a list, `X | None` also null, `X | Mapping[str, X]` also a map from names to such values.
 `Annotated[X, Rule(…)]` gives another rule. Equal numbers are stored alike, so that they give one run id: 8.0 as 8.
 """
 
@@ -173,7 +173,13 @@ def rule_of_value(default: Any) -> Rule | None:
 
 def section_of(annotation: Any) -> type | None:
     """Return the dataclass of a section's annotation, null or not; None if it is not a section."""
+    return next(
+        (part for part in members(annotation) if isinstance(part, type) and dataclasses.is_dataclass(part)), None
+    )
+
+
+def members(annotation: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the annotation itself."""
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
-    parts = (annotation, *get_args(annotation))
-    return next((part for part in parts if isinstance(part, type) and dataclasses.is_dataclass(part)), None)
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)

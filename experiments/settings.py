@@ -7,12 +7,12 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
 from functools import cache
-from types import NoneType, UnionType
-from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from experiments.config import OPEN, RunConfig
 from experiments.errors import UserError, nearest
-from experiments.rules import Rule, Value, rule_of, rule_of_value, section_of
+from experiments.rules import Rule, Value, members, rule_of, rule_of_value, section_of
 
 Config = dict[str, Any]
 Section = TypeVar("Section")
@@ -103,7 +103,7 @@ def _section(kind: type[Any], mapping: Mapping[str, Any], prefix: str) -> Any:
 def _value(annotation: Any, value: Value, prefix: str) -> Any:
     kind = section_of(annotation)
     is_section = kind is not None or _is_open(annotation)
-    if is_section and not isinstance(value, Mapping) and (value is not None or NoneType not in _parts(annotation)):
+    if is_section and not isinstance(value, Mapping) and (value is not None or NoneType not in members(annotation)):
         raise UserError(f"{prefix[:-1]}={shown(value)}: it must be a section of settings")
     if kind is not None and isinstance(value, Mapping):
         return _section(kind, value, prefix)
@@ -114,16 +114,9 @@ def _value(annotation: Any, value: Value, prefix: str) -> Any:
     return value
 
 
-def _parts(annotation: Any) -> tuple[Any, ...]:
-    """Return the members of a union, or the annotation itself."""
-    if get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-
-
 def _is_open(annotation: Any) -> bool:
     """Return whether an annotation is an open mapping, null or not."""
-    first = _parts(annotation)[0]
+    first = members(annotation)[0]
     return get_origin(first) is Mapping and get_args(first)[1] is Any
 
 

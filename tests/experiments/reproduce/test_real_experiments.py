@@ -26,7 +26,6 @@ from tests.conftest import first_layers
 
 pytestmark = pytest.mark.real
 
-Config = dict[str, Any]
 COMMON = [
     *("recipe.max_steps=2", "recipe.warmup_steps=0", "recipe.batch_size=2", "recipe.micro_batch_size=2"),
     *("task.data.heldout=2", "seed=0", "evaluation.limit=1", "evaluation.generation.max_new_tokens=2"),
