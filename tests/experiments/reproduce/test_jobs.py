@@ -90,7 +90,9 @@ def test_a_worker_waits_for_a_choice_that_others_are_making(arguments: list[str]
         pretend(job.config, record, loss, 0.0)
         jobs.done(job, 1.0)
     waiting.join(30)
-    assert [short(job) for job in found] == [("diablo", 1e-2, 3, True)]
+    # Seed 3 comes second if the choice was seen between the last record and the end of its job, which trained seed 3.
+    assert len(found) == 1
+    assert {short(job) for job in [*found, jobs.take()]} == {("diablo", 1e-2, 3, True), ("diablo", 1e-2, 4, True)}
 
 
 def test_after_a_failure_the_others_go_on_and_nobody_waits(arguments: list[str]) -> None:
