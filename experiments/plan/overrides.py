@@ -130,7 +130,7 @@ def checked(overrides: Iterable[Override], files: Mapping[str, Any]) -> list[Ove
 def _checked(override: Override, files: Mapping[str, Any]) -> Override:
     key, given = override.key_or_group, value_of(override)
     if isinstance(files.get(key), dict) and (rule(key) is None or key in SECTIONS):
-        names = ", ".join(files[key])
+        names = ", ".join(files[key]) or "(it has none for these choices)"
         raise UserError(f"{override.input_line}: {key} is a section, set one of its settings: {key}.… of {names}")
     if "${" in str(given):
         return override
