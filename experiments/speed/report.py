@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.runs.records import read_json, write_atomically
+from experiments.speed.bars import draw_bars
 from experiments.speed.cases import (
     ADAPTER,
     AUTHORS,
@@ -129,7 +130,7 @@ def curve_table(cases: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def write_report(result: dict[str, Any], out: Path) -> Path:
-    """Write `benchmark.md`, `.png` and `.svg` into `out`; returns the table's path."""
+    """Write `benchmark.md`, `.png` and `.svg`, and `passes.*` of a first whole model; returns the table's path."""
     environment, rates = result["environment"], result["rates"]
     cases = [*result["models"], *result["layers"], *result["curve"]]
     rounds = sorted({len(entry["seconds"]) for case in cases for entry in case["entries"].values()})
@@ -160,6 +161,8 @@ def write_report(result: dict[str, Any], out: Path) -> Path:
         lines += ["## N and rank at equal budgets", "", *curve_table(result["curve"])]
     write_atomically(out / "benchmark.md", "\n".join(lines).rstrip() + "\n")
     draw(result, out)
+    if result["models"]:
+        draw_bars(result["models"][0], environment["device"], out)
     return out / "benchmark.md"
 
 

@@ -100,7 +100,7 @@ def test_one_command_writes_json_table_and_picture(tmp_path: Path) -> None:
     arguments = ["--device", "cpu", "--shapes", "64x64", "--tokens", "32", "--models", "tiny", "--num-blocks", "4"]
     main([*arguments, "--length", "16", "--rounds", "3", "--out", str(tmp_path / "out")])
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "benchmark.json", "benchmark.md", "benchmark.png", "benchmark.svg",
+        "benchmark.json", "benchmark.md", "benchmark.png", "benchmark.svg", "passes.png", "passes.svg",
     }  # fmt: skip
     result = json.loads((tmp_path / "out" / "benchmark.json").read_text(encoding="utf-8"))
     assert [len(result[suite]) for suite in ("layers", "models", "curve")] == [1, 1, 3]
