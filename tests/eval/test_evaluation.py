@@ -274,8 +274,8 @@ def test_only_evaluation_settings_may_change(finished: RunPaths, fails_with: Fai
     ("override", "message"),
     [
         ("evaluation.parser.number=last_numbr", "did you mean last_number or"),
-        ("evaluation.searched=prompt", "evaluation.searched=prompt: did you mean completion?"),
-        ("evaluation.limit=0", "evaluation.limit=0: it must be a whole number of at least 1, or null"),
+        ("evaluation.searched=prompt", "evaluation.searched='prompt': it must be one of completion, whole, "),
+        ("evaluation.limit=0", "evaluation.limit=0: it must be a whole number of at least 1, or a map"),
         ("evaluation.batch_size=1,2", "a comma makes several"),
         ("protocol=plain,lori", "protocol=plain,lori: name one"),
         ("evaluation.generation.temperature=0.7", "one sample is decoded greedily, not sampled"),
