@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -15,9 +16,9 @@ WORKERS = ("experiments.reproduce.workers", "eval.comparisons", "eval.sandbox_ru
 SECONDS = 1.0  # of processor time; half a second on this project's machines, and others are slower
 
 
-def commands() -> list[str]:
+def commands(packages: tuple[str, ...] = PACKAGES) -> list[str]:
     names = []
-    for path in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+    for path in sorted(path for package in packages for path in (ROOT / package).rglob("*.py")):
         if '\nif __name__ == "__main__":\n' in path.read_text(encoding="utf-8"):
             names.append(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__"))
     return [name for name in names if name not in WORKERS]
@@ -66,3 +67,19 @@ def test_help_answers_at_once_and_by_the_command_s_own_name(
     assert output.startswith(f"usage: python -m {module} ")
     assert status == 0, "it loaded torch"
     assert seconds < SECONDS
+
+
+def test_every_command_that_texts_and_files_name_exists() -> None:
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True)
+    known, named = {*commands((*PACKAGES, "diablo")), *WORKERS}, {}
+    for name in listed.stdout.decode("utf-8").splitlines():
+        path = ROOT / name
+        if path.suffix in (".md", ".py", ".yaml", ".yml", ".j2", ".rst", ".ipynb", ".toml") and path.is_file():
+            if name.startswith(("results/", "CHANGELOG")):
+                continue  # what they say is of earlier versions
+            for module in re.findall(
+                r"python -m ((?:experiments|eval|analysis|slurm|diablo)\b[\w.]*)", path.read_text(encoding="utf-8")
+            ):
+                named.setdefault(module.rstrip("."), name)
+    assert len(named) > 20
+    assert {module: name for module, name in named.items() if module not in known} == {}
