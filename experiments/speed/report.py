@@ -1,13 +1,9 @@
 # pyright: reportUnknownMemberType=false
-"""Writes the speed benchmark's table (Markdown) and picture from its JSON.
-
-python -m experiments.speed.report results/benchmark_cpu/benchmark.json
-"""
+"""Writes the speed benchmark's table (Markdown) and picture from its JSON."""
 
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.runs.records import read_json, write_atomically
+from experiments.runs.records import write_atomically
 from experiments.speed.bars import draw_bars
 from experiments.speed.cases import (
     ADAPTER,
@@ -223,8 +219,3 @@ def _draw_cases(axes: Any, cases: Sequence[dict[str, Any]], names: list[str], ti
         )
     axes.set_xticks(range(len(cases)), names)
     axes.set_title(title, fontsize=9)
-
-
-if __name__ == "__main__":
-    source = Path(sys.argv[1])
-    print(write_report(read_json(source), source.parent))
