@@ -6,6 +6,7 @@ the loss on the same tokens, and was scored completely by the wanted protocol.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,11 +110,13 @@ def time_ratio(ours: pd.DataFrame, row: dict[str, Any], place: str) -> tuple[flo
         diagonal = trained.loc[trained["pattern"] == "diagonal"]
     if row["method"] == "diablo":
         method = diagonal
+    sides = [
+        [(runs["trainable_parameters"].iloc[0], runs) for _, runs in part.groupby("setting")]
+        for part in (method, diagonal)
+    ]
     pairs = [
-        (abs(one["trainable_parameters"].iloc[0] - other["trainable_parameters"].iloc[0]), number, one, other)
-        for number, (one, other) in enumerate(
-            (one, other) for _, one in method.groupby("setting") for _, other in diagonal.groupby("setting")
-        )
+        (abs(size - other_size), number, one, other)
+        for number, ((size, one), (other_size, other)) in enumerate(itertools.product(*sides))
     ]
     if not pairs:
         return None

@@ -150,7 +150,7 @@ def _paper_table(name: str, title: str, tasks: str, columns: dict[str, Wanted], 
     published = read_published()
     rows = records(published.loc[published["table"] == name])
     ours = frame.loc[frame["task"].isin(tasks.split())]
-    scored = method_table(ours) if len(ours) else pd.DataFrame()
+    scored = method_table(ours) if columns and len(ours) else pd.DataFrame()
     numbers, texts, mixed = [], [], []
     for row in rows:
         number, text = dict(row), _about(row)

@@ -171,6 +171,8 @@ def save(picture: Picture, folder: Path) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     svg, png = folder / f"{picture.name}.svg", folder / f"{picture.name}.png"
     with matplotlib.rc_context(STYLE):
+        picture.figure.draw_without_rendering()
+        picture.figure.set_layout_engine("none")  # it has the places by now, and would find them anew for each file
         picture.figure.savefig(svg, metadata={"Date": None})
         picture.figure.savefig(png, dpi=200)
     return svg, png

@@ -20,7 +20,7 @@ from scipy.stats import t as student
 LEVEL = 0.95
 SEEDS_FOR_AN_INTERVAL = 5  # with fewer, an interval over seeds would be unreliable
 DRAWS = 5000  # bootstrap replicates; percentiles then vary by about 1 % of the interval's width between generators
-AT_ONCE = 10  # of them, so that the counts stay in the processor's cache; divides DRAWS
+AT_ONCE = 20_000  # drawn items, so that their counts stay in the processor's cache
 Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 _drawn_before: dict[bytes, tuple[float, float]] = {}
 
@@ -118,12 +118,14 @@ def bootstrap_seeds_and_items(*parts: NDArray[np.float64]) -> tuple[float, float
     enlarged = math.sqrt(seeds / (seeds - 1)) * float(student.ppf((1 + LEVEL) / 2, seeds - 1)) / Z
     means = np.empty(DRAWS)
     sizes = [*(items.shape[1] for items in parts), seeds]  # a replicate draws items of every part, then seeds
-    limits = np.tile(np.repeat(sizes, sizes), (AT_ONCE, 1))
-    for start in range(0, DRAWS, AT_ONCE):
-        *drawn_items, drawn_seeds = np.split(generator.integers(limits), np.cumsum(sizes[:-1]), axis=1)
+    limits = np.repeat(sizes, sizes)
+    block = max(1, AT_ONCE // len(limits))
+    for start in range(0, DRAWS, block):
+        drawn = generator.integers(np.tile(limits, (min(block, DRAWS - start), 1)))
+        *drawn_items, drawn_seeds = np.split(drawn, np.cumsum(sizes[:-1]), axis=1)
         by_seed = np.mean([_drawn_means(*pair) for pair in zip(parts, drawn_items, strict=True)], axis=0)
-        centre, drawn = by_seed.mean(axis=1), np.take_along_axis(by_seed, drawn_seeds, axis=1).mean(axis=1)
-        means[start : start + AT_ONCE] = centre + enlarged * (drawn - centre)
+        centre, resampled = by_seed.mean(axis=1), np.take_along_axis(by_seed, drawn_seeds, axis=1).mean(axis=1)
+        means[start : start + block] = centre + enlarged * (resampled - centre)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return max(0.0, float(low)), min(1.0, float(high))
 
