@@ -7,13 +7,14 @@ from typing import Literal
 
 from peft import PeftConfig
 
+from diablo.card import WithCard
 from diablo.register import peft_type
 
 DIABLO = peft_type("DIABLO")
 
 
 @dataclass
-class BlockConfig(PeftConfig):
+class BlockConfig(WithCard, PeftConfig):
     """Options that all methods that train blocks of weights share.
 
     Raises:

@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import (
 from torch import Tensor, nn
 
 from diablo.blocks.mixed_batches import MixedBatches, rows_by_adapter
+from diablo.card import WithCard
 from diablo.register import peft_type, register
 from diablo.targets import CheckedTuner
 
@@ -27,7 +28,7 @@ ENDS_OF_SUBLAYERS = ["o_proj", "down_proj"]
 
 
 @dataclass
-class BottleneckConfig(PeftConfig):
+class BottleneckConfig(WithCard, PeftConfig):
     """Configuration of [`BottleneckModel`].
 
     Raises:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from diablo import suggest_num_blocks
-from diablo.convert import from_authors, main, to_authors
+from diablo.authors import from_authors, to_authors
+from diablo.convert import main
 from experiments.models.shapes import empty_base
 from experiments.plan.compose import plan
 from tests.diablo.blocks.test_diablo_tuner import adapted, tiny_llama, tokens
