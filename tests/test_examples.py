@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftConfig
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from experiments import ROOT
@@ -63,13 +64,12 @@ def test_a_script_trains_the_tiny_model_and_saves_an_adapter(
     out = tmp_path / "out"
     printed = run(name, capsys, "--model", str(tiny), "--out", str(out), *SMALL_RUN, *FURTHER.get(name, []))
     assert adapters(out) == {"DIABLO"}
-    if name != "several_adapters":
+    if name not in ("several_adapters", "trl_dpo"):  # which result is right is more than the tiny model can learn
         before, after = losses(printed)
         assert after < before
-    for card in out.rglob("README.md"):
-        assert not (card.parent / "adapter_config.json").is_file() or "import diablo" in card.read_text(
-            encoding="utf-8"
-        )
+    for file in out.rglob("adapter_model.safetensors"):
+        assert all(tensor.abs().max() > 0 for tensor in load_file(file).values())
+        assert "import diablo" in file.with_name("README.md").read_text(encoding="utf-8")
 
 
 def test_a_script_takes_rows_of_ones_own(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
