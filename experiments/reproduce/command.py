@@ -17,10 +17,10 @@ def commands(config: RunConfig) -> list[str] | None:
     names = {"model": config.model.name, "task": config.task.name, "method": config.method.name}
     groups = [*(f"{group}={name}" for group, name in names.items()), f"seed={config.seed}"]
     if config.quantization is not None:
-        groups.append(f"quantization={config.quantization.method}")
+        groups += [f"quantization={config.quantization.method}", f"quantization.bits={config.quantization.bits}"]
     # Needed where the config files have no learning rate for this method, and where the protocol is not the task's own.
     rate, protocol = f"recipe.learning_rate={config.recipe.learning_rate}", f"{config.task.name}/{config.protocol.name}"
-    more = ([], [rate], [f"protocol={protocol}"], [rate, f"protocol={protocol}"])
+    more: tuple[list[str], ...] = ([], [rate], [f"protocol={protocol}"], [rate, f"protocol={protocol}"])
     for arguments in ([*groups, *further] for further in more):
         try:
             (start,) = plan(arguments)
