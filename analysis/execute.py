@@ -76,10 +76,11 @@ def execute(path: Path) -> Any:
 
 def _smaller(png: str) -> str:
     """Reduce a picture, as base64 text, to a palette: a third of its size."""
-    from PIL import Image
+    from PIL.Image import Dither
+    from PIL.PngImagePlugin import PngImageFile
 
-    picture, small = Image.open(io.BytesIO(base64.b64decode(png))), io.BytesIO()
-    picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    picture, small = PngImageFile(io.BytesIO(base64.b64decode(png))), io.BytesIO()
+    picture.convert("RGB").quantize(COLOURS, dither=Dither.NONE).save(small, "png", optimize=True)
     return base64.b64encode(small.getvalue()).decode()
 
 

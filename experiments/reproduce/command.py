@@ -12,8 +12,8 @@ from experiments.rules import Value
 from experiments.runs.differences import flattened
 
 
-def commands(config: RunConfig) -> list[str] | None:
-    """Return the commands that plan, train and score this run; None if no arguments give its very config."""
+def commands(config: RunConfig) -> list[str]:
+    """Return the commands that plan, train and score this run; none if no arguments give its very config."""
     names = {"model": config.model.name, "task": config.task.name, "method": config.method.name}
     groups = [*(f"{group}={name}" for group, name in names.items()), f"seed={config.seed}"]
     if config.quantization is not None:
@@ -36,7 +36,7 @@ def commands(config: RunConfig) -> list[str] | None:
                 f"python -m experiments.train {run}",
                 f"python -m eval.run {run}",
             ]
-    return None
+    return []
 
 
 def _settings(config: RunConfig) -> dict[str, Value]:

@@ -37,7 +37,8 @@ def write_card(run: RunPaths, folder: Path | None = None, commands: list[str] | 
 
     Args:
         folder: the merged model that the card is for; None for the run's own adapter folder.
-        commands: the commands that repeat the run, if they are known; else the card has the run's config.
+        commands: the commands that repeat the run, see `experiments.reproduce.command`; if they are none, the card has
+            the run's config. None before that is known.
     """
     config, trained = read_config(run), read_record(run.train_record, TrainRecord)
     if config.method.trains == "nothing" and folder is None:
@@ -206,6 +207,8 @@ def _data(config: RunConfig) -> str:
 def _commands(config: RunConfig, trained: TrainRecord, commands: list[str] | None) -> str:
     commit = trained.environment.get("commit")
     at = f"At commit `{commit}`" if commit else "In a clone of the DiaBlo repository"
+    if commands is None:
+        return f"`python -m experiments.card runs/{config.run_id}` writes the commands here."
     if commands:
         text = f"{at}:\n\n```sh\n" + "\n".join(commands) + "\n```"
     else:

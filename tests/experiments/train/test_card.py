@@ -70,7 +70,6 @@ def test_training_writes_the_card_and_the_command_adds_the_scores(
 def test_the_commands_plan_the_very_same_run(run: RunPaths) -> None:
     config = read_config(run)
     found = commands(config)
-    assert found is not None
     (again,) = plan(shlex.split(found[0])[3:])
     assert again.run_id == config.run_id
     assert again.mapping["evaluation"] == config.mapping["evaluation"]
@@ -79,7 +78,7 @@ def test_the_commands_plan_the_very_same_run(run: RunPaths) -> None:
 
 
 def test_a_card_without_commands_holds_the_config(run: RunPaths) -> None:
-    write_card(run)
+    write_card(run, commands=[])
     text = (run.adapter / "README.md").read_text(encoding="utf-8")
     stored = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert stored["run_id"] == run.root.name
@@ -159,7 +158,7 @@ def test_unknown_licences_are_left_to_the_page(finished: RunPaths) -> None:
 def test_a_base_in_a_folder_is_not_named_by_its_path(finished: RunPaths, tmp_path: Path) -> None:
     config = with_values(read_config(finished), {"model.path": str(tmp_path)})
     record = dataclasses.replace(read_record(finished.train_record, TrainRecord), base=str(tmp_path))
-    assert str(tmp_path) not in card(finished, config, record, [])
+    assert str(tmp_path) not in card(finished, config, record, [], commands=[])
 
 
 def test_a_run_that_trained_nothing_has_no_card(small: list[str]) -> None:
