@@ -11,17 +11,16 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
-LEVEL = 0.95
+from experiments.runs.intervals import LEVEL, Z, wilson
+
 SEEDS_FOR_AN_INTERVAL = 5  # with fewer, an interval over seeds would be unreliable
 DRAWS = 5000  # bootstrap replicates; percentiles then vary by about 1 % of the interval's width between generators
 AT_ONCE = 20_000  # drawn items, so that their counts stay in the processor's cache
-Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 _drawn_before: dict[bytes, tuple[float, float]] = {}
 
 
@@ -71,18 +70,6 @@ def _variance(items: NDArray[np.float64]) -> float:
         n, mean = n + Z**2, (mean * n + Z**2 / 2) / (n + Z**2)
         return mean * (1 - mean) / n
     return mean * (1 - mean) / effective_items(items)
-
-
-def wilson(mean: float, n: float) -> tuple[float, float]:
-    """Return Wilson's 95 % score interval of a proportion `mean` observed on `n` items; `n` may be fractional.
-
-    Equals `scipy.stats.binomtest(k, n).proportion_ci(method="wilson")`, which takes integers only. It stays inside
-    [0, 1] and has a width even if every answer is right.
-    """
-    centre = (mean + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z / (1 + Z**2 / n) * math.sqrt(mean * (1 - mean) / n + Z**2 / (4 * n**2))
-    # At 0 and 1 the bound equals the mean, which rounding may miss by 1e-19.
-    return max(0.0, min(centre - half, mean)), min(1.0, max(centre + half, mean))
 
 
 def effective_items(items: NDArray[np.float64]) -> float:

@@ -6,7 +6,8 @@
 
 `model` is a folder for transformers. For a quantised base it contains the dequantised weights plus the update, in the
 model's dtype; with --to-grid it is again a quantised base, for `diablo.quantize.load_quantized`. The rounding error of
-the update, in bf16 or on the grid, is printed. The adapter itself does not change.
+the update, in bf16 or on the grid, is printed. README.md is the model card, with the run's scores. The adapter itself
+does not change.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from experiments.runs.records import RunPaths, trained_record
 def merge(run: RunPaths, out: Path, to_grid: bool) -> None:
     """Write the merged model of a trained run into the new folder `out`."""
     from experiments.models.load import load_checked_base
+    from experiments.reproduce.command import commands
     from experiments.train import methods
+    from experiments.train.card import write_card
 
     if out.exists():
         raise UserError(f"{out} already exists: give --out another folder")
@@ -42,6 +45,7 @@ def merge(run: RunPaths, out: Path, to_grid: bool) -> None:
         else:
             methods.load(config.method, base, run.adapter, merge=True).save_pretrained(aside)
         tokenizer.save_pretrained(aside)
+        write_card(run, aside, commands(config))
         for path in aside.rglob("*.safetensors"):
             path.chmod(0o644)  # written 0600 whatever the umask
         os.rename(aside, out)

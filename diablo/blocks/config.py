@@ -7,6 +7,7 @@ from typing import Literal
 
 from peft import PeftConfig
 
+from diablo.card import WithCard
 from diablo.field_help import documented
 from diablo.register import peft_type
 
@@ -15,7 +16,7 @@ DIABLO = peft_type("DIABLO")
 
 @documented
 @dataclass
-class BlockConfig(PeftConfig):
+class BlockConfig(WithCard, PeftConfig):
     """Options that all methods that train blocks of weights share; `task_type` and the rest are `PeftConfig`'s.
 
     Args:

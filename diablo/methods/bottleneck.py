@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import (
 from torch import Tensor, nn
 
 from diablo.blocks.mixed_batches import MixedBatches, rows_by_adapter
+from diablo.card import WithCard
 from diablo.field_help import documented
 from diablo.register import peft_type, register
 from diablo.targets import CheckedTuner
@@ -29,7 +30,7 @@ ENDS_OF_SUBLAYERS = ["o_proj", "down_proj"]
 
 @documented
 @dataclass
-class BottleneckConfig(PeftConfig):
+class BottleneckConfig(WithCard, PeftConfig):
     """Configuration of [`BottleneckModel`].
 
     Args:

@@ -18,6 +18,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diablo.card import WithCard
 from diablo.field_help import documented
 from diablo.methods.milora import refuse_other_starts
 from diablo.register import peft_type, register
@@ -29,7 +30,7 @@ CHOSEN = "_lori_entries"  # set on a base layer from `choose_entries` until atta
 
 @documented
 @dataclass
-class LoriConfig(LoraConfig):
+class LoriConfig(WithCard, LoraConfig):
     """`LoraConfig` with A frozen at LoRA's random initialisation, uniform in ±1/sqrt(in).
 
     `LoraConfig` options that select another initialisation or another layer are refused.

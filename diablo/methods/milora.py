@@ -15,6 +15,7 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from diablo.blocks.layer import plain_weight
+from diablo.card import WithCard
 from diablo.register import peft_type, register
 from diablo.targets import CheckedTuner
 from diablo.tied import refuse_shared
@@ -23,7 +24,7 @@ MILORA = peft_type("MILORA")
 
 
 @dataclass
-class MiloraConfig(LoraConfig):
+class MiloraConfig(WithCard, LoraConfig):
     """`LoraConfig` whose factors start at the r smallest singular triplets, which are subtracted from the base weight.
 
     The paper sets `lora_alpha = r`. `LoraConfig` options that select another initialisation or layer are refused.

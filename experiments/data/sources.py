@@ -326,3 +326,25 @@ HUBS = {
     "human_eval": Hub("openai/openai_humaneval", "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544", ("openai_humaneval",)),
     "code_alpaca": Hub("sahil2801/CodeAlpaca-20k", "152bb5e9a29651266b018106053980070a0521a1", ("default",)),
 }
+
+# Licences of data as these repositories state them, in their LICENSE or DATA_LICENSE, with the hub's ids. The others'
+# are not recorded here: some repositories only pass on data that keeps its own terms.
+LICENCES = {
+    _LLM_ADAPTERS: "odc-by",
+    _GSM8K: "mit",
+    _TORA: "mit",
+    _HUMAN_EVAL: "mit",
+    _CODE_ALPACA: "cc-by-nc-4.0",
+    _SAFETY_TUNED: "cc-by-nc-4.0",
+    _STANFORD: "cc-by-nc-4.0",
+    _XSTEST: "cc-by-4.0",
+}
+
+
+def page_and_licence(source: str, split: str = "train") -> tuple[str, str | None]:
+    """Return the page of a data set and the licence it states, None if that is not recorded."""
+    url = SOURCES[source][split].url
+    licence = next((name for start, name in LICENCES.items() if url.startswith(f"{start}/")), None)
+    if url.startswith(f"{_GITHUB}/"):
+        return "https://github.com/" + "/".join(url.removeprefix(f"{_GITHUB}/").split("/")[:2]), licence
+    return url.split("/resolve/")[0], licence

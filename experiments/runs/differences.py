@@ -21,9 +21,8 @@ def differing(configs: Sequence[RunConfig], leave_out: Sequence[str] = ()) -> di
         named.setdefault(config.run_id.rpartition("-")[0], []).append(config)
     found: dict[str, str] = {}
     for group in named.values():
-        flat = [
-            _flat({key: value for key, value in config.mapping.items() if key not in NOT_IN_THE_ID}) for config in group
-        ]
+        kept = [{key: part for key, part in config.mapping.items() if key not in NOT_IN_THE_ID} for config in group]
+        flat = [flattened(settings) for settings in kept]
         keys = [key for key in {key: None for settings in flat for key in settings} if key not in leave_out]
         apart = [key for key in keys if len({repr(settings.get(key)) for settings in flat}) > 1]
         apart = _by_protocol(flat, apart)
@@ -49,8 +48,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:39]}…"
 
 
-def _flat(value: Value, *path: str) -> dict[str, Any]:
+def flattened(value: Value, *path: str) -> dict[str, Any]:
     """Return all settings by their dotted names; a list is one value."""
     if not isinstance(value, dict) or not value:
         return {".".join(path): value}
-    return {name: leaf for key, part in value.items() for name, leaf in _flat(part, *path, str(key)).items()}
+    return {name: leaf for key, part in value.items() for name, leaf in flattened(part, *path, str(key)).items()}

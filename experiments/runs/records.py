@@ -23,6 +23,7 @@ from experiments.runs.received import check_file_names, has_type
 
 SCHEMA = 5  # raised when a record changes its meaning
 RENAMED = {4: {"beside": "extra_metrics", "no_match": "unparsed"}}  # fields of earlier schemas that are read still
+CARD = "README.md"  # the model card, the one file of an adapter that may change after training
 NLL = "nll"  # the metric of likelihood benchmarks
 
 
@@ -246,6 +247,8 @@ def trained_record(run: RunPaths) -> TrainRecord:
         raise UserError(f"{run.root}: not trained yet: run `python -m experiments.train {run.root}` first")
     record = read_record(run.train_record, TrainRecord)
     for name, digest in record.adapter_files.items():
+        if name == CARD:  # in records of older versions
+            continue
         path = run.adapter / name
         if not path.is_file() or file_hash(path) != digest:
             raise UserError(

@@ -36,13 +36,13 @@ from experiments.data import hub
 from experiments.errors import UserError, nearest
 from experiments.models.quantized import start_from
 from experiments.runs.received import check_fields, check_file_names, check_target
-from experiments.runs.records import read_json
+from experiments.runs.records import CARD, read_json
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
-WHOLE_MODEL = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", CARD)
+WHOLE_MODEL = (CARD, "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 Backward = Callable[[], None]
 
 

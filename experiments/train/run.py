@@ -37,6 +37,7 @@ from experiments.runs.config_files import config_hash, read_config
 from experiments.runs.environment import environment, peak_memory, reset_peak_memory
 from experiments.runs.prerequisite import check_base, prerequisite_run
 from experiments.runs.records import (
+    CARD,
     RunPaths,
     TrainRecord,
     content_hash,
@@ -49,6 +50,7 @@ from experiments.runs.records import (
 )
 from experiments.train import methods
 from experiments.train.arguments import training_arguments
+from experiments.train.card import write_card
 from experiments.train.held_out import measure
 from experiments.train.preparation import Backward, row_steps
 from experiments.train.processes import wait_for_everyone, world_size
@@ -153,6 +155,7 @@ def _train(
     if start.arguments.should_save:  # other processes of a distributed run wait for the record
         _save(run, start, attached)
         write_record(run.train_record, _record(run, start, attached, fitted))
+        write_card(run)
         shutil.rmtree(run.checkpoints, ignore_errors=True)
     wait_for_everyone()
     return read_record(run.train_record, TrainRecord)
@@ -317,7 +320,7 @@ def _record(run: RunPaths, start: Start, attached: Attached, fitted: Fitted) -> 
         config_hash=start.hashes["config_hash"],
         base_hash=start.hashes["base_hash"],
         data_hash=start.hashes["data_hash"],
-        adapter_files={path.name: file_hash(path) for path in sorted(run.adapter.iterdir())},
+        adapter_files={path.name: file_hash(path) for path in sorted(run.adapter.iterdir()) if path.name != CARD},
         trainable_parameters=sum(tensor.numel() for tensor in trained.values()),
         base_parameters=start.base_parameters,
         steps=fitted.steps,

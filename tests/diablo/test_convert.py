@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from diablo import suggest_num_blocks
-from diablo.convert import from_authors, main, to_authors
+from diablo.authors import from_authors, to_authors
+from diablo.convert import main
 from experiments.models.shapes import empty_base
 from experiments.plan.compose import plan
 from tests.diablo.blocks.test_diablo_tuner import adapted, tiny_llama, tokens
@@ -229,12 +229,3 @@ def test_all_linear_means_what_peft_means_by_it() -> None:
 def test_layers_of_one_name_and_two_shapes_are_told_apart() -> None:
     model = nn.ModuleDict({"a": nn.ModuleDict({"p": nn.Linear(64, 64)}), "b": nn.ModuleDict({"p": nn.Linear(64, 32)})})
     assert suggest_num_blocks(model, budget=0.6, target_modules=["p"]) == {"a.p": 2, "b.p": 2}
-
-
-def test_the_example_trains_saves_and_loads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["example", str(tmp_path)])
-    runpy.run_module("diablo.example", run_name="__main__")
-    assert "10 … 19 goes on with 20" in capsys.readouterr().out
-    assert (tmp_path / "adapter_model.safetensors").is_file()

@@ -1,13 +1,20 @@
-"""The vLLM back end compared with transformers', on the CPU build of vLLM in a separate environment."""
+"""vLLM's CPU build, in a separate environment: as generation back end, and serving a converted adapter."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from diablo import DiabloConfig
+from diablo.low_rank import to_lora
 from eval.run import evaluate
 from experiments import ROOT
 from experiments.runs.records import EvalRecord, RunPaths, read_lines, read_record
@@ -83,3 +90,64 @@ def test_both_back_ends_write_the_same_answers(
     assert len(texts) == 12
     assert any(len(set(texts[start : start + 3])) > 1 for start in range(0, 12, 3))  # each sample has its own seed
     assert not list(run.root.glob(".merged-*"))  # the exported model is deleted
+
+
+SERVE = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+if __name__ == "__main__":
+    base, lora, rank, prompts, out = sys.argv[1:]
+    model = LLM(base, skip_tokenizer_init=True, dtype="float32", enable_lora=True, max_lora_rank=int(rank),
+                max_model_len=64, enforce_eager=True)
+    settings = SamplingParams(temperature=0, max_tokens=8, detokenize=False, ignore_eos=True)
+    rows = [{"prompt_token_ids": row} for row in json.loads(prompts)]
+    answers = [[list(output.outputs[0].token_ids) for output in model.generate(rows, settings, lora_request=request)]
+               for request in (None, LoRARequest("converted", 1, lora))]
+    open(out, "w", encoding="utf-8").write(json.dumps(answers))
+"""
+
+
+@pytest.mark.slow
+def test_vllm_serves_a_diablo_adapter_converted_to_lora(vllm_python: str, tmp_path: Path) -> None:
+    """Greedy tokens equal those of the DiaBlo adapter in PEFT, at a rank where the conversion is exact."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    base: Any = LlamaForCausalLM(LlamaConfig(vocab_size=512, initializer_range=0.2, **sizes)).eval()
+    base.save_pretrained(tmp_path / "base")
+    prompts = torch.randint(0, 512, (4, 8))
+
+    def answers(model: torch.nn.Module) -> list[list[int]]:
+        ids = prompts
+        for _ in range(8):
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+        return ids[:, 8:].tolist()
+
+    plain = answers(base)
+    model = get_peft_model(base, DiabloConfig(num_blocks=4, task_type="CAUSAL_LM"))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn_like(parameter) / 4
+    model.save_pretrained(str(tmp_path / "adapter"))
+    fresh = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = answers(PeftModel.from_pretrained(fresh, tmp_path / "adapter"))
+    assert adapted != plain
+    assert set(to_lora(tmp_path / "adapter", tmp_path / "lora").ranks.values()) == {64}
+    (tmp_path / "serve.py").write_text(SERVE, encoding="utf-8")
+    out = tmp_path / "out.json"
+    names = [str(tmp_path / name) for name in ("serve.py", "base", "lora")]
+    done = subprocess.run(
+        [vllm_python, *names, "64", json.dumps(prompts.tolist()), str(out)],
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(out.read_text(encoding="utf-8")) == [plain, adapted]

@@ -14,7 +14,7 @@ from datasets import config as datasets_config
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 
-from diablo.convert import from_authors
+from diablo.authors import from_authors
 from eval.judge import _model
 from experiments.config import Data, Method
 from experiments.data import hub
