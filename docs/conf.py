@@ -1,0 +1,72 @@
+"""Sphinx configuration of the documentation: `make docs` builds it into docs/_build. It needs no network."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+project = "DiaBlo"
+author = "the authors of diablo-peft"
+copyright = "the authors of diablo-peft, Apache-2.0"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+
+html_theme = "furo"
+html_title = "DiaBlo"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
+html_copy_source = False
+html_show_sphinx = False
+
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_class_signature = "separated"
+autodoc_default_options: dict[str, Any] = {"exclude-members": "__init__, __new__"}
+napoleon_numpy_docstring = False
+default_role = "code"
+
+
+def help_of_fields(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Append the fields of a config class, whose meaning is in their metadata as in PEFT's own classes."""
+    if what != "class" or not dataclasses.is_dataclass(obj):
+        return
+    own = [field for field in dataclasses.fields(obj) if field.metadata.get("help")]
+    own = [field for field in own if not _is_of_peft(obj, field.name)]
+    if not own:
+        return
+    lines += ["", "**Fields**", ""]
+    for field in own:
+        default = "" if field.default is dataclasses.MISSING else f" (default ``{field.default!r}``)"
+        lines += [f"* ``{field.name}``{default}: {_escaped(field.metadata['help'])}"]
+    lines += [""]
+
+
+def _is_of_peft(kind: Any, name: str) -> bool:
+    """Return whether a field is defined by a class of PEFT, e.g. LoraConfig, and not by one of ours."""
+    owner = next(base for base in reversed(kind.__mro__) if name in base.__dict__.get("__annotations__", {}))
+    return not owner.__module__.startswith("diablo")
+
+
+def _escaped(text: str) -> str:
+    """Return plain text with what reStructuredText would read as markup escaped."""
+    return text.replace("\\", "\\\\").replace("*", "\\*").replace("_", "\\_").replace("|", "\\|")
+
+
+def link_to_the_answers(app: Any, name: str, source: list[str]) -> None:
+    """Let the registered page, which must not change, link to the page of these docs instead of the file it names."""
+    if name == "evidence":
+        source[0] = source[0].replace("(../results/evidence/evidence.md)", "(evidence_answers.md)")
+
+
+def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", help_of_fields)
+    app.connect("source-read", link_to_the_answers)
