@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.results_tables import RESULTS, described
+from analysis.results_tables import RESULTS, described, groups
 from analysis.tables import markdown
 from experiments.runs.records import read_json
 
@@ -55,11 +55,12 @@ def whole_model(name: str) -> str:
         for label, entry in case["entries"].items()
         if label != FLOOR
     ]
+    floor_ms, floor_mb = 1e3 * statistics.median(floor["seconds"]), floor["peak_bytes"] / 1e6
     about = (
         f"`{case['model']}` ({case['base_parameters']:,} parameters, random weights), {case['targets']}, "
         f"{case['tokens']:,} tokens in rows of {case['length']}, N = {case['num_blocks']}, r = {case['rank']}, "
         f"{record(name)['dtype']}, {len(floor['seconds'])} interleaved rounds, medians with quartiles. The floor takes "
-        f"{1e3 * statistics.median(floor['seconds']):,.0f} ms and {floor['peak_bytes'] / 1e6:,.0f} MB beyond the weights."
+        f"{floor_ms:,.0f} ms and {floor_mb:,.0f} MB beyond the weights."
     )
     return f"{about}\n\n{markdown(pd.DataFrame(rows))}"
 
@@ -131,10 +132,11 @@ def quantise_seconds() -> str:
 def quantise_errors() -> str:
     """Return the squared error of the outputs of all layers, over rounding's."""
     frame = pd.DataFrame(record("benchmark_quantized/quantize_benchmark.json")["errors"])
-    error = frame.groupby(["bits", "method"])["error"].sum().unstack()
+    summed: dict[tuple[Any, Any], float] = {key: part["error"].sum() for key, part in groups(frame, ["bits", "method"])}
+    names = ("rtn", "nf", "gptq", "magr")
     rows = [
-        {"Bits": bits, **{name: f"{row[name] / row['rtn']:.2f}" for name in ("rtn", "nf", "gptq", "magr")}}
-        for bits, row in error.iterrows()
+        {"Bits": bits, **{name: f"{summed[bits, name] / summed[bits, 'rtn']:.2f}" for name in names}}
+        for bits in frame["bits"].unique()
     ]
     return markdown(pd.DataFrame(rows))
 

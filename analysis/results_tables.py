@@ -38,7 +38,17 @@ def read(name: str) -> pd.DataFrame:
     return frame.fillna(dict.fromkeys(texts, ""))
 
 
-def percent(value: float) -> str:
+def each(frame: Any) -> list[Any]:
+    """Return the rows of a frame, with its columns as attributes."""
+    return list(frame.itertuples())
+
+
+def groups(frame: Any, by: list[str]) -> list[tuple[Any, Any]]:
+    """Return the parts of a frame with equal values of columns, in the frame's order, each behind these values."""
+    return list(frame.groupby(by, sort=False))
+
+
+def percent(value: Any) -> str:
     return f"{100 * value:.1f}"
 
 
@@ -76,7 +86,7 @@ def methods(experiment: str, best_first: bool = False) -> str:
             if pd.isna(row.step_time_ratio)
             else f"{row.step_time_ratio:.2f} ({row.step_time_low:.2f}–{row.step_time_high:.2f})",
         }
-        for row in frame.itertuples()
+        for row in each(frame)
     ]
     return markdown(pd.DataFrame(rows))
 
@@ -102,9 +112,9 @@ def seed_gap(experiment: str, label: str, benchmark: str = "arith") -> str:
 
 def patterns() -> str:
     """Return the sparse patterns with their difference to the diagonal."""
-    compared = {row.first_label: row for row in read("sparse_patterns_tiny/comparisons.csv").itertuples()}
+    compared = {row.first_label: row for row in each(read("sparse_patterns_tiny/comparisons.csv"))}
     rows = []
-    for row in read("sparse_patterns_tiny/table.csv").sort_values("accuracy", ascending=False).itertuples():
+    for row in each(read("sparse_patterns_tiny/table.csv").sort_values("accuracy", ascending=False)):
         other = compared.get(row.label)
         rows.append(
             {
@@ -130,15 +140,15 @@ def standing(experiment: str) -> list[str]:
     return [
         f"{row.first_label} − {row.second_label}: {_interval(row)} points, p = {row.p_holm:.2g} "
         f"(Holm over {row.family:.0f} tests)"
-        for row in found.itertuples()
+        for row in each(found)
     ]
 
 
 def quantised() -> str:
     frame = read("quantized_tiny/table.csv")
-    frame = frame.assign(row=[QUANTIZERS[row.method, row.quantizer] for row in frame.itertuples()])
+    frame = frame.assign(row=[QUANTIZERS[row.method, row.quantizer] for row in each(frame)])
     frame = frame.assign(bits=frame["bits"].map(lambda bits: "" if pd.isna(bits) else f"{float(bits):.0f} bits"))
-    cells = {(row.row, row.bits): _score(row) for row in frame.itertuples()}
+    cells = {(row.row, row.bits): _score(row) for row in each(frame)}
     columns = {"": "full precision", "4 bits": "4 bits", "2 bits": "2 bits"}
     return markdown(
         pd.DataFrame(
@@ -152,9 +162,9 @@ def evidence() -> str:
     """Return the settings of the registered comparison with their difference to DiaBlo in question (a) or (b)."""
     settings = read("evidence/settings.csv").sort_values("gsm8k_nll")
     base = settings.query("setting == 'base'").iloc[0]
-    compared = {row.second: row for row in read("evidence/comparisons.csv").itertuples() if row.question in "ab"}
+    compared = {row.second: row for row in each(read("evidence/comparisons.csv")) if row.question in "ab"}
     rows = []
-    for row in settings.itertuples():
+    for row in each(settings):
         other = compared.get(row.setting)
         forgotten = sum(getattr(row, name) - base[name] for name in RETENTION) / len(RETENTION)
         difference = (
@@ -177,26 +187,24 @@ def evidence() -> str:
 
 def verdict(other: str) -> str:
     """Return the registered verdict on DiaBlo against a setting on the primary measure."""
-    (row,) = read("evidence/comparisons.csv").query("question in ['a', 'b'] and second == @other").itertuples()
+    (row,) = each(read("evidence/comparisons.csv").query("question in ['a', 'b'] and second == @other"))
     return str(row.verdict)
 
 
 def smallest(other: str) -> str:
     """Return the smallest difference to a setting that could have been found, in nats per token."""
-    (row,) = read("evidence/comparisons.csv").query("question in ['a', 'b'] and second == @other").itertuples()
+    (row,) = each(read("evidence/comparisons.csv").query("question in ['a', 'b'] and second == @other"))
     return f"{row.smallest:.3f}"
 
 
 def benchmarks(experiment: str) -> str:
     """Return an experiment of several tasks: benchmarks as rows, settings as columns."""
     frame = read(f"{experiment}/table.csv")
-    frame = frame.assign(column=[_name(row) for row in frame.itertuples()])
+    frame = frame.assign(column=[_name(row) for row in each(frame)])
     columns = list(dict.fromkeys(frame["column"]))
     rows = []
-    for (task, protocol, benchmark, metric), part in frame.groupby(
-        ["task", "protocol", "benchmark", "metric"], sort=False
-    ):
-        cells = {row.column: _score(row) for row in part.itertuples()}
+    for (task, protocol, benchmark, metric), part in groups(frame, ["task", "protocol", "benchmark", "metric"]):
+        cells = {row.column: _score(row) for row in each(part)}
         rows.append(
             {
                 "Task, protocol": f"{task}, {protocol}",
@@ -211,7 +219,7 @@ def benchmarks(experiment: str) -> str:
 def rates(experiment: str) -> str:
     """Return the learning rates that were chosen, with the held-out loss of each rate tried."""
     rows = []
-    for (task, method), part in read(f"{experiment}/learning_rates.csv").groupby(["task", "method"], sort=False):
+    for (task, method), part in groups(read(f"{experiment}/learning_rates.csv"), ["task", "method"]):
         tried = part.sort_values("learning_rate")
         chosen = tried.loc[tried["chosen"], "learning_rate"].item()
         at_edge = chosen in (tried["learning_rate"].min(), tried["learning_rate"].max())
@@ -220,9 +228,7 @@ def rates(experiment: str) -> str:
                 "Task": task,
                 "Method": method,
                 "Chosen": f"{chosen:g}{', at the edge of the grid' if at_edge else ''}",
-                "Held-out loss at each rate": " · ".join(
-                    f"{r.learning_rate:g}: {r.loss:.3f}" for r in tried.itertuples()
-                ),
+                "Held-out loss at each rate": " · ".join(f"{r.learning_rate:g}: {r.loss:.3f}" for r in each(tried)),
             }
         )
     return markdown(pd.DataFrame(rows))
@@ -233,7 +239,7 @@ def spectra() -> str:
     rows = []
     for path in sorted((RESULTS / "spectra_tiny" / "runs").iterdir()):
         frame = load_spectra(path)
-        for (step, side), part in frame.groupby(["step", "side"], sort=False):
+        for (step, side), part in groups(frame, ["step", "side"]):
             if step not in (frame["step"].min(), frame["step"].max()):
                 continue
             rows.append(
@@ -258,7 +264,7 @@ def parameters() -> str:
     frame = read_published().dropna(subset=["printed_percent"])
     frame = frame.loc[frame["method"].isin(["diablo", "lora"])]
     rows = []
-    for row in frame.drop_duplicates(["table", "model", "method", "setting"]).itertuples():
+    for row in each(frame.drop_duplicates(["table", "model", "method", "setting"])):
         task = {"commonsense": "commonsense_170k", "arithmetic": "metamathqa", "code_safety": "code_alpaca"}[row.table]
         size, number = str(row.setting).split("=")
         key = {"N": "num_blocks", "r": "r"}[size]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def help_of_fields(app: Any, what: str, name: str, obj: Any, options: Any, lines
 
 def _is_of_peft(kind: Any, name: str) -> bool:
     """Return whether a field is defined by a class of PEFT, e.g. LoraConfig, and not by one of ours."""
-    owner = next(base for base in reversed(kind.__mro__) if name in base.__dict__.get("__annotations__", {}))
+    owner = next(base for base in reversed(kind.__mro__) if name in inspect.get_annotations(base))
     return not owner.__module__.startswith("diablo")
 
 

@@ -68,7 +68,7 @@ def row_of(name: str) -> dict[str, str]:
     if method.trains == "nothing":
         cells |= dict.fromkeys(NOT_TRAINED, "")
     adapter = None if method.adapter is None else peft_config(method.adapter)
-    fields = set() if adapter is None else {field.name for field in dataclasses.fields(adapter)}
+    fields: set[str] = set() if adapter is None else {field.name for field in dataclasses.fields(adapter)}
     return {
         "Method": name,
         **cells,
