@@ -1,4 +1,4 @@
-"""A new method, a task with its protocol and a benchmark, added to a copy of the clone as README describes."""
+"""The files of docs/extend.md (a method, a task with its protocol, a benchmark), added to a copy of the clone."""
 
 from __future__ import annotations
 
@@ -16,61 +16,12 @@ from experiments.runs.config_files import read_config
 from experiments.runs.records import EvalRecord, RunPaths, TrainRecord, read_record
 from tests.conftest import SMALL
 
-FILES = {
-    # A method is a PEFT config class and a YAML file. This is rank-stabilised LoRA on attention alone.
-    "diablo/methods/toy.py": '''
-"""Rank-stabilised LoRA (2312.03732) as a class of its own."""
-
-from dataclasses import dataclass
-
-from peft import LoraConfig
-
-
-@dataclass
-class ToyConfig(LoraConfig):
-    def __post_init__(self) -> None:
-        self.use_rslora = True
-        super().__post_init__()
-''',
-    "configs/method/toy.yaml": """
-name: toy
-label: toy-r${.adapter.r}
-trains: adapter
-adapter:
-  _target_: diablo.methods.toy.ToyConfig
-  task_type: CAUSAL_LM
-  r: 3
-  target_modules: [q_proj, v_proj]
-learning_rate: {arith: 1.0e-2, toy: 1.0e-2}
-contract: {starts_at_base: true, merges: true, changes_base_at_start: false}
-""",
-    "configs/task/toy.yaml": """
-# @package _global_
-defaults:
-  - override /protocol: toy/plain
-task:
-  name: toy
-  data: {source: arith, seed: 1, train: 64, heldout: 14, test: 28}
-  benchmarks: [toy]
-  target_modules: [q_proj, k_proj, v_proj, up_proj, down_proj]
-recipe: {epochs: 1}
-""",
-    "configs/protocol/toy/plain.yaml": """
-# @package _global_
-protocol: {name: plain, version: 1, prompt: "Question: {instruction}\\nAnswer: ", bos: true, max_length: 256}
-evaluation:
-  parser: {number: last_number}
-  equality: {number: same_number}
-  generation: {num_beams: 1, max_new_tokens: 12, stop: []}
-""",
-    "eval/tasks/toy.yaml": """
-task: toy
-test_split: test
-output_type: generate_until
-doc_to_target: "{{answer}}"
-metadata: {version: 1.0, source: arith, kind: number}
-""",
-}
+# The files that docs/extend.md shows: a code block whose first line is a comment with a path.
+FILES: dict[str, str] = dict(
+    re.findall(
+        r"^```\w+\n# (\S+/\S+)\n(.*?)^```", (ROOT / "docs" / "extend.md").read_text(encoding="utf-8"), re.S | re.M
+    )
+)
 
 
 @pytest.fixture
@@ -79,9 +30,10 @@ def clone(tmp_path: Path) -> Path:
     for name in ("diablo", "configs", "experiments", "eval", "slurm", "analysis", "tests", "results/gpu_h200"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
+    assert len(FILES) == 5
     for name, text in FILES.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(text.lstrip(), encoding="utf-8")
+        (folder / name).write_text(text, encoding="utf-8")
     return folder
 
 

@@ -26,7 +26,12 @@ ALLOWED = {
 STARTS_EVERYTHING = ("experiments.reproduce",)  # imports eval and analysis inside its functions
 FOLDERS = ("runs", "data", "models", "train", "plan", "speed", "reproduce", "gpu")
 BASE = tuple(f"experiments{name}" for name in ("", ".config", ".errors", ".rules", ".settings"))
-COMMANDS = ("experiments.gguf", "experiments.merge", "experiments.quantize")  # commands outside the folders
+COMMANDS = (
+    "experiments.gguf",
+    "experiments.merge",
+    "experiments.methods",
+    "experiments.quantize",
+)  # commands outside the folders
 
 
 @cache
