@@ -174,7 +174,7 @@ def evidence() -> str:
             {
                 "Setting": row.setting,
                 "Trained": f"{row.percent_of_base:.3g} %",
-                "Learning rate": "" if pd.isna(row.learning_rate) else f"{row.learning_rate:g} of {row.tried}",
+                "Learning rate": "" if pd.isna(row.learning_rate) else f"{row.learning_rate:g}, best of {row.tried}",
                 "Seeds": row.seeds,
                 "NLL": f"{row.gsm8k_nll:.4f}",
                 f"Minus {REFERENCE}": difference,

@@ -58,7 +58,8 @@ def blocks(kind: str) -> list[tuple[Path, str]]:
 
 def commands() -> list[str]:
     """Return every line of the shell blocks without its comment."""
-    lines = [re.split(r"\s+# ", line)[0].strip() for _, text in blocks("sh") for line in text.splitlines()]
+    joined = [text.replace("\\\n", " ") for _, text in blocks("sh")]
+    lines = [re.split(r"\s+# ", line)[0].strip() for text in joined for line in text.splitlines()]
     return list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
 
 
