@@ -90,7 +90,7 @@ def gpu_methods() -> str:
             "Steps": item["steps"],
             "Loss, first → last": f"{item['losses'][0]:.3f} → {item['losses'][-1]:.3f}" if item["losses"] else "",
             "Peak, MB": f"{item['peak_memory_bytes'] / 1e6:,.0f}",
-            "Error": item["error"] or "",
+            **({"Error": item["error"] or ""} if any(item["error"] for item in found["items"]) else {}),
         }
         for item in found["items"]
     ]
@@ -180,6 +180,12 @@ def tokens() -> str:
             "Seconds": f"{one['seconds']:.1f}",
             "From the cache, s": f"{one['cached_seconds']:.1f}",
             "Extra memory, MB": f"{one['peak_extra_bytes'] / 1e6:.0f}",
+            **{
+                f"Padding in batches of {size}, shuffled → grouped, %": " → ".join(
+                    f"{100 * part[way]:.1f}" for way in ("shuffled", "grouped")
+                )
+                for size, part in one["padding"].items()
+            },
         }
         for name, one in found["protocols"].items()
     ]

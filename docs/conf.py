@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,30 +32,33 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_class_signature = "separated"
+autodoc_inherit_docstrings = False
 autodoc_default_options: dict[str, Any] = {"exclude-members": "__init__, __new__"}
 napoleon_numpy_docstring = False
 default_role = "code"
 
 
+def plain_markup(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Read two habits of transformers' docstrings: [`Name`] for a link, and an example below `Example:`."""
+    lines[:] = [re.sub(r"\[(`[^`]+`)\]", r"\1", line) for line in lines]
+    lines[:] = ["Example::" if line == "Example:" else line for line in lines]
+
+
 def help_of_fields(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Append the fields of a config class, whose meaning is in their metadata as in PEFT's own classes."""
+    """Append the fields that a config class defines, whose meaning is in their metadata as in PEFT's own classes."""
     if what != "class" or not dataclasses.is_dataclass(obj):
         return
-    own = [field for field in dataclasses.fields(obj) if field.metadata.get("help")]
-    own = [field for field in own if not _is_of_peft(obj, field.name)]
-    if not own:
-        return
-    lines += ["", "**Fields**", ""]
+    own = [field for field in dataclasses.fields(obj) if field.name in inspect.get_annotations(obj)]
+    fields = []
     for field in own:
         default = "" if field.default is dataclasses.MISSING else f" (default ``{field.default!r}``)"
-        lines += [f"* ``{field.name}``{default}: {_escaped(field.metadata['help'])}"]
-    lines += [""]
-
-
-def _is_of_peft(kind: Any, name: str) -> bool:
-    """Return whether a field is defined by a class of PEFT, e.g. LoraConfig, and not by one of ours."""
-    owner = next(base for base in reversed(kind.__mro__) if name in inspect.get_annotations(base))
-    return not owner.__module__.startswith("diablo")
+        if "help" in field.metadata:
+            fields.append(f"* ``{field.name}``{default}: {_escaped(field.metadata['help'])}")
+    if fields:
+        lines += ["", "**Fields**", "", *fields, ""]
+    (base, *_) = obj.__bases__
+    if dataclasses.is_dataclass(base) and base.__name__ != "PeftConfig":
+        lines += ["", f"The other fields are those of ``{base.__name__}``.", ""]
 
 
 def _escaped(text: str) -> str:
@@ -69,5 +73,6 @@ def link_to_the_answers(app: Any, name: str, source: list[str]) -> None:
 
 
 def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", plain_markup, priority=400)  # before napoleon
     app.connect("autodoc-process-docstring", help_of_fields)
     app.connect("source-read", link_to_the_answers)

@@ -19,6 +19,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -218,6 +219,14 @@ def test_python_blocks_run_on_real_weights(
 @pytest.mark.parametrize(("path", "text"), [pytest.param(*page, id=page[0].name) for page in GENERATED()])
 def test_generated_pages_are_current(path: Path, text: Callable[[], str]) -> None:
     assert path.read_text(encoding="utf-8") == text(), "run `python docs/pages.py`"
+
+
+def test_the_page_for_installing_names_the_required_versions() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    text = (DOCS / "install.md").read_text(encoding="utf-8")
+    assert f"Python {project['requires-python'].replace('>=', '≥ ')}" in text
+    for name in ("torch", "transformers", "peft"):
+        assert next(f"`{needed}`" for needed in project["dependencies"] if needed.startswith(name)) in text
 
 
 # Names that have digits: everything else with a digit in the template's prose would be a typed number.
