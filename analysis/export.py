@@ -35,6 +35,8 @@ def export_run(source: Path, out: Path, norms: bool = True) -> Path:
     `norms`: keep the gradient norm of every trained tensor, which takes most of a copy's size.
     """
     old, new = RunPaths(source), RunPaths(out / source.name)
+    if out.resolve().is_relative_to(source.resolve()) or new.root.resolve() == source.resolve():
+        raise UserError(f"--out {out}: the copy of {source} would be written into the run itself: give another folder")
     config = read_config(old)
     write_config(new, with_values(config, {f"runtime.{key}": None for key in PATHS}).mapping)
     records = (old.train_record, old.held_out, old.diverged, old.learning_rate)
@@ -100,7 +102,7 @@ def main(arguments: list[str]) -> None:
 
     copies = [export_run(run, options.out, not options.no_norms) for run in find_runs(options.runs)]
     size = sum(path.stat().st_size for copy in copies for path in copy.rglob("*") if path.is_file())
-    print(f"{len(copies)} runs, {size / 2**10:,.0f} KiB in {options.out}")
+    print(f"{len(copies)} run{'s' * (len(copies) != 1)}, {size / 2**10:,.0f} KiB in {options.out}")
 
 
 if __name__ == "__main__":

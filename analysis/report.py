@@ -95,9 +95,9 @@ def write_report(
     sections = [
         {
             "title": heading,
-            "table": tables.display(rows),
+            "table": _compact(tables.display(rows)),
             "figure": _accuracy_figure(number, heading, rows, table, out),
-            "pairs": pairs.get(heading),
+            "pairs": _compact(pairs[heading]) if heading in pairs else None,
         }
         for number, (heading, rows) in enumerate(tables.by_section(table), start=1)
     ]
@@ -114,11 +114,11 @@ def write_report(
         papers=papers,
         sweeps=_sweeps(load_runs(tried, quiet=True).frame if tried else runs.frame, out),  # those have no scores
         costs=_costs(runs.frame, out),
-        wide=[{"title": heading, "table": wide} for heading, wide in tables.wide_tables(table)],
+        wide=[{"title": heading, "table": _compact(wide)} for heading, wide in tables.wide_tables(table)],
         legend=tables.legend([*table["mixed"], *compared["mixed"]]),
         sections=sections,
         interval_kinds=set(table["interval_over"]),
-        difference_kinds=set(compared["over"]),
+        difference_kinds={*compared["over"]},
         times=times,
         gradients=[_embed(picture, out) for picture in gradients],
         spectra=[_embed(picture, out) for picture in spectra],
@@ -258,6 +258,14 @@ def _embed(picture: Picture, out: Path) -> dict[str, str]:
     svg, _ = save(picture, out / "figures")
     source = "data:image/svg+xml;base64," + base64.b64encode(svg.read_bytes()).decode()
     return {"source": source, "alt": picture.alt, "caption": picture.caption}
+
+
+def _compact(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table for the page: the size with the method, in the column that stays in view, and no empty column."""
+    if "N / r" in table:
+        sized = (table["Method"] + " " + table["N / r"]).str.strip()
+        table = table.assign(Method=sized).drop(columns="N / r")
+    return table.loc[:, (table != "").any()]
 
 
 def _facts(frame: pd.DataFrame) -> list[tuple[str, str]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import re
 import sys
 from pathlib import Path
@@ -44,28 +42,6 @@ def plain_markup(app: Any, what: str, name: str, obj: Any, options: Any, lines: 
     lines[:] = ["Example::" if line == "Example:" else line for line in lines]
 
 
-def help_of_fields(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Append the fields that a config class defines, whose meaning is in their metadata as in PEFT's own classes."""
-    if what != "class" or not dataclasses.is_dataclass(obj):
-        return
-    own = [field for field in dataclasses.fields(obj) if field.name in inspect.get_annotations(obj)]
-    fields = []
-    for field in own:
-        default = "" if field.default is dataclasses.MISSING else f" (default ``{field.default!r}``)"
-        if "help" in field.metadata:
-            fields.append(f"* ``{field.name}``{default}: {_escaped(field.metadata['help'])}")
-    if fields:
-        lines += ["", "**Fields**", "", *fields, ""]
-    (base, *_) = obj.__bases__
-    if dataclasses.is_dataclass(base) and base.__name__ != "PeftConfig":
-        lines += ["", f"The other fields are those of ``{base.__name__}``.", ""]
-
-
-def _escaped(text: str) -> str:
-    """Return plain text with what reStructuredText would read as markup escaped."""
-    return text.replace("\\", "\\\\").replace("*", "\\*").replace("_", "\\_").replace("|", "\\|")
-
-
 def link_to_the_answers(app: Any, name: str, source: list[str]) -> None:
     """Let the registered page, which must not change, link to the page of these docs instead of the file it names."""
     if name == "evidence":
@@ -74,5 +50,4 @@ def link_to_the_answers(app: Any, name: str, source: list[str]) -> None:
 
 def setup(app: Any) -> None:
     app.connect("autodoc-process-docstring", plain_markup, priority=400)  # before napoleon
-    app.connect("autodoc-process-docstring", help_of_fields)
     app.connect("source-read", link_to_the_answers)

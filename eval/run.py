@@ -67,6 +67,8 @@ def evaluate(
         _check_trained(run, wanted)
         return [read_score(paths) for _, _, paths in wanted]
     _check_sandbox(config, said="evaluation.sandbox=none" in (overrides or []))
+    if not run.train_record.is_file() and not run.lock.exists():
+        trained_record(run)  # never trained: refused before it counts as a failed attempt at scoring
     with attempt(run, "eval") as heartbeat, ExitStack() as stack:
         trained = _check_trained(run, wanted)
         missing = [entry for entry in wanted if not entry[2].samples.is_file()]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from experiments.rules import MAP, Rule
+from experiments.rules import Rule
 
 Count = Annotated[int, Rule("whole", 1)]
 Seed = Annotated[int, Rule("whole", 0, 2**32 - 1)]
@@ -19,9 +19,9 @@ Positive = Annotated[float, Rule("number", 0, above=True)]
 Dropout = Annotated[float, Rule("number", 0, 1, below=True)]
 Name = Annotated[str, Rule("name")]
 Benchmark = Annotated[str, Rule("benchmark")]
-Options = Annotated[Mapping[str, Any], MAP]  # given as a whole, where other open mappings are sections
 Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 Backend = Literal["hf", "vllm"]
+Searched = Literal["completion", "whole", "after_first_response", "all_after_first_response", "after_last_response"]
 OPTIMIZERS = (  # transformers' names
     *("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_torch_4bit"),
     *("adamw_torch_8bit", "adamw_anyprecision", "adamw_bnb_8bit", "adamw_8bit", "adafactor", "adagrad", "sgd"),
@@ -52,7 +52,7 @@ class Gguf:
 
     file: str
     """A path, or a path inside an installed Python package."""
-    sha256: str
+    sha256: Annotated[str, Rule("sha256")]
     package: str | None = None
     """The pip requirement that installs the file."""
 
@@ -96,8 +96,8 @@ class Method:
     """`_target_`, a function that looks at training rows before the adapter is attached, and its arguments."""
     budget: Annotated[float, Rule("number", 0, 1, above=True)] | None = None
     """Largest share of the base's parameters; only with num_blocks=auto."""
-    prerequisite: Annotated[Prerequisite | None, Rule("name", null=True)] = None
-    """In a method's file the name of the method that is trained before, whose adapter `prepare` reads."""
+    prerequisite: Annotated[Prerequisite | None, Rule("name", null=True)] = None  # in a method's file its name
+    """The run that is trained before, whose adapter `prepare` reads."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Quantization:
     """Weights of a row that share a scale; -1 for whole rows."""
     sym: bool
     """A grid symmetric about zero."""
-    options: Options
+    options: Mapping[str, Any]
     """Arguments of the method."""
     calibration: Calibration | None
     target_modules: str | tuple[str, ...] | None = None
@@ -284,8 +284,8 @@ class Evaluation:
     """White space around the prompt is removed."""
     bos: bool
     generation: Generation
-    searched: Name | Mapping[str, Name]
-    """The text that is read: completion, whole, (all_)after_first_response or after_last_response."""
+    searched: Searched | Mapping[str, Searched]
+    """The text that is read: the completion, prompt and completion, or their part after a response mark."""
     parser: Name | Mapping[str, Name]
     """A function of eval/parsers.py for each kind of answer."""
     equality: Name | Mapping[str, Name]
@@ -316,8 +316,8 @@ class Runtime:
     """Folder of local data sets; null loads them from the Hugging Face hub."""
     cache_dir: str
     """Base models made here, tokenised rows."""
-    device: str
-    """auto, cpu or cuda."""
+    device: Annotated[str, Rule("device")]
+    """auto: a GPU if there is one."""
     gradient_checkpointing: bool
     checkpoint_every: Count
     """Optimizer steps."""

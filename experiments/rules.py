@@ -14,12 +14,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 Value = Mapping[str, Any] | list[Any] | str | float | None  # what YAML and JSON hold
 NAME = re.compile(r"\w[\w.+=,@-]{0,99}")  # names become folders: no path fits
-BENCHMARK = re.compile(rf"{NAME.pattern}|(?:[^\0]*/)?{NAME.pattern}\.txt")
-SHARE = re.compile(r"1/[1-9]\d*")
+PATTERNS = {  # of texts, by kind
+    "name": NAME,
+    "benchmark": re.compile(rf"{NAME.pattern}|(?:[^\0]*/)?{NAME.pattern}\.txt"),
+    "share": re.compile(r"1/[1-9]\d*"),
+    "device": re.compile(r"auto|cpu|cuda(:\d+)?"),
+    "sha256": re.compile(r"[0-9a-f]{64}"),
+}
 TYPES = {
     "flag": "true or false",
     "whole": "a whole number",
@@ -28,6 +33,8 @@ TYPES = {
     "name": "a name of letters, digits and _.+=,@-, at most 100 of them",
     "benchmark": "a benchmark's name or the path of a .txt file whose own name has letters, digits and _.+=,@- alone",
     "share": "a share as 1/64 or 0.015625",
+    "device": "auto, cpu, cuda or cuda:1",
+    "sha256": "64 hexadecimal digits",
     "map": "a map as {key: value}",
 }
 
@@ -41,7 +48,7 @@ class Rule:
         least, most: the range of a number; without the first where `above` is set, without the last where `below` is.
         words: what it may be instead, or must be if the kind is "word".
         null: null is allowed too.
-        many: "list" for a list of such values, "or list" for one or a list.
+        many: "list" for a list of such values, "or list" for one or a list, "map" for a map from names to such values.
         length: of that list.
         mapped: a map from names to such values is allowed too.
     """
@@ -61,13 +68,16 @@ class Rule:
         """Return the value as it is stored; ValueError if it is not allowed."""
         if value is None and self.null:
             return None
-        if self.mapped and isinstance(value, Mapping):
-            return {key: replace(self, mapped=False).stored(part) for key, part in value.items()}
+        if isinstance(value, Mapping) and (self.mapped or self.many == "map"):
+            one = replace(self, mapped=False, many="" if self.many == "map" else self.many)
+            if not all(isinstance(key, str) for key in cast(Mapping[Any, Any], value)):
+                raise ValueError
+            return {key: one.stored(part) for key, part in value.items()}
         if self.many and isinstance(value, list):
             if self.length not in (None, len(value)):
                 raise ValueError
             return [self._one(part) for part in value]
-        if self.many == "list":
+        if self.many in ("list", "map"):
             raise ValueError
         return self._one(value)
 
@@ -76,18 +86,14 @@ class Rule:
             return value
         if self.kind in ("whole", "number") or (self.kind == "share" and not isinstance(value, str)):
             return self._number(value)
-        fits = {
-            "flag": lambda: isinstance(value, bool),
-            "text": lambda: isinstance(value, str),
-            "name": lambda: isinstance(value, str) and NAME.fullmatch(value),
-            "benchmark": lambda: isinstance(value, str) and BENCHMARK.fullmatch(value),
-            "share": lambda: SHARE.fullmatch(value),
-            "map": lambda: isinstance(value, dict),
-            "word": lambda: False,
-        }
-        if not fits[self.kind]():
+        if self.kind in PATTERNS:
+            fits = isinstance(value, str) and PATTERNS[self.kind].fullmatch(value) is not None
+        else:
+            kinds: dict[str, type[Any]] = {"flag": bool, "text": str, "map": dict}
+            fits = self.kind in kinds and isinstance(value, kinds[self.kind])
+        if not fits:
             raise ValueError
-        return value
+        return cast(Any, value)
 
     def _number(self, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -105,14 +111,20 @@ class Rule:
         words = ", ".join(self.words)
         text = f"one of {words}" if self.kind == "word" else TYPES[self.kind]
         if self.least > -math.inf:
-            text += f" {'above' if self.above else 'of at least'} {self.least:g}"
+            text += f" {'above' if self.above else 'of at least'} {self.least:.10g}"
         if self.most < math.inf:
-            text += f"{' and' if self.least > -math.inf else ''} {'below' if self.below else 'at most'} {self.most:g}"
+            text += (
+                f"{' and' if self.least > -math.inf else ''} {'below' if self.below else 'at most'} {self.most:.10g}"
+            )
         if self.kind != "word" and words:
             text += f", or {words}"
-        if self.many:
+        if self.many == "map":
+            text = f"a map from names to values, each {text}"
+        elif self.many:
             count = "" if self.length is None else f"{self.length} values, each "
             text = f"a list of {count}{text}" if self.many == "list" else f"{text}, or a list of such"
+        if self.mapped:
+            text += ", or a map from names to such"
         return text + (", or null" if self.null else "")
 
 
@@ -136,7 +148,8 @@ def rule_of(annotation: Any) -> Rule | None:
     if origin in (Union, UnionType):
         return _rule_of_union(parts)
     if origin is Mapping:
-        return None if parts[1] is Any else MAP
+        part = rule_of(parts[1])
+        return part and replace(part, many="map")
     return PLAIN.get(annotation)
 
 

@@ -134,7 +134,7 @@ def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
         whole = own is not None and section_of(annotation_of(key)) is None
         if not isinstance(value, dict) or whole:
             yield key, value
-        if isinstance(value, dict) and (own is None or own.kind == "map" or not whole):
+        if isinstance(value, dict) and not whole:
             yield from leaves(cast(Config, value), f"{key}.")
 
 

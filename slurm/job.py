@@ -1,4 +1,4 @@
-"""Runs a task of the array: each of its runs through the stages of the manifest. Started by `job.sh`.
+"""Runs a task of the array: each of its runs through the stages of the manifest. Started by the array's job script.
 
 A warning signal (preemption, the time limit) is passed on to the stage, which stops at its next step, leaves
 `preempted.json` in the run directory and exits; the task then requeues itself. Finished stages are skipped, so a
@@ -7,6 +7,7 @@ requeued task resumes where it was. A failing run does not stop the task's other
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -168,8 +169,11 @@ def _content(path: Path) -> bytes | None:
 
 
 def main(arguments: list[str]) -> int:
-    path, expected = arguments
-    manifest = read_manifest(Path(path), expected)
+    parser = argparse.ArgumentParser(prog="python -m slurm.job", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("manifest", type=Path, help="the submission's manifest")
+    parser.add_argument("digest", help="hash of the manifest at submission")
+    options = parser.parse_args(arguments)
+    manifest = read_manifest(options.manifest, options.digest)
     check_environment(manifest)
     if manifest.scratch is not None:
         scratch = os.path.expandvars(manifest.scratch)

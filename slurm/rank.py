@@ -5,6 +5,7 @@ srun python -m slurm.rank experiments.train RUN
 
 from __future__ import annotations
 
+import argparse
 import os
 import runpy
 import sys
@@ -23,7 +24,15 @@ def torch_variables(slurm: dict[str, str]) -> dict[str, str]:
     }
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m slurm.rank", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("module", help="the module to run, e.g. experiments.train")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
+    options = parser.parse_args(arguments)
     os.environ.update(torch_variables(dict(os.environ)))
-    sys.argv = sys.argv[1:]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    sys.argv = [options.module, *options.arguments]
+    runpy.run_module(options.module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

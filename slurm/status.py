@@ -81,6 +81,7 @@ def run_state(
     job = task.job if task is not None else ""
 
     def state(word: str, detail: str = "") -> State:
+        detail = detail.replace(f"{run.root}: ", "").replace(f"{run.root}/", "")  # the line begins with the run's name
         return State(run.root.name, word, preempted, job, detail, about.get("apart", ""))
 
     if not run.root.is_dir():

@@ -1,9 +1,10 @@
-"""The files of docs/extend.md (a method, a task with its protocol, a benchmark), added to a copy of the clone."""
+"""A method added to a copy of the clone as CONTRIBUTING.md says, and docs/extend.md's task, protocol and benchmark."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,12 +17,13 @@ from experiments.runs.config_files import read_config
 from experiments.runs.records import EvalRecord, RunPaths, TrainRecord, read_record
 from tests.conftest import SMALL
 
-# The files that docs/extend.md shows: a code block whose first line is a comment with a path.
-FILES: dict[str, str] = dict(
-    re.findall(
-        r"^```\w+\n# (\S+/\S+)\n(.*?)^```", (ROOT / "docs" / "extend.md").read_text(encoding="utf-8"), re.S | re.M
-    )
-)
+GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("\n## Add a method\n")[2]
+# The guide's files: a line with a path, then a fenced block with the content.
+METHOD = dict(re.findall(r"^`([\w./]+)`:\n\n```\w+\n(.*?)```$", GUIDE, re.MULTILINE | re.DOTALL))
+COMMANDS = re.findall(r"^```sh\n(.*?)```$", GUIDE, re.MULTILINE | re.DOTALL)[0].splitlines()
+# The task, the protocol and the benchmark of docs/extend.md: a block whose first line is a comment with a path.
+PAGE = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
+FILES: dict[str, str] = dict(re.findall(r"^```\w+\n# (\S+/\S+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
 
 
 @pytest.fixture
@@ -30,42 +32,61 @@ def clone(tmp_path: Path) -> Path:
     for name in ("diablo", "configs", "experiments", "eval", "slurm", "analysis", "tests", "results/gpu_h200"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
-    assert len(FILES) == 5
-    for name, text in FILES.items():
+    for name, text in {**METHOD, **FILES}.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).write_text(text.lstrip(), encoding="utf-8")
     return folder
 
 
-def python(clone: Path, *arguments: str) -> str:
+def shell(clone: Path, command: str) -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     told = subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=clone, env={**os.environ, "PYTHONPATH": str(clone)}, capture_output=True, encoding="utf-8", timeout=500,
+        ["bash", "-ec", command],
+        cwd=clone, env={**os.environ, "PATH": path, "PYTHONPATH": str(clone)},
+        capture_output=True, encoding="utf-8", timeout=500, check=False,
     )  # fmt: skip
     assert told.returncode == 0, told.stdout[-2000:] + told.stderr[-2000:]
     return told.stdout
 
 
+def test_the_guide_adds_a_method_in_two_files() -> None:
+    assert set(FILES) == {"configs/task/toy.yaml", "configs/protocol/toy/plain.yaml", "eval/tasks/toy.yaml"}
+    assert set(METHOD) == {"diablo/methods/rslora.py", "configs/method/rslora.yaml"}
+    assert [command.split()[2] for command in COMMANDS] == [
+        *("pytest", "experiments.plan", "experiments.train", "eval.run")
+    ]
+
+
 @pytest.mark.slow
-def test_a_method_a_task_and_a_benchmark_of_ones_own(clone: Path, tmp_path: Path, cache_dir: Path) -> None:
-    folders = [f"runtime.runs_dir={tmp_path / 'runs'}", f"runtime.cache_dir={cache_dir}"]
-    sizes = [setting for setting in SMALL if setting.startswith("model.pretraining")]
-    python(
-        clone,
-        "experiments.plan",
-        "model=tiny",
-        "task=toy",
-        "method=toy",
-        "recipe.batch_size=8",
-        "recipe.micro_batch_size=8",
-        *sizes,
-        *folders,
-    )
-    (root,) = (tmp_path / "runs").glob("tiny-toy-r3-toy-s0-*")
-    python(clone, "experiments.train", str(root))
-    python(clone, "eval.run", str(root))
+def test_the_guide_s_commands(clone: Path, cache_dir: Path) -> None:
+    """Its lines as they are, but for a smaller model and less data, and for names of tests that passed."""
+    added = {
+        "pytest": " -v -n 0 -p no:cacheprovider",
+        "experiments.plan": " " + " ".join(map(shlex.quote, [*SMALL, f"runtime.cache_dir={cache_dir}"])),
+    }
+    told = {}
+    for command in COMMANDS:
+        command = command.partition("#")[0].strip()
+        module = command.split()[2]
+        told[module] = shell(clone, command + added.get(module, ""))
+    for name in ("merged_equals_unmerged", "saved_and_loaded", "only_what_is_trained", "trainable_parameters_equal"):
+        assert re.search(rf"test_{name}\w*\[.*rslora\] PASSED", told["pytest"]), name
+    assert " failed" not in told["pytest"]
+    (root,) = (clone / "runs").glob("tiny-rslora-*")
     run = RunPaths(root)
-    assert read_config(run).mapping["method"]["adapter"]["_target_"] == "diablo.methods.toy.ToyConfig"
+    assert read_config(run).mapping["method"]["adapter"]["_target_"] == "diablo.methods.rslora.RsloraConfig"
+    assert read_record(run.train_record, TrainRecord).changed
+    assert len(run.evaluations()) == 1
+
+
+@pytest.mark.slow
+def test_a_task_and_a_benchmark_of_ones_own(clone: Path, cache_dir: Path) -> None:
+    sizes = [setting for setting in SMALL if setting.startswith("model.pretraining")]
+    settings = ["recipe.learning_rate=1e-2", "recipe.batch_size=8", "recipe.micro_batch_size=8", *sizes]
+    words = map(shlex.quote, ["model=tiny", "task=toy", "method=rslora", *settings, f"runtime.cache_dir={cache_dir}"])
+    root = Path(shell(clone, f"python -m experiments.plan {' '.join(words)}").strip())
+    shell(clone, f"python -m experiments.train {root}; python -m eval.run {root}")
+    run = RunPaths(clone / root)
     trained = read_record(run.train_record, TrainRecord)
     assert trained.changed
     assert trained.steps == 8
@@ -73,25 +94,3 @@ def test_a_method_a_task_and_a_benchmark_of_ones_own(clone: Path, tmp_path: Path
     score = read_record(evaluation.score, EvalRecord)
     assert (score.benchmark, score.protocol, score.n) == ("toy", "plain", 28)
     assert not score.identity
-
-
-METHODS = "tests/experiments/train/test_methods.py"
-
-
-@pytest.mark.slow
-def test_the_contract_tests_find_a_method_of_ones_own(clone: Path) -> None:
-    told = python(
-        clone,
-        "pytest",
-        "-v",
-        "-p",
-        "no:cacheprovider",
-        "-n",
-        "0",
-        "tests/experiments/train/test_methods.py",
-        "-k",
-        "toy",
-    )
-    for name in ("merged_equals_unmerged", "saved_and_loaded", "only_what_is_trained", "trainable_parameters_equal"):
-        assert re.search(rf"test_{name}\w*\[.*toy\] PASSED", told), name
-    assert " failed" not in told

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import ast
 import runpy
-import tomllib
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
-from setuptools import find_packages
 
 from experiments import ROOT
 
@@ -124,10 +122,3 @@ def test_the_tests_mirror_the_packages() -> None:
 def test_the_map_of_the_code_is_current() -> None:
     page = runpy.run_path(str(ROOT / "docs" / "code_map.py"))
     assert page["PAGE"].read_text(encoding="utf-8") == page["page"](), "run `python docs/code_map.py`"
-
-
-def test_the_wheel_holds_every_folder_of_diablo() -> None:
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    packed = set(find_packages(str(ROOT), include=settings["packages"]["find"]["include"]))
-    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "diablo").rglob("*.py")}
-    assert packed == {".".join(folder.parts) for folder in folders}

@@ -44,6 +44,15 @@ def test_a_small_copy_gives_the_same_rows(tmp_path: Path) -> None:
     assert (abs(thin / whole.loc[thin.index] - 1).fillna(0) < 1e-4).all().all()  # equal up to rounding
 
 
+@pytest.mark.parametrize("out", ["runs", "runs/{name}", "runs/{name}/copy"])
+def test_a_copy_is_never_written_into_the_run_itself(tmp_path: Path, out: str) -> None:
+    run = write_run(tmp_path / "runs", "lora", steps=200)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="would be written into the run itself: give another folder"):
+        main([str(run), "--out", str(tmp_path / out.format(name=run.name))])
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize("count", [1, STEPS - 1, STEPS, STEPS + 1, 1000])
 def test_thinned_keeps_order_and_both_ends(count: int) -> None:
     lines = [{"step": step} for step in range(count)]

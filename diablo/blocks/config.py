@@ -2,63 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from peft import PeftConfig
 
+from diablo.field_help import documented
 from diablo.register import peft_type
 
 DIABLO = peft_type("DIABLO")
 
 
+@documented
 @dataclass
 class BlockConfig(PeftConfig):
-    """Options that all methods that train blocks of weights share.
+    """Options that all methods that train blocks of weights share; `task_type` and the rest are `PeftConfig`'s.
+
+    Args:
+        mode: How the layer applies the blocks. 'in_place' trains them inside the weight: one matrix product, as in the
+            frozen layer; it needs dropout 0, a plain nn.Linear and a single active adapter. 'adapter' adds a side
+            branch. 'auto' uses in_place when possible, unless a side of a diagonal block is below 16.
+        target_modules: Names (or suffixes) of the linear layers to adapt, or a regular expression, or 'all-linear'.
+            None uses the method's default where the architecture is known; DiaBlo's is q, k, v, up and down.
+        exclude_modules: Names (or suffixes) of modules not to adapt, or a regular expression.
+        dropout: Dropout on the input of the blocks in training; the base layer's input is never dropped.
+        modules_to_save: Modules trained in full and saved with the blocks, e.g. a new classifier.
+        layers_to_transform: Indices of the layers to adapt; None adapts all. Needs target_modules as a list.
+        layers_pattern: Name of the module list that layers_to_transform indexes, e.g. 'layers' or 'h'.
+        init_weights: Start the blocks at zero, so that attaching changes no output. False: random (for tests).
 
     Raises:
         ValueError: a value is out of range, or `layers_to_transform` is set while `target_modules` is a string.
     """
 
-    mode: Literal["auto", "adapter", "in_place"] = field(
-        default="auto",
-        metadata={
-            "help": "How the layer applies the blocks. 'in_place' trains them inside the weight: one matrix product, "
-            "as in the frozen layer; it needs dropout 0, a plain nn.Linear and a single active adapter. 'adapter' "
-            "adds a side branch. 'auto' uses in_place when possible, unless a side of a diagonal block is below 16."
-        },
-    )
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Names (or suffixes) of the linear layers to adapt, or a regular expression, or 'all-linear'. "
-            "None uses the method's default where the architecture is known; DiaBlo's is q, k, v, up and down."
-        },
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names (or suffixes) of modules not to adapt, or a regular expression."},
-    )
-    dropout: float = field(
-        default=0.0,
-        metadata={"help": "Dropout on the input of the blocks in training; the base layer's input is never dropped."},
-    )
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={"help": "Modules trained in full and saved with the blocks, e.g. a new classifier."},
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None,
-        metadata={"help": "Indices of the layers to adapt; None adapts all. Needs target_modules as a list."},
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Name of the module list that layers_to_transform indexes, e.g. 'layers' or 'h'."},
-    )
-    init_weights: bool = field(
-        default=True,
-        metadata={"help": "Start the blocks at zero, so that attaching changes no output. False: random (for tests)."},
-    )
+    mode: Literal["auto", "adapter", "in_place"] = "auto"
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    dropout: float = 0.0
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    init_weights: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,6 +69,7 @@ class BlockConfig(PeftConfig):
                 setattr(self, name, set(getattr(self, name)))
 
 
+@documented
 @dataclass
 class DiabloConfig(BlockConfig):
     """Configuration of [`DiabloModel`]: which layers get diagonal blocks, and how many.
@@ -93,24 +78,18 @@ class DiabloConfig(BlockConfig):
 
         model = get_peft_model(base, DiabloConfig(num_blocks=64, target_modules=["q_proj", "v_proj"]))
 
+    Args:
+        num_blocks: N, the number of diagonal blocks. A layer gets in_features * out_features / N parameters. A
+            dictionary maps name suffixes to N, as suggest_num_blocks returns it; the longest match of a name counts.
+        allow_uneven: Accept an N that does not divide a layer's sides: block sides are rounded up and the input is
+            padded. False refuses such an N and names the nearest divisors.
+
     Raises:
         ValueError: a value is out of range, as for `BlockConfig`.
     """
 
-    num_blocks: int | dict[str, int] = field(
-        default=64,
-        metadata={
-            "help": "N, the number of diagonal blocks. A layer gets in_features * out_features / N parameters. A "
-            "dictionary maps name suffixes to N, as suggest_num_blocks returns it; the longest match of a name counts."
-        },
-    )
-    allow_uneven: bool = field(
-        default=False,
-        metadata={
-            "help": "Accept an N that does not divide a layer's sides: block sides are rounded up and the input is "
-            "padded. False refuses such an N and names the nearest divisors."
-        },
-    )
+    num_blocks: int | dict[str, int] = 64
+    allow_uneven: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

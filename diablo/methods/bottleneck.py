@@ -6,7 +6,7 @@ y, before the result is added to the residual stream.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import (
 from torch import Tensor, nn
 
 from diablo.blocks.mixed_batches import MixedBatches, rows_by_adapter
+from diablo.field_help import documented
 from diablo.register import peft_type, register
 from diablo.targets import CheckedTuner
 
@@ -26,28 +27,26 @@ BOTTLENECK = peft_type("BOTTLENECK")
 ENDS_OF_SUBLAYERS = ["o_proj", "down_proj"]
 
 
+@documented
 @dataclass
 class BottleneckConfig(PeftConfig):
     """Configuration of [`BottleneckModel`].
+
+    Args:
+        bottleneck_size: Width of the network between W_down and W_up.
+        target_modules: Names (or suffixes) of the linear layers that get a bottleneck after them, or a regular
+            expression. None uses the last layers of the sublayers where the architecture is known: o_proj, down_proj.
+        exclude_modules: Names (or suffixes) of modules not to adapt, or a regular expression.
+        modules_to_save: Modules trained in full and saved with the adapter, e.g. a new classifier.
 
     Raises:
         ValueError: the size is below 1.
     """
 
-    bottleneck_size: int = field(default=64, metadata={"help": "Width of the network between W_down and W_up."})
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Names (or suffixes) of the linear layers that get a bottleneck after them, or a regular "
-            "expression. None uses the last layers of the sublayers where the architecture is known: o_proj, down_proj."
-        },
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names (or suffixes) of modules not to adapt, or a regular expression."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained in full and saved with the adapter, e.g. a new classifier."}
-    )
+    bottleneck_size: int = 64
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

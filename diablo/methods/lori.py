@@ -6,7 +6,7 @@ trained, both are ordinary LoRA. Formulas and constants are those of the authors
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diablo.field_help import documented
 from diablo.methods.milora import refuse_other_starts
 from diablo.register import peft_type, register
 from diablo.targets import CheckedTuner, check_targets
@@ -26,24 +27,23 @@ LORI = peft_type("LORI")
 CHOSEN = "_lori_entries"  # set on a base layer from `choose_entries` until attaching: indices into its flattened B
 
 
+@documented
 @dataclass
 class LoriConfig(LoraConfig):
     """`LoraConfig` with A frozen at LoRA's random initialisation, uniform in ±1/sqrt(in).
 
     `LoraConfig` options that select another initialisation or another layer are refused.
 
+    Args:
+        sparsity: Share of the entries of B that are not trained, chosen by `choose_entries`. 0 trains all.
+        entries: Layer name -> number of trained entries, set by `choose_entries`; needed for loading.
+
     Raises:
         ValueError: such an option is set, or `sparsity` is not in [0, 1).
     """
 
-    sparsity: float = field(
-        default=0.0,
-        metadata={"help": "Share of the entries of B that are not trained, chosen by `choose_entries`. 0 trains all."},
-    )
-    entries: dict[str, int] | None = field(
-        default=None,
-        metadata={"help": "Layer name -> number of trained entries, set by `choose_entries`; needed for loading."},
-    )
+    sparsity: float = 0.0
+    entries: dict[str, int] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

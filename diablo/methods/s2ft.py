@@ -8,7 +8,7 @@ value heads as query heads. A gather has no such limit: `o_ratio` and `v_ratio` 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from diablo.blocks.layer import layer_sides
 from diablo.blocks.model import DiabloModel
 from diablo.blocks.patterns import draw_distinct, generator_for
 from diablo.blocks.positions import Positions
+from diablo.field_help import documented
 from diablo.register import peft_type, register
 
 S2FT = peft_type("S2FT")
@@ -38,19 +39,27 @@ CHANNELS = {
 }
 
 
+@documented
 @dataclass
 class S2ftConfig(BlockConfig):
     """Configuration of [`S2ftModel`]: the trained share of neurons and heads per projection, which sets the targets.
+
+    Args:
+        down_ratio: Share of the neurons: inputs of down_proj.
+        o_ratio: Share of the heads: inputs of o_proj.
+        up_ratio: Share of the neurons: outputs of up_proj.
+        v_ratio: Share of the key and value heads: outputs of v_proj.
+        seed: Seed of the draw, which also depends on the model's shapes.
 
     Raises:
         ValueError: a share is out of range, all are 0, or `target_modules` contradicts them.
     """
 
-    down_ratio: float = field(default=0.03, metadata={"help": "Share of the neurons: inputs of down_proj."})
-    o_ratio: float = field(default=0.0, metadata={"help": "Share of the heads: inputs of o_proj."})
-    up_ratio: float = field(default=0.0, metadata={"help": "Share of the neurons: outputs of up_proj."})
-    v_ratio: float = field(default=0.0, metadata={"help": "Share of the key and value heads: outputs of v_proj."})
-    seed: int = field(default=0, metadata={"help": "Seed of the draw, which also depends on the model's shapes."})
+    down_ratio: float = 0.03
+    o_ratio: float = 0.0
+    up_ratio: float = 0.0
+    v_ratio: float = 0.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

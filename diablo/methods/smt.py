@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from diablo.blocks.layer import layer_sides
 from diablo.blocks.model import DiabloModel
 from diablo.blocks.patterns import grid_positions
 from diablo.blocks.positions import Positions
+from diablo.field_help import documented
 from diablo.quantize.quantized_linear import QuantizedLinear
 from diablo.register import peft_type, register
 from diablo.targets import check_targets
@@ -34,26 +35,24 @@ ATTENTION = ["q_proj", "k_proj", "v_proj"]  # the released code's default
 SCORES = ("mean_abs", "abs_mean")
 
 
+@documented
 @dataclass
 class SmtConfig(BlockConfig):
     """Configuration of [`SmtModel`]: how many blocks are trained, and which; `choose_blocks` fills in `blocks`.
+
+    Args:
+        num_blocks: Trained blocks in the whole model. The released code's 890 are 0.87 % of LLaMA2-7B.
+        block_size: Side of a block; it must divide both sides of a layer.
+        blocks: Layer name -> [row, column] of each trained block in the layer's grid; rows are blocks of input
+            features. A layer without an entry is not adapted.
 
     Raises:
         ValueError: a number is below 1.
     """
 
-    num_blocks: int = field(
-        default=890,
-        metadata={"help": "Trained blocks in the whole model. The released code's 890 are 0.87 % of LLaMA2-7B."},
-    )
-    block_size: int = field(default=256, metadata={"help": "Side of a block; it must divide both sides of a layer."})
-    blocks: dict[str, list[list[int]]] | None = field(
-        default=None,
-        metadata={
-            "help": "Layer name -> [row, column] of each trained block in the layer's grid; rows are blocks of input "
-            "features. A layer without an entry is not adapted."
-        },
-    )
+    num_blocks: int = 890
+    block_size: int = 256
+    blocks: dict[str, list[list[int]]] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

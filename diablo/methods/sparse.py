@@ -6,7 +6,7 @@ that isolate why the diagonal works. `random_row` with a `count` is PaCA (arXiv 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 
@@ -18,12 +18,14 @@ from diablo.blocks.layer import layer_sides
 from diablo.blocks.model import DiabloModel
 from diablo.blocks.patterns import BLOCK_PATTERNS, PATTERNS, draw, generator_for, pattern_shape
 from diablo.blocks.positions import Positions
+from diablo.field_help import documented
 from diablo.register import peft_type, register
 
 SPARSE = peft_type("SPARSE")
 LARGEST_DENOMINATOR = 10**6  # of a density given as a decimal number
 
 
+@documented
 @dataclass
 class SparseConfig(BlockConfig):
     """Configuration of [`SparseModel`]: which entries of each target layer are trained; their updates start at zero.
@@ -32,23 +34,21 @@ class SparseConfig(BlockConfig):
 
         config = SparseConfig(pattern="random_block", density="1/64", target_modules=["q_proj", "v_proj"])
 
+    Args:
+        pattern: One of diagonal, random_block, permuted_block, shuffled_diagonal, random_row, random_column,
+            random_entry, banded; see diablo.blocks.patterns.draw. Rows are input features.
+        density: Share of a layer's entries that are trained, e.g. '1/64' or 0.015625.
+        count: Rows or columns per layer instead of a density, for random_row and random_column.
+        seed: Seed of the draw, which also depends on the layer's name.
+
     Raises:
         ValueError: the pattern is unknown, or does not allow this density or count.
     """
 
-    pattern: str = field(
-        default="random_entry",
-        metadata={"help": f"One of {', '.join(PATTERNS)}; see diablo.blocks.patterns.draw. Rows are input features."},
-    )
-    density: float | str = field(
-        default="1/64",
-        metadata={"help": "Share of a layer's entries that are trained, e.g. '1/64' or 0.015625."},
-    )
-    count: int | None = field(
-        default=None,
-        metadata={"help": "Rows or columns per layer instead of a density, for random_row and random_column."},
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the draw, which also depends on the layer's name."})
+    pattern: str = "random_entry"
+    density: float | str = "1/64"
+    count: int | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

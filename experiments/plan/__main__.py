@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from experiments.errors import run_command
+from experiments.errors import UserError, run_command
 from experiments.plan.choose import follow, stages_of
 from experiments.plan.compose import plan, write_runs
 from experiments.plan.explain import explain
@@ -27,16 +27,21 @@ def main(arguments: list[str]) -> None:
         prog="python -m experiments.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("overrides", nargs="*", help="experiment=…, model=…, method=…, key=value, key=a,b,c")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--dry-run", action="store_true", help="print runs, parameters, tokens and memory; write no runs"
     )
-    parser.add_argument(
+    instead.add_argument(
         "--help-config", metavar="SECTION", help="print a section's settings, their values and what they may be"
     )
     add_options(parser)
     options = parser.parse_intermixed_args(arguments)
     if options.help_config is not None:
-        (config, *_) = plan(options.overrides)
+        config, *more = plan(options.overrides)
+        if more:
+            raise UserError(
+                f"--help-config shows the values of one run, and these are {len(more) + 1}: leave out commas"
+            )
         print(*explain(options.help_config, config.mapping), sep="\n")
         return
     selection = read_options(options)

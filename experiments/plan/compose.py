@@ -27,6 +27,7 @@ from experiments.config import RunConfig
 from experiments.data.sources import SOURCES
 from experiments.errors import UserError, nearest
 from experiments.models.gguf import settle_weights
+from experiments.plan.config_groups import FILES, check_sections, check_shape, only_to_choose
 from experiments.plan.experiment_files import expand_experiment, options
 from experiments.plan.overrides import by_name, by_name_resolved, checked, set_value, settle, sweep
 from experiments.plan.quantization import name_quantized
@@ -40,7 +41,6 @@ from experiments.settings import typed
 GROUPS = ("model", "method", "quantization", "task", "protocol")
 TOP = (*GROUPS, "experiment")  # what may be said beside settings
 CHOSEN_LEARNING_RATE = "${method.learning_rate.${task.name}}"  # what run.yaml says where nobody gives one
-ONLY_TO_CHOOSE = {"method": ("learning_rate", "contract"), "model": ("adapter_size",), "task": ("benchmarks",)}
 Config = dict[str, Any]
 
 OmegaConf.register_new_resolver("times", operator.mul, replace=True)
@@ -157,6 +157,7 @@ def _compose(overrides: tuple[str, ...]) -> Config:
             composed = OmegaConf.to_container(compose("run", overrides=list(overrides)), resolve=False)
     except (HydraException, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"configs do not fit together: {error}") from None
+    check_sections(cast(Config, composed))
     return cast(Config, composed)
 
 
@@ -203,15 +204,19 @@ def _references(groups: tuple[str, ...]) -> frozenset[str]:
 
 def _resolve_references(composed: Config) -> Config:
     """Resolve all references."""
-    method, task = composed["method"], composed["task"]
-    if composed["recipe"]["learning_rate"] == CHOSEN_LEARNING_RATE and task["name"] not in method["learning_rate"]:
-        raise UserError(
-            f"no learning rate is recorded for {method['name']} on {task['name']}: give recipe.learning_rate=…"
-        )
+    method, task = (composed[name].get("name") for name in ("method", "task"))
+    rates = composed["method"].get("learning_rate")
+    is_recorded = isinstance(rates, dict) and task in rates
+    if composed["recipe"].get("learning_rate") == CHOSEN_LEARNING_RATE and not is_recorded:
+        raise UserError(f"no learning rate is recorded for {method} on {task}: give recipe.learning_rate=…")
     try:
-        return cast(Config, OmegaConf.to_container(OmegaConf.create(composed), resolve=True))
+        resolved = cast(Config, OmegaConf.to_container(OmegaConf.create(composed), resolve=True))
     except OmegaConfBaseException as error:
-        raise UserError(f"cannot resolve the config of {method['name']} on {task['name']}: {error}") from None
+        check_shape(composed)  # a reference to what is missing: the file with the mistake is the better message
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot resolve {error.full_key} of method {method} on task {task}: {reason}") from None
+    check_shape(resolved)
+    return resolved
 
 
 def _finalize(settings: Config) -> RunConfig:
@@ -222,10 +227,10 @@ def _finalize(settings: Config) -> RunConfig:
     name_quantized(settings)
     if settings["spectra"]["every"] is None:
         del settings["spectra"]
-    for section, tables in ONLY_TO_CHOOSE.items():
-        for table in tables:
-            del settings[section][table]
-    return typed({"run_id": run_id(settings), **{key: part for key, part in settings.items() if key != "run_id"}})
+    for section in FILES:
+        for table in only_to_choose(section):
+            settings[section].pop(table, None)
+    return typed({"run_id": run_id(settings), **settings})
 
 
 def _check_batch(recipe: Config) -> None:

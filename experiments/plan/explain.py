@@ -8,12 +8,13 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from functools import cache
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 from experiments.config import OPEN
 from experiments.errors import UserError, nearest
+from experiments.plan.config_groups import kind_of_section
 from experiments.rules import Value, section_of
-from experiments.settings import SECTIONS, annotation_of, rule, shown
+from experiments.settings import SECTIONS, rule, shown
 
 WIDTH = 100
 
@@ -26,20 +27,21 @@ def explain(name: str, config: Mapping[str, Any]) -> Iterator[str]:
     """
     if name not in SECTIONS:
         raise UserError(f"no section {name!r}: {nearest(name, SECTIONS)}")
-    yield from _section(name, config.get(name) or {})
+    yield from _section(name, kind_of_section(name), config.get(name) or {})
 
 
-def _section(name: str, values: Mapping[str, Any]) -> Iterator[str]:
-    kind = section_of(annotation_of(name))
-    assert kind is not None
+def _section(name: str, kind: type[Any], values: Mapping[str, Any]) -> Iterator[str]:
     for paragraph in (inspect.getdoc(kind) or "").split("\n\n"):
         yield from textwrap.wrap(paragraph, WIDTH)
     yield ""
-    texts = _texts(kind)
+    texts = {name: text for each in reversed(kind.__mro__[:-1]) for name, text in _texts(each).items()}
+    hints = get_type_hints(kind, include_extras=True)
     for part in fields(kind):
         key = f"{name}.{part.name}"
         value: Value = values.get(part.name)
-        nested = section_of(annotation_of(key))
+        if part.name == "prerequisite" and isinstance(value, Mapping):
+            value = value["method"]["name"]
+        nested = section_of(hints[part.name])
         is_open: Mapping[str, Any] = value if isinstance(value, Mapping) and nested is None else {}
         given = part.name in values and not is_open and not (nested and value)
         yield key + (f" = {shown(value)}" if given else "")
@@ -48,10 +50,13 @@ def _section(name: str, values: Mapping[str, Any]) -> Iterator[str]:
             yield f"  {key}.{field} = {shown(is_open[field])}"
         for other in [other for other in OPEN if other.rpartition(".")[0] == key]:
             field = other.rpartition(".")[2]
+            if is_open and field not in is_open:  # another method's
+                continue
             yield f"  {other}" + (f" = {shown(is_open[field])}" if field in is_open else "")
             yield from (f"  {line}" for line in _about(other, ""))
-        if nested is not None and part.name != "prerequisite":  # which is a method again
-            yield from (f"  {line}".rstrip() for line in _section(key, cast(Mapping[str, Any], value or {})))
+        if nested is not None:
+            lines = _section(key, nested, cast(Mapping[str, Any], value or {}))
+            yield from (f"  {line}".rstrip() for line in lines)
 
 
 def _about(key: str, text: str) -> list[str]:

@@ -130,7 +130,7 @@ def checked(overrides: Iterable[Override], files: Mapping[str, Any]) -> list[Ove
 def _checked(override: Override, files: Mapping[str, Any]) -> Override:
     key, given = override.key_or_group, value_of(override)
     if isinstance(files.get(key), dict) and (rule(key) is None or key in SECTIONS):
-        names = ", ".join(files[key])
+        names = ", ".join(files[key]) or "(it has none for these choices)"
         raise UserError(f"{override.input_line}: {key} is a section, set one of its settings: {key}.… of {names}")
     if "${" in str(given):
         return override
@@ -197,10 +197,20 @@ def set_value(config: Config, override: Override, others: Iterable[str]) -> None
         section = cast(Config, node)
         if part not in section and not (adds and depth == len(parents)):
             known = {*section, *(() if where else others)}
-            raise UserError(f"no setting {key!r}: {nearest(part, known)}")
+            raise UserError(f"no setting {key!r}: {_elsewhere(last, config) or nearest(part, known)}")
         if depth < len(parents):
             node = section[part]
     node[last] = value_of(override)
+
+
+def _elsewhere(last: str, config: Config) -> str:
+    """Return a hint for a setting that was named without its section, or with a wrong one; empty if there is none.
+
+    The sections of `model` describe how a model is made: a setting of theirs is hardly what was meant.
+    """
+    names = [name for name, value in by_name(config).items() if not isinstance(value, dict)]
+    places = [name for name in names if name.rpartition(".")[2] == last and not name.startswith("model.")]
+    return f"did you mean {' or '.join(places)}?" if 1 <= len(places) <= 3 else ""
 
 
 def _line(error: Exception) -> str:

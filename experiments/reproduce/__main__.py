@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from experiments.errors import run_command
+from experiments.errors import UserError, run_command
 from experiments.plan.selection import add_options, read_options
 from experiments.reproduce.run import reproduce
 
@@ -27,7 +27,9 @@ def main(arguments: list[str]) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("experiment", help="name of a file in configs/experiment without .yaml, or the path of another")
+    parser.add_argument(
+        "experiment", nargs="?", help="name of a file in configs/experiment without .yaml, or the path of another"
+    )
     parser.add_argument("overrides", nargs="*", help="key=value or key=a,b,c, applied to every grid")
     parser.add_argument("--out", type=Path, help="folder of the report; default: report/<experiment>")
     parser.add_argument(
@@ -44,6 +46,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print runs, parameters, tokens and memory; run nothing")
     add_options(parser)
     options = parser.parse_intermixed_args(arguments)
+    if options.experiment is None:
+        raise UserError("give the name of an experiment, e.g. quickstart: they are the files of configs/experiment")
     selection = read_options(options)
     if options.dry_run:
         from experiments.plan.overview import dry_run

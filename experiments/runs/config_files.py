@@ -62,10 +62,15 @@ def read_config(run: RunPaths) -> RunConfig:
         raise UserError(f"{run.config}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{run.config}: not a run's config ({error}): plan the run again") from None
-    if config.run_id != run.root.name or expected != run.root.name:
+    if expected != config.run_id:
         raise UserError(
-            f"{run.config}: these settings belong to {expected}, not to {run.root.name}: a config is frozen, "
+            f"{run.config}: edited after planning, its settings belong to {expected}: a run's config is frozen, "
             f"undo the edit or plan a new run"
+        )
+    if expected != run.root.name:
+        raise UserError(
+            f"{run.root}: the folder of run {expected} under another name: rename it back to {expected}; "
+            f"a copy keeps that name too, in another folder"
         )
     return config
 

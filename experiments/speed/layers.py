@@ -4,6 +4,7 @@
     python -m experiments.speed.layers --suites models --models llama2_7b llama3_8b --tokens 4096 8192 16384
     python -m experiments.speed.layers --suites models --patterns       # the sparse patterns instead of the methods
     python -m experiments.speed.layers --authors-repo ../DiaBlo         # also the layer in this checkout
+    python -m experiments.speed.layers --redraw results/benchmark_cpu/benchmark.json    # measures nothing
 
 Three suites: `layers` (single linear layers with the shapes of real models), `models` (whole models, random weights)
 and `curve` (N against rank at equal budgets). Every case measures all methods in turn, in rounds; ratios to the frozen
@@ -16,6 +17,7 @@ import argparse
 from pathlib import Path
 
 from experiments.errors import run_command
+from experiments.runs.records import read_json
 
 SUITES = ("layers", "models", "curve")
 
@@ -47,7 +49,15 @@ def main(arguments: list[str]) -> None:
         "--authors-repo", type=Path, help="checkout of ziyangjoy/DiaBlo; its layer is imported and timed"
     )
     parser.add_argument("--out", type=Path, default=Path("report") / "benchmark")
+    parser.add_argument(
+        "--redraw", type=Path, metavar="JSON", help="only write the table and picture of this measurement, next to it"
+    )
     options = parser.parse_args(arguments)
+    if options.redraw is not None:
+        from experiments.speed.report import write_report
+
+        print(write_report(read_json(options.redraw), options.redraw.parent))
+        return
     from experiments.speed.layer_passes import run
 
     print(run(options))

@@ -1,13 +1,9 @@
 # pyright: reportUnknownMemberType=false
-"""Writes the speed benchmark's table (Markdown) and picture from its JSON.
-
-python -m experiments.speed.report results/benchmark_cpu/benchmark.json
-"""
+"""Writes the speed benchmark's table (Markdown) and picture from its JSON."""
 
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +12,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.runs.records import read_json, write_atomically
+from experiments.runs.records import write_atomically
+from experiments.speed.bars import draw_bars
 from experiments.speed.cases import (
     ADAPTER,
     AUTHORS,
@@ -129,7 +126,7 @@ def curve_table(cases: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def write_report(result: dict[str, Any], out: Path) -> Path:
-    """Write `benchmark.md`, `.png` and `.svg` into `out`; returns the table's path."""
+    """Write `benchmark.md`, `.png` and `.svg`, and `passes.*` of a first whole model; returns the table's path."""
     environment, rates = result["environment"], result["rates"]
     cases = [*result["models"], *result["layers"], *result["curve"]]
     rounds = sorted({len(entry["seconds"]) for case in cases for entry in case["entries"].values()})
@@ -160,6 +157,8 @@ def write_report(result: dict[str, Any], out: Path) -> Path:
         lines += ["## N and rank at equal budgets", "", *curve_table(result["curve"])]
     write_atomically(out / "benchmark.md", "\n".join(lines).rstrip() + "\n")
     draw(result, out)
+    if result["models"]:
+        draw_bars(result["models"][0], environment["device"], out)
     return out / "benchmark.md"
 
 
@@ -220,8 +219,3 @@ def _draw_cases(axes: Any, cases: Sequence[dict[str, Any]], names: list[str], ti
         )
     axes.set_xticks(range(len(cases)), names)
     axes.set_title(title, fontsize=9)
-
-
-if __name__ == "__main__":
-    source = Path(sys.argv[1])
-    print(write_report(read_json(source), source.parent))

@@ -195,6 +195,14 @@ def test_the_report_is_one_page_with_its_files(report: Path) -> None:
     assert len(pd.read_csv(report.with_name("table.csv"))) == 7
 
 
+def test_the_page_names_the_size_in_the_first_column_and_has_no_empty_column(report: Path, tmp_path: Path) -> None:
+    text = report.read_text(encoding="utf-8")
+    assert '<th scope="row">diablo N=16</th>' in text
+    assert '<th scope="col">Step time ÷ frozen</th>' in text
+    assert "a training pass over the same pass of the frozen model" in text[: text.index("Step time ÷ frozen</th>")]
+    assert "Smallest found" not in text, "nothing was tested with two seeds"
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_in_a_browser(report: Path, tmp_path: Path, width: int) -> None:
     """No horizontal scrolling in a frame of the given width (a window cannot be as narrow as a phone)."""
@@ -203,10 +211,17 @@ def test_the_page_in_a_browser(report: Path, tmp_path: Path, width: int) -> None
         pytest.skip("chromium is not installed")
     errors = """<script>window.seen = []; addEventListener("error", event => seen.push(String(event.message)), true);
         console.error = console.warn = (...words) => seen.push(words.join(" "));</script>"""
-    probe = """<script>addEventListener("load", () => setTimeout(() => parent.postMessage(JSON.stringify({
+    probe = """<script>
+        // Each table, scrolled to its right end: by how far, and how far its first column is from the left edge.
+        const kept = () => [...document.querySelectorAll(".wide:has(table)")].map(region => {
+            region.scrollLeft = 10000;
+            const column = region.querySelector("tbody th").getBoundingClientRect();
+            return [region.scrollLeft, column.left - region.getBoundingClientRect().left, column.width / innerWidth];
+        });
+        addEventListener("load", () => setTimeout(() => parent.postMessage(JSON.stringify({
         inner: innerWidth, scroll: document.documentElement.scrollWidth,
         images: [...document.images].map(image => [image.alt.length, image.naturalWidth]),
-        tables: document.querySelectorAll("table").length, errors: window.seen}), "*"), 100))</script>"""
+        tables: document.querySelectorAll("table").length, kept: kept(), errors: window.seen}), "*"), 100))</script>"""
     text = report.read_text(encoding="utf-8").replace("<head>", "<head>" + errors).replace("</body>", probe + "</body>")
     (tmp_path / "page.html").write_text(text, encoding="utf-8")
     (tmp_path / "frame.html").write_text(
@@ -228,13 +243,18 @@ def test_the_page_in_a_browser(report: Path, tmp_path: Path, width: int) -> None
     assert all(alt > 20 and pixels > 0 for alt, pixels in seen["images"])
     assert seen["tables"] == 6  # methods, differences, comparison with the paper, deviations, hashes, environment
     assert seen["errors"] == []
+    assert all(abs(left) <= 2 for _, left, _ in seen["kept"]), "the first column stays in view"
+    if width == 390:
+        assert seen["kept"][0][0] > 100, "the table of methods is wider than a phone"
+        assert all(share < 0.45 for *_, share in seen["kept"])
 
 
 def test_a_report_of_unscored_runs_has_no_figure_and_says_why(tmp_path: Path) -> None:
     run = write_run(tmp_path, "full")
     text = write_report([run], tmp_path / "report", None, "Nothing scored").read_text(encoding="utf-8")
     assert "no score for arith" in text
-    assert "was not measured; its cells are empty" in text
+    assert "an empty cell or a missing column" in text
+    assert "Step time ÷ frozen" not in text
     assert "<img" not in text
 
 

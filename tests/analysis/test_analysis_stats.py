@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from scipy.stats import binomtest
+from scipy.stats import t as student
 
 from analysis import stats
 from analysis.stats import accuracy_interval, bootstrap_seeds_and_items, effective_items, wilson
@@ -160,3 +162,19 @@ def test_a_part_that_is_all_right_is_not_certain() -> None:
     both = accuracy_interval(np.ones((1, 10)), np.tile(answers([1, 0]), (1, 5000)))
     assert both.mean == 0.75
     assert 0.75 - both.low > 0.25 * (1 - alone.low)
+
+
+@pytest.mark.parametrize("shapes", [[(5, 40)], [(6, 30), (6, 11)]])
+def test_replicates_are_drawn_as_defined(shapes: list[tuple[int, int]]) -> None:
+    """One replicate at a time: items of every part, then seeds, from one generator."""
+    parts = [np.random.default_rng(n).integers(2, size=(seeds, n)).astype(float) for seeds, n in shapes]
+    generator, seeds = np.random.default_rng(0), shapes[0][0]
+    enlarged = math.sqrt(seeds / (seeds - 1)) * float(student.ppf((1 + stats.LEVEL) / 2, seeds - 1)) / stats.Z
+    means = []
+    for _ in range(stats.DRAWS):
+        rows = [items[:, generator.integers(items.shape[1], size=items.shape[1])].mean(axis=1) for items in parts]
+        by_seed = np.mean(rows, axis=0)
+        drawn = by_seed[generator.integers(seeds, size=seeds)]
+        means.append(by_seed.mean() + enlarged * (drawn.mean() - by_seed.mean()))
+    expected = np.quantile(means, [0.025, 0.975])
+    np.testing.assert_allclose(stats.bootstrap_seeds_and_items(*parts), expected, rtol=0, atol=1e-12)

@@ -17,6 +17,7 @@ from eval.backends import load
 from eval.rescore import main as rescore_main
 from eval.rescore import rescore
 from eval.run import evaluate
+from experiments.runs.attempts import attempt
 from experiments.runs.config_files import config_hash, read_config, run_id, write_config
 from experiments.runs.records import EvalPaths, RunPaths, read_json, trained_record
 from experiments.settings import with_values
@@ -65,6 +66,9 @@ def test_scores_are_recomputed_from_samples(finished: RunPaths, tmp_path: Path) 
 def test_evaluation_before_training_is_refused(small: list[str], fails_with: Fails) -> None:
     run = planned(small)
     assert "not trained yet: run `python -m experiments.train" in fails_with(lambda: evaluate(run))
+    assert [path.name for path in run.root.iterdir()] == ["config.yaml"], "it counts as no attempt"
+    with attempt(run, "train"):
+        assert "is being written by" in fails_with(lambda: evaluate(run))
 
 
 def test_a_changed_adapter_is_refused(finished: RunPaths, tmp_path: Path, fails_with: Fails) -> None:
@@ -274,8 +278,8 @@ def test_only_evaluation_settings_may_change(finished: RunPaths, fails_with: Fai
     ("override", "message"),
     [
         ("evaluation.parser.number=last_numbr", "did you mean last_number or"),
-        ("evaluation.searched=prompt", "evaluation.searched=prompt: did you mean completion?"),
-        ("evaluation.limit=0", "evaluation.limit=0: it must be a whole number of at least 1, or null"),
+        ("evaluation.searched=prompt", "evaluation.searched='prompt': it must be one of completion, whole, "),
+        ("evaluation.limit=0", "evaluation.limit=0: it must be a whole number of at least 1, or a map"),
         ("evaluation.batch_size=1,2", "a comma makes several"),
         ("protocol=plain,lori", "protocol=plain,lori: name one"),
         ("evaluation.generation.temperature=0.7", "one sample is decoded greedily, not sampled"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -69,17 +69,89 @@ def test_a_mapping_has_the_settings_that_there_are(
     assert fails_with(lambda: typed(mapping)).startswith(message)
 
 
-def test_a_misspelt_key_in_a_file_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_with: Fails
-) -> None:
-    """Hydra would add it, and the setting would keep its default."""
+def forget_files() -> None:
+    for module in (compose, experiment_files):
+        for function in vars(module).values():
+            if hasattr(function, "cache_clear"):
+                function.cache_clear()
+
+
+@pytest.fixture
+def own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str, str], None]]:
+    """Write one more file into a copy of configs/: group, the file it is like, and what it says beside."""
     configs = shutil.copytree(CONFIGS, tmp_path / "configs")
-    text = (CONFIGS / "task" / "arith.yaml").read_text(encoding="utf-8")
-    (configs / "task" / "misspelt.yaml").write_text(text.replace("warmup_steps", "warm_up_steps"), encoding="utf-8")
     for module in (compose, experiment_files):
         monkeypatch.setattr(module, "CONFIGS", configs)
-    said = fails_with(lambda: plan(["task=misspelt", "recipe.learning_rate=1e-3"]))
-    assert said == "no setting recipe.warm_up_steps: did you mean warmup_steps or max_steps?"
+
+    def write(group: str, like: str, more: str) -> None:
+        content = yaml.safe_load((CONFIGS / group / f"{like}.yaml").read_text(encoding="utf-8"))
+        for key, value in yaml.safe_load(more).items():
+            *parents, last = key.split("/")
+            node = content
+            for part in parents:
+                node = node[part]
+            if value == "absent":
+                del node[last]
+            else:
+                node[last] = value
+        head = "# @package _global_\n" if group == "task" else ""
+        (configs / group / "own.yaml").write_text(head + yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+
+    forget_files()
+    yield write
+    forget_files()
+
+
+@pytest.mark.parametrize(
+    ("group", "like", "more", "message"),
+    [
+        ("task", "arith", "recipe/warm_up: 3", "no setting recipe.warm_up: did you mean warmup_steps"),
+        ("task", "arith", "recipe: null", "recipe=null: it must be a section of settings"),
+        ("task", "arith", "task: five", "task='five': it must be a section of settings"),
+        ("task", "arith", "evaluation: {generation: 3}", "evaluation.generation=3: it must be a section of settings"),
+        ("task", "arith", "spectra: {evry: 5}", "no setting spectra.evry: did you mean every?"),
+        ("task", "arith", "run_id: mine", "no setting run_id"),
+        ("task", "arith", "runtime: {1: 2}", "runtime.1: a setting's name must be text, in quotes"),
+        ("task", "arith", "task/name: absent", "the setting task.name is missing"),
+        ("task", "arith", "task/data: absent", "the setting task.data is missing"),
+        ("task", "arith", "task/benchmark: [arith]", "no setting task.benchmark: did you mean benchmarks?"),
+        ("method", "lora", "contract: absent", "the setting method.contract is missing"),
+        ("method", "lora", "contract/merge: true", "no setting method.contract.merge: did you mean merges"),
+        ("method", "lora", "learning_rate/aritth: 1", "method.learning_rate.aritth: no such task: did you mean arith"),
+        ("method", "lora", "learning_rate: 3", "method.learning_rate=3: it must be a section of settings"),
+        ("method", "lora", "adapter/_target_: os.system", "method.adapter._target_=os.system: only names in diablo"),
+        ("method", "lora", "prepare: {rows: 3}", "method.prepare._target_=None: only names in diablo and peft"),
+        ("method", "lora", "prerequisite: {method: lora}", "method.prerequisite={'method': 'lora'}: it must be a name"),
+        ("method", "lora", "adapter: 3", "method.adapter=3: it must be a section of settings"),
+        ("method", "lora", "name: absent", "the setting method.name is missing"),
+        ("model", "tiny", "gguf: {}", "the setting model.gguf.file is missing"),
+        ("model", "tiny", "gguf: {file: a.gguf, sha256: ab}", "model.gguf.sha256='ab': it must be 64 hexadecimal"),
+        ("model", "tiny", "adapter_size: 3", "model.adapter_size=3: it must be a section of settings"),
+        ("model", "tiny", "architecture: absent", "the setting model.architecture is missing"),
+        ("quantization", "gptq", "bits: absent", "the setting quantization.bits is missing"),
+        ("quantization", "gptq", "options: absent", "the setting quantization.options is missing"),
+    ],
+)
+def test_a_file_of_ones_own_is_checked(
+    group: str,
+    like: str,
+    more: str,
+    message: str,
+    own_file: Callable[[str, str, str], None],
+    fails_with: Fails,
+) -> None:
+    own_file(group, like, more)
+    said = fails_with(lambda: plan([f"{group}=own", "recipe.learning_rate=1e-3"]))
+    assert said.startswith(message)
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("missing", ["learning_rate", "prepare", "prerequisite"])
+def test_what_a_method_file_may_leave_out(missing: str, own_file: Callable[[str, str, str], None]) -> None:
+    content = yaml.safe_load((CONFIGS / "method" / "lora.yaml").read_text(encoding="utf-8"))
+    own_file("method", "lora", f"{missing}: absent" if missing in content else "label: lora")
+    (config,) = plan(["method=own", "recipe.learning_rate=1e-3"])
+    assert config.method.prepare is None
 
 
 def test_the_name_that_a_prerequisite_had_is_read_and_kept_in_the_run_id(tmp_path: Path) -> None:

@@ -68,6 +68,13 @@ def test_states_where_the_queue_is_not_known(
     assert (state.state, state.detail[: len(expected[1])]) == expected
 
 
+def test_an_error_is_shown_without_the_path_of_the_run_that_the_line_begins_with(tmp_path: Path) -> None:
+    said = {"error": f"{tmp_path}: train: the GPU is out of memory; see {tmp_path}/config.yaml"}
+    (tmp_path / "attempts.json").write_text(json.dumps([attempt_entry("failed") | said]), encoding="utf-8")
+    state = run_state(RunPaths(tmp_path), ABOUT, None, None)
+    assert (state.name, state.detail) == (tmp_path.name, "train: the GPU is out of memory; see config.yaml")
+
+
 @pytest.mark.parametrize("queue_known", [True, False])
 def test_a_fresh_heartbeat_is_a_running_run(tmp_path: Path, queue_known: bool) -> None:
     (tmp_path / "attempts.json").write_text(json.dumps([attempt_entry(None)]), encoding="utf-8")

@@ -207,6 +207,7 @@ def test_choosing_blocks_takes_more_than_training_them() -> None:
     assert found.training < found.preparation / 5
 
 
+@pytest.mark.slow
 def test_every_method_has_an_estimate() -> None:
     """Including methods that choose weights from data, which is impossible on the meta device."""
     from experiments.plan.compose import options
@@ -230,6 +231,7 @@ def test_the_fewest_gpus_that_a_run_fits() -> None:
     assert [fitting.gpus_needed(real(*names), GPU, 8) for names in asked] == [1, 1, 2, 4]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_what_would(fails_with: FailsWith) -> None:
     full = real("llama3_8b", "full")
     said = fails_with(lambda: fitting.check_fits(full, 1, GPU, 8))

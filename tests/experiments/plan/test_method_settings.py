@@ -67,6 +67,7 @@ def test_s2ft_trains_the_shares_of_its_scripts(model: str, trained: int) -> None
     assert count(config_of("method=s2ft", f"model={model}", "task=commonsense_170k")).trainable == trained
 
 
+@pytest.mark.slow
 def test_pissas_rows_of_the_paper_have_the_dropout_they_were_trained_with() -> None:
     """These rows come from MiLoRA's table; elsewhere PiSSA has no dropout, as in its authors' code."""
     for name in ("commonsense", "arithmetic"):

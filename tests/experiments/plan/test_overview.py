@@ -173,6 +173,7 @@ def test_micro_batches_that_do_not_divide_are_one_line(tmp_path: Path, fails_wit
             assert "recipe.batch_size=13 is not a multiple of recipe.micro_batch_size=4 × 1 GPUs" in said
 
 
+@pytest.mark.slow
 def test_the_shipped_settings_fit_every_long_row_of_the_paper() -> None:
     """The longest rows in the tables: 2,048 tokens of MetaMathQA, without tokenizer and rows."""
     cluster = read_cluster("a100")

@@ -134,7 +134,10 @@ def test_every_top_level_section_but_two_is_part_of_the_id() -> None:
         (["model=llama3"], "no model 'llama3': did you mean llama"),
         (["task=gsm"], "no task 'gsm': did you mean gsm8k?"),
         (["recipe.lerning_rate=1"], "no setting 'recipe.lerning_rate': did you mean learning_rate?"),
-        (["recipee.epochs=1"], "no setting 'recipee.epochs': did you mean recipe?"),
+        (["recipee.epochs=1"], "no setting 'recipee.epochs': did you mean recipe.epochs?"),
+        (["method.num_blocks=4"], "no setting 'method.num_blocks': did you mean method.adapter.num_blocks?"),
+        (["learning_rate=1e-3"], "no setting 'learning_rate': did you mean recipe.learning_rate?"),
+        (["method=lora", "num_blocks=4"], "no setting 'num_blocks': known: evaluation, experiment, method,"),
         (["method=full", "method.adapter.r=3"], "method.adapter is None for these choices"),
         (["experiment=quikstart"], "no experiment 'quikstart': did you mean quickstart"),
         (["seed=[1"], "cannot read 'seed=[1'"),
@@ -161,6 +164,14 @@ def test_a_config_is_frozen(tmp_path: Path, fails_with: Callable[[Callable[[], o
     run.config.write_text(yaml.safe_dump(edited), encoding="utf-8")
     assert "undo the edit or plan a new run" in fails_with(lambda: read_config(run))
     assert "undo the edit" in fails_with(lambda: write_runs([config]))
+
+
+def test_a_renamed_folder_is_told_its_name(tmp_path: Path, fails_with: Callable[[Callable[[], object]], str]) -> None:
+    (run,) = write_runs([only([f"runtime.runs_dir={tmp_path}"])])
+    renamed = RunPaths(run.root.rename(tmp_path / "favourite"))
+    said = fails_with(lambda: read_config(renamed))
+    assert said.startswith(f"{renamed.root}: the folder of run {run.root.name} under another name: rename it back")
+    assert read_config(RunPaths(renamed.root.rename(run.root))).run_id == run.root.name
 
 
 def test_a_directory_without_config_is_no_run(tmp_path: Path) -> None:
