@@ -6,7 +6,7 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -q --dist loadfile
 
 .PHONY: help quickstart real-model test test-slow test-real test-random test-slurm test-gptqmodel
-.PHONY: lint install install-dev install-vllm clean
+.PHONY: lint docs install install-dev install-vllm clean
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
 
@@ -46,6 +46,11 @@ lint: .venv/installed-dev ## format, lint and type checks
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+docs: .venv/installed-dev ## write the generated pages and build docs/_build/html; warnings are errors, no network is needed
+	$(BIN)/python docs/pages.py
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
+	@echo docs/_build/html/index.html
+
 install: .venv/installed ## only make .venv and install what the pipeline needs, pinned
 
 install-dev: .venv/installed-dev ## what tests, lint, documentation and notebooks need, too
@@ -72,5 +77,5 @@ install-vllm: .venv-vllm/installed ## make .venv-vllm: the same versions with vL
 	.venv-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	@touch .venv-vllm/installed
 
-clean: ## remove .venv, runs and reports
-	rm -rf .venv .venv-vllm .venv-gptqmodel runs report
+clean: ## remove .venv, runs, reports and the built pages
+	rm -rf .venv .venv-vllm .venv-gptqmodel runs report docs/_build

@@ -54,7 +54,7 @@ def page(
         "# Evidence on real weights",
         f"SmolLM2-135M-Instruct, 64 steps of 16 rows of GSM8K and MAWPS: {about['runs']} runs, {about['scored']} of "
         f"them scored, on {devices} (torch {torch}), {hours:.1f} hours of training in all. Questions, design and "
-        "tests were registered before the first run: [docs/evidence.md](../../../docs/evidence.md).",
+        "tests were registered before the first run: [docs/evidence.md](../../docs/evidence.md).",
         "A difference is of NLL in nats per token, first minus second: below 0 the first is better. *Smallest* is "
         "the smallest difference that is found with 80 % power. Better or worse: Holm p < 0.05; equal: the interval "
         f"lies within ±{MARGIN}; otherwise, and with fewer than {SEEDS_FOR_A_VERDICT} seeds: cannot say. This page "

@@ -35,8 +35,8 @@ def suggest_num_blocks(
         target_modules: as in `DiabloConfig`; None uses the paper's choice for known architectures.
 
     Returns:
-        A value for `DiabloConfig(num_blocks=…)`: N by the last part of a layer's name, or by its whole name if layers
-        with the same last part differ in shape.
+        N by the last part of a layer's name, or by its whole name if layers with the same last part differ in shape, as
+        `DiabloConfig(num_blocks=…)` takes it.
 
     Raises:
         ValueError: no layer is targeted, or the budget is below that of the finest split.

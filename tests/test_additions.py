@@ -1,4 +1,4 @@
-"""A method added to a copy of the clone as CONTRIBUTING.md says, and a task with its protocol and benchmark."""
+"""A method added to a copy of the clone as CONTRIBUTING.md says, and docs/extend.md's task, protocol and benchmark."""
 
 from __future__ import annotations
 
@@ -21,34 +21,9 @@ GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("\n## A
 # The guide's files: a line with a path, then a fenced block with the content.
 METHOD = dict(re.findall(r"^`([\w./]+)`:\n\n```\w+\n(.*?)```$", GUIDE, re.MULTILINE | re.DOTALL))
 COMMANDS = re.findall(r"^```sh\n(.*?)```$", GUIDE, re.MULTILINE | re.DOTALL)[0].splitlines()
-FILES = {
-    "configs/task/toy.yaml": """
-# @package _global_
-defaults:
-  - override /protocol: toy/plain
-task:
-  name: toy
-  data: {source: arith, seed: 1, train: 64, heldout: 14, test: 28}
-  benchmarks: [toy]
-  target_modules: [q_proj, k_proj, v_proj, up_proj, down_proj]
-recipe: {epochs: 1}
-""",
-    "configs/protocol/toy/plain.yaml": """
-# @package _global_
-protocol: {name: plain, version: 1, prompt: "Question: {instruction}\\nAnswer: ", bos: true, max_length: 256}
-evaluation:
-  parser: {number: last_number}
-  equality: {number: same_number}
-  generation: {num_beams: 1, max_new_tokens: 12, stop: []}
-""",
-    "eval/tasks/toy.yaml": """
-task: toy
-test_split: test
-output_type: generate_until
-doc_to_target: "{{answer}}"
-metadata: {version: 1.0, source: arith, kind: number}
-""",
-}
+# The task, the protocol and the benchmark of docs/extend.md: a block whose first line is a comment with a path.
+PAGE = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
+FILES: dict[str, str] = dict(re.findall(r"^```\w+\n# (\S+/\S+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
 
 
 @pytest.fixture
@@ -75,6 +50,7 @@ def shell(clone: Path, command: str) -> str:
 
 
 def test_the_guide_adds_a_method_in_two_files() -> None:
+    assert set(FILES) == {"configs/task/toy.yaml", "configs/protocol/toy/plain.yaml", "eval/tasks/toy.yaml"}
     assert set(METHOD) == {"diablo/methods/rslora.py", "configs/method/rslora.yaml"}
     assert [command.split()[2] for command in COMMANDS] == [
         *("pytest", "experiments.plan", "experiments.train", "eval.run")

@@ -28,6 +28,7 @@ COMMANDS = (
     "experiments.card",
     "experiments.gguf",
     "experiments.merge",
+    "experiments.methods",
     "experiments.quantize",
 )  # commands outside the folders
 

@@ -107,7 +107,8 @@ def choose_blocks(
             meta device, where only the number of blocks is meaningful. If it has a `sharded_copy`, a context manager
             that yields an FSDP2-sharded model, all processes together train that model instead of `model`.
         prerequisite: not used.
-        score: score of a block of the summed gradient: "mean_abs" (|mean|) or "abs_mean" (mean of magnitudes).
+        score: score of a block of the summed gradient: "mean_abs" (magnitude of the mean) or "abs_mean" (mean of
+            magnitudes).
 
     Raises:
         ValueError: `num_blocks` exceeds the number of blocks, `backward` is missing, or a gradient is not finite.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import csv
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ import pytest
 
 from eval.run import evaluate
 from experiments import ROOT
-from experiments.plan.__main__ import main as plan_main
 from experiments.plan.compose import plan, write_runs
 from experiments.reproduce.run import reproduce
 from experiments.runs.records import read_json
@@ -116,25 +114,6 @@ def test_every_task_trains_and_scores_on_real_rows(data_root: Path, tmp_path: Pa
     records = [read_json(path) for path in (tmp_path / "runs").glob("*/train.json")]
     assert sorted(record["rows"] for record in records) == sorted(2 * [74265, 7473, 9371, 6552, 7483])
     assert all(0 < record["examples"] <= record["rows"] for record in records)
-
-
-def commands_of_readme() -> list[str]:
-    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
-    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith("python -m experiments.plan") and "--dry-run" in line]
-
-
-@pytest.mark.parametrize(
-    "command",
-    # The memory of every setting of a whole table takes 20 seconds.
-    [pytest.param(c, marks=[pytest.mark.slow] if "experiment=" in c else []) for c in commands_of_readme()],
-)
-def test_readme_plans_are_real(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(ROOT)
-    plan_main(command.split()[3:])
-    assert "trainable" in capsys.readouterr().out
 
 
 @pytest.mark.slow

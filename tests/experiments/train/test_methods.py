@@ -2,12 +2,14 @@
 
 Exceptions are in the file's `contract` record: whether the method starts at the base's outputs, whether
 the trained parameters can be merged into the base's weights (`merges`), whether attaching changes these weights,
-and, if it does not, whether the method trains under gradient checkpointing and on a quantised base.
+and, if it does not, whether the method trains under gradient checkpointing, on a quantised base, over several processes
+(`ddp`, `fsdp2`: tests/experiments/train/test_sharding.py) and compiled. `python -m experiments.methods` prints it.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -16,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -24,9 +25,9 @@ from transformers import PreTrainedModel, set_seed
 
 from diablo.quantize import QuantizedLinear, quantized_layers, round_to_nearest
 from diablo.quantize.quantized_linear import set_module
-from experiments import CONFIGS
 from experiments.config import Method, RunConfig
 from experiments.errors import UserError
+from experiments.methods import contract_of, row_of
 from experiments.models.shapes import build_config
 from experiments.plan.compose import options, plan
 from experiments.plan.counting import count
@@ -50,6 +51,7 @@ TOLERANCE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
 
 every_method = pytest.mark.parametrize("name", options("method"))
 every_contract = {"starts_at_base", "merges", "changes_base_at_start"}
+every_exception = {"gradient_checkpointing", "on_quantized", "ddp", "fsdp2", "compile"}
 training_methods = pytest.mark.parametrize("name", [name for name in options("method") if name != "base"])
 
 
@@ -65,10 +67,10 @@ def config_of(name: str) -> RunConfig:
     return config
 
 
-def contract_of(name: str) -> dict[str, bool]:
-    content = yaml.safe_load((CONFIGS / "method" / f"{name}.yaml").read_text(encoding="utf-8"))
-    inherited = contract_of("lora") if "lora" in content.get("defaults", []) else {}
-    return {**inherited, **content.get("contract", {})}
+def fields_of(name: str) -> set[str]:
+    """Return the fields of the method's config class."""
+    adapter = config_of(name).method.adapter
+    return set() if adapter is None else {field.name for field in dataclasses.fields(methods.peft_config(adapter))}
 
 
 on_quantized = [name for name in options("method") if name != "base" and contract_of(name).get("on_quantized", True)]
@@ -81,9 +83,14 @@ def fresh_base(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(build_config(ARCHITECTURE)).to(dtype).eval()
 
 
-def attached(name: str, base: PreTrainedModel | None = None) -> Any:
-    """Return the method on a base, prepared with random tokens and, if needed, an adapter of its first method."""
-    method, base = config_of(name).method, base or fresh_base()
+def attached(name: str, base: PreTrainedModel | None = None, **fields: Any) -> Any:
+    """Return the method on a base, prepared with random tokens and, if needed, an adapter of its first method.
+
+    Args:
+        fields: other values of the adapter's fields.
+    """
+    config = with_values(config_of(name), {f"method.adapter.{key}": value for key, value in fields.items()})
+    method, base = config.method, base or fresh_base()
     with tempfile.TemporaryDirectory() as folder:
         first = first_adapter(method, base.dtype, Path(folder)) if method.prerequisite else None
         set_seed(1)
@@ -143,7 +150,7 @@ def base_weights(model: nn.Module, names: Iterable[str] | None = None) -> dict[s
 
 def test_every_contract_says_all_three_things() -> None:
     for name in options("method"):
-        assert contract_of(name).keys() - {"gradient_checkpointing", "on_quantized"} == every_contract, name
+        assert contract_of(name).keys() - every_exception == every_contract, name
 
 
 @every_method
@@ -252,6 +259,56 @@ def test_gradients_under_checkpointing_are_the_same(name: str) -> None:
         assert one.grad is not None
         assert other.grad is not None
         assert torch.equal(one.grad, other.grad)
+
+
+@pytest.mark.slow
+@training_methods
+def test_the_compiled_model_has_the_same_gradients_where_the_contract_says_so(name: str) -> None:
+    """The captured graph runs uncompiled (`aot_eager`), since inductor needs a C++ compiler or a GPU."""
+    eager, compiled = attached(name).train(), attached(name).train()
+    torch.compiler.reset()
+    run: Any = torch.compile(compiled, backend="aot_eager")
+    for model in (eager, run):
+        model(input_ids=batch(), labels=batch()).loss.backward()
+    gradients: list[list[Any]] = [
+        [tensor.grad for tensor in methods.trained_tensors(model).values()] for model in (eager, compiled)
+    ]
+    same = all(torch.allclose(one, other, atol=1e-6, rtol=1e-4) for one, other in zip(*gradients, strict=True))
+    assert same == contract_of(name).get("compile", True)
+
+
+@training_methods
+def test_the_table_says_which_methods_train_in_place(name: str) -> None:
+    mode: dict[str, Any] = {"mode": "in_place"} if "mode" in fields_of(name) else {}
+    modes = set(methods.forward_modes(attached(name, **mode)).values())
+    assert modes == ({"in_place"} if row_of(name)["In place"] == "yes" else set())
+
+
+@training_methods
+def test_the_table_says_which_methods_have_dropout(name: str) -> None:
+    """With dropout, two passes in training differ once something is trained."""
+    dropout: dict[str, Any] = {key: 0.5 for key in ("dropout", "lora_dropout") if key in fields_of(name)}
+    model = attached(name, **dropout)
+    train_a_little(model)
+    model.train()
+    differ = not torch.equal(logits(model), logits(model))
+    assert differ == (row_of(name)["Dropout"] == "yes")
+
+
+@training_methods
+def test_the_table_says_which_methods_need_rows_or_another_run(name: str, tmp_path: Path) -> None:
+    method, base = config_of(name).method, fresh_base()
+    first = first_adapter(method, base.dtype, tmp_path) if method.prerequisite else None
+    backward, calls = random_backward(base), 0
+
+    def counted() -> None:
+        nonlocal calls
+        calls += 1
+        backward()
+
+    methods.attach(method, base, counted, first)
+    assert (calls > 0) == (row_of(name)["Needs rows"] == "yes")
+    assert (first is not None) == (row_of(name)["Needs run"] != "")
 
 
 @training_methods

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from eval.run import evaluate
 from experiments import ROOT
+from experiments.methods import contract_of
 from experiments.plan.compose import options
 from experiments.runs.config_files import read_config
 from experiments.runs.records import RunPaths, TrainRecord, read_json, read_lines, read_record
@@ -131,17 +132,19 @@ def test_two_processes_equal_one(small: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_method_over_two_processes(small: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sharding", "key"), [("full", "fsdp2"), ("none", "ddp")])
+def test_every_method_over_two_processes(sharding: str, key: str, small: list[str], tmp_path: Path) -> None:
     of_method = {"pissa": ["model.dtype=float32"], "smt": ["method.prepare.steps=2"]}
-    names = [name for name in options("method") if name != "base"]
+    names = [name for name in options("method") if name != "base" and contract_of(name).get(key, True)]
     arguments = {name: [*small, *FLOAT64, f"method={name}", *of_method.get(name, [])] for name in names}
-    twos = {name: sharded(arguments[name], tmp_path / "two") for name in names}
+    settings = [f"runtime.sharding={sharding}", f"runtime.runs_dir={tmp_path / 'two'}"]
+    twos = {name: planned([*arguments[name], *settings]) for name in names}
     train_over(tmp_path, list(twos.values()))
     for name, two in twos.items():
         one = planned(arguments[name])
         train(one)
         is_float64 = all("64" in str(t.dtype) for t in load_file(next(one.adapter.glob("*.safetensors"))).values())
-        assert_equal(one, two, 1e-10 if is_float64 else 1e-5)
+        assert_equal(one, two, 1e-10 if is_float64 else 1e-5, sharding)
 
 
 @pytest.mark.slow
