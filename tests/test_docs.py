@@ -60,7 +60,8 @@ def blocks(kind: str) -> list[tuple[Path, str]]:
 def commands() -> list[str]:
     """Return every line of the shell blocks without its comment."""
     joined = [text.replace("\\\n", " ") for _, text in blocks("sh")]
-    lines = [re.split(r"\s+# ", line)[0].strip() for text in joined for line in text.splitlines()]
+    lines = [re.split(r"\s+# ", line)[0] for text in joined for line in text.splitlines()]
+    lines = [command.strip() for line in lines for command in line.split(" && ")]
     return list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
 
 
