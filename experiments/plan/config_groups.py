@@ -35,6 +35,9 @@ class Contract:
     changes_base_at_start: bool
     """Attaching it changes the base's weights, which then are part of what is saved."""
     gradient_checkpointing: bool = True
+    compile: bool = True
+    ddp: bool = True
+    fsdp2: bool = True
     on_quantized: bool = True
     """It trains on a base whose weights are packed integers."""
 
