@@ -10,10 +10,8 @@ Writes `index.html`, which is self-contained and needs no network, `table.md`, `
 from __future__ import annotations
 
 import argparse
-import base64
 import csv
 import io
-import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,12 +23,8 @@ from experiments.errors import UserError, run_command
 if TYPE_CHECKING:
     import pandas as pd
 
-    from analysis.plots import Picture
-
 DIFFERENCES = Path(__file__).with_name("differences.csv")
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-FEWEST_DRAWN = 3  # trained and scored settings that a figure of accuracy against size needs
-COMPARED = ("lora", "diablo")  # methods whose gradients the paper's figure compares
 
 
 def main(arguments: list[str]) -> None:
@@ -81,7 +75,7 @@ def write_report(
     import jinja2
     import pandas as pd
 
-    from analysis import comparisons, paper_tables, tables
+    from analysis import comparisons, paper_tables, report_figures, tables
     from analysis.load import load_runs, load_step_times
     from experiments.runs.records import write_atomically
 
@@ -92,18 +86,22 @@ def write_report(
     table = tables.method_table(runs.frame, times)
     compared = comparisons.comparison_table(runs.frame, reference)
     pairs = {heading: comparisons.display(rows) for heading, rows in tables.by_section(compared)}
-    sections = [
-        {
-            "title": heading,
-            "table": _compact(tables.display(rows)),
-            "figure": _accuracy_figure(number, heading, rows, table, out),
-            "pairs": _compact(pairs[heading]) if heading in pairs else None,
-        }
-        for number, (heading, rows) in enumerate(tables.by_section(table), start=1)
-    ]
-    gradients, not_drawn = gradient_pictures(runs.frame)
-    spectra, unread = spectra_pictures(runs.frame)
-    papers = [paper for paper in (table(runs.frame) for table in paper_tables.TABLES) if paper.has_ours]
+    with report_figures.Figures(out / "figures") as figures:
+        sections = [
+            {
+                "title": heading,
+                "table": _compact(tables.display(rows)),
+                "figure": report_figures.accuracy_figure(number, heading, rows, table, figures),
+                "pairs": _compact(pairs[heading]) if heading in pairs else None,
+            }
+            for number, (heading, rows) in enumerate(tables.by_section(table), start=1)
+        ]
+        costs = report_figures.cost_figures(runs.frame, figures)
+        gradients, not_drawn = report_figures.gradient_figures(runs.frame, figures)
+        spectra, unread = report_figures.spectra_figures(runs.frame, figures)
+        swept = load_runs(tried, quiet=True).frame if tried else runs.frame  # those that were tried have no scores
+        sweeps = report_figures.sweeps(swept, figures)
+        papers = [paper for paper in (table(runs.frame) for table in paper_tables.TABLES) if paper.has_ours]
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -112,16 +110,16 @@ def write_report(
         notes=notes,
         facts=_facts(runs.frame),
         papers=papers,
-        sweeps=_sweeps(load_runs(tried, quiet=True).frame if tried else runs.frame, out),  # those have no scores
-        costs=_costs(runs.frame, out),
+        sweeps=sweeps,
+        costs=costs,
         wide=[{"title": heading, "table": _compact(wide)} for heading, wide in tables.wide_tables(table)],
         legend=tables.legend([*table["mixed"], *compared["mixed"]]),
         sections=sections,
         interval_kinds=set(table["interval_over"]),
         difference_kinds={*compared["over"]},
         times=times,
-        gradients=[_embed(picture, out) for picture in gradients],
-        spectra=[_embed(picture, out) for picture in spectra],
+        gradients=gradients,
+        spectra=spectra,
         differences=list(csv.DictReader(DIFFERENCES.read_text(encoding="utf-8").splitlines())),
         problems=runs.problems + not_drawn + unread,
         hashes=_hashes(runs.frame),
@@ -137,127 +135,6 @@ def write_report(
     logged |= {f"paper/{paper.name}": paper.text for paper in papers}
     mirror(wandb, title, runs.frame["run_id"], logged, out)
     return out / "index.html"
-
-
-def _accuracy_figure(
-    number: int, heading: str, rows: pd.DataFrame, table: pd.DataFrame, out: Path
-) -> dict[str, str] | None:
-    """Save the figure of one section and return it for the page.
-
-    None if there are so few settings that the table is enough, and for learning-rate sweeps, which have their own.
-    """
-    from analysis.plots import accuracy_by_parameters
-    from analysis.plots_sweeps import accuracy_by_setting
-
-    if rows.loc[rows["trainable_parameters"] > 0, "accuracy"].notna().sum() < FEWEST_DRAWN:
-        return None
-    if rows.drop_duplicates(["group", "learning_rate"])["group"].duplicated().any():
-        return None
-    if rows[["pattern", "quantizer"]].notna().to_numpy().any():
-        return _embed(accuracy_by_setting(f"accuracy_by_setting_{number}", heading, rows), out)
-    methods = sorted(table["method"].unique())
-    return _embed(accuracy_by_parameters(f"accuracy_by_parameters_{number}", heading, rows, methods), out)
-
-
-def gradient_pictures(frame: pd.DataFrame) -> tuple[list[Picture], list[str]]:
-    """Return one figure for every model and task with runs of LoRA or DiaBlo, and a line for each that failed."""
-    from analysis.load import load_metrics, records
-    from analysis.plots import Trace, gradient_norms
-
-    pictures: list[Picture] = []
-    problems: list[str] = []
-    trained = frame.dropna(subset=["trainable_parameters"]).drop_duplicates("run_id")
-    for number, (_, part) in enumerate(trained.groupby(["model", "task"]), start=1):
-        runs = records(part.sort_values(["label", "seed"]))
-        model, task = runs[0]["model"], runs[0]["task"]
-        chosen = _nearest_in_size(runs)
-        traces = []
-        for run in runs:
-            if run["setting"] in chosen:
-                try:
-                    traces.append(Trace(run["label"], run["seed"], run["learning_rate"], load_metrics(run["path"])))
-                except UserError as error:
-                    problems.append(str(error))
-        if traces:
-            try:
-                pictures.append(gradient_norms(f"gradient_norms_{number}", model, task, traces))
-            except ValueError as error:
-                problems.append(f"no gradient figure for {model} on {task}: {error}")
-    return pictures, problems
-
-
-def spectra_pictures(frame: pd.DataFrame) -> tuple[list[Picture], list[str]]:
-    """Return one figure for every run that measured its spectra, and a line for each that cannot be read."""
-    from analysis.load import load_spectra, records
-    from analysis.plots_theory import condition_measured
-    from experiments.runs.records import RunPaths
-
-    pictures: list[Picture] = []
-    problems: list[str] = []
-    for run in records(frame.drop_duplicates("run_id").sort_values(["model", "task", "label", "seed"])):
-        if RunPaths(run["path"]).spectra.is_file():
-            title = f"{run['label']}, seed {run['seed']}, {run['model']} trained on {run['task']}"
-            try:
-                pictures.append(condition_measured(f"spectra_{run['run_id']}", title, load_spectra(run["path"])))
-            except UserError as error:
-                problems.append(str(error))
-    return pictures, problems
-
-
-def _sweeps(frame: pd.DataFrame, out: Path) -> list[dict[str, Any]]:
-    """Return every learning-rate sweep with its table, its figure and a line for each failed run."""
-    from analysis.plots_sweeps import learning_rates
-    from analysis.sweeps import failures, find_sweeps, sweep_table
-
-    methods = sorted(set(frame["method"]))
-    return [
-        {
-            "title": f"{sweep.model} trained on {sweep.task}, {sweep.quantity}",
-            "table": sweep_table(sweep),
-            "figure": _embed(learning_rates(f"learning_rates_{number}", sweep, methods), out),
-            "failures": failures(sweep),
-        }
-        for number, sweep in enumerate(find_sweeps(frame), start=1)
-    ]
-
-
-def _costs(frame: pd.DataFrame, out: Path) -> list[dict[str, str]]:
-    """Return a figure of step time and memory for every model and task with several trained methods."""
-    from analysis.load import records
-    from analysis.plots_sweeps import time_and_memory
-
-    figures = []
-    trained = frame.dropna(subset=["step_seconds"])
-    for number, (model, task) in enumerate(sorted({(row["model"], row["task"]) for row in records(trained)}), start=1):
-        part = trained.loc[(trained["model"] == model) & (trained["task"] == task)]
-        if len(set(part["label"])) >= FEWEST_DRAWN:
-            title = f"{model} trained on {task}"
-            figures.append(_embed(time_and_memory(f"time_and_memory_{number}", title, part), out))
-    return figures
-
-
-def _nearest_in_size(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """Return one setting of LoRA and one of DiaBlo with the nearest parameter counts, or the only one of them.
-
-    Ties go to the pair with the lowest learning rates.
-    """
-    families = [{run["setting"]: run for run in runs if run["method"] == method} for method in COMPARED]
-    pairs = itertools.product(*(family.values() for family in families if family))
-
-    def distance(pair: Sequence[dict[str, Any]]) -> tuple[int, list[float]]:
-        counts = [run["trainable_parameters"] for run in pair]
-        return max(counts, default=0) - min(counts, default=0), [run["learning_rate"] for run in pair]
-
-    return [run["setting"] for run in min(pairs, key=distance)]
-
-
-def _embed(picture: Picture, out: Path) -> dict[str, str]:
-    """Save a picture and return its entry for the page. An <img> keeps the ids of one SVG apart from the next one's."""
-    from analysis.plots import save
-
-    svg, _ = save(picture, out / "figures")
-    source = "data:image/svg+xml;base64," + base64.b64encode(svg.read_bytes()).decode()
-    return {"source": source, "alt": picture.alt, "caption": picture.caption}
 
 
 def _compact(table: pd.DataFrame) -> pd.DataFrame:
