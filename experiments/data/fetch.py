@@ -191,7 +191,8 @@ def _append(url: str, file: IO[bytes], start: int, seconds: float) -> None:
     try:
         response = hub.within(seconds, lambda: client.send(request, stream=True, follow_redirects=True))
     except (httpx2.TransportError, httpx2.TooManyRedirects, TimeoutError) as error:
-        reason = str(error) or type(error).__name__
+        silent = isinstance(error, TimeoutError | httpx2.TimeoutException)  # whichever clock was first
+        reason = f"no answer within {seconds:g} seconds" if silent else str(error) or type(error).__name__
         raise UserError(f"{url} cannot be reached ({reason}): connect, then run the same command to resume") from None
     try:
         if response.status_code in (401, 403) and of_hub:

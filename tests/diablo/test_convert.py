@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -170,11 +169,12 @@ def test_the_command_prints_one_line(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(their_state(4), tmp_path / "adapter.chkpt")
-    command = [sys.executable, "-m", "diablo.convert", str(tmp_path / "adapter.chkpt"), str(tmp_path / "ours")]
-    done = subprocess.run([*command, "--base", str(base)], capture_output=True, encoding="utf-8", check=True)
-    assert done.stdout.endswith("num_blocks=4, target_modules=['down_proj', 'k_proj', 'q_proj', 'up_proj', 'v_proj']\n")
+    command = ["diablo.convert", str(tmp_path / "adapter.chkpt"), str(tmp_path / "ours"), "--base", str(base)]
+    monkeypatch.setattr(sys, "argv", command)
+    main()
+    told = capsys.readouterr().out
+    assert told.endswith("num_blocks=4, target_modules=['down_proj', 'k_proj', 'q_proj', 'up_proj', 'v_proj']\n")
     torch.save({}, tmp_path / "adapter.chkpt")
-    monkeypatch.setattr(sys, "argv", [*command[2:], "--base", str(base)])
     with pytest.raises(SystemExit, match=r"^1$"):
         main()
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")

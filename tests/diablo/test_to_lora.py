@@ -149,6 +149,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_command_converts_without_the_base_and_loads_without_diablo(tmp_path: Path) -> None:
     adapter = save(tmp_path / "adapter", CONFIGS["diablo"])
     tiny_llama().save_pretrained(tmp_path / "base")
