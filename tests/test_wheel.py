@@ -119,6 +119,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_it_trains_saves_and_loads_without_the_pipeline(python: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [python, "-I", "-c", USE, str(tmp_path / "adapter"), *FOLDERS, *PIPELINE],
@@ -141,6 +142,7 @@ DiabloConfig(num_block=8)
 """
 
 
+@pytest.mark.slow
 def test_a_type_checker_sees_the_types(python: Path, tmp_path: Path) -> None:
     (tmp_path / "user.py").write_text(f"# pyright: strict\n{TYPED}", encoding="utf-8")
     done = subprocess.run(

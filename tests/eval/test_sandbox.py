@@ -328,6 +328,7 @@ def test_functions_that_the_source_takes_away(sandbox: str, program: str, passes
 
 
 @BWRAP
+@pytest.mark.slow
 def test_canonical_solutions_pass_and_empty_ones_fail(data_root: Path) -> None:
     with gzip.open(data_root / "human_eval" / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as lines:
         problems = [json.loads(line) for line in lines]

@@ -332,6 +332,7 @@ def test_commonsense_batches_are_hardly_padded(data_root: Path, tmp_path: Path) 
         assert padding(lengths, micro, group_by_length=True) < 0.05 < padding(lengths, micro, group_by_length=False)
 
 
+@pytest.mark.slow
 def test_the_benchmark_writes_what_it_prints(
     data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -266,6 +266,7 @@ def test_what_is_sharded(fails_with: FailsWith) -> None:
     )
 
 
+@pytest.mark.slow
 def test_what_cannot_be_sharded_is_not_given_more_gpus(fails_with: FailsWith) -> None:
     """A quantised base is complete on every GPU."""
     config = run("model=llama_13b", "method=lora", "task=math_10k", "quantization=nf")

@@ -251,6 +251,7 @@ def test_a_stage_waits_ten_minutes_by_itself(run: RunPaths, monkeypatch: pytest.
         assert json.loads(run.lock.read_text(encoding="utf-8"))["pid"] == os.getpid()
 
 
+@pytest.mark.slow
 def test_a_directory_of_someone_else_is_one_clear_line(small: list[str]) -> None:
     code = (
         "import locale, os, sys\nfrom experiments.errors import prepare_imports, run_command\nprepare_imports()\n"

@@ -94,6 +94,7 @@ def test_peak_memory_counts_what_is_held_at_once() -> None:
         assert cases.peak_bytes(work_twice, [x, *layer.parameters()], "cpu") >= expected
 
 
+@pytest.mark.slow
 def test_one_command_writes_json_table_and_picture(tmp_path: Path) -> None:
     arguments = ["--device", "cpu", "--shapes", "64x64", "--tokens", "32", "--models", "tiny", "--num-blocks", "4"]
     main([*arguments, "--length", "16", "--rounds", "3", "--out", str(tmp_path / "out")])

@@ -157,6 +157,7 @@ def test_a_first_adapter_of_another_size_is_refused(
     assert method["prerequisite"]["method"]["adapter"]["r"] == method["adapter"]["r"] == 3
 
 
+@pytest.mark.slow
 def test_another_process_at_the_run_before_is_waited_for(small: list[str]) -> None:
     run = planned([*small, *LORI_S])
     command = [sys.executable, "-m", "experiments.train", str(before(run).root)]

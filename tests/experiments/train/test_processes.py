@@ -56,6 +56,7 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.slow
 def test_a_process_that_starts_late_is_waited_for(rank: int, tmp_path: Path) -> None:
     port = free_port()
     processes = [start(tmp_path, each, port, 120, 3.0 if each == rank else 0.0) for each in (0, 1)]
@@ -67,6 +68,7 @@ def test_a_process_that_starts_late_is_waited_for(rank: int, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.slow
 def test_a_process_that_never_starts_is_named(rank: int, tmp_path: Path) -> None:
     process = start(tmp_path, 1 - rank, port := free_port(), 1, 0)
     told = process.communicate(timeout=60)[1].splitlines()
