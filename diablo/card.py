@@ -45,8 +45,9 @@ def write_card(folder: Path, config: PeftConfig) -> None:
 def save_card(path: Path, base: str | None, tags: set[str], data: dict[str, Any], text: str) -> None:
     """Write a card; `data` are the other fields of its front matter."""
     data = {**data, "library_name": "peft", "tags": sorted({*filter(_is_public, tags), "diablo"})}
-    data["base_model"] = hub_id(data.get("base_model")) or hub_id(base)  # PEFT also writes '' and folders
-    fields = {name: value for name, value in data.items() if value}
+    # As PEFT writes it, a folder or empty where the model has no name: PEFT's own tests ask for that.
+    data["base_model"] = base or data.get("base_model")
+    fields = {name: value for name, value in data.items() if value or (name == "base_model" and value is not None)}
     ModelCard(f"---\n{ModelCardData(**fields).to_yaml()}\n---\n\n{text}").save(path)
 
 
