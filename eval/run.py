@@ -32,6 +32,7 @@ from experiments.data.prompts import prompt_text
 from experiments.data.rows import rows_hash
 from experiments.errors import UserError, run_command
 from experiments.models.shapes import resolve_device
+from experiments.reproduce.command import commands
 from experiments.runs import preemption
 from experiments.runs.attempts import Heartbeat, attempt
 from experiments.runs.config_files import read_config
@@ -40,6 +41,7 @@ from experiments.runs.evaluations import LIKELIHOOD, evaluation_path, protocol_o
 from experiments.runs.follows import check_training, read_score
 from experiments.runs.records import EvalPaths, EvalRecord, RunPaths, TrainRecord, trained_record
 from experiments.settings import with_values
+from experiments.train.card import write_card
 
 Config = dict[str, Any]
 # The run's own settings that stay when another protocol is selected.
@@ -94,7 +96,10 @@ def evaluate(
             else:
                 _generate(config, about, benchmark, asked, paths, model, progress, heartbeat)
         stack.close()  # frees the model before a judge is loaded
-        return [_score(config, settings, paths) for _, settings, paths in wanted]
+        scores = [_score(config, settings, paths) for _, settings, paths in wanted]
+        if run.adapter.is_dir():
+            write_card(run, commands=commands(read_config(run)))
+        return scores
 
 
 def _check_trained(run: RunPaths, wanted: list[tuple[Benchmark, Config, EvalPaths]]) -> TrainRecord:

@@ -55,6 +55,9 @@ def main() -> None:
     options = parser.parse_args()
     tokenizer = None
     if options.model is None:
+        defaults = {name: parser.get_default(name) for name in ("data", "rows", "num_blocks", "learning_rate")}
+        if ignored := [name for name, value in defaults.items() if getattr(options, name) != value]:
+            parser.error(f"--{ignored[0].replace('_', '-')} needs --model: without one, a small model learns to count")
         model, num_blocks, epochs, learning_rate = base_model(None), 4, 5, 2e-2
         sequences = [[number % 64 for number in range(start, start + 16)] for start in range(144)]
         counting = [{"input_ids": ids, "labels": ids} for ids in sequences]

@@ -387,4 +387,8 @@ OPEN = {
     "quantization.options.lora_alpha": ALPHA,
     "quantization.options.alpha": Rule("number", 0, null=True),
     "quantization.options.passes": replace(COUNT, null=True),
+    "quantization.options.damp_percent": Rule("number", 0, 1),
+    "quantization.options.epochs": COUNT,
+    "quantization.options.iterations": COUNT,
+    "quantization.options.seed": Rule("whole", 0, 2**32 - 1),
 }

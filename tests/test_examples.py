@@ -57,6 +57,12 @@ def test_the_trainer_script_needs_no_model(tmp_path: Path, capsys: pytest.Captur
     assert after < before - 0.5
 
 
+def test_the_trainer_script_refuses_what_it_would_ignore(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        run("trainer", capsys, "--num-blocks", "7")
+    assert "error: --num-blocks needs --model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_trains_the_tiny_model_and_saves_an_adapter(
     name: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -155,8 +155,9 @@ def _compose(overrides: tuple[str, ...]) -> Config:
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
             composed = OmegaConf.to_container(compose("run", overrides=list(overrides)), resolve=False)
-    except (HydraException, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"configs do not fit together: {error}") from None
+    except (HydraException, yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        reason = str(error).partition("\nConfig search path")[0].strip() or type(error).__name__
+        raise UserError(f"the files of {' '.join(overrides)} do not fit together: {reason}") from None
     check_sections(cast(Config, composed))
     return cast(Config, composed)
 

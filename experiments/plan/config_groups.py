@@ -81,10 +81,10 @@ def check_sections(settings: Config) -> None:
 
 def check_shape(settings: Config) -> None:
     """Raise a UserError if a resolved config lacks a setting, has an unknown one, or names code that is no method's."""
+    _check_keys(settings, "")
     for name in settings:
         if name not in (*SECTIONS, "seed"):
             raise UserError(f"no setting {name}: {nearest(name, (*SECTIONS, 'seed'))}")
-    _check_keys(settings, "")
     for name in SECTIONS:
         if settings[name] or name != "quantization":  # quantization=none has none
             section(kind_of_section(name), settings[name], name)

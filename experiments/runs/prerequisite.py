@@ -32,6 +32,8 @@ def freeze_prerequisite(
     if method.get("prerequisite") is not None:
         from hydra.core.override_parser.overrides_parser import OverridesParser
 
+        if method["prerequisite"] == method["name"]:
+            raise UserError(f"method.prerequisite={method['name']}: a method cannot come before itself")
         shared = [override for override in overrides if not _of_the_method(override.key_or_group)]
         parse = OverridesParser.create().parse_override
         try:

@@ -125,7 +125,7 @@ def _summary(config: RunConfig, trained: TrainRecord) -> str:
 
 def _scores(run: RunPaths, config: RunConfig, scores: list[EvalRecord]) -> str:
     if not scores:
-        return f"Not evaluated yet. After `python -m eval.run`: `python -m experiments.card {run.root.name}`."
+        return "Not evaluated when this card was written: `python -m eval.run` adds the scores."
     head = "| benchmark | protocol | metric | score (95 % over rows) | n | seed | other seeds |\n" + "|---" * 7 + "|"
     others = _other_seeds(run, config)
     rows = [
@@ -177,7 +177,10 @@ def _loading(config: RunConfig, trained: TrainRecord, kind: str | None, merged: 
     base = hub_model(config)
     if kind is None:
         what = "The adapter is merged into the weights: an" if merged else "An"
-        return f"{what} ordinary model of transformers: `AutoModelForCausalLM.from_pretrained(FOLDER)`."
+        return (
+            f"{what} ordinary model of transformers, where FOLDER is this folder: "
+            "`AutoModelForCausalLM.from_pretrained(FOLDER)`. The tokenizer is the base model's."
+        )
     ours = kind != "LORA" and str((config.method.adapter or {}).get("_target_")).startswith("diablo.")
     first = ""
     if ours:
@@ -186,10 +189,15 @@ def _loading(config: RunConfig, trained: TrainRecord, kind: str | None, merged: 
         )
         first += f"raises `KeyError: '{kind}'`.\n\n"
     lines = ["import diablo"] if ours else []
-    lines += ["from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    lines += [f"base = AutoModelForCausalLM.from_pretrained({base or base_name(config, trained)!r})"]
-    lines += ["model = PeftModel.from_pretrained(base, FOLDER)"]
-    return first + "```python\n" + "\n".join(lines) + "\n```"
+    lines += ["from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""]
+    lines += [f"base = AutoModelForCausalLM.from_pretrained({repr(base) if base else 'BASE'})"]
+    lines += ["model = PeftModel.from_pretrained(base, ADAPTER)"]
+    where = "ADAPTER is this folder or its repository."
+    if base is None:
+        where += f" BASE is a folder with the base model: {base_name(config, trained)}."
+    elif config.model.gguf is not None:
+        where += f" It was trained and scored on other weights than the hub's: {base_name(config, trained)}."
+    return first + "```python\n" + "\n".join(lines) + f"\n```\n\n{where}"
 
 
 def _data(config: RunConfig) -> str:
@@ -208,7 +216,7 @@ def _commands(config: RunConfig, trained: TrainRecord, commands: list[str] | Non
     commit = trained.environment.get("commit")
     at = f"At commit `{commit}`" if commit else "In a clone of the DiaBlo repository"
     if commands is None:
-        return f"`python -m experiments.card runs/{config.run_id}` writes the commands here."
+        return "`python -m eval.run`, or `python -m experiments.card`, of the run directory adds the commands."
     if commands:
         text = f"{at}:\n\n```sh\n" + "\n".join(commands) + "\n```"
     else:

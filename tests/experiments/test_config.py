@@ -86,7 +86,7 @@ def own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
     def write(group: str, like: str, more: str) -> None:
         content = yaml.safe_load((CONFIGS / group / f"{like}.yaml").read_text(encoding="utf-8"))
         for key, value in yaml.safe_load(more).items():
-            *parents, last = key.split("/")
+            *parents, last = key.split("/") if isinstance(key, str) else [key]
             node = content
             for part in parents:
                 node = node[part]
@@ -130,6 +130,10 @@ def own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         ("model", "tiny", "architecture: absent", "the setting model.architecture is missing"),
         ("quantization", "gptq", "bits: absent", "the setting quantization.bits is missing"),
         ("quantization", "gptq", "options: absent", "the setting quantization.options is missing"),
+        ("quantization", "gptq", "options/damp_percent: little", "quantization.options.damp_percent='little': it must"),
+        ("method", "lora", "prerequisite: lora", "method.prerequisite=lora: a method cannot come before itself"),
+        ("method", "lora", "defaults: base", "the files of method=own do not fit together: "),
+        ("task", "arith", "7: x", "7: a setting's name must be text, in quotes"),
     ],
 )
 def test_a_file_of_ones_own_is_checked(

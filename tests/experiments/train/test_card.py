@@ -46,15 +46,16 @@ def score_of(run: RunPaths) -> EvalRecord:
     return read_record(paths.score, EvalRecord)
 
 
-def test_training_writes_the_card_and_the_command_adds_the_scores(
+def test_scoring_adds_the_scores_to_the_card_and_the_command_writes_the_same(
     run: RunPaths, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = run.adapter / "README.md"
-    before = path.read_text(encoding="utf-8")
-    assert "Not evaluated yet" in before
-    assert "import diablo" in before
+    by_scoring = path.read_text(encoding="utf-8")
+    write_card(run)
+    assert "import diablo" in path.read_text(encoding="utf-8")
     main([str(run.root)])
     assert capsys.readouterr().out.strip() == str(path)
+    assert path.read_text(encoding="utf-8") == by_scoring
     after: Any = ModelCard.load(path)
     data = after.data.to_dict()
     assert data["library_name"] == "peft"
@@ -145,7 +146,7 @@ def test_data_sets_and_their_licences(task: str, datasets: Any, licences: dict[s
         assert data["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
         assert (data.get("datasets"), data["data_licenses"]) == (datasets, licences)
         assert len(data.get("model-index", [{"results": []}])[0]["results"]) == len(scores)
-        assert ("Not evaluated yet" in text) == (not scores)
+        assert ("Not evaluated when" in text) == (not scores)
 
 
 def test_unknown_licences_are_left_to_the_page(finished: RunPaths) -> None:
