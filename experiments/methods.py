@@ -17,17 +17,18 @@ import yaml
 
 from experiments import CONFIGS
 from experiments.errors import run_command
+from experiments.settings import section
 
-# Column -> the key in `contract` and its value if the file does not say.
-CONTRACT: Mapping[str, tuple[str, bool | None]] = {
-    "Starts at base": ("starts_at_base", None),
-    "Merges": ("merges", None),
-    "Changes base": ("changes_base_at_start", None),
-    "Checkpointing": ("gradient_checkpointing", True),
-    "Quantised base": ("on_quantized", True),
-    "DDP": ("ddp", True),
-    "FSDP2": ("fsdp2", True),
-    "Compile": ("compile", True),
+# Column -> the field of the contract (experiments/plan/config_groups.py).
+CONTRACT: Mapping[str, str] = {
+    "Starts at base": "starts_at_base",
+    "Merges": "merges",
+    "Changes base": "changes_base_at_start",
+    "Checkpointing": "gradient_checkpointing",
+    "Quantised base": "on_quantized",
+    "DDP": "ddp",
+    "FSDP2": "fsdp2",
+    "Compile": "compile",
 }
 MEANINGS: Mapping[str, str] = {
     "Starts at base": "attaching changes no output, to rounding",
@@ -60,11 +61,12 @@ def row_of(name: str) -> dict[str, str]:
     """Return a method's cells by column."""
     from diablo.blocks.config import BlockConfig
     from experiments.plan.compose import plan
+    from experiments.plan.config_groups import Contract
     from experiments.train.methods import peft_config
 
     (config,) = plan([f"method={name}", "recipe.learning_rate=1e-3"])
-    method, contract = config.method, contract_of(name)
-    cells = {column: _word(contract.get(key, default)) for column, (key, default) in CONTRACT.items()}
+    method, contract = config.method, section(Contract, contract_of(name), "method.contract")
+    cells = {column: _word(getattr(contract, field)) for column, field in CONTRACT.items()}
     if method.trains == "nothing":
         cells |= dict.fromkeys(NOT_TRAINED, "")
     adapter = None if method.adapter is None else peft_config(method.adapter)
@@ -79,8 +81,8 @@ def row_of(name: str) -> dict[str, str]:
     }
 
 
-def _word(value: bool | None) -> str:
-    return "?" if value is None else "yes" if value else "no"
+def _word(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def table() -> list[dict[str, str]]:
