@@ -3,7 +3,7 @@
 `block_linear` is the layer itself, for a plain weight: one product forward and one for dX, whether the blocks are in
 the weight (in place) or added from the side. `add_blocks` adds the side branch to a layer that computes its own
 product, e.g. a quantised one. Both save only x for the backward pass; in place, only the blocks' inputs if these are
-fewer. A dropped x is recomputed in the backward pass.
+fewer. A dropped x is recomputed in the backward pass; with `recompute`, x itself where that is possible.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from diablo.blocks.in_place import Overwrite
 from diablo.blocks.positions import Positions, add_product_, gather, gradient, is_smaller_gathered
 from diablo.blocks.products import BlockShape
+from diablo.blocks.recompute import RecomputedInput, recomputed_input
 
 
 def block_linear(
@@ -28,6 +29,7 @@ def block_linear(
     in_weight: Overwrite | None = None,
     dropout: float = 0.0,
     positions: Positions | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """Compute `x @ (W0 + D)` with gradients for x and the blocks; weight and bias are frozen.
 
@@ -40,6 +42,7 @@ def block_linear(
         in_weight: the `Overwrite` that wrote the blocks into the weight.
         dropout: dropout probability of the side branch's input; must be 0 with `in_weight`.
         positions: positions of the blocks; None for the diagonal.
+        recompute: compute x again in the backward pass where autograd keeps what it was computed from.
 
     Returns:
         `(..., out_features)`.
@@ -49,13 +52,19 @@ def block_linear(
         return F.linear(x, weight, bias)  # raises the same error as the frozen layer
     bias = None if bias is None else bias.to(dtype)
     where = positions or (None, None)
+    recomputed = recomputed_input(x) if recompute and not _is_gathered(x, in_weight, positions) else None
     return _BlockLinear.apply(  # pyright: ignore
-        x, weight.to(dtype), bias, blocks, *where, in_weight, dropout, _seed(dropout)
+        x, weight.to(dtype), bias, blocks, *where, in_weight, dropout, _seed(dropout), recomputed
     )
 
 
 def add_blocks(
-    result: Tensor, x: Tensor, blocks: Tensor, dropout: float = 0.0, positions: Positions | None = None
+    result: Tensor,
+    x: Tensor,
+    blocks: Tensor,
+    dropout: float = 0.0,
+    positions: Positions | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """Compute `result + dropout(x) @ D` for a layer that has computed `result` from `x`.
 
@@ -67,7 +76,8 @@ def add_blocks(
         result = result.clone(memory_format=torch.contiguous_format)  # a view, or a tensor that others use
     elif not result.is_contiguous():
         result = result.contiguous()  # so that its rows are a view of it
-    return _AddBlocks.apply(result, x, blocks, *(positions or (None, None)), dropout, _seed(dropout))  # pyright: ignore
+    where, recomputed = positions or (None, None), recomputed_input(x) if recompute else None
+    return _AddBlocks.apply(result, x, blocks, *where, dropout, _seed(dropout), recomputed)  # pyright: ignore
 
 
 def compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -91,6 +101,7 @@ class _BlockLinear(torch.autograd.Function):
         in_weight: Overwrite | None,
         dropout: float,
         seed: int,
+        recomputed: RecomputedInput | None,
     ) -> Tensor:
         positions = _positions(inputs, outputs)
         with torch.autocast(x.device.type, enabled=False):
@@ -103,16 +114,17 @@ class _BlockLinear(torch.autograd.Function):
                 add_product_(y, _drop(rows, _mask(rows, dropout, seed), dropout), blocks.to(y.dtype), positions)
                 y = y.view(shape)
         ctx.dropout, ctx.seed, ctx.in_weight, ctx.x_dtype = dropout, seed, in_weight, x.dtype
-        ctx.gathered = False
-        if in_weight is not None and positions is not None and is_smaller_gathered(positions, x.shape[-1]):
-            x, ctx.gathered = gather(_rows(x), positions.inputs), True
+        ctx.gathered, ctx.recomputed = False, recomputed
+        kept = x if recomputed is None else None
+        if positions is not None and _is_gathered(x, in_weight, positions):
+            kept, ctx.gathered = gather(_rows(x), positions.inputs), True
         if in_weight is None or torch.compiler.is_compiling():
-            ctx.save_for_backward(x, blocks, inputs, outputs, weight)
+            ctx.save_for_backward(kept, blocks, inputs, outputs, weight)
         else:
             # A reference pass with the adapter disabled may run between forward and backward (as in preference
             # training). It writes the weight twice and restores the same bits, but autograd's version check would
             # still fail: so check the version of the values instead.
-            ctx.save_for_backward(x, blocks, inputs, outputs)
+            ctx.save_for_backward(kept, blocks, inputs, outputs)
             ctx.weight, ctx.version = weight, in_weight.version
         return y
 
@@ -130,6 +142,7 @@ class _BlockLinear(torch.autograd.Function):
                 "the blocks in the weight have changed since the forward pass: an optimizer stepped or adapters "
                 "were switched in between; use mode='adapter' for that"
             )
+        x = x if ctx.recomputed is None else ctx.recomputed.take(ctx.next_functions[0][0])
         rows, grad_rows = _rows(x).to(weight.dtype), _rows(grad_y)
         mask = _mask(rows, ctx.dropout, ctx.seed)
         grad_x = grad_blocks = None
@@ -146,7 +159,7 @@ class _BlockLinear(torch.autograd.Function):
                 grad_x = grad_x.view(*grad_y.shape[:-1], weight.shape[1]).to(ctx.x_dtype)
             if ctx.needs_input_grad[3]:
                 grad_blocks = _grad_blocks(ctx, rows, grad_rows, mask, blocks, positions, ctx.gathered)
-        return grad_x, None, None, grad_blocks, None, None, None, None, None
+        return grad_x, None, None, grad_blocks, None, None, None, None, None, None
 
 
 class _AddBlocks(torch.autograd.Function):
@@ -160,13 +173,14 @@ class _AddBlocks(torch.autograd.Function):
         outputs: Tensor | None,
         dropout: float,
         seed: int,
+        recomputed: RecomputedInput | None,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             rows = _rows(x).to(result.dtype)
             dropped = _drop(rows, _mask(rows, dropout, seed), dropout)
             add_product_(_rows(result), dropped, blocks.to(result.dtype), _positions(inputs, outputs))
-        ctx.dropout, ctx.seed = dropout, seed
-        ctx.save_for_backward(x, blocks, inputs, outputs)
+        ctx.dropout, ctx.seed, ctx.recomputed = dropout, seed, recomputed
+        ctx.save_for_backward(x if recomputed is None else None, blocks, inputs, outputs)
         ctx.mark_dirty(result)
         return result
 
@@ -177,6 +191,7 @@ class _AddBlocks(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         (grad_y,) = grad_outputs
         x, blocks, inputs, outputs = ctx.saved_tensors
+        x = x if ctx.recomputed is None else ctx.recomputed.take(ctx.next_functions[1][0])
         positions = _positions(inputs, outputs)
         rows, grad_rows = _rows(x).to(grad_y.dtype), _rows(grad_y)
         mask = _mask(rows, ctx.dropout, ctx.seed)
@@ -188,7 +203,7 @@ class _AddBlocks(torch.autograd.Function):
                 grad_x = _drop(branch, mask, ctx.dropout).view(x.shape).to(x.dtype)
             if ctx.needs_input_grad[2]:
                 grad_blocks = _grad_blocks(ctx, rows, grad_rows, mask, blocks, positions)
-        return grad_y, grad_x, grad_blocks, None, None, None, None
+        return grad_y, grad_x, grad_blocks, None, None, None, None, None
 
 
 def _grad_blocks(
@@ -203,6 +218,11 @@ def _grad_blocks(
     """Return dD from x as the forward pass saved it."""
     dropped, shape = _drop(rows, mask, ctx.dropout), BlockShape(*blocks.shape)
     return gradient(dropped, grad_rows, shape, positions, blocks.dtype, gathered)
+
+
+def _is_gathered(x: Tensor, in_weight: Overwrite | None, positions: Positions | None) -> bool:
+    """Return whether the blocks' inputs alone are saved, because they are fewer than x."""
+    return in_weight is not None and positions is not None and is_smaller_gathered(positions, x.shape[-1])
 
 
 def _positions(inputs: Tensor | None, outputs: Tensor | None) -> Positions | None:

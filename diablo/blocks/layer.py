@@ -90,6 +90,7 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         self.forward_mode: dict[str, str] = {}
+        self.recompute_inputs: dict[str, bool] = {}
         self.in_weight: str | None = None
         self.weight_is_shared = False
         self._overwrites: dict[str, Overwrite] = {}
@@ -128,6 +129,7 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
             raise ValueError(f"mode='in_place' cannot be used with {obstacle}: use mode='adapter'")
         in_place = config.mode == "in_place" or (config.mode == "auto" and suits and not obstacle)
         self.forward_mode[adapter_name] = "in_place" if in_place else "adapter"
+        self.recompute_inputs[adapter_name] = config.recompute_inputs
         self._overwrites[adapter_name] = Overwrite()
 
         # In the base's dtype, as PEFT expects; get_peft_model casts it to float32 unless told otherwise.

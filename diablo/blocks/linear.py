@@ -57,23 +57,25 @@ class DiabloLinear(nn.Module, DiabloLayer):
         first, *others = names
         base: Any = self.base_layer
         blocks, dropout, positions = self.diablo_blocks[first], self._dropout(first), self.positions(first)
+        recompute = self.recompute_inputs[first]
         if blocks.is_meta and not x.is_meta:
             raise RuntimeError(
                 "the adapter's blocks are on the meta device: offload the base model before attaching it"
             )
         if self.in_weight is not None:
-            return block_linear(x, base.weight, base.bias, blocks, self._overwrites[first], 0.0, positions)
+            return block_linear(x, base.weight, base.bias, blocks, self._overwrites[first], 0.0, positions, recompute)
         if obstacle_to_in_place(base, 0.0) is None:
-            result = block_linear(x, base.weight, base.bias, blocks, None, dropout, positions)
+            result = block_linear(x, base.weight, base.bias, blocks, None, dropout, positions, recompute)
         else:
             result = base(x, *args, **kwargs)
             if self.quantization_backend is not None:
                 result = self.quantization_backend.maybe_clone_base_result(result)
             if _is_seen(base):
                 result = result.clone()
-            result = add_blocks(result, x, blocks, dropout, positions)
+            result = add_blocks(result, x, blocks, dropout, positions, recompute)
         for name in others:
-            result = add_blocks(result, x, self.diablo_blocks[name], self._dropout(name), self.positions(name))
+            blocks, dropout, positions = self.diablo_blocks[name], self._dropout(name), self.positions(name)
+            result = add_blocks(result, x, blocks, dropout, positions, self.recompute_inputs[name])
         return result
 
     def _mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:

@@ -197,7 +197,10 @@ def set_value(config: Config, override: Override, others: Iterable[str]) -> None
         section = cast(Config, node)
         if part not in section and not (adds and depth == len(parents)):
             known = {*section, *(() if where else others)}
-            raise UserError(f"no setting {key!r}: {_elsewhere(last, config) or nearest(part, known)}")
+            hint = _elsewhere(last, config) or nearest(part, known)
+            if where == "method.adapter":
+                hint += f" (another field of the method's config class is added with a plus: +{key}=…)"
+            raise UserError(f"no setting {key!r}: {hint}")
         if depth < len(parents):
             node = section[part]
     node[last] = value_of(override)

@@ -26,6 +26,7 @@ from experiments.speed.timing import synchronize
 FLOOR, FULL = "frozen floor", "full fine-tuning"
 LORA, DORA, PISSA = "LoRA", "DoRA", "PiSSA"
 ADAPTER, DROPOUT, IN_PLACE = "DiaBlo adapter", "DiaBlo adapter, dropout 0.05", "DiaBlo in place"
+RECOMPUTED = "DiaBlo in place, inputs recomputed"  # in whole models: a single layer's input is a leaf
 AUTHORS = "authors' layer"
 OTHER_PATTERNS = tuple(pattern for pattern in PATTERNS if pattern != "diagonal")  # "diagonal" is DiaBlo in place
 LABELS = (FLOOR, FULL, LORA, DORA, PISSA, ADAPTER, DROPOUT, IN_PLACE)
@@ -62,7 +63,7 @@ def layer_cost(label: str, tokens: int, m: int, n: int, num_blocks: int, rank: i
         return floor
     if label == FULL:
         return floor + product(m, t, n)
-    if label == IN_PLACE or label in OTHER_PATTERNS:
+    if label in (IN_PLACE, RECOMPUTED) or label in OTHER_PATTERNS:
         return floor + blocks
     if label in (ADAPTER, DROPOUT, AUTHORS):
         forward = Cost(2.0 * t * d, element * t * (m + 2 * n) + 4 * d)
@@ -111,9 +112,13 @@ def attach(label: str, base: nn.Module, targets: list[str], num_blocks: int, ran
     elif label in OTHER_PATTERNS:
         config = SparseConfig(pattern=label, density=f"1/{num_blocks}", target_modules=targets, mode="in_place")
     else:
-        mode = "in_place" if label == IN_PLACE else "adapter"
-        dropout = 0.05 if label == DROPOUT else 0.0
-        config = DiabloConfig(num_blocks=num_blocks, target_modules=targets, mode=mode, dropout=dropout)
+        config = DiabloConfig(
+            num_blocks=num_blocks,
+            target_modules=targets,
+            mode="in_place" if label in (IN_PLACE, RECOMPUTED) else "adapter",
+            dropout=0.05 if label == DROPOUT else 0.0,
+            recompute_inputs=label == RECOMPUTED,
+        )
     try:
         return cast(Any, get_peft_model(cast(Any, base), config))
     except ValueError as error:

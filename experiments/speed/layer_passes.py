@@ -20,7 +20,7 @@ from experiments.models.shapes import build_config, resolve_device
 from experiments.runs.environment import environment
 from experiments.runs.records import SCHEMA, write_atomically
 from experiments.speed import cases
-from experiments.speed.cases import ADAPTER, AUTHORS, FLOOR, FULL, IN_PLACE, LABELS, LORA, OTHER_PATTERNS
+from experiments.speed.cases import ADAPTER, AUTHORS, FLOOR, FULL, IN_PLACE, LABELS, LORA, OTHER_PATTERNS, RECOMPUTED
 from experiments.speed.report import write_report
 from experiments.speed.timing import forward_backward, interleaved
 
@@ -213,7 +213,9 @@ def run(options: Any) -> Path:
             for targets in TARGETS if cuda else ["q k v up down"]:
                 for tokens in options.tokens if cuda else [max(options.tokens)]:
                     for checkpointing in (False, True) if cuda else (False,):
-                        result["models"].append(measure_model(options, labels, name, targets, tokens, checkpointing))
+                        # Under checkpointing the layers' inputs are kept as usual.
+                        some = labels if checkpointing or options.patterns else (*labels, RECOMPUTED)
+                        result["models"].append(measure_model(options, some, name, targets, tokens, checkpointing))
                         if cuda:
                             torch.cuda.empty_cache()
     result["rates"] = machine_rates(options)  # last: arguments that do not fit are refused before it

@@ -25,6 +25,7 @@ from experiments.speed.cases import (
     LORA,
     OTHER_PATTERNS,
     PISSA,
+    RECOMPUTED,
 )
 
 # One epoch of commonsense_170k with the Alpaca prompt: 152.7 tokens per row, 170,420 rows. The mean length of each of
@@ -41,6 +42,7 @@ PATTERN_MINUTES = {
 STYLES = {
     FULL: ("#000000", "D"), LORA: ("#E69F00", "s"), DORA: ("#D55E00", "v"), PISSA: ("#CC79A7", "P"),
     ADAPTER: ("#56B4E9", "^"), DROPOUT: ("#56B4E9", "X"), IN_PLACE: ("#0072B2", "o"), AUTHORS: ("#009E73", "*"),
+    RECOMPUTED: ("#0072B2", "X"),
     **dict.fromkeys(OTHER_PATTERNS, ("#999999", "s")),
 }  # fmt: skip
 
