@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, cast
 
@@ -130,7 +129,9 @@ def language_model(config: RunConfig, run: RunPaths, scored: Scored) -> Generato
 
     evaluation = config.evaluation
     if evaluation.backend == "hf":
-        yield hf(scored.model, scored.tokenizer, evaluation.batch_size, evaluation.bos, scored.context)
+        from eval.hf import Transformers
+
+        yield Transformers(scored.model, scored.tokenizer, evaluation.batch_size, evaluation.bos, scored.context)
         return
     # vLLM reads a folder and supports only LoRA adapters, so it gets the merged model.
     with tempfile.TemporaryDirectory(dir=run.root, prefix=".merged-") as folder:
@@ -139,39 +140,6 @@ def language_model(config: RunConfig, run: RunPaths, scored: Scored) -> Generato
         cast(Any, scored.model).to("cpu")  # vLLM allocates nearly all of a GPU
         torch.cuda.empty_cache()
         yield vllm(folder, scored.tokenizer, scored.dtype, scored.context, evaluation.bos)
-
-
-def hf(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, bos: bool, context: int | None = None) -> Any:
-    """lm-eval's transformers model: left-padded with a mask, sorted by length. `context` defaults to the model's own.
-
-    lm-eval passes transformers a criterion that ends a batch once every row wrote a stop string. With beams it checks
-    the wrong rows and ends others in mid-sentence, so there texts are only cut afterwards, which lm-eval does anyway.
-    If the only stop string is the end of sequence, transformers itself stops each row.
-    """
-    import torch
-    from lm_eval.models.huggingface import HFLM
-
-    class Transformers(HFLM):
-        def tok_encode(self, string: str, *_: Any, left_truncate_len: int | None = None, **__: Any) -> list[int]:
-            """Tokenise as training does; lm-eval would let the tokenizer add special tokens."""
-            (tokens,) = prompt_tokens(tokenizer, [string], bos)
-            return tokens[-left_truncate_len:] if left_truncate_len else tokens
-
-        def tok_batch_encode(
-            self, strings: Sequence[str], *_: Any, left_truncate_len: int | None = None, **__: Any
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            rows = [torch.tensor(self.tok_encode(text, left_truncate_len=left_truncate_len)) for text in strings]
-            pad: Any = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
-            mask = pad([torch.ones_like(row) for row in rows])
-            return pad(rows, padding_value=cast(int, tokenizer.pad_token_id)), mask
-
-        def _model_generate(self, context: Any, max_length: int, stop: list[str], **settings: Any) -> Any:
-            if settings.get("num_beams", 1) > 1 or all(text == tokenizer.eos_token for text in stop):
-                stop = []
-            return cast(Any, super())._model_generate(context, max_length, stop, **settings)
-
-    kind: Any = Transformers  # lm-eval's registry hides the class's signature
-    return kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=context)
 
 
 def vllm(

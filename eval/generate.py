@@ -248,10 +248,9 @@ def quiet() -> None:
     import logging
 
     import lm_eval.api.task
-    import lm_eval.models.huggingface
     from tqdm import tqdm
 
-    for name in ("lm_eval", "lm_eval.api.task", "lm_eval.evaluator", "lm_eval.models.huggingface"):
+    for name in ("lm_eval", "lm_eval.api.task", "lm_eval.evaluator"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
     class NoBar(cast(Any, tqdm)):
@@ -259,4 +258,3 @@ def quiet() -> None:
             super().__init__(*arguments, **{**settings, "disable": True})
 
     lm_eval.api.task.tqdm = NoBar  # pyright: ignore[reportAttributeAccessIssue]
-    lm_eval.models.huggingface.tqdm = NoBar  # pyright: ignore[reportAttributeAccessIssue]

@@ -122,11 +122,12 @@ def _model(settings: Config, device: str) -> tuple[Any, PreTrainedTokenizerBase]
         return vllm(name, tokenizer, settings["dtype"], context, bos, revision), tokenizer
     from transformers import AutoModelForCausalLM
 
-    from eval.backends import hf, plain_generation
+    from eval.backends import plain_generation
+    from eval.hf import Transformers
 
     given = {"revision": revision, "dtype": settings["dtype"], "trust_remote_code": False}
     loaded: Any = AutoModelForCausalLM.from_pretrained(name, **given)
     model = plain_generation(loaded.to(device).eval(), tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token works
-    return hf(model, tokenizer, BATCH_SIZE, bos), tokenizer
+    return Transformers(model, tokenizer, BATCH_SIZE, bos), tokenizer

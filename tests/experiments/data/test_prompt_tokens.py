@@ -13,14 +13,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from eval.backends import hf, plain_generation
+from eval.backends import plain_generation
+from eval.hf import Transformers
 from experiments.config import Protocol, RunConfig
 from experiments.data.arith import corpus
 from experiments.data.prompts import encode, leading_tokens, prompt_text, prompt_tokens
 from experiments.models.full_precision import load_tokenizer
 from experiments.models.tiny import make_tokenizer
 from experiments.plan.compose import _own_protocol, options, plan
-from tests.eval.test_language_model import ask
+from tests.eval.test_hf import ask
 
 Fails = Callable[[Callable[[], object]], str]
 ROWS = [
@@ -119,7 +120,7 @@ def in_evaluation(model: Any, tokenizer: Any, prompts: list[str], bos: bool) -> 
 
     hook = model.register_forward_pre_hook(spy, with_kwargs=True)
     try:
-        ask(hf(model, tokenizer, len(prompts), bos=bos), prompts, max_gen_toks=1)
+        ask(Transformers(model, tokenizer, len(prompts), bos=bos), prompts, max_gen_toks=1)
     finally:
         hook.remove()
     return [row[kept.bool()].tolist() for row, kept in zip(*seen[0], strict=True)]

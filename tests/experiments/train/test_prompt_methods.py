@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from eval.backends import hf, language_model, load
+from eval.backends import language_model, load
+from eval.hf import Transformers
 from eval.run import evaluate
 from experiments.errors import UserError
 from experiments.models.load import load_base
@@ -18,7 +19,7 @@ from experiments.speed.timing import forward_backward
 from experiments.train import methods
 from experiments.train.run import train
 from tests.conftest import SMALL, planned
-from tests.eval.test_language_model import NEW, ask, prompts_of
+from tests.eval.test_hf import NEW, ask, prompts_of
 
 PROMPT_METHODS = ("prompt", "prefix")
 METHODS = (*PROMPT_METHODS, "ia3", "bottleneck")
@@ -112,7 +113,7 @@ def test_completions_are_the_same_whatever_the_batch(name: str, beams: int, runs
     found = scored(runs[name])
     prompts = ["7", "12 + 5", *prompts_of(config, 6)]
     settings = {"num_beams": beams} if beams > 1 else {}
-    texts = [ask(hf(found.model, found.tokenizer, size, True), prompts, **settings) for size in (1, 8)]
+    texts = [ask(Transformers(found.model, found.tokenizer, size, True), prompts, **settings) for size in (1, 8)]
     assert texts[0] == texts[1]
     assert any(texts[0])
 
