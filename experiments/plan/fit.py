@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 from experiments.config import RunConfig
 from experiments.errors import UserError
@@ -11,6 +13,7 @@ from experiments.plan.memory import Memory, estimate
 from experiments.runs.sizes import gibibytes
 from experiments.settings import with_values
 
+PROCESS = 600 * 2**20  # bytes of a worker beside its run: libraries, or CUDA's context and kernels
 USABLE = 0.92  # share of a GPU's memory; CUDA's context, NCCL's buffers and fragmentation take the rest
 
 
@@ -91,6 +94,30 @@ def check_divides(config: RunConfig, gpus: int) -> None:
 
 def fits(memory: Memory, gpu_bytes: int) -> bool:
     return memory.peak <= USABLE * gpu_bytes
+
+
+def check_workers(configs: Sequence[RunConfig], workers: int, memory_bytes: int) -> None:
+    """Raise a UserError if the largest of these runs, `workers` at a time, do not fit into the memory of one device.
+
+    One run stands for all of its model, method and task: sizes of adapters matter little beside the activations.
+    """
+    if not configs:
+        return
+    kinds = [(config.model.name, config.method.name, config.task.name) for config in configs]
+    examples = dict(zip(kinds, configs, strict=True))
+    peaks = [
+        estimate(examples[kind]).peak + PROCESS
+        for kind, runs in Counter(kinds).items()
+        for _ in range(min(runs, workers))
+    ]
+    together = list(accumulate(sorted(peaks, reverse=True)[:workers]))
+    if together[-1] > USABLE * memory_bytes:
+        most = sum(total <= USABLE * memory_bytes for total in together)
+        mend = f"give at most {most}" if most else "give a smaller recipe.micro_batch_size and no --workers"
+        raise UserError(
+            f"--workers {workers}: the {len(together)} largest runs need {gibibytes(together[-1])} at the same time, "
+            f"and {gibibytes(int(USABLE * memory_bytes))} are usable here: {mend}"
+        )
 
 
 def does_not_fit(config: RunConfig, gpus: int, gpu_bytes: int, largest: int) -> str:

@@ -15,13 +15,16 @@ from pathlib import Path
 
 from experiments.config import RunConfig
 from experiments.errors import UserError
+from experiments.models.shapes import resolve_device
 from experiments.plan.choose import Stages, follow, to_csv, write_choices
 from experiments.plan.compose import run_paths, write_runs
 from experiments.plan.experiment_files import read_experiment
+from experiments.plan.fit import check_workers
 from experiments.plan.selection import EVERYTHING, Selection
 from experiments.reproduce.jobs import Job, Jobs, finished_outcome, forget_unscorable, outcome, take_in, train_and_score
 from experiments.reproduce.workers import Stopped, Worker
 from experiments.runs import preemption
+from experiments.runs.environment import device_memory
 from experiments.runs.records import write_atomically
 
 
@@ -167,6 +170,8 @@ def execute(title: str, jobs: Jobs, workers: int) -> None:
     if workers == 1:
         work(None)
     else:
+        device = str(resolve_device(jobs.configs[0].runtime.device))
+        check_workers([job.config for job in known if not job.is_finished()], workers, device_memory(device))
         make_bases(jobs.configs)
         _work_in_processes(work, workers, jobs.deadline)
     if jobs.failed and jobs.failed.keys() >= {job.key for job in jobs.known()}:

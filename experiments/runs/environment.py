@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
 import platform
 import resource
 import subprocess
@@ -100,6 +101,16 @@ def peak_memory(device: str) -> int:
     except (OSError, ValueError):
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def device_memory(device: str) -> int:
+    """Return the bytes of a GPU's memory, or of the machine's."""
+    import torch
+
+    if device.startswith("cuda"):
+        about: Any = torch.cuda.get_device_properties(device)  # pyright: ignore[reportUnknownMemberType]
+        return about.total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def device_name(device: str) -> str:

@@ -23,7 +23,7 @@ from experiments.plan.cost import longest_row
 from experiments.plan.fake_pass import Allocations, held, make_fake, pass_bytes
 from experiments.plan.memory import Memory, base_dtype, estimate
 from experiments.plan.overview import MEASURED, memory_table, off_by
-from experiments.runs.sizes import read_bytes
+from experiments.runs.sizes import gibibytes, read_bytes
 from experiments.settings import with_values
 from experiments.speed.cases import AUTHORS, DORA, DROPOUT, FLOOR, IN_PLACE, LORA, attach, peak_bytes
 from experiments.speed.layer_passes import TARGETS, architecture
@@ -251,6 +251,24 @@ def test_what_does_not_fit_is_refused_with_what_would(fails_with: FailsWith) -> 
         assert ": give runtime.sharding=auto and 4 GPUs, sharded (" in fails_with(check)
     said = fails_with(lambda: fitting.check_fits(full, 3, GPU, 8))
     assert said.endswith("micro_batch_size=4 × 3 GPUs: give 1, 2, 4 GPUs, or another recipe.micro_batch_size")
+
+
+def test_no_more_workers_than_fit_the_memory(fails_with: FailsWith) -> None:
+    """Three runs of LoRA and one of full fine-tuning, the largest of which run at the same time."""
+    runs = [real("llama2_7b", "lora", f"seed={seed}") for seed in range(3)] + [real("llama2_7b", "full")]
+    lora, full = (estimate(config).peak + fitting.PROCESS for config in runs[-2:])
+    assert lora < full
+    for workers, needed in ((1, full), (2, full + lora), (4, full + 3 * lora), (9, full + 3 * lora)):
+        room = int(needed / fitting.USABLE) + 2**20
+        fitting.check_workers(runs, workers, room)
+        least = (
+            f"--workers {workers}: the {min(workers, 4)} largest runs need {gibibytes(needed)} at the same time, and "
+        )
+        said = fails_with(lambda workers=workers, room=room: fitting.check_workers(runs, workers, room - 2**21))
+        assert said.startswith(least)
+        few = "a smaller recipe.micro_batch_size and no --workers" if workers == 1 else f"at most {min(workers, 4) - 1}"
+        assert said.endswith(f"are usable here: give {few}")
+    fitting.check_workers([], 9, 1)  # everything is finished
 
 
 def test_what_is_sharded(fails_with: FailsWith) -> None:
