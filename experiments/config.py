@@ -357,7 +357,8 @@ class RunConfig:
         return None
 
 
-# Fields of the open mappings, by dotted name: of PEFT's config classes, of `prepare` and of `quantization.options`.
+# Fields of the open mappings, by dotted name: of transformers' and PEFT's config classes, of `prepare` and of
+# `quantization.options`.
 PATTERNS = (
     *("diagonal", "random_block", "permuted_block", "shuffled_diagonal"),
     *("random_row", "random_column", "random_entry", "banded"),
@@ -365,6 +366,16 @@ PATTERNS = (
 COUNT, SHARE, DROPOUT = Rule("whole", 1), Rule("number", 0, 1), Rule("number", 0, 1, below=True)
 ALPHA = Rule("number", 0, above=True)
 OPEN = {
+    "model.architecture.model_type": Rule("text"),
+    "model.architecture.vocab_size": COUNT,
+    "model.architecture.hidden_size": COUNT,
+    "model.architecture.intermediate_size": replace(COUNT, many="or list"),
+    "model.architecture.num_hidden_layers": COUNT,
+    "model.architecture.num_attention_heads": COUNT,
+    "model.architecture.num_key_value_heads": replace(COUNT, null=True),
+    "model.architecture.head_dim": replace(COUNT, null=True),
+    "model.architecture.max_position_embeddings": COUNT,
+    "model.architecture.tie_word_embeddings": Rule("flag"),
     "method.adapter.target_modules": Rule("text", many="or list", null=True),
     "method.adapter.num_blocks": Rule("whole", 1, words=("auto",), mapped=True),
     "method.adapter.mode": Rule("word", words=("auto", "adapter", "in_place")),

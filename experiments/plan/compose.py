@@ -27,6 +27,7 @@ from experiments.config import RunConfig
 from experiments.data.sources import SOURCES
 from experiments.errors import UserError, nearest
 from experiments.models.gguf import settle_weights
+from experiments.models.shapes import check_architecture
 from experiments.plan.config_groups import FILES, check_sections, check_shape, only_to_choose
 from experiments.plan.experiment_files import expand_experiment, options
 from experiments.plan.overrides import by_name, by_name_resolved, checked, set_value, settle, sweep
@@ -224,6 +225,7 @@ def _finalize(settings: Config) -> RunConfig:
     """Drop the tables that only serve to choose a value, name the run and type its config."""
     _check_data(settings)
     _check_batch(settings["recipe"])
+    check_architecture(settings["model"]["architecture"])
     settle_weights(settings["model"], Path(settings["runtime"]["cache_dir"]))
     name_quantized(settings)
     if settings["spectra"]["every"] is None:

@@ -11,11 +11,13 @@ from experiments.plan.cost import Speed, gpu_hours, reasons, rows_trained_on, to
 from experiments.plan.memory import base_dtype
 from experiments.runs.differences import differing
 
+GROUPED = "llama3_8b"  # the paper's model with grouped-query attention
+
 
 @dataclass(frozen=True)
 class Count:
     """Parameter counts. `ungrouped` counts key and value projections as if every query head had its own, as do the
-    paper's percentages for LLaMA3; None if the model has no grouped-query attention.
+    paper's percentages for LLaMA3; None for other models.
     """
 
     trainable: int
@@ -38,8 +40,7 @@ def count(config: RunConfig) -> Count:
     )
     found = held(json.dumps(architecture), method, dtype)
     ungrouped = None
-    grouped = architecture["num_key_value_heads"] < architecture["num_attention_heads"]
-    if grouped and config.method.trains == "adapter":
+    if config.model.name == GROUPED and config.method.trains == "adapter":
         full_heads = {**architecture, "num_key_value_heads": architecture["num_attention_heads"]}
         ungrouped = held(json.dumps(full_heads), method, dtype).trained
     return Count(found.trained, found.base, ungrouped)
@@ -80,8 +81,8 @@ def print_counts(configs: Sequence[RunConfig], following: Sequence[RunConfig], s
         print_sizes([(config, count(config).trainable) for config in configs])
     if grouped:
         print(
-            "* as the paper counts: key and value projections as if the model had no grouped-query attention. Its "
-            "percentages for LLaMA3 fit only that; ours are counted from the real shapes."
+            "* as the paper counts LLaMA3's: key and value projections as if it had no grouped-query attention. Its "
+            "percentages fit only that; ours are counted from the real shapes."
         )
 
 
