@@ -33,6 +33,17 @@ OPTIMIZERS = (  # transformers' names
     *("apollo_adamw_layerwise", "stable_adamw"),
 )
 Optimizer = Annotated[str, Rule("word", words=OPTIMIZERS)]
+PARSERS = (  # of eval/scoring.py
+    *("hash_marks", "final_answer", "last_number", "metamath_number", "metamath_expression", "diablo_expression"),
+    *("final_answer_expression", "first_option", "option_after_phrase", "exact_after_phrase", "first_letter"),
+    *("refusal_keywords", "judged"),
+)
+EQUALITIES = (  # likewise
+    *("same_text", "same_number", "near_number", "metamath_integer", "milora_number", "hendrycks", "metamath"),
+    *("diablo", "milora", "milora_with_self_comparison"),
+)
+Parser = Annotated[str, Rule("word", words=PARSERS)]
+Equality = Annotated[str, Rule("word", words=EQUALITIES)]
 
 
 @dataclass(frozen=True)
@@ -286,9 +297,9 @@ class Evaluation:
     generation: Generation
     searched: Searched | Mapping[str, Searched]
     """The text that is read: the completion, prompt and completion, or their part after a response mark."""
-    parser: Name | Mapping[str, Name]
+    parser: Parser | Mapping[str, Parser]
     """A function of eval/parsers.py for each kind of answer."""
-    equality: Name | Mapping[str, Name]
+    equality: Equality | Mapping[str, Equality]
     """A function of eval/equality.py for each kind of answer."""
     full_batches_of: PerKind | None
     """Score only as many rows as fill batches of this size."""

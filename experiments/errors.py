@@ -42,7 +42,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
     if close:
         return f"did you mean {' or '.join(close)}?"
-    return f"known: {', '.join(names)}" if len(names) <= MOST_NAMES else f"none of the {len(names)} known ones is similar"
+    return (
+        f"known: {', '.join(names)}" if len(names) <= MOST_NAMES else f"none of the {len(names)} known ones is similar"
+    )
 
 
 def shortened(lines: Sequence[str]) -> str:

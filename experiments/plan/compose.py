@@ -34,7 +34,7 @@ from experiments.plan.overrides import by_name, by_name_resolved, checked, set_v
 from experiments.plan.quantization import name_quantized
 from experiments.rules import Value
 from experiments.runs.config_files import freeze_config, run_id
-from experiments.runs.evaluations import kind_of
+from experiments.runs.evaluations import check_evaluation
 from experiments.runs.prerequisite import freeze_prerequisite
 from experiments.runs.records import RunPaths
 from experiments.settings import typed
@@ -53,7 +53,9 @@ def plan(arguments: Sequence[str]) -> list[RunConfig]:
     for grid in expand_experiment(arguments):
         for overrides in sweep(grid):
             config = resolve(overrides)
-            runs.setdefault(config.run_id, config)
+            if config.run_id not in runs:
+                check_evaluation(config)
+                runs[config.run_id] = config
     return list(runs.values())
 
 
@@ -224,6 +226,7 @@ def _resolve_references(composed: Config) -> Config:
 def _finalize(settings: Config) -> RunConfig:
     """Drop the tables that only serve to choose a value, name the run and type its config."""
     _check_data(settings)
+    _check_trained(settings["method"])
     _check_batch(settings["recipe"])
     check_architecture(settings["model"]["architecture"])
     settle_weights(settings["model"], Path(settings["runtime"]["cache_dir"]))
@@ -247,16 +250,31 @@ def _check_batch(recipe: Config) -> None:
 
 
 def _check_data(settings: Config) -> None:
-    for benchmark in settings["evaluation"]["benchmarks"]:
-        kind_of(benchmark)  # a text's file may be on another machine
-    given = settings["task"]["data"]["source"]
+    data = settings["task"]["data"]
+    given = data["source"]
     if not given:
         raise UserError("task.data.source=[]: no data set: give one or several of those in experiments/data/sources.py")
     if settings["model"]["path"] is None and settings["model"]["pretraining"] is None:
         raise UserError("model.path=null and model.pretraining=null: there are no weights: give model.path")
-    for source in [given] if isinstance(given, str) else given:
+    sources = [given] if isinstance(given, str) else given
+    for source in sources:
         if source not in SOURCES and source != "arith":
             raise UserError(f"task.data.source={source}: no such data set: {nearest(source, [*SOURCES, 'arith'])}")
+    if "arith" not in sources:
+        rows = sum(max(SOURCES[source]["train"].rows) for source in sources)
+        if data.get("heldout", 0) >= rows:
+            raise UserError(f"task.data.heldout={data['heldout']}: {given} has {rows:,} training rows: give fewer")
+
+
+def _check_trained(method: Config) -> None:
+    trains, adapter = method["trains"], method["adapter"]
+    if trains == "adapter" and adapter is None:
+        raise UserError("method.trains=adapter and method.adapter=null exclude each other: name its config class")
+    if trains != "adapter" and isinstance(adapter, dict):
+        name = cast(Config, adapter).get("_target_")
+        raise UserError(
+            f"method.trains={trains} and method.adapter={name} exclude each other: say trains: adapter or adapter: null"
+        )
 
 
 def run_paths(config: RunConfig) -> RunPaths:

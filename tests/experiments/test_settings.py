@@ -79,6 +79,20 @@ Fails = Callable[[Callable[[], object]], str]
             "evaluation.limit=0: it must be a whole number of at least 1, or a map from names to such, or null",
         ),
         (["evaluation.benchmarks=arith"], "evaluation.benchmarks='arith': it must be a list of a benchmark's name"),
+        (["evaluation.benchmarks=[]"], "evaluation.benchmarks=[]: nothing would be scored: name one or several"),
+        (["evaluation.benchmarks=[arith,arith]"], "evaluation.benchmarks: two are called arith: name it once"),
+        (["evaluation.parser=nosuch"], "evaluation.parser='nosuch': it must be one of hash_marks, "),
+        (["evaluation.equality={number: nosuch}"], "evaluation.equality={'number': 'nosuch'}: it must be one of same_"),
+        (
+            ["evaluation.parser={nmber: last_number}"],
+            "kind number, for which evaluation.parser has no value (it has nmb",
+        ),
+        (["evaluation.generation.samples=3"], "evaluation.generation.samples is more than one: give a temperature"),
+        (["evaluation.generation.top_k=3"], "evaluation.generation.top_k=3: one sample is decoded greedily"),
+        (["evaluation.backend=vllm", "evaluation.merge=false"], "evaluation.merge=false: vLLM serves the exported"),
+        (["task=gsm8k", "task.data.heldout=7473"], "task.data.heldout=7473: gsm8k has 7,473 training rows: give fewer"),
+        (["method=lora", "method.trains=all"], "method.trains=all and method.adapter=peft.LoraConfig exclude each"),
+        (["method=full", "method.trains=adapter"], "method.trains=adapter and method.adapter=null exclude each other"),
         (["evaluation.benchmarks=[arit]"], "no benchmark 'arit': did you mean arith or"),
         (["task.data.source=gsm"], "task.data.source=gsm: no such data set: did you mean gsm8k"),
         (["evaluation.generation.max_new_tokens={number: 0}"], "it must be a whole number of at least 1"),
@@ -146,6 +160,13 @@ def test_the_optimizers_are_those_of_transformers() -> None:
     from transformers.training_args import OptimizerNames
 
     assert set(config_module.OPTIMIZERS) == {name.value for name in OptimizerNames}
+
+
+def test_the_parsers_and_equalities_are_those_of_scoring() -> None:
+    from eval import scoring
+
+    assert set(config_module.PARSERS) == set(scoring.PARSERS)
+    assert set(config_module.EQUALITIES) == set(scoring.EQUALITIES)
 
 
 @pytest.mark.parametrize(

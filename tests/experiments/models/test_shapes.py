@@ -18,11 +18,17 @@ Fails = Callable[[Callable[[], object]], str]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_sise": 32}, "model.architecture.hidden_sise: LlamaConfig has no such field: did you mean hidden_size"),
+        (
+            {"hidden_sise": 32},
+            "model.architecture.hidden_sise: LlamaConfig has no such field: did you mean hidden_size",
+        ),
         ({"rms_norm_epsilon": 1}, "model.architecture.rms_norm_epsilon: LlamaConfig has no such field: did you mean"),
         ({"model_type": "qwen9"}, "model.architecture.model_type=qwen9: no model type of transformers: did you mean"),
         ({"model_type": "@"}, "model.architecture.model_type=@: no model type of transformers: none of the"),
-        ({"num_key_value_heads": 3}, "model.architecture.num_key_value_heads=3: it does not divide num_attention_heads"),
+        (
+            {"num_key_value_heads": 3},
+            "model.architecture.num_key_value_heads=3: it does not divide num_attention_heads",
+        ),
     ],
 )
 def test_a_mistake_is_told_when_planning(change: dict[str, Any], message: str, fails_with: Fails) -> None:
