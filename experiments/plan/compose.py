@@ -29,7 +29,13 @@ from experiments.errors import UserError, nearest
 from experiments.models.gguf import settle_weights
 from experiments.models.shapes import check_architecture
 from experiments.plan.config_groups import FILES, check_sections, check_shape, only_to_choose
-from experiments.plan.experiment_files import expand_experiment, options
+from experiments.plan.experiment_files import (
+    expand_experiment,
+    options,
+    read_experiment,
+    split_experiment,
+    yaml_line,
+)
 from experiments.plan.overrides import by_name, by_name_resolved, checked, set_value, settle, sweep
 from experiments.plan.quantization import name_quantized
 from experiments.rules import Value
@@ -50,13 +56,30 @@ OmegaConf.register_new_resolver("times", operator.mul, replace=True)
 def plan(arguments: Sequence[str]) -> list[RunConfig]:
     """Return the configs of all runs that the arguments describe, in order, each run once."""
     runs: dict[str, RunConfig] = {}
+    name, others = split_experiment(arguments)
     for grid in expand_experiment(arguments):
-        for overrides in sweep(grid):
-            config = resolve(overrides)
-            if config.run_id not in runs:
-                check_evaluation(config)
-                runs[config.run_id] = config
+        try:
+            for overrides in sweep(grid):
+                config = resolve(overrides)
+                if config.run_id not in runs:
+                    check_evaluation(config)
+                    runs[config.run_id] = config
+        except UserError as error:
+            own = " ".join(argument for argument in grid if argument not in others)
+            raise UserError(f"experiment {name}, {own}: {error}" if name and own else str(error)) from None
+    if name:
+        _check_reference(name, others, runs.values())
     return list(runs.values())
+
+
+def _check_reference(name: str, others: Sequence[str], runs: Iterable[RunConfig]) -> None:
+    """Refuse a reference that no run has, unless the command line chooses other runs than the file."""
+    reference, labels = read_experiment(name).get("reference"), {config.method.label for config in runs}
+    chooses = any(argument.lstrip("+").startswith((*GROUPS, "cells")) for argument in others)
+    if reference is not None and reference not in labels and not chooses:
+        raise UserError(
+            f"experiment {name}: reference: {reference}: no run has this label: {nearest(reference, labels)}"
+        )
 
 
 def resolve(overrides: Iterable[Override]) -> RunConfig:
@@ -159,10 +182,21 @@ def _compose(overrides: tuple[str, ...]) -> Config:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
             composed = OmegaConf.to_container(compose("run", overrides=list(overrides)), resolve=False)
     except (HydraException, yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
-        reason = str(error).partition("\nConfig search path")[0].strip() or type(error).__name__
-        raise UserError(f"the files of {' '.join(overrides)} do not fit together: {reason}") from None
+        raise UserError(f"the files of {' '.join(overrides)} do not fit together: {_reason(error)}") from None
     check_sections(cast(Config, composed))
     return cast(Config, composed)
+
+
+def _reason(error: BaseException) -> str:
+    """Return what Hydra or its YAML reader says about a config file, as one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return yaml_line(error, error.problem_mark.name)
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return f"{error.full_key}: {_wrong_reference(error)}"
+    text = " ".join(str(error).partition("\nConfig search path")[0].split())
+    if text or error.__cause__ is None:
+        return text or type(error).__name__
+    return _reason(error.__cause__)
 
 
 @lru_cache(maxsize=256)
@@ -217,10 +251,21 @@ def _resolve_references(composed: Config) -> Config:
         resolved = cast(Config, OmegaConf.to_container(OmegaConf.create(composed), resolve=True))
     except OmegaConfBaseException as error:
         check_shape(composed)  # a reference to what is missing: the file with the mistake is the better message
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot resolve {error.full_key} of method {method} on task {task}: {reason}") from None
+        raise UserError(f"{error.full_key}, of method {method} on task {task}: {_wrong_reference(error)}") from None
     check_shape(resolved)
     return resolved
+
+
+def _wrong_reference(error: OmegaConfBaseException) -> str:
+    """Return what is wrong with a reference, and how to write one."""
+    text = str(error).splitlines()[0]
+    if found := re.search(r"Interpolation key '(.*)' not found", text):
+        return f"${{{found[1]}}} refers to no setting: name one from the top, e.g. ${{task.name}}"
+    if found := re.search(r"Environment variable '(.*)' not found", text):
+        return f"the environment variable {found[1]} is not set: set it, or give a value: ${{oc.env:{found[1]},…}}"
+    if found := re.search(r"Unsupported interpolation type (\S+)", text):
+        return f"${{{found[1]}:…}} is no reference: those with a colon are times and oc.env"
+    return f"not a reference such as ${{task.name}} ({text})"
 
 
 def _finalize(settings: Config) -> RunConfig:

@@ -142,6 +142,12 @@ def own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         ("quantization", "gptq", "options/damp_percent: little", "quantization.options.damp_percent='little': it must"),
         ("method", "lora", "prerequisite: lora", "method.prerequisite=lora: a method cannot come before itself"),
         ("method", "lora", "defaults: base", "the files of method=own do not fit together: "),
+        (
+            "model",
+            "tiny",
+            "defaults: [nosuch]",
+            "the files of model=own do not fit together: In 'model/own': Could not ",
+        ),
         ("task", "arith", "7: x", "7: a setting's name must be text, in quotes"),
     ],
 )
@@ -157,6 +163,25 @@ def test_a_file_of_ones_own_is_checked(
     said = fails_with(lambda: plan([f"{group}=own", "recipe.learning_rate=1e-3"]))
     assert said.startswith(message)
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("name: [own", "own.yaml, line 1: while parsing a flow sequence: expected ',' or ']', but got '<stream end>'"),
+        ("name: own\nname: two\n", "own.yaml, line 2: while constructing a mapping: found duplicate key name"),
+        (
+            "name: own\npath: ${\n",
+            "the files of model=own do not fit together: path: not a reference such as ${task.name}",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_told_with_its_line(
+    content: str, message: str, own_file: Callable[[str, str, str], None], fails_with: Fails
+) -> None:
+    own_file("model", "tiny", "{}")
+    (compose.CONFIGS / "model" / "own.yaml").write_text(content, encoding="utf-8")
+    assert message in fails_with(lambda: plan(["model=own"]))
 
 
 @pytest.mark.parametrize("missing", ["learning_rate", "prepare", "prerequisite"])

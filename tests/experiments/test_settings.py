@@ -260,12 +260,50 @@ def test_the_advised_quotes_take_every_path(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["common: 'a", "[1]", "title: x", "grids: [1]", "grids: ['seed=\"1']", "grids: 'seed=1'\ncommon: [1]"]
+    ("content", "message"),
+    [
+        ("common: 'a", "broken.yaml, line 1: while scanning a quoted scalar: found unexpected end of stream"),
+        ("[1]", "broken.yaml: an experiment must be a map with title and grids"),
+        ("title: x", "broken.yaml: grids is missing: give a list of lines"),
+        ("grids: [seed=0]", "broken.yaml: title is missing"),
+        ("title: [x]", "broken.yaml: title: ['x'] is not text: put it in quotes"),
+        ("grids: [1]", "broken.yaml: grids: 1 is not a line of text: put it in quotes"),
+        ("grids: seed=0", "broken.yaml: grids: 'seed=0' is not a list: write each line behind a -"),
+        ("grids: {a: 1}", "broken.yaml: grids: {'a': 1} is not a list"),
+        ("grids: [seed=0, seed=0]", "broken.yaml: grids: 'seed=0' is given twice: remove one"),
+        ("grids: [seed=0]\ngrids: [seed=1]", "broken.yaml, line 2: grids is given twice"),
+        ("grid: [seed=0]", "broken.yaml: grid: an experiment has no such part: did you mean grids?"),
+        ("title: x\ngrids: ['seed=\"1']", "'seed=\"1' is not a line of key=value (No closing quotation)"),
+        (
+            "title: x\ngrids: [seed=0, method=dablo]",
+            "broken.yaml, method=dablo: no method 'dablo': did you mean diab",
+        ),
+        (
+            "title: x\ngrids: ['seed=${x}']",
+            "seed=${x}: seed, of method diablo on task arith: ${x} refers to no setti",
+        ),
+        ("title: x\ngrids: ['model.path=${oc.env:NO}']", "the environment variable NO is not set: set it, or give"),
+        ("title: x\ngrids: ['model.path=${no:1}']", "${no:…} is no reference: those with a colon are times and oc"),
+        (
+            "title: x\nreference: diablo-N9\ngrids: [seed=0]",
+            "reference: diablo-N9: no run has this label: did you mean",
+        ),
+        ("title: x\nlearning_rate_by: 3\ngrids: [seed=0]", "broken.yaml: learning_rate_by: 3 is not text"),
+    ],
 )
-def test_a_broken_experiment_file_is_one_line(content: str, tmp_path: Path, fails_with: Fails) -> None:
+def test_a_broken_experiment_file_is_one_line(content: str, message: str, tmp_path: Path, fails_with: Fails) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text(content, encoding="utf-8")
-    assert "broken.yaml" in fails_with(lambda: plan([f"experiment={path}"]))
+    assert message in fails_with(lambda: plan([f"experiment={path}"]))
+
+
+def test_a_file_that_is_not_there_and_runs_without_the_reference(tmp_path: Path, fails_with: Fails) -> None:
+    path = tmp_path / "own.yaml"
+    said = fails_with(lambda: plan([f"experiment={path}"]))
+    assert said == f"no experiment '{path}': give the path of an experiment's YAML file"
+    path.write_text("title: x\nreference: diablo-N8\ngrids: [seed=0]", encoding="utf-8")
+    assert plan([f"experiment={path}"])
+    assert plan([f"experiment={path}", "method=lora"])  # chosen, so that nothing is compared
 
 
 def test_a_frozen_config_is_checked_like_a_planned_one() -> None:
