@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from experiments.rules import Rule
+from experiments.rules import FLAG, Rule
 
 Count = Annotated[int, Rule("whole", 1)]
 Seed = Annotated[int, Rule("whole", 0, 2**32 - 1)]
@@ -386,8 +386,19 @@ OPEN = {
     "model.architecture.num_key_value_heads": replace(COUNT, null=True),
     "model.architecture.head_dim": replace(COUNT, null=True),
     "model.architecture.max_position_embeddings": COUNT,
-    "model.architecture.tie_word_embeddings": Rule("flag"),
+    "model.architecture.tie_word_embeddings": FLAG,
     "method.adapter.target_modules": Rule("text", many="or list", null=True),
+    "method.adapter.exclude_modules": Rule("text", many="or list", null=True),
+    "method.adapter.modules_to_save": Rule("text", many="list", null=True),
+    "method.adapter.layers_to_transform": Rule("whole", 0, many="or list", null=True),
+    "method.adapter.layers_pattern": Rule("text", many="or list", null=True),
+    "method.adapter.task_type": Rule("word", words=("CAUSAL_LM",)),
+    "method.adapter.allow_uneven": FLAG,
+    "method.adapter.bias": Rule("word", words=("none", "all", "lora_only")),
+    "method.adapter.use_dora": FLAG,
+    "method.adapter.use_rslora": FLAG,
+    "method.adapter.rank_pattern": replace(COUNT, many="map"),
+    "method.adapter.alpha_pattern": replace(ALPHA, many="map"),
     "method.adapter.num_blocks": Rule("whole", 1, words=("auto",), mapped=True),
     "method.adapter.mode": Rule("word", words=("auto", "adapter", "in_place")),
     "method.adapter.dropout": DROPOUT,

@@ -24,15 +24,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments import CONFIGS
 from experiments.config import RunConfig
-from experiments.data.sources import SOURCES
 from experiments.errors import UserError, nearest
 from experiments.models.gguf import settle_weights
-from experiments.models.shapes import check_architecture
+from experiments.plan.checks import check_reference, check_together, size_label
 from experiments.plan.config_groups import FILES, check_sections, check_shape, only_to_choose
 from experiments.plan.experiment_files import (
+    GROUPS,
     expand_experiment,
     options,
-    read_experiment,
     split_experiment,
     yaml_line,
 )
@@ -45,12 +44,12 @@ from experiments.runs.prerequisite import freeze_prerequisite
 from experiments.runs.records import RunPaths
 from experiments.settings import typed
 
-GROUPS = ("model", "method", "quantization", "task", "protocol")
 TOP = (*GROUPS, "experiment")  # what may be said beside settings
 CHOSEN_LEARNING_RATE = "${method.learning_rate.${task.name}}"  # what run.yaml says where nobody gives one
 Config = dict[str, Any]
 
 OmegaConf.register_new_resolver("times", operator.mul, replace=True)
+OmegaConf.register_new_resolver("size", size_label, replace=True)
 
 
 def plan(arguments: Sequence[str]) -> list[RunConfig]:
@@ -68,18 +67,8 @@ def plan(arguments: Sequence[str]) -> list[RunConfig]:
             own = " ".join(argument for argument in grid if argument not in others)
             raise UserError(f"experiment {name}, {own}: {error}" if name and own else str(error)) from None
     if name:
-        _check_reference(name, others, runs.values())
+        check_reference(name, others, runs.values())
     return list(runs.values())
-
-
-def _check_reference(name: str, others: Sequence[str], runs: Iterable[RunConfig]) -> None:
-    """Refuse a reference that no run has, unless the command line chooses other runs than the file."""
-    reference, labels = read_experiment(name).get("reference"), {config.method.label for config in runs}
-    chooses = any(argument.lstrip("+").startswith((*GROUPS, "cells")) for argument in others)
-    if reference is not None and reference not in labels and not chooses:
-        raise UserError(
-            f"experiment {name}: reference: {reference}: no run has this label: {nearest(reference, labels)}"
-        )
 
 
 def resolve(overrides: Iterable[Override]) -> RunConfig:
@@ -264,16 +253,13 @@ def _wrong_reference(error: OmegaConfBaseException) -> str:
     if found := re.search(r"Environment variable '(.*)' not found", text):
         return f"the environment variable {found[1]} is not set: set it, or give a value: ${{oc.env:{found[1]},…}}"
     if found := re.search(r"Unsupported interpolation type (\S+)", text):
-        return f"${{{found[1]}:…}} is no reference: those with a colon are times and oc.env"
+        return f"${{{found[1]}:…}} is no reference: those with a colon are times, size and oc.env"
     return f"not a reference such as ${{task.name}} ({text})"
 
 
 def _finalize(settings: Config) -> RunConfig:
     """Drop the tables that only serve to choose a value, name the run and type its config."""
-    _check_data(settings)
-    _check_trained(settings["method"])
-    _check_batch(settings["recipe"])
-    check_architecture(settings["model"]["architecture"])
+    check_together(settings)
     settle_weights(settings["model"], Path(settings["runtime"]["cache_dir"]))
     name_quantized(settings)
     if settings["spectra"]["every"] is None:
@@ -282,44 +268,6 @@ def _finalize(settings: Config) -> RunConfig:
         for table in only_to_choose(section):
             settings[section].pop(table, None)
     return typed({"run_id": run_id(settings), **settings})
-
-
-def _check_batch(recipe: Config) -> None:
-    """Refuse a micro-batch that does not divide the batch: training would do so hours later, on a GPU."""
-    batch, micro_batch = recipe["batch_size"], recipe["micro_batch_size"]
-    if batch % micro_batch:
-        known = ", ".join(str(size) for size in range(1, batch + 1) if batch % size == 0)
-        raise UserError(
-            f"recipe.batch_size={batch} is not a multiple of recipe.micro_batch_size={micro_batch}: give one of {known}"
-        )
-
-
-def _check_data(settings: Config) -> None:
-    data = settings["task"]["data"]
-    given = data["source"]
-    if not given:
-        raise UserError("task.data.source=[]: no data set: give one or several of those in experiments/data/sources.py")
-    if settings["model"]["path"] is None and settings["model"]["pretraining"] is None:
-        raise UserError("model.path=null and model.pretraining=null: there are no weights: give model.path")
-    sources = [given] if isinstance(given, str) else given
-    for source in sources:
-        if source not in SOURCES and source != "arith":
-            raise UserError(f"task.data.source={source}: no such data set: {nearest(source, [*SOURCES, 'arith'])}")
-    if "arith" not in sources:
-        rows = sum(max(SOURCES[source]["train"].rows) for source in sources)
-        if data.get("heldout", 0) >= rows:
-            raise UserError(f"task.data.heldout={data['heldout']}: {given} has {rows:,} training rows: give fewer")
-
-
-def _check_trained(method: Config) -> None:
-    trains, adapter = method["trains"], method["adapter"]
-    if trains == "adapter" and adapter is None:
-        raise UserError("method.trains=adapter and method.adapter=null exclude each other: name its config class")
-    if trains != "adapter" and isinstance(adapter, dict):
-        name = cast(Config, adapter).get("_target_")
-        raise UserError(
-            f"method.trains={trains} and method.adapter={name} exclude each other: say trains: adapter or adapter: null"
-        )
 
 
 def run_paths(config: RunConfig) -> RunPaths:

@@ -13,6 +13,7 @@ from experiments import CONFIGS
 from experiments.errors import UserError, nearest
 from experiments.rules import Value
 
+GROUPS = ("model", "method", "quantization", "task", "protocol")
 PAPER = "cells=paper"  # next to experiment=…: only the paper's own cells
 PARTS = {  # of an experiment file, with their types
     **{"title": str, "common": str, "learning_rate_by": str, "reference": str},
