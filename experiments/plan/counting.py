@@ -10,6 +10,7 @@ from experiments.config import RunConfig
 from experiments.plan.cost import Speed, gpu_hours, reasons, rows_trained_on, tokens
 from experiments.plan.memory import base_dtype
 from experiments.runs.differences import differing
+from experiments.runs.sizes import counted
 
 GROUPED = "llama3_8b"  # the paper's model with grouped-query attention
 
@@ -74,7 +75,7 @@ def print_counts(configs: Sequence[RunConfig], following: Sequence[RunConfig], s
         if len(known) == len(everything):
             sums.append(f"{_short(sum(known))} {what}")
     of = f" of all {len(everything)}" if following else ""
-    print(", ".join([f"{len(configs)} runs", *(f"{text}{of}" for text in sums)]))
+    print(", ".join([counted(len(configs), "run"), *(f"{text}{of}" for text in sums)]))
     for reason in reasons(everything, speed):
         print(f"unknown: {reason}")
     if any(config.quantization is not None for config in configs):
