@@ -6,14 +6,16 @@ targets, no base model. It is read with `weights_only=True`, which runs no code 
 
 from __future__ import annotations
 
+import json
 import re
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants, get_session
 from packaging.version import Version
-from peft import PeftConfig
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -33,19 +35,26 @@ def from_authors(checkpoint: Path, out: Path, base: str) -> DiabloConfig:
         base: hub id or folder of the base model; only its config is read.
 
     Raises:
-        ValueError: the file is not such a checkpoint, or does not fit the base model; the message names the tensor.
+        ValueError: the file is not such a checkpoint, or does not fit the base model; the message names the tensor. Or
+            `out` exists already.
     """
     if Version(torch.__version__) < Version(SAFE_TORCH):
         raise ValueError(
             f"reading a pickled file safely needs torch {SAFE_TORCH}, this is {torch.__version__}: update it"
         )
+    check_new(out)
+    if not checkpoint.is_file():
+        raise ValueError(f"{checkpoint}: {_missing(checkpoint)}: give the authors' adapter.chkpt")
     try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch asks for reports of files that it cannot read
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # the unpickler may raise anything on arbitrary bytes
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{checkpoint}: not a file of tensors only, which is all that is read: {first}") from None
+        raise ValueError(
+            f"{checkpoint}: not a file of tensors only, which is all that is read: {_not_tensors(error)}"
+        ) from None
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{checkpoint}: holds a {type(state).__name__}, not a state dict with {THEIRS} tensors")
     model = empty_model(base)
@@ -80,7 +89,7 @@ def from_authors(checkpoint: Path, out: Path, base: str) -> DiabloConfig:
         inference_mode=True,
     )
     config.save_pretrained(str(out))
-    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, out / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     return config
 
 
@@ -88,16 +97,13 @@ def to_authors(adapter: Path, checkpoint: Path) -> int:
     """Write our adapter as the authors' pickled state dict and return the number of layers.
 
     Raises:
-        ValueError: the folder has no DiaBlo adapter, or the adapter has other tensors than blocks.
+        ValueError: the folder has no DiaBlo adapter, the adapter has other tensors than blocks, or `checkpoint` exists.
     """
-    kind = PeftConfig.from_json_file(str(adapter / CONFIG_NAME)).get("peft_type")
+    check_new(checkpoint)
+    kind = read_config(adapter)["peft_type"]
     if kind != DIABLO:
         raise ValueError(f"{adapter}: an adapter of type {kind}, not DIABLO")
-    state = {}
-    try:
-        tensors = load_file(adapter / "adapter_model.safetensors")
-    except SafetensorError as error:
-        raise ValueError(f"{adapter}: adapter_model.safetensors is not a complete safetensors file ({error})") from None
+    state, tensors = {}, read_tensors(adapter)
     for key, blocks in tensors.items():
         if not key.endswith(OURS):
             raise ValueError(f"{adapter}: {key}: the authors' format holds diagonal blocks only")
@@ -106,10 +112,67 @@ def to_authors(adapter: Path, checkpoint: Path) -> int:
     return len(state)
 
 
+def one_line(error: Exception) -> str:
+    """Return the line that a command prints for an error: of the operating system's, the file and what is wrong."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def check_new(out: Path) -> None:
+    """Raise a ValueError if a file or folder that is to be written exists already."""
+    if out.exists():
+        raise ValueError(f"{out} already exists: name a new one, or delete it first")
+
+
+def read_config(adapter: Path) -> dict[str, Any]:
+    """Return an adapter's config as it is in the file: whether its type is registered does not matter here."""
+    path = _file_of(adapter, CONFIG_NAME)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return config if config["peft_type"] else {}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: not the config of a PEFT adapter") from None
+
+
+def read_tensors(adapter: Path) -> dict[str, Tensor]:
+    path = _file_of(adapter, SAFETENSORS_WEIGHTS_NAME)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{adapter}: {path.name} is not a complete safetensors file ({error})") from None
+
+
+def _file_of(adapter: Path, name: str) -> Path:
+    if not adapter.is_dir():
+        raise ValueError(f"{adapter}: {_missing(adapter)}: give the folder of an adapter, which has {CONFIG_NAME}")
+    if not (adapter / name).is_file():
+        raise ValueError(f"{adapter}: has no {name}: give the folder of an adapter, which has one")
+    return adapter / name
+
+
+def _missing(path: Path) -> str:
+    return "a folder" if path.is_dir() else "a file" if path.exists() else "does not exist"
+
+
+def _not_tensors(error: Exception) -> str:
+    """Return why a file was not read. Torch's message advises to run code from the file, which nobody should do."""
+    text = str(error).strip()
+    if found := re.search(r"Unsupported \w+: ?(?:GLOBAL )?([\w.]+)", text):
+        return f"it holds {found[1]}"
+    return "it holds other objects" if "weights_only" in text else (text or type(error).__name__).splitlines()[0]
+
+
 def empty_model(base: str) -> PreTrainedModel:
     """Return the base model on the meta device, from its config alone: modules and shapes without weights."""
+    try:
+        config = AutoConfig.from_pretrained(base, local_files_only=not _reached(base))
+    except (OSError, ValueError):
+        raise ValueError(
+            f"base model {base}: neither a folder with a config.json nor a hub id whose config can be loaded"
+        ) from None
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, local_files_only=not _reached(base)))
+        return AutoModelForCausalLM.from_config(config)
 
 
 def _as_float32(blocks: Tensor, where: str) -> Tensor:

@@ -93,12 +93,10 @@ A PEFT adapter of type {config.peft_type}, trained with DiaBlo ({PAPER}): {liste
 
 
 def hub_id(base: str | None) -> str | None:
-    """Return the base model's id on the hub; None for a folder, whose path says nothing to others."""
-    return (
-        base
-        if base and base.count("/") <= 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
-        else None
-    )
+    """Return the base model's id on the hub; None for a folder or a file, whose path says nothing to others."""
+    if not base or base.count("/") > 1 or base.startswith((".", "/", "~")) or base.endswith(".gguf"):
+        return None
+    return None if Path(base).exists() else base
 
 
 def _is_public(tag: str) -> bool:

@@ -20,11 +20,11 @@ import torch
 from huggingface_hub.constants import REPOCARD_NAME
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from diablo.authors import OURS, PREFIX, empty_model
+from diablo.authors import OURS, PREFIX, check_new, empty_model, read_config, read_tensors
+from diablo.blocks.config import DIABLO, DiabloConfig
 from diablo.blocks.layer import layer_sides
 from diablo.blocks.positions import Positions, delta_weight
 from diablo.blocks.products import covered
@@ -71,24 +71,22 @@ def to_lora(
 
     Args:
         rank: largest rank of a layer; None keeps every nonzero singular value, which is exact up to `dtype`.
-        base: hub id or folder of the base model, where the adapter does not name it. Only its config is read, and only
-            for blocks that do not tell the sides of their layers: uneven ones and those off the diagonal.
+        base: hub id or folder of the base model, of which only the config is read; the blocks must fit it. Blocks that
+            do not tell the sides of their layers, uneven ones and those off the diagonal, need it where the adapter
+            does not name it.
 
     Raises:
         ValueError: the folder has no adapter of blocks, its base is needed and missing, or a value is not finite.
     """
     if rank is not None and rank < 1:
         raise ValueError(f"rank={rank} must be at least 1")
-    if out.exists():
-        raise ValueError(f"{out} already exists: name a new folder")
-    config = _config(adapter)
-    try:
-        tensors = load_file(adapter / SAFETENSORS_WEIGHTS_NAME)
-    except SafetensorError as error:
-        raise ValueError(f"{adapter}: {SAFETENSORS_WEIGHTS_NAME} is not a complete file ({error})") from None
+    check_new(out)
+    config, tensors = read_config(adapter), read_tensors(adapter)
     names = [key.removeprefix(PREFIX).removesuffix(OURS) for key in tensors if key.endswith(OURS)]
     if not names:
         raise ValueError(f"{adapter}: an adapter of type {config['peft_type']} without blocks: nothing to convert")
+    for name in names:
+        _check_blocks(adapter, config, name, tensors)
     sides = _sides(adapter, config, tensors, names, base)
     converted: dict[str, Tensor] = {}
     made: dict[str, Factors] = {}
@@ -181,30 +179,55 @@ def _relative(error: float, norm: float) -> float:
     return math.sqrt(error / norm) if norm else 0.0
 
 
-def _config(adapter: Path) -> dict[str, Any]:
-    """Return the adapter's config as it is in the file: whether its type is registered does not matter here."""
-    try:
-        config = json.loads((adapter / CONFIG_NAME).read_text(encoding="utf-8"))
-        return config if config["peft_type"] else {}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{adapter / CONFIG_NAME}: not the config of a PEFT adapter") from None
+def _check_blocks(adapter: Path, config: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> None:
+    """Raise a ValueError if a layer's tensors do not have the shapes that the adapter's config says."""
+    key = f"{PREFIX}{name}"
+    blocks, index = tensors[f"{key}{OURS}"], [tensors.get(f"{key}{part}") for part in (INPUTS, OUTPUTS)]
+    where, shape = f"{adapter}: {name}: blocks of shape {tuple(blocks.shape)}", tuple(blocks.shape)
+    if blocks.ndim != 3 or not blocks.is_floating_point():
+        raise ValueError(f"{where} and {blocks.dtype}: they must be three-dimensional floating-point numbers")
+    given = [None if part is None else tuple(part.shape) for part in index]
+    if given not in ([None, None], [shape[:2], shape[::2]]):
+        raise ValueError(f"{where} with positions of shapes {given[0]} and {given[1]}: they do not belong together")
+    if config["peft_type"] == DIABLO and not config.get("allow_uneven"):
+        try:
+            asked = DiabloConfig(num_blocks=config.get("num_blocks", len(blocks))).blocks_of(name)
+        except ValueError as error:
+            raise ValueError(f"{adapter / CONFIG_NAME}: {name}: {error}") from None
+        if asked != len(blocks):
+            raise ValueError(f"{where}: {CONFIG_NAME} says num_blocks={asked}: they are not of one adapter")
+    if config["peft_type"] == "SMT" and set(shape[1:]) != {config.get("block_size")}:
+        raise ValueError(f"{where}: {CONFIG_NAME} says block_size={config.get('block_size')}: not of one adapter")
+
+
+def _check_sides(adapter: Path, name: str, shape: torch.Size, sides: tuple[int, int], base: str) -> None:
+    n, d_in, d_out = shape
+    if (n * d_in, n * d_out) != sides:
+        raise ValueError(
+            f"{adapter}: {name}: {n} blocks of {d_in} × {d_out} do not cover the layer {sides[0]} × {sides[1]} of "
+            f"{base}: it is not the base model it was trained on"
+        )
 
 
 def _sides(
     adapter: Path, config: dict[str, Any], tensors: dict[str, Tensor], names: list[str], base: str | None
 ) -> dict[str, tuple[int, int]]:
     """Return each layer's number of inputs and outputs, from its blocks or else from the base model's config."""
-    if not config.get("allow_uneven") and not any(key.endswith(INPUTS) for key in tensors):
-        shapes = {name: tensors[f"{PREFIX}{name}{OURS}"].shape for name in names}
+    whole = not config.get("allow_uneven") and not any(key.endswith(INPUTS) for key in tensors)
+    shapes = {name: tensors[f"{PREFIX}{name}{OURS}"].shape for name in names}
+    if whole and base is None:
         return {name: (n * d_in, n * d_out) for name, (n, d_in, d_out) in shapes.items()}
     base = base or config.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{adapter}: the blocks do not tell the sides of their layers: name the base model (--base)")
     model = empty_model(base)
     try:
-        return {name: layer_sides(model.get_submodule(name)) for name in names}
+        sides = {name: layer_sides(model.get_submodule(name)) for name in names}
     except AttributeError as error:
         raise ValueError(f"{adapter}: {base} is not the base model it was trained on: {error}") from None
+    for name in names if whole else ():
+        _check_sides(adapter, name, shapes[name], sides[name], base)
+    return sides
 
 
 def _lora_config(config: dict[str, Any], ranks: dict[str, int]) -> LoraConfig:

@@ -110,6 +110,11 @@ class _Check:
         alone = {targets: targets} if isinstance(targets, str) else {name: {name} for name in sorted(targets)}
         for target, only in alone.items():
             if not self._wanted(target_modules=only, layers_to_transform=None):
+                if isinstance(targets, str) and any(_ends_with(name, targets) for name in self.names):
+                    raise ValueError(
+                        f"target_modules={targets!r} is an expression for whole names and matches none of {self.kind}: "
+                        f"give the list [{targets!r}]"
+                    )
                 hint, experts = _hint(target, self.weights), f" ({self._experts_are()})" if self.experts else ""
                 raise ValueError(f"target_modules: {target} matches no module of {self.kind}: {hint}{experts}")
         indices: Any = getattr(self.config, "layers_to_transform", None)

@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from statistics import median
 
+LARGE = 0.1  # relative error above which the command says so
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -25,6 +27,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, help="largest rank of a layer; default: as large as exactness needs")
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the factors; default: %(default)s")
     parser.add_argument("--base", help="hub id or folder of the base model; default: the one that the adapter names")
+    parser.add_argument("--layers", action="store_true", help="print the rank and the error of every layer")
     options = parser.parse_args()
     import torch  # after the arguments: it takes seconds
 
@@ -33,12 +36,23 @@ def main() -> None:
     try:
         done = to_lora(options.adapter, options.out, options.rank, getattr(torch, options.dtype), options.base)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        from diablo.authors import one_line
+
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
-    width = max(map(len, done.ranks))
-    for name, rank in done.ranks.items():
-        print(f"{name:{width}}  rank {rank:4d}  error {done.errors[name]:.2e}")
-    print(f"{options.out}: LoRA of rank {max(done.ranks.values())}, error {done.error:.2e} over all layers")
+    if options.layers:
+        width = max(map(len, done.ranks))
+        for name, rank in done.ranks.items():
+            print(f"{name:{width}}  rank {rank:4d}  error {done.errors[name]:.2e}")
+    ranks, errors = sorted(set(done.ranks.values())), done.errors
+    worst = max(errors, key=lambda name: errors[name])
+    print(f"layers: {len(errors)}, of rank {ranks[0]}{f' to {ranks[-1]}' if len(ranks) > 1 else ''}")
+    print(f"error of a layer: median {median(errors.values()):.2e}, greatest {errors[worst]:.2e} ({worst})")
+    print(f"{options.out}: LoRA of rank {ranks[-1]}, error {done.error:.2e} over all layers")
+    if done.error > LARGE:
+        print(
+            f"the LoRA lacks much of the adapter's update, {done.error:.0%} of its norm: give a larger --rank, or none"
+        )
 
 
 if __name__ == "__main__":

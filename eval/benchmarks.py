@@ -14,7 +14,7 @@ from typing import Any
 
 from eval.scoring import Rules, check_rules
 from eval.text import text_rows
-from experiments.config import Data, Evaluation, RunConfig
+from experiments.config import Data, RunConfig
 from experiments.errors import UserError
 from experiments.runs import evaluations
 
@@ -66,14 +66,9 @@ def rows_of(config: RunConfig, benchmark: Benchmark) -> list[Row]:
 
 def planned(config: RunConfig) -> list[tuple[Benchmark, Config]]:
     """Return the benchmarks in a run's config with the settings of each, all checked."""
-    evaluation = config.evaluation
-    if not evaluation.benchmarks:
-        raise UserError(f"{config.run_id}: no benchmark is set: set some with evaluation.benchmarks=[…]")
+    evaluations.check_benchmarks(config.evaluation)
     found: list[tuple[Benchmark, Config]] = []
-    names = [evaluations.name_of(name) for name in evaluation.benchmarks]
-    for name in evaluation.benchmarks:
-        if names.count(evaluations.name_of(name)) > 1:
-            raise UserError(f"evaluation.benchmarks: two are called {evaluations.name_of(name)}: name it once")
+    for name in config.evaluation.benchmarks:
         benchmark = read_benchmark(name)
         if benchmark.kind == evaluations.LIKELIHOOD:
             settings = evaluations.likelihood_settings(config, name)
@@ -94,26 +89,5 @@ def settings_of(config: RunConfig, benchmark: Benchmark) -> Config:
             f"protocol {config.evaluation.protocol} reads completions with a chat model: set it with "
             f"evaluation.judge.model=…"
         )
-    _check_generation(settings["asked"]["generation"], config.evaluation)
+    evaluations.check_generation(settings["asked"]["generation"], config.evaluation)
     return settings
-
-
-def _check_generation(generation: Config, evaluation: Evaluation) -> None:
-    samples, beams = generation["samples"], generation["num_beams"]
-    if samples > 1 and beams > 1:
-        raise UserError(f"evaluation.generation: {samples} samples and {beams} beams: choose one of the two")
-    if samples > 1 and not generation["temperature"]:
-        raise UserError("evaluation.generation.samples is more than one: give a temperature to sample with")
-    for key in ("temperature", "top_p", "top_k"):
-        if samples == 1 and generation[key] is not None:
-            raise UserError(
-                f"evaluation.generation.{key}={generation[key]}: one sample is decoded greedily, not sampled: give "
-                f"evaluation.generation.samples of two or more, or {key}=null"
-            )
-    if evaluation.backend == "vllm" and beams > 1:
-        raise UserError(
-            f"evaluation.generation.num_beams={beams}: vLLM's beam search is not transformers', so its scores would "
-            f"not be this protocol's: use evaluation.backend=hf, or a protocol without beams such as metamath"
-        )
-    if evaluation.backend == "vllm" and not evaluation.merge:
-        raise UserError("evaluation.merge=false: vLLM serves the exported merged model: use evaluation.backend=hf")

@@ -84,11 +84,11 @@ def generate(
 
     `about_model` goes into the first line: dtype, identity, number of cut prompts, environment.
     """
-    from tqdm import tqdm
+    from diablo.progress import Bar
 
     size, order = plan["chunk_rows"], plan["order"]
     chunks = [order[start : start + size] for start in range(0, len(order), size)]
-    with tqdm(total=len(order), desc=benchmark.name, unit="row", leave=False, disable=not progress) as bar:
+    with Bar(total=len(order), desc=benchmark.name, unit="row", leave=False, disable=not progress) as bar:
         for number, indices in enumerate(chunks):
             path = paths.chunks / f"{number:05}.jsonl"
             heartbeat.at(number, len(chunks))

@@ -87,8 +87,8 @@ def score_examples(
 ) -> torch.Tensor:
     """Return `Targets.row_scores` of all examples, in order, on the CPU. Rows of similar length share a batch."""
     import torch
-    from tqdm import tqdm
 
+    from diablo.progress import Bar
     from experiments.data.prompts import collate
     from experiments.train.loss import TargetForward
 
@@ -96,7 +96,7 @@ def score_examples(
     order = torch.from_numpy(examples.lengths.argsort(kind="stable")[::-1].copy())  # largest memory need first
     batches = torch.split(order, batch_size)
     found: list[torch.Tensor] = []
-    with torch.no_grad(), tqdm(total=len(order), desc=title, unit="row", leave=False, disable=not title) as bar:
+    with torch.no_grad(), Bar(total=len(order), desc=title, unit="row", leave=False, disable=not title) as bar:
         forward = TargetForward(model)
         for number, part in enumerate(batches):
             if heartbeat is not None:

@@ -6,6 +6,7 @@ python -m examples.quantized_base --model MODEL --base bitsandbytes     # after:
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ def main() -> None:
         "--group-size", type=int, default=64, help="weights that share a scale, for packed; default: %(default)s"
     )
     parser.set_defaults(rows=80)
-    options = parser.parse_args()
+    options = rows.parse(parser)
+    if options.base == "bitsandbytes" and importlib.util.find_spec("bitsandbytes") is None:
+        parser.error("--base bitsandbytes: not installed: pip install bitsandbytes")
     folder = options.out / "base"
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     train, held_out = (tokenized(tokenizer, texts) for texts in rows.load(options.data, options.rows))
@@ -70,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    rows.run(main)

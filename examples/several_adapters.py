@@ -19,7 +19,7 @@ from examples.trainer import padded, tokenized
 def main() -> None:
     parser = rows.parser(__doc__, "example_adapters")
     parser.set_defaults(rows=80)
-    options = parser.parse_args()
+    options = rows.parse(parser)
     tokenizer: Any = AutoTokenizer.from_pretrained(options.model, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     train, held_out = rows.load(options.data, options.rows)
@@ -70,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    rows.run(main)

@@ -52,7 +52,7 @@ def padded(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 def main() -> None:
     parser = rows.parser(__doc__, "example_trainer")
     parser.set_defaults(model=None)
-    options = parser.parse_args()
+    options = rows.parse(parser)
     tokenizer = None
     if options.model is None:
         defaults = {name: parser.get_default(name) for name in ("data", "rows", "num_blocks", "learning_rate")}
@@ -98,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    rows.run(main)

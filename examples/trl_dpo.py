@@ -24,7 +24,7 @@ def preference(row: dict[str, str], number: int) -> dict[str, str]:
 def main() -> None:
     parser = rows.parser(__doc__, "example_dpo")
     parser.set_defaults(rows=48, learning_rate=1e-3)
-    options = parser.parse_args()
+    options = rows.parse(parser)
     train, held_out = (
         Dataset.from_list([preference(row, number) for number, row in enumerate(texts)])
         for texts in rows.load(options.data, options.rows)
@@ -57,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    rows.run(main)

@@ -14,7 +14,7 @@ from examples import rows
 
 
 def main() -> None:
-    options = rows.parser(__doc__, "example_sft").parse_args()
+    options = rows.parse(rows.parser(__doc__, "example_sft"))
     train, held_out = (Dataset.from_list(texts) for texts in rows.load(options.data, options.rows))
     trainer = SFTTrainer(
         options.model,
@@ -41,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    rows.run(main)

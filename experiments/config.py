@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from experiments.rules import Rule
+from experiments.rules import FLAG, Rule
 
 Count = Annotated[int, Rule("whole", 1)]
 Seed = Annotated[int, Rule("whole", 0, 2**32 - 1)]
@@ -33,6 +33,17 @@ OPTIMIZERS = (  # transformers' names
     *("apollo_adamw_layerwise", "stable_adamw"),
 )
 Optimizer = Annotated[str, Rule("word", words=OPTIMIZERS)]
+PARSERS = (  # of eval/scoring.py
+    *("hash_marks", "final_answer", "last_number", "metamath_number", "metamath_expression", "diablo_expression"),
+    *("final_answer_expression", "first_option", "option_after_phrase", "exact_after_phrase", "first_letter"),
+    *("refusal_keywords", "judged"),
+)
+EQUALITIES = (  # likewise
+    *("same_text", "same_number", "near_number", "metamath_integer", "milora_number", "hendrycks", "metamath"),
+    *("diablo", "milora", "milora_with_self_comparison"),
+)
+Parser = Annotated[str, Rule("word", words=PARSERS)]
+Equality = Annotated[str, Rule("word", words=EQUALITIES)]
 
 
 @dataclass(frozen=True)
@@ -286,9 +297,9 @@ class Evaluation:
     generation: Generation
     searched: Searched | Mapping[str, Searched]
     """The text that is read: the completion, prompt and completion, or their part after a response mark."""
-    parser: Name | Mapping[str, Name]
+    parser: Parser | Mapping[str, Parser]
     """A function of eval/parsers.py for each kind of answer."""
-    equality: Name | Mapping[str, Name]
+    equality: Equality | Mapping[str, Equality]
     """A function of eval/equality.py for each kind of answer."""
     full_batches_of: PerKind | None
     """Score only as many rows as fill batches of this size."""
@@ -357,7 +368,8 @@ class RunConfig:
         return None
 
 
-# Fields of the open mappings, by dotted name: of PEFT's config classes, of `prepare` and of `quantization.options`.
+# Fields of the open mappings, by dotted name: of transformers' and PEFT's config classes, of `prepare` and of
+# `quantization.options`.
 PATTERNS = (
     *("diagonal", "random_block", "permuted_block", "shuffled_diagonal"),
     *("random_row", "random_column", "random_entry", "banded"),
@@ -365,7 +377,28 @@ PATTERNS = (
 COUNT, SHARE, DROPOUT = Rule("whole", 1), Rule("number", 0, 1), Rule("number", 0, 1, below=True)
 ALPHA = Rule("number", 0, above=True)
 OPEN = {
+    "model.architecture.model_type": Rule("text"),
+    "model.architecture.vocab_size": COUNT,
+    "model.architecture.hidden_size": COUNT,
+    "model.architecture.intermediate_size": replace(COUNT, many="or list"),
+    "model.architecture.num_hidden_layers": COUNT,
+    "model.architecture.num_attention_heads": COUNT,
+    "model.architecture.num_key_value_heads": replace(COUNT, null=True),
+    "model.architecture.head_dim": replace(COUNT, null=True),
+    "model.architecture.max_position_embeddings": COUNT,
+    "model.architecture.tie_word_embeddings": FLAG,
     "method.adapter.target_modules": Rule("text", many="or list", null=True),
+    "method.adapter.exclude_modules": Rule("text", many="or list", null=True),
+    "method.adapter.modules_to_save": Rule("text", many="list", null=True),
+    "method.adapter.layers_to_transform": Rule("whole", 0, many="or list", null=True),
+    "method.adapter.layers_pattern": Rule("text", many="or list", null=True),
+    "method.adapter.task_type": Rule("word", words=("CAUSAL_LM",)),
+    "method.adapter.allow_uneven": FLAG,
+    "method.adapter.bias": Rule("word", words=("none", "all", "lora_only")),
+    "method.adapter.use_dora": FLAG,
+    "method.adapter.use_rslora": FLAG,
+    "method.adapter.rank_pattern": replace(COUNT, many="map"),
+    "method.adapter.alpha_pattern": replace(ALPHA, many="map"),
     "method.adapter.num_blocks": Rule("whole", 1, words=("auto",), mapped=True),
     "method.adapter.mode": Rule("word", words=("auto", "adapter", "in_place")),
     "method.adapter.dropout": DROPOUT,

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 LONGEST = 500  # characters kept of another program's line
+MOST_NAMES = 100  # that a hint lists
 
 
 class UserError(Exception):
@@ -36,10 +37,14 @@ class Preempted(BaseException):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return a hint for a misspelt name: the nearest known names, or all of them if none is near."""
+    """Return a hint for a misspelt name: the nearest known names; if none is near, all of them, or their number."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return (
+        f"known: {', '.join(names)}" if len(names) <= MOST_NAMES else f"none of the {len(names)} known ones is similar"
+    )
 
 
 def shortened(lines: Sequence[str]) -> str:

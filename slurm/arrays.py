@@ -18,6 +18,7 @@ from typing import Any
 
 from experiments.config import RunConfig
 from experiments.errors import UserError
+from experiments.runs.sizes import counted
 from slurm.cluster import Cluster, Resources, sbatch_lines
 from slurm.manifest import Manifest, submissions, write_manifest
 from slurm.queue import slurm
@@ -51,9 +52,10 @@ class Array:
         return self.resources.gpu_hours * len(self.tasks)
 
     def __str__(self) -> str:
+        runs, tasks = counted(sum(map(len, self.tasks)), "run"), counted(len(self.tasks), "task")
         return (
-            f"{' and '.join(self.stages)} of {sum(map(len, self.tasks))} runs in {len(self.tasks)} tasks"
-            f"{f', {self.parallel} at a time' if self.parallel else ''}; each {self.resources.gpus} GPUs"
+            f"{' and '.join(self.stages)} of {runs} in {tasks}"
+            f"{f', {self.parallel} at a time' if self.parallel else ''}; each {counted(self.resources.gpus, 'GPU')}"
             f"{', which share the model,' if self.resources.sharding == 'full' else ''} for at most "
             f"{self.resources.time}, together at most {self.gpu_hours:,.1f} GPU-hours"
         )

@@ -21,6 +21,7 @@ from typing import Any
 from experiments.errors import UserError, nearest, run_command
 from experiments.rules import Value
 from experiments.runs.records import RunPaths
+from experiments.runs.sizes import counted
 from slurm.manifest import all_manifests, is_finished
 from slurm.queue import Task, queued_if_known
 
@@ -190,7 +191,9 @@ def last_line(log: Path) -> str:
 def table(states: list[State]) -> str:
     """Return the counts, then a line per run."""
     counts = Counter(state.state for state in states)
-    lines = [f"{len(states)} runs: " + ", ".join(f"{counts[word]} {word}" for word in STATES if counts[word])]
+    lines = [
+        f"{counted(len(states), 'run')}: " + ", ".join(f"{counts[word]} {word}" for word in STATES if counts[word])
+    ]
     width = max(len(state.name) for state in states)
     room = max(40, shutil.get_terminal_size((160, 24)).columns - width - 40)
     for state in states:

@@ -34,6 +34,7 @@ from experiments.plan.selection import EVERYTHING, Selected, Selection, add_opti
 from experiments.runs.config_files import group_hash, read_config
 from experiments.runs.differences import differing
 from experiments.runs.records import RunPaths
+from experiments.runs.sizes import counted
 from experiments.settings import with_values
 from slurm.arrays import Array, Options, arrays, submit_array
 from slurm.cluster import Cluster, Resources, read_cluster, sbatch_lines
@@ -68,7 +69,7 @@ def submit(
         refused = show(todo, found.following(), cluster, options, selection)
         _say_what_comes(found, selected)
         if refused:
-            raise UserError(f"{refused} settings cannot be submitted, for the reasons above")
+            raise UserError(f"{counted(refused, 'setting')} cannot be submitted, for the reasons above")
         return []
     slurm("sbatch", "--version")  # fails before anything is written
     with _submitter_lock(runs_dir):
@@ -194,7 +195,7 @@ def show(
     more = [config for config in following if group_hash(config.mapping) not in refused]
     then = f"; with the {len(more)} that follow {hours([*configs, *more])} GPU-hours" if more else ""
     if configs:
-        print(f"{len(configs)} runs: {hours(configs)} GPU-hours{then}")
+        print(f"{counted(len(configs), 'run')}: {hours(configs)} GPU-hours{then}")
     for reason in refused.values():
         print(f"cannot be submitted: {reason}")
     return len(refused)
@@ -263,7 +264,10 @@ def _missing(
     counts = Counter(kinds.values())
     order = ("new", "to resume", "to resume after a failure", "already queued", "finished")
     short = title if len(title) <= 80 else f"{title[:79]}…"
-    print(f"{short}: {len(wanted)} runs: {', '.join(f'{counts[k]} {k}' for k in order if counts[k])}", flush=True)
+    print(
+        f"{short}: {counted(len(wanted), 'run')}: {', '.join(f'{counts[k]} {k}' for k in order if counts[k])}",
+        flush=True,
+    )
     chosen = order[2:3] if options.only_failed else order[:3]
     return [(config, scored) for config, scored in wanted if kinds[config.run_id] in chosen]
 

@@ -161,27 +161,26 @@ def registries(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(mapping, name)
 
 
-def execute(page: Path, folder: Path, load: Callable[[], Any]) -> dict[str, Any]:
-    """Execute the page's Python blocks one after the other, each with a fresh `base` and a DiaBlo `model` on it."""
-    from peft import get_peft_model
-
-    from diablo import DiabloConfig
-
+def execute(page: Path, folder: Path) -> None:
+    """Execute the page's Python blocks one after the other; on the page of the method each alone, behind the first."""
     names: dict[str, Any] = {"__name__": "__main__"}
-    for number, (_, text) in enumerate(block for block in blocks("python") if block[0] == page):
-        names["base"] = load()
-        names.setdefault("model", get_peft_model(load(), DiabloConfig(num_blocks=16, target_modules=["q_proj"])))
-        names["tokens"] = torch.randint(60, (2000,))
-        exec(compile(text.replace(HUB_ID, str(folder)), f"{page.name}, block {number + 1}", "exec"), names)
-    return names
+    texts = [text.replace(HUB_ID, str(folder)) for other, text in blocks("python") if other == page]
+    for number, text in enumerate(texts):
+        if page.name == "method.md":
+            names = {"__name__": "__main__"}
+            text = text if number == 0 else f"{texts[0]}\n{text}"
+        exec(compile(text, f"{page.name}, block {number + 1}", "exec"), names)
 
 
 def small_llama(folder: Path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from experiments.models.tiny import make_tokenizer
+
     torch.manual_seed(0)
+    make_tokenizer(720, 0).save_pretrained(folder)
     config = LlamaConfig(
-        vocab_size=64,
+        vocab_size=720,
         hidden_size=512,
         intermediate_size=1024,
         num_hidden_layers=2,
@@ -195,11 +194,9 @@ def small_llama(folder: Path) -> Path:
 @pytest.mark.usefixtures("registries")
 @pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import AutoModelForCausalLM
-
     folder = small_llama(tmp_path / "llama")
     monkeypatch.chdir(tmp_path)
-    assert execute(page, folder, lambda: AutoModelForCausalLM.from_pretrained(folder))
+    execute(page, folder)
 
 
 @pytest.mark.real
@@ -208,10 +205,8 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
 def test_python_blocks_run_on_real_weights(
     page: Path, smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers import AutoModelForCausalLM
-
     monkeypatch.chdir(tmp_path)
-    assert execute(page, smollm2, lambda: AutoModelForCausalLM.from_pretrained(smollm2))
+    execute(page, smollm2)
 
 
 # ------------------------------------------------------------------------------------------------ pages
@@ -220,6 +215,14 @@ def test_python_blocks_run_on_real_weights(
 @pytest.mark.parametrize(("path", "text"), [pytest.param(*page, id=page[0].name) for page in GENERATED()])
 def test_generated_pages_are_current(path: Path, text: Callable[[], str]) -> None:
     assert path.read_text(encoding="utf-8") == text(), "run `python docs/pages.py`"
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_an_included_file_is_also_linked(page: Path) -> None:
+    """A code host shows no include: the link beside it is what a reader there has."""
+    text = page.read_text(encoding="utf-8")
+    for included in re.findall(r"^```\{include\} (\S+)$", text, re.MULTILINE):
+        assert re.search(rf"\]\({re.escape(included)}[)#]", text), included
 
 
 def test_the_page_for_installing_names_the_required_versions() -> None:

@@ -15,6 +15,7 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from examples import rows
 from experiments import ROOT
 from experiments.models.full_precision import base_path
 from experiments.plan.compose import plan
@@ -35,7 +36,7 @@ def run(name: str, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Run a script in this process, where imports cost nothing, and return what it printed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *arguments])
-        importlib.import_module(f"examples.{name}").main()
+        rows.run(importlib.import_module(f"examples.{name}").main)
     return capsys.readouterr().out
 
 
@@ -80,13 +81,51 @@ def test_a_script_trains_the_tiny_model_and_saves_an_adapter(
 
 def test_a_script_takes_rows_of_ones_own(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "rows.jsonl"
-    rows = [{"prompt": f"{number}+1=", "completion": str(number + 1)} for number in range(24)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    sums = [{"prompt": f"{number}+1=", "completion": str(number + 1)} for number in range(24)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in sums), encoding="utf-8")
     arguments = ("--model", str(tiny), "--out", str(tmp_path / "out"), *SMALL_RUN, "--data", str(file))
     assert "0+1=" in run("trainer", capsys, *arguments)  # the first row is held out, and answered at the end
-    file.write_text(json.dumps(rows[0]), encoding="utf-8")
-    with pytest.raises(SystemExit, match="1 rows: more than 16 are needed"):
+    file.write_text(json.dumps(sums[0]), encoding="utf-8")
+    with pytest.raises(SystemExit, match="more rows than its 1 are needed: 16 are held out"):
         run("trainer", capsys, *arguments)
+
+
+MISTAKES = [
+    (
+        ["--model", "no/such"],
+        "error: --model no/such: neither a folder with a config.json nor a hub id that can be loaded",
+    ),
+    (["--model", "TINY", "--data", "nosuch.jsonl"], "error: --data nosuch.jsonl: no such file"),
+    (["--model", "TINY", "--data", "README.md"], "error: README.md, line 1: not of the form "),
+    (["--model", "TINY", "--num-blocks", "0"], "error: --rows 160 --num-blocks 0: both must be at least 1"),
+    (["--model", "TINY", "--num-blocks", "7"], "num_blocks=7 does not divide in_features=96 and out_features=96"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+@pytest.mark.parametrize("name", ["trainer", "trl_sft"])  # one makes the adapter itself, trl the other's
+def test_a_mistake_is_one_line(
+    name: str,
+    arguments: list[str],
+    message: str,
+    tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    given = [str(tiny) if argument == "TINY" else argument for argument in arguments]
+    with pytest.raises(SystemExit) as stop:
+        run(name, capsys, "--out", str(tmp_path), *given)
+    said = capsys.readouterr().err if stop.value.code == 2 else str(stop.value.code)  # 2: argparse's
+    assert message in said.splitlines()[-1]
+
+
+def test_sizes_of_a_quantised_base_that_do_not_divide_are_one_line(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match=r"^error: .*group_size"):
+        run("quantized_base", capsys, "--model", str(tiny), "--out", str(tmp_path), "--group-size", "64")
 
 
 def test_bitsandbytes_is_a_base_too(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

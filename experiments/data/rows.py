@@ -23,6 +23,7 @@ from experiments.data import arith, hub
 from experiments.data.sources import HUBS, SOURCES, Hub, Maker, Row, Split
 from experiments.errors import UserError, nearest
 from experiments.rules import Value
+from experiments.runs.sizes import counted
 
 
 def load_rows(data: Data, split: str, data_root: str | None) -> list[Row]:
@@ -121,7 +122,7 @@ def read_split(name: str, split: str, path: Path) -> list[Row]:
 def _whole(name: str, split: str, rows: list[Row], place: Path | str) -> list[Row]:
     if len(rows) not in (counts := SOURCES[name][split].rows):
         expected = " or ".join(f"{count:,}" for count in counts)
-        raise UserError(f"{name} {split}: {len(rows):,} rows, there must be {expected}: {place} is incomplete")
+        raise UserError(f"{name} {split}: {counted(len(rows), 'row')}, there must be {expected}: {place} is incomplete")
     return rows
 
 

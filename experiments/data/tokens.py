@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, cast
 import pyarrow  # pyright: ignore[reportMissingTypeStubs]
 from pyarrow import compute  # pyright: ignore[reportMissingTypeStubs]
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from experiments.config import Protocol
 from experiments.data import prompts
@@ -125,7 +124,9 @@ def _make(protocol: Protocol, tokenizer: PreTrainedTokenizerBase, rows: Sequence
 
 def _write(protocol: Protocol, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], path: Path) -> None:
     """Write record batches one by one, so that only a few rows' tokens are in memory."""
-    bar = tqdm(total=len(rows), desc="tokenising", unit="row", leave=False, mininterval=1.0, delay=2)
+    from diablo.progress import Bar  # with torch, which reading tokens does not need
+
+    bar = Bar(total=len(rows), desc="tokenising", unit="row", leave=False, mininterval=1.0, delay=2)
     with bar, pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
         for start in range(0, len(rows), BATCH):
             examples = prompts.encode(protocol, tokenizer, rows[start : start + BATCH])

@@ -3,18 +3,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from experiments.config import Model, RunConfig
-from experiments.errors import UserError
+from experiments.errors import UserError, nearest
 from experiments.settings import with_values
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
+
+# Fields that the configs of these models have; a misspelt one is none of them.
+USUAL_TYPES = {"llama", "mistral", "qwen2", "qwen3", "gemma3_text"}
+USUAL = {
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -48,25 +57,77 @@ def with_dtype(config: RunConfig, device: str) -> RunConfig:
     return with_values(config, {"model.dtype": name})
 
 
+def check_architecture(architecture: Mapping[str, Any]) -> None:
+    """Raise a UserError if a `model.architecture` section is not one, as far as this is quickly known.
+
+    Importing transformers takes seconds, so the usual fields of the usual models are not looked up here;
+    `build_config` looks up all.
+    """
+    if not architecture.get("model_type"):
+        raise UserError("model.architecture.model_type is missing: name transformers' model type, e.g. llama")
+    if architecture["model_type"] not in USUAL_TYPES or set(architecture) - USUAL:
+        _check_fields(architecture)
+    heads, groups = architecture.get("num_attention_heads"), architecture.get("num_key_value_heads")
+    if not isinstance(heads, int):  # also n_head and the like
+        return
+    if groups and heads % groups:
+        raise UserError(
+            f"model.architecture.num_key_value_heads={groups}: it does not divide num_attention_heads={heads}"
+        )
+    hidden = architecture.get("hidden_size")
+    if isinstance(hidden, int) and hidden % heads and not architecture.get("head_dim"):
+        raise UserError(
+            f"model.architecture.num_attention_heads={heads}: it does not divide hidden_size={hidden}: give a divisor, "
+            f"or head_dim if the model has one of its own"
+        )
+
+
+def _check_fields(architecture: Mapping[str, Any]) -> None:
+    """Refuse fields that the transformers config class of this `model_type` does not have: it takes any keyword."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    name = architecture["model_type"]
+    if name not in CONFIG_MAPPING:
+        raise UserError(
+            f"model.architecture.model_type={name}: no model type of transformers: {nearest(name, CONFIG_MAPPING)}"
+        )
+    kind: Any = CONFIG_MAPPING[name]
+    known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map) | {"model_type", "torch_dtype"}
+    if "rope_parameters" in known:
+        known |= {"rope_theta", "rope_scaling", "partial_rotary_factor"}  # their names in older files, still read
+    for key in architecture:
+        if key not in known:
+            raise UserError(f"model.architecture.{key}: {kind.__name__} has no such field: {nearest(key, known)}")
+
+
 def build_config(architecture: Mapping[str, Any]) -> PretrainedConfig:
     """Return transformers' config for a `model.architecture` section."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    check_architecture(architecture)
+    _check_fields(architecture)
     settings = dict(architecture)
     try:
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
-    except (ValueError, KeyError, StrictDataclassError) as error:
-        raise UserError(f"model.architecture: {error}") from None
+    except (ValueError, TypeError, KeyError, ZeroDivisionError, StrictDataclassError) as error:
+        raise UserError(f"model.architecture: {' '.join(str(error).split())}") from None
 
 
 def empty_base(architecture: Mapping[str, Any]) -> PreTrainedModel:
     """Return the model's structure on the meta device: shapes and names, no weights."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    config = build_config(architecture)
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(
+            f"model.architecture.model_type={config.model_type}: transformers has no causal language model of this "
+            f"type: only those can be trained"
+        )
     with torch.device("meta"):
-        return cast("PreTrainedModel", AutoModelForCausalLM.from_config(build_config(architecture)))
+        return cast("PreTrainedModel", AutoModelForCausalLM.from_config(config))
 
 
 def context_length(config: PretrainedConfig) -> int:

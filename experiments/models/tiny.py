@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from diablo.progress import Bar
 from experiments.config import Model
 from experiments.data import arith
 from experiments.data.prompts import Example, collate
@@ -101,7 +101,7 @@ def _pretrain(model: Model, folder: Path) -> None:
             optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
         )
         documents = arith.corpus(settings.seed)
-        for _ in tqdm(range(steps), desc=f"making the base model {model.name}", unit="step", mininterval=1.0):
+        for _ in Bar(range(steps), desc=f"making the base model {model.name}", unit="step", mininterval=1.0):
             rows = [
                 [BOS, *tokenizer.encode(document, add_special_tokens=False), EOS]
                 for document in itertools.islice(documents, settings.batch_size)

@@ -23,6 +23,7 @@ from experiments.plan.experiment_files import read_experiment, split_experiment
 from experiments.runs.config_files import group_hash
 from experiments.runs.follows import check_training
 from experiments.runs.records import TrainRecord, read_record, write_atomically
+from experiments.runs.sizes import counted
 
 Config = dict[str, Any]
 RULES: dict[str, Callable[[Config], tuple[float, ...]]] = {  # keys of `held_out` -> sort key; the smallest is best
@@ -118,7 +119,8 @@ def stages_of(configs: list[RunConfig], by: str | None) -> Stages:
 
 def follow(count: int) -> str:
     """Return the line that every command prints about runs whose learning rates are not chosen yet."""
-    return f"{count} more runs follow when their learning rates are chosen"
+    follows = "follows when its learning rate is" if count == 1 else "follow when their learning rates are"
+    return f"{counted(count, 'more run')} {follows} chosen"
 
 
 def write_choices(found: Stages) -> None:

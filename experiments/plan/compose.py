@@ -24,35 +24,50 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments import CONFIGS
 from experiments.config import RunConfig
-from experiments.data.sources import SOURCES
 from experiments.errors import UserError, nearest
 from experiments.models.gguf import settle_weights
+from experiments.plan.checks import check_reference, check_together, size_label
 from experiments.plan.config_groups import FILES, check_sections, check_shape, only_to_choose
-from experiments.plan.experiment_files import expand_experiment, options
+from experiments.plan.experiment_files import (
+    GROUPS,
+    expand_experiment,
+    options,
+    split_experiment,
+    yaml_line,
+)
 from experiments.plan.overrides import by_name, by_name_resolved, checked, set_value, settle, sweep
 from experiments.plan.quantization import name_quantized
 from experiments.rules import Value
 from experiments.runs.config_files import freeze_config, run_id
-from experiments.runs.evaluations import kind_of
+from experiments.runs.evaluations import check_evaluation
 from experiments.runs.prerequisite import freeze_prerequisite
 from experiments.runs.records import RunPaths
 from experiments.settings import typed
 
-GROUPS = ("model", "method", "quantization", "task", "protocol")
 TOP = (*GROUPS, "experiment")  # what may be said beside settings
 CHOSEN_LEARNING_RATE = "${method.learning_rate.${task.name}}"  # what run.yaml says where nobody gives one
 Config = dict[str, Any]
 
 OmegaConf.register_new_resolver("times", operator.mul, replace=True)
+OmegaConf.register_new_resolver("size", size_label, replace=True)
 
 
 def plan(arguments: Sequence[str]) -> list[RunConfig]:
     """Return the configs of all runs that the arguments describe, in order, each run once."""
     runs: dict[str, RunConfig] = {}
+    name, others = split_experiment(arguments)
     for grid in expand_experiment(arguments):
-        for overrides in sweep(grid):
-            config = resolve(overrides)
-            runs.setdefault(config.run_id, config)
+        try:
+            for overrides in sweep(grid):
+                config = resolve(overrides)
+                if config.run_id not in runs:
+                    check_evaluation(config)
+                    runs[config.run_id] = config
+        except UserError as error:
+            own = " ".join(argument for argument in grid if argument not in others)
+            raise UserError(f"experiment {name}, {own}: {error}" if name and own else str(error)) from None
+    if name:
+        check_reference(name, others, runs.values())
     return list(runs.values())
 
 
@@ -156,10 +171,21 @@ def _compose(overrides: tuple[str, ...]) -> Config:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
             composed = OmegaConf.to_container(compose("run", overrides=list(overrides)), resolve=False)
     except (HydraException, yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
-        reason = str(error).partition("\nConfig search path")[0].strip() or type(error).__name__
-        raise UserError(f"the files of {' '.join(overrides)} do not fit together: {reason}") from None
+        raise UserError(f"the files of {' '.join(overrides)} do not fit together: {_reason(error)}") from None
     check_sections(cast(Config, composed))
     return cast(Config, composed)
+
+
+def _reason(error: BaseException) -> str:
+    """Return what Hydra or its YAML reader says about a config file, as one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return yaml_line(error, error.problem_mark.name)
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return f"{error.full_key}: {_wrong_reference(error)}"
+    text = " ".join(str(error).partition("\nConfig search path")[0].split())
+    if text or error.__cause__ is None:
+        return text or type(error).__name__
+    return _reason(error.__cause__)
 
 
 @lru_cache(maxsize=256)
@@ -214,16 +240,26 @@ def _resolve_references(composed: Config) -> Config:
         resolved = cast(Config, OmegaConf.to_container(OmegaConf.create(composed), resolve=True))
     except OmegaConfBaseException as error:
         check_shape(composed)  # a reference to what is missing: the file with the mistake is the better message
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot resolve {error.full_key} of method {method} on task {task}: {reason}") from None
+        raise UserError(f"{error.full_key}, of method {method} on task {task}: {_wrong_reference(error)}") from None
     check_shape(resolved)
     return resolved
 
 
+def _wrong_reference(error: OmegaConfBaseException) -> str:
+    """Return what is wrong with a reference, and how to write one."""
+    text = str(error).splitlines()[0]
+    if found := re.search(r"Interpolation key '(.*)' not found", text):
+        return f"${{{found[1]}}} refers to no setting: name one from the top, e.g. ${{task.name}}"
+    if found := re.search(r"Environment variable '(.*)' not found", text):
+        return f"the environment variable {found[1]} is not set: set it, or give a value: ${{oc.env:{found[1]},…}}"
+    if found := re.search(r"Unsupported interpolation type (\S+)", text):
+        return f"${{{found[1]}:…}} is no reference: those with a colon are times, size and oc.env"
+    return f"not a reference such as ${{task.name}} ({text})"
+
+
 def _finalize(settings: Config) -> RunConfig:
     """Drop the tables that only serve to choose a value, name the run and type its config."""
-    _check_data(settings)
-    _check_batch(settings["recipe"])
+    check_together(settings)
     settle_weights(settings["model"], Path(settings["runtime"]["cache_dir"]))
     name_quantized(settings)
     if settings["spectra"]["every"] is None:
@@ -232,29 +268,6 @@ def _finalize(settings: Config) -> RunConfig:
         for table in only_to_choose(section):
             settings[section].pop(table, None)
     return typed({"run_id": run_id(settings), **settings})
-
-
-def _check_batch(recipe: Config) -> None:
-    """Refuse a micro-batch that does not divide the batch: training would do so hours later, on a GPU."""
-    batch, micro_batch = recipe["batch_size"], recipe["micro_batch_size"]
-    if batch % micro_batch:
-        known = ", ".join(str(size) for size in range(1, batch + 1) if batch % size == 0)
-        raise UserError(
-            f"recipe.batch_size={batch} is not a multiple of recipe.micro_batch_size={micro_batch}: give one of {known}"
-        )
-
-
-def _check_data(settings: Config) -> None:
-    for benchmark in settings["evaluation"]["benchmarks"]:
-        kind_of(benchmark)  # a text's file may be on another machine
-    given = settings["task"]["data"]["source"]
-    if not given:
-        raise UserError("task.data.source=[]: no data set: give one or several of those in experiments/data/sources.py")
-    if settings["model"]["path"] is None and settings["model"]["pretraining"] is None:
-        raise UserError("model.path=null and model.pretraining=null: there are no weights: give model.path")
-    for source in [given] if isinstance(given, str) else given:
-        if source not in SOURCES and source != "arith":
-            raise UserError(f"task.data.source={source}: no such data set: {nearest(source, [*SOURCES, 'arith'])}")
 
 
 def run_paths(config: RunConfig) -> RunPaths:

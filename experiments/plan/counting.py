@@ -10,12 +10,15 @@ from experiments.config import RunConfig
 from experiments.plan.cost import Speed, gpu_hours, reasons, rows_trained_on, tokens
 from experiments.plan.memory import base_dtype
 from experiments.runs.differences import differing
+from experiments.runs.sizes import counted
+
+GROUPED = "llama3_8b"  # the paper's model with grouped-query attention
 
 
 @dataclass(frozen=True)
 class Count:
     """Parameter counts. `ungrouped` counts key and value projections as if every query head had its own, as do the
-    paper's percentages for LLaMA3; None if the model has no grouped-query attention.
+    paper's percentages for LLaMA3; None for other models.
     """
 
     trainable: int
@@ -38,8 +41,7 @@ def count(config: RunConfig) -> Count:
     )
     found = held(json.dumps(architecture), method, dtype)
     ungrouped = None
-    grouped = architecture["num_key_value_heads"] < architecture["num_attention_heads"]
-    if grouped and config.method.trains == "adapter":
+    if config.model.name == GROUPED and config.method.trains == "adapter":
         full_heads = {**architecture, "num_key_value_heads": architecture["num_attention_heads"]}
         ungrouped = held(json.dumps(full_heads), method, dtype).trained
     return Count(found.trained, found.base, ungrouped)
@@ -73,15 +75,15 @@ def print_counts(configs: Sequence[RunConfig], following: Sequence[RunConfig], s
         if len(known) == len(everything):
             sums.append(f"{_short(sum(known))} {what}")
     of = f" of all {len(everything)}" if following else ""
-    print(", ".join([f"{len(configs)} runs", *(f"{text}{of}" for text in sums)]))
+    print(", ".join([counted(len(configs), "run"), *(f"{text}{of}" for text in sums)]))
     for reason in reasons(everything, speed):
         print(f"unknown: {reason}")
     if any(config.quantization is not None for config in configs):
         print_sizes([(config, count(config).trainable) for config in configs])
     if grouped:
         print(
-            "* as the paper counts: key and value projections as if the model had no grouped-query attention. Its "
-            "percentages for LLaMA3 fit only that; ours are counted from the real shapes."
+            "* as the paper counts LLaMA3's: key and value projections as if it had no grouped-query attention. Its "
+            "percentages fit only that; ours are counted from the real shapes."
         )
 
 

@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from diablo.quantize.storage import decoder_layers
 from experiments.config import Method
-from experiments.models.shapes import empty_base
+from experiments.errors import UserError
+from experiments.models.shapes import build_config, empty_base
 from experiments.settings import section
 from experiments.train import methods
 from experiments.train.loss import LOGITS, ChunkedLoss
@@ -55,7 +56,13 @@ def held(architecture: str, method: str, dtype: str) -> Held:
     base_numbers = empty_base(json.loads(architecture)).num_parameters()
     model, base = _attached(json.loads(architecture), settings, dtype)
     tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values()
-    layers = decoder_layers(base)[1]
+    try:
+        layers = decoder_layers(base)[1]
+    except ValueError:
+        raise UserError(
+            f"model.architecture.model_type={base.config.model_type}: its decoder layers are not where Llama's are: "
+            f"its memory cannot be estimated, plan without --dry-run"
+        ) from None
     inside = sum(parameter.numel() for parameter in layers.parameters())
     adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     weights = [getattr(module.get_base_layer(), "weight", None) for module in adapted]
@@ -83,7 +90,7 @@ def pass_bytes(
     Two peaks: until the end of the last decoder layer's backward pass, and after it.
     """
     shapes, settings = json.loads(architecture), section(Method, json.loads(method))
-    depth = shapes["num_hidden_layers"]
+    depth = build_config(shapes).num_hidden_layers
     depths = DEPTHS if depth > max(DEPTHS) else (depth,)
     peaks = [_peaks(shapes, settings, dtype, autocast, rows, length, checkpointing, count) for count in depths]
     # Separately, because the later peak may be of the embedding's gradient, which does not depend on the depth.

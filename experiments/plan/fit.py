@@ -10,7 +10,7 @@ from experiments.config import RunConfig
 from experiments.errors import UserError
 from experiments.plan.choose import setting_label
 from experiments.plan.memory import Memory, estimate
-from experiments.runs.sizes import gibibytes
+from experiments.runs.sizes import counted, gibibytes
 from experiments.settings import with_values
 
 PROCESS = 600 * 2**20  # bytes of a worker beside its run: libraries, or CUDA's context and kernels
@@ -86,7 +86,7 @@ def check_divides(config: RunConfig, gpus: int) -> None:
         known = ", ".join(map(str, _counts(config, recipe.batch_size)))
         raise UserError(
             f"{setting_label(config)}: recipe.batch_size={recipe.batch_size} is not a multiple of "
-            f"recipe.micro_batch_size={recipe.micro_batch_size} × {gpus} GPUs: give "
+            f"recipe.micro_batch_size={recipe.micro_batch_size} × {counted(gpus, 'GPU')}: give "
             + (f"{known} GPUs, or " if known else "")
             + "another recipe.micro_batch_size"
         )

@@ -17,7 +17,7 @@ from experiments.plan.selection import Selection, select
 from experiments.runs.config_files import group_hash, read_config
 from experiments.runs.differences import differing
 from experiments.runs.records import TrainRecord, content_hash, read_record
-from experiments.runs.sizes import gibibytes
+from experiments.runs.sizes import counted, gibibytes
 
 Column = tuple[str, Callable[[RunConfig, int], str]]  # title, and text for a setting with this many runs
 MEASURED = ROOT / "results" / "gpu_h200" / "peaks.json"
@@ -113,8 +113,8 @@ def _off_by_on_record() -> list[str]:
     off = [100 * entry["estimated_bytes"] / entry["peak_bytes"] - 100 for entry in entries]
     models = ", ".join(dict.fromkeys(f"{entry['model']} on one {entry['device']}" for entry in entries))
     return [
-        f"estimates: {min(off):+.1f} to {max(off):+.1f} % off the measured peaks of {len(off)} runs of {models}; "
-        "sharded memory was measured on CPUs only"
+        f"estimates: {min(off):+.1f} to {max(off):+.1f} % off the measured peaks of {counted(len(off), 'run')} of "
+        f"{models}; sharded memory was measured on CPUs only"
     ]
 
 

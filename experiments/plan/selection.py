@@ -13,6 +13,7 @@ from experiments.plan.compose import plan
 from experiments.plan.cost import Speed, known_hours, read_budget, read_speed
 from experiments.plan.experiment_files import PAPER
 from experiments.runs.config_files import group_hash
+from experiments.runs.sizes import counted
 
 Hours = Callable[[RunConfig], float]
 
@@ -46,8 +47,11 @@ class Selected:
         """Return lines about `left_out` for printing."""
         if not self.left_out:
             return []
-        lines = [f"left out by the budget: {sum(count for count, _ in self.left_out.values())} runs"]
-        return [*lines, *(f"  {name}: {count} of {total} runs" for name, (count, total) in self.left_out.items())]
+        lines = [f"left out by the budget: {counted(sum(count for count, _ in self.left_out.values()), 'run')}"]
+        return [
+            *lines,
+            *(f"  {name}: {count} of {counted(total, 'run')}" for name, (count, total) in self.left_out.items()),
+        ]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -114,7 +118,7 @@ def within(configs: list[RunConfig], by: str | None, budget: float, hours: Hours
         cost = sum(map(hours, parts[0][0]))
         raise UserError(
             f"--budget {budget:g}gpuh is too small: the cheapest setting, {setting_label(groups[name][0])}, takes "
-            f"{cost:.3g} GPU-hours for {len(parts[0][0])} runs"
+            f"{cost:.3g} GPU-hours for {counted(len(parts[0][0]), 'run')}"
         )
     left_out = {
         setting_label(groups[name][0]): (count, sum(len(paid) for paid, _ in rounds[name]))

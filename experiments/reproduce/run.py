@@ -26,6 +26,7 @@ from experiments.reproduce.workers import Stopped, Worker
 from experiments.runs import preemption
 from experiments.runs.environment import device_memory
 from experiments.runs.records import write_atomically
+from experiments.runs.sizes import counted
 
 
 def reproduce(
@@ -57,7 +58,7 @@ def reproduce(
         print(*jobs.unpaid, sep="\n", flush=True)
     out = out or Path("report") / Path(name).stem
     if results is not None and (taken := take_in(jobs.configs, results)):
-        print(f"{taken} runs were taken from {results}", flush=True)
+        print(f"{counted(taken, 'run')} taken from {results}", flush=True)
     if not report_only:
         execute(_title(name), jobs, workers)
     found = jobs.stages()
@@ -66,12 +67,14 @@ def reproduce(
     missing: list[str] = []
     if jobs.failed:
         total = len({config.run_id for config in [*found.rate_search, *found.final]})
-        missing.append(f"{len(jobs.failed)} of {total} runs failed")
+        missing.append(f"{len(jobs.failed)} of {counted(total, 'run')} failed")
     if jobs.left_out:
-        print(f"{len(jobs.left_out)} runs did not fit into the time: the same command continues with them")
+        print(f"{counted(len(jobs.left_out), 'run')} did not fit into the time: the same command trains the rest")
     elif found.undecided:
-        others = f"; and {len(found.undecided) - 1} other settings" if len(found.undecided) > 1 else ""
-        missing.append(f"{len(found.following())} runs without a learning rate ({found.undecided[0]}{others})")
+        others = f"; and {counted(len(found.undecided) - 1, 'other setting')}" if len(found.undecided) > 1 else ""
+        missing.append(
+            f"{counted(len(found.following()), 'run')} without a learning rate ({found.undecided[0]}{others})"
+        )
     if missing:
         raise UserError(f"{' and '.join(missing)} and are missing from the report")
     return page
@@ -136,7 +139,7 @@ def execute(title: str, jobs: Jobs, workers: int) -> None:
         raise UserError(f"{title}: no runs")
     found = jobs.stages()
     by = f", {len(found.rate_search)} of them to choose learning rates by" if found.rate_search else ""
-    print(f"{title}: {len(found.known())} runs in {known[0].run.root.parent}{by}", flush=True)
+    print(f"{title}: {counted(len(found.known()), 'run')} in {known[0].run.root.parent}{by}", flush=True)
     if found.following():
         print(follow(len(found.following())), flush=True)
     numbers, told = itertools.count(1), set(jobs.stages().chosen())

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from experiments import CONFIGS, ROOT
-from experiments.config import RunConfig
+from experiments.config import Evaluation, RunConfig
 from experiments.errors import UserError, nearest
 from experiments.rules import NAME, Value
 from experiments.runs.records import EvalPaths, RunPaths
@@ -99,6 +99,47 @@ def protocol_section(name: str) -> Config:
     else:
         section = yaml.safe_load((CONFIGS / "run.yaml").read_text(encoding="utf-8"))["protocol"]
     return {**section, **content.get("protocol", {})}
+
+
+def check_evaluation(config: RunConfig) -> None:
+    """Raise a UserError if a planned run could not be scored, as far as its config tells."""
+    evaluation = config.evaluation
+    check_benchmarks(evaluation)
+    for name in evaluation.benchmarks:
+        if (kind := kind_of(name)) != LIKELIHOOD:
+            settings = settings_of(config.mapping["evaluation"], name, kind)
+            check_generation(settings["asked"]["generation"], evaluation)
+
+
+def check_benchmarks(evaluation: Evaluation) -> None:
+    names = [name_of(name) for name in evaluation.benchmarks]
+    if not names:
+        raise UserError("evaluation.benchmarks=[]: nothing would be scored: name one or several of eval/tasks")
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"evaluation.benchmarks: two are called {name}: name it once")
+
+
+def check_generation(generation: Config, evaluation: Evaluation) -> None:
+    """Raise a UserError if a benchmark's settings of generation exclude each other."""
+    samples, beams = generation["samples"], generation["num_beams"]
+    if samples > 1 and beams > 1:
+        raise UserError(f"evaluation.generation: {samples} samples and {beams} beams: choose one of the two")
+    if samples > 1 and not generation["temperature"]:
+        raise UserError("evaluation.generation.samples is more than one: give a temperature to sample with")
+    for key in ("temperature", "top_p", "top_k"):
+        if samples == 1 and generation[key] is not None:
+            raise UserError(
+                f"evaluation.generation.{key}={generation[key]}: one sample is decoded greedily, not sampled: give "
+                f"evaluation.generation.samples of two or more, or {key}=null"
+            )
+    if evaluation.backend == "vllm" and beams > 1:
+        raise UserError(
+            f"evaluation.generation.num_beams={beams}: vLLM's beam search is not transformers', so its scores would "
+            f"not be this protocol's: use evaluation.backend=hf, or a protocol without beams such as metamath"
+        )
+    if evaluation.backend == "vllm" and not evaluation.merge:
+        raise UserError("evaluation.merge=false: vLLM serves the exported merged model: use evaluation.backend=hf")
 
 
 def settings_of(evaluation: Mapping[str, Any], benchmark: str, kind: str) -> Config:

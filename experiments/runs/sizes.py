@@ -1,4 +1,4 @@
-"""Memory sizes as text."""
+"""Memory sizes and counts as text."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ def read_bytes(text: Any) -> int:
     if match is None or not float(match[1]):
         raise UserError(f"{text!r} is not a size: write e.g. 80G; if GPUs differ, that of the smallest")
     return int(float(match[1]) * UNITS[match[2]])
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number of things: 1 run, 2 runs, 1,000 rows."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def gibibytes(count: int) -> str:

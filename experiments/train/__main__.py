@@ -16,6 +16,7 @@ from pathlib import Path
 from experiments.errors import Preempted, run_command
 from experiments.runs import preemption
 from experiments.runs.records import RunPaths
+from experiments.runs.sizes import counted
 
 
 def main(arguments: list[str]) -> None:
@@ -34,7 +35,7 @@ def main(arguments: list[str]) -> None:
     leave()
     if os.environ.get("RANK", "0") == "0":
         loss = "" if record.final_loss is None else f", loss {record.final_loss:.4f}"
-        print(f"{run.root}: {record.steps} steps{loss}, {record.trainable_parameters:,} parameters trained")
+        print(f"{run.root}: {counted(record.steps, 'step')}{loss}, {record.trainable_parameters:,} parameters trained")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def card(
 
 
 def _front_matter(config: RunConfig, scores: list[EvalRecord], kind: str | None) -> Config:
-    base, sources = hub_model(config), _sources(config)
+    base, sources = _hub_id(config), _sources(config)
     tags = {"diablo", config.method.name, *([kind.lower()] if kind else [])}
     licences = {source: licence for source in sources if (licence := page_and_licence(source)[1])}
     front: Config = {
@@ -174,7 +174,7 @@ def _same(score: EvalRecord, others: dict[int, list[EvalRecord]]) -> str:
 
 
 def _loading(config: RunConfig, trained: TrainRecord, kind: str | None, merged: bool) -> str:
-    base = hub_model(config)
+    base = _hub_id(config)
     if kind is None:
         what = "The adapter is merged into the weights: an" if merged else "An"
         return (
@@ -226,7 +226,7 @@ def _commands(config: RunConfig, trained: TrainRecord, commands: list[str] | Non
             f"{at}, with this as `{folder}/config.yaml`: `python -m experiments.train {folder}`, then "
             f"`python -m eval.run {folder}`.\n\n```yaml\n{settings}```"
         )
-    local = config.model.path if config.model.path and hub_model(config) is None else None
+    local = config.model.path if config.model.path and _hub_id(config) is None else None
     return f"{text.replace(local, 'FOLDER')}\n\nFOLDER is the base model's." if local else text
 
 
@@ -239,11 +239,10 @@ def _peft_type(run: RunPaths) -> str:
     return str(read_json(run.adapter / "adapter_config.json")["peft_type"])
 
 
-def hub_model(config: RunConfig) -> str | None:
-    """Return the base model's id on the hub; None for a folder, or a model that is generated."""
-    path = config.model.path
-    is_id = path and path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).exists()
-    return path if is_id else None
+def _hub_id(config: RunConfig) -> str | None:
+    from diablo.card import hub_id  # imports peft, which --help must not wait for
+
+    return hub_id(config.model.path)
 
 
 def base_name(config: RunConfig, trained: TrainRecord) -> str:

@@ -106,7 +106,7 @@ def attach(
         config = _prepared(method, base, config, backward, prerequisite)
         model = peft.get_peft_model(base, config, low_cpu_mem_usage=on_meta)
         fit_shards(model, shards)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, NotImplementedError) as error:
         if isinstance(error, TypeError) and not _is_quantized(base):  # a quantised base's weights cannot be changed
             raise
         raise UserError(f"{method.label} on {base.config.model_type}: {error}") from None

@@ -17,10 +17,10 @@ import torch.distributed
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
-from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from diablo import refresh
+from diablo.progress import Bar
 from experiments.data.tokens import Examples
 from experiments.errors import Diverged
 from experiments.runs import preemption
@@ -306,10 +306,10 @@ class _Progress(TrainerCallback):
 
     def __init__(self, title: str) -> None:
         self.title = title
-        self.bar: tqdm[Any] | None = None
+        self.bar: Bar | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(
+        self.bar = Bar(
             total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", leave=False, mininterval=0.5
         )
 

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 from diablo import BottleneckConfig, DiabloConfig, MiloraConfig, SparseConfig
-from diablo.card import UNFILLED
+from diablo.card import UNFILLED, hub_id
 from experiments import ROOT
 from tests.diablo.blocks.test_diablo_tuner import tiny_llama, tokens
 
@@ -52,6 +52,15 @@ def test_the_card_is_rewritten_with_the_adapter_and_a_users_card_is_kept(tmp_pat
     assert "# Mine: größer" in text
     assert text.count("import diablo") == 1
     assert ModelCard(text).data.to_dict()["license"] == "mit"
+
+
+def test_a_hub_id_has_at_most_one_slash_and_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt3").mkdir()
+    ids = [name for name in ("gpt2", "org/some", "org/some-GGUF") if hub_id(name) == name]
+    assert ids == ["gpt2", "org/some", "org/some-GGUF"]
+    paths = [None, "", "gpt3", "./gpt2", "/models/gpt2", "~/gpt2", "a/b/c", "model.gguf", str(tmp_path)]
+    assert [hub_id(path) for path in paths] == [None] * len(paths)
 
 
 def test_a_path_of_this_machine_is_not_in_the_text(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +156,53 @@ def test_any_bytes_give_one_line(content: bytes, base: Path, tmp_path: Path) -> 
     (tmp_path / "adapter.chkpt").write_bytes(content)
     with pytest.raises(ValueError, match=r"^.*adapter\.chkpt: (not a file of tensors only|holds a)[^\n]*$"):
         from_authors(tmp_path / "adapter.chkpt", tmp_path / "ours", str(base))
+
+
+@pytest.mark.parametrize("value", [print, torch.nn.Linear(2, 2), Path()])
+def test_nobody_is_advised_to_run_code_from_a_file(value: object, base: Path, tmp_path: Path) -> None:
+    for write in (torch.save, lambda what, path: path.write_bytes(pickle.dumps(what))):
+        write({"layer.block_A": value}, tmp_path / "adapter.chkpt")
+        with warnings.catch_warnings(record=True) as told, pytest.raises(ValueError, match="it holds") as caught:
+            from_authors(tmp_path / "adapter.chkpt", tmp_path / "ours", str(base))
+        assert not told
+        assert "weights_only" not in str(caught.value)
+        assert "trust" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nosuch", "new", "--base", "BASE"], "nosuch: does not exist: give the authors' adapter.chkpt"),
+        (["base", "new", "--base", "BASE"], "base: a folder: give the authors' adapter.chkpt"),
+        (["adapter.chkpt", "base", "--base", "BASE"], "base already exists: name a new one, or delete it first"),
+        (
+            ["adapter.chkpt", "new", "--base", "nosuch"],
+            "base model nosuch: neither a folder with a config.json nor a hub",
+        ),
+        (["adapter.chkpt", "adapter.chkpt/new", "--base", "BASE"], "adapter.chkpt/new: Not a directory"),
+        (["nosuch", "new", "--back"], "nosuch: does not exist: give the folder of an adapter"),
+        (["adapter.chkpt", "new", "--back"], "adapter.chkpt: a file: give the folder of an adapter"),
+        (["base", "new", "--back"], "base: has no adapter_config.json: give the folder of an adapter"),
+        (["base", "adapter.chkpt", "--back"], "adapter.chkpt already exists"),
+    ],
+)
+def test_wrong_files_and_folders_are_one_line(
+    arguments: list[str],
+    message: str,
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(their_state(4), "adapter.chkpt")
+    given = [str(base) if argument == "BASE" else argument for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["convert", *given])
+    with pytest.raises(SystemExit, match=r"^1$"):
+        main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_adapter_that_was_cut_short_is_refused(base: Path, tmp_path: Path) -> None:

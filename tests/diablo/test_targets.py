@@ -114,6 +114,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     ({"target_modules": "all-linear", "exclude_modules": ["layers.1"]}, r"layers\.1 holds targets.*'\.\*layers"),
     ({"target_modules": "*_proj"}, r"^'\*_proj' is not a regular expression \(nothing to repeat"),
+    (
+        {"target_modules": "q_proj"},
+        r"target_modules='q_proj' is an expression for whole names .* give the list \['q_proj",
+    ),
     ({"target_modules": r".*\.q_projj"}, r"target_modules: \.\*\\\.q_projj matches no module"),
     (
         {"target_modules": ["q_proj"], "layers_to_transform": [0, 2]},

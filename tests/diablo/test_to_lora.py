@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -155,7 +155,7 @@ def test_the_command_converts_without_the_base_and_loads_without_diablo(tmp_path
     tiny_llama().save_pretrained(tmp_path / "base")
     done = run("-m", "diablo.to_lora", str(adapter), str(tmp_path / "lora"), "--rank", "8")
     assert done.returncode == 0, done.stderr
-    assert "lora: LoRA of rank 8, error " in done.stdout.splitlines()[-1]
+    assert "lora: LoRA of rank 8, error " in done.stdout
     code = f"""
 import sys, torch
 from peft import PeftModel
@@ -168,10 +168,66 @@ print(model.peft_config["default"].r, "diablo" in sys.modules)
     assert "missing" not in loaded.stderr
 
 
+DAMAGED = ("other", "unlisted", "flat", "unplaced", "weightless")
+
+
+def damaged(folder: Path) -> None:
+    """Save an adapter whose files do not belong together, in the way that the folder's name says."""
+    kind = CONFIGS["rows"] if folder.name == "unplaced" else DiabloConfig(num_blocks=4, target_modules=["q_proj"])
+    save(folder, kind)
+    weights, about = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    tensors, config = load_file(weights), json.loads(about.read_text(encoding="utf-8"))
+    if folder.name == "weightless":
+        weights.unlink()
+        return
+    if folder.name in ("other", "unlisted"):
+        config["num_blocks"] = 8 if folder.name == "other" else {"v_proj": 4}
+    for key, tensor in tensors.items():
+        if folder.name == "flat":
+            tensors[key] = tensor.flatten(1)
+        elif folder.name == "unplaced" and key.endswith("diablo_inputs"):
+            tensors[key] = tensor[:, :1].clone() if tensor.shape[1] > 1 else tensor[:1].clone()
+    about.write_text(json.dumps(config), encoding="utf-8")
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
+def test_the_command_prints_a_summary_and_with_layers_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = save(tmp_path / "adapter", CONFIGS["diablo"])
+    for number, options in enumerate([["--rank", "4"], ["--rank", "4", "--layers"], []]):
+        out = tmp_path / f"lora{number}"
+        monkeypatch.setattr(sys, "argv", ["to_lora", str(adapter), str(out), *options])
+        main()
+        lines = capsys.readouterr().out.splitlines()
+        stored = json.loads((out / "conversion.json").read_text(encoding="utf-8"))
+        worst = max(stored["errors"], key=lambda name: stored["errors"][name])
+        layers = 10 if "--layers" in options else 0
+        assert len(lines) == layers + (4 if options else 3)
+        assert lines[layers] == f"layers: 10, of rank {'4' if options else '16 to 32'}"
+        assert lines[layers + 1].endswith(f"greatest {stored['errors'][worst]:.2e} ({worst})")
+        assert (
+            lines[layers + 2]
+            == f"{out}: LoRA of rank {4 if options else 32}, error {stored['error']:.2e} over all layers"
+        )
+        if options:
+            assert lines[-1].startswith("the LoRA lacks much of the adapter's update, ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "nowhere/adapter_config.json"),
+        (["nowhere"], "nowhere: does not exist: give the folder of an adapter, which has adapter_config.json"),
+        (
+            ["adapter", "--base", "nosuch"],
+            "base model nosuch: neither a folder with a config.json nor a hub id whose con",
+        ),
+        (["adapter", "--base", "narrow"], " do not cover the layer "),
+        (["other"], "blocks of shape (4, 8, 8): adapter_config.json says num_blocks=8: they are not of one adapter"),
+        (["unlisted"], "adapter_config.json: model.layers.0.self_attn.q_proj: num_blocks has no entry for this layer"),
+        (["flat"], "blocks of shape (4, 64) and torch.float32: they must be three-dimensional floating-point numbers"),
+        (["unplaced"], "they do not belong together"),
+        (["weightless"], "weightless: has no adapter_model.safetensors: give the folder of an adapter"),
         (["adapter", "--rank", "0"], "rank=0 must be at least 1"),
         (["lora"], "an adapter of type LORA without blocks"),
         (["rows"], "the blocks do not tell the sides of their layers: name the base model (--base)"),
@@ -192,12 +248,20 @@ def test_errors_are_one_line(
             DiabloConfig(num_blocks=4, target_modules=["q_proj"]),
             q_proj=torch.full((4, 8, 8), torch.nan),
         )
+    elif name in DAMAGED:
+        damaged(tmp_path / name)
     elif name != "nowhere":
         adapter = save(tmp_path / "adapter", CONFIGS["rows" if name == "rows" else "diablo"])
         if name == "rows":
             adapter.rename(tmp_path / "rows")
         if name == "lora":
             to_lora(adapter, tmp_path / "lora")
+    if "narrow" in options:
+        config = tiny_llama().config
+        config.hidden_size = config.head_dim * 2
+        config.num_attention_heads, config.num_key_value_heads = 2, 1
+        config.save_pretrained(tmp_path / "narrow")
+        options = ["--base", str(tmp_path / "narrow")]
     monkeypatch.setattr(sys, "argv", ["to_lora", str(tmp_path / name), str(tmp_path / "out"), *options])
     with pytest.raises(SystemExit):
         main()

@@ -128,11 +128,26 @@ def own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         ("model", "tiny", "gguf: {file: a.gguf, sha256: ab}", "model.gguf.sha256='ab': it must be 64 hexadecimal"),
         ("model", "tiny", "adapter_size: 3", "model.adapter_size=3: it must be a section of settings"),
         ("model", "tiny", "architecture: absent", "the setting model.architecture is missing"),
+        ("model", "tiny", "architecture/model_type: absent", "model.architecture.model_type is missing: name"),
+        ("model", "tiny", "architecture/model_type: lama", "model.architecture.model_type=lama: no model type of tra"),
+        ("model", "tiny", "architecture/model_type: 3", "model.architecture.model_type=3: it must be text"),
+        ("model", "tiny", "architecture/hiden_size: 96", "model.architecture.hiden_size: LlamaConfig has no such fie"),
+        ("model", "tiny", "architecture/hidden_size: wide", "model.architecture.hidden_size='wide': it must be a whol"),
+        ("model", "tiny", "architecture/num_attention_heads: 0", "model.architecture.num_attention_heads=0: it must"),
+        ("model", "tiny", "architecture/num_attention_heads: 5", "model.architecture.num_key_value_heads=2: it does"),
+        ("model", "tiny", "architecture/num_key_value_heads: 3", "model.architecture.num_key_value_heads=3: it does"),
+        ("model", "tiny", "architecture/hidden_size: 98", "model.architecture.num_attention_heads=4: it does not di"),
         ("quantization", "gptq", "bits: absent", "the setting quantization.bits is missing"),
         ("quantization", "gptq", "options: absent", "the setting quantization.options is missing"),
         ("quantization", "gptq", "options/damp_percent: little", "quantization.options.damp_percent='little': it must"),
         ("method", "lora", "prerequisite: lora", "method.prerequisite=lora: a method cannot come before itself"),
         ("method", "lora", "defaults: base", "the files of method=own do not fit together: "),
+        (
+            "model",
+            "tiny",
+            "defaults: [nosuch]",
+            "the files of model=own do not fit together: In 'model/own': Could not ",
+        ),
         ("task", "arith", "7: x", "7: a setting's name must be text, in quotes"),
     ],
 )
@@ -148,6 +163,25 @@ def test_a_file_of_ones_own_is_checked(
     said = fails_with(lambda: plan([f"{group}=own", "recipe.learning_rate=1e-3"]))
     assert said.startswith(message)
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("name: [own", "own.yaml, line 1: while parsing a flow sequence: expected ',' or ']', but got '<stream end>'"),
+        ("name: own\nname: two\n", "own.yaml, line 2: while constructing a mapping: found duplicate key name"),
+        (
+            "name: own\npath: ${\n",
+            "the files of model=own do not fit together: path: not a reference such as ${task.name}",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_told_with_its_line(
+    content: str, message: str, own_file: Callable[[str, str, str], None], fails_with: Fails
+) -> None:
+    own_file("model", "tiny", "{}")
+    (compose.CONFIGS / "model" / "own.yaml").write_text(content, encoding="utf-8")
+    assert message in fails_with(lambda: plan(["model=own"]))
 
 
 @pytest.mark.parametrize("missing", ["learning_rate", "prepare", "prerequisite"])

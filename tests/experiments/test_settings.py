@@ -79,6 +79,31 @@ Fails = Callable[[Callable[[], object]], str]
             "evaluation.limit=0: it must be a whole number of at least 1, or a map from names to such, or null",
         ),
         (["evaluation.benchmarks=arith"], "evaluation.benchmarks='arith': it must be a list of a benchmark's name"),
+        (
+            ["method.adapter.target_modules=q_proj"],
+            "method.adapter.target_modules='q_proj': text is all-linear or an ex",
+        ),
+        (["task.target_modules=q_proj"], "for whole names such as .*\\.q_proj: write [q_proj] for the layers of this"),
+        (["method.adapter.target_modules=[]"], "method.adapter.target_modules=[]: no layer: name some"),
+        (["+method.adapter.exclude_modules=3"], "method.adapter.exclude_modules=3: it must be text"),
+        (["+method.adapter.layers_to_transform=all"], "method.adapter.layers_to_transform='all': it must be a whole n"),
+        (["+method.adapter.modules_to_save=lm_head"], "method.adapter.modules_to_save='lm_head': it must be a list of"),
+        (["method.adapter.task_type=CAUSAL"], "method.adapter.task_type='CAUSAL': it must be one of CAUSAL_LM"),
+        (["method=lora", "+method.adapter.bias=some"], "method.adapter.bias='some': it must be one of none, all, lora"),
+        (["evaluation.benchmarks=[]"], "evaluation.benchmarks=[]: nothing would be scored: name one or several"),
+        (["evaluation.benchmarks=[arith,arith]"], "evaluation.benchmarks: two are called arith: name it once"),
+        (["evaluation.parser=nosuch"], "evaluation.parser='nosuch': it must be one of hash_marks, "),
+        (["evaluation.equality={number: nosuch}"], "evaluation.equality={'number': 'nosuch'}: it must be one of same_"),
+        (
+            ["evaluation.parser={nmber: last_number}"],
+            "kind number, for which evaluation.parser has no value (it has nmb",
+        ),
+        (["evaluation.generation.samples=3"], "evaluation.generation.samples is more than one: give a temperature"),
+        (["evaluation.generation.top_k=3"], "evaluation.generation.top_k=3: one sample is decoded greedily"),
+        (["evaluation.backend=vllm", "evaluation.merge=false"], "evaluation.merge=false: vLLM serves the exported"),
+        (["task=gsm8k", "task.data.heldout=7473"], "task.data.heldout=7473: gsm8k has 7,473 training rows: give fewer"),
+        (["method=lora", "method.trains=all"], "method.trains=all and method.adapter=peft.LoraConfig exclude each"),
+        (["method=full", "method.trains=adapter"], "method.trains=adapter and method.adapter=null exclude each other"),
         (["evaluation.benchmarks=[arit]"], "no benchmark 'arit': did you mean arith or"),
         (["task.data.source=gsm"], "task.data.source=gsm: no such data set: did you mean gsm8k"),
         (["evaluation.generation.max_new_tokens={number: 0}"], "it must be a whole number of at least 1"),
@@ -146,6 +171,13 @@ def test_the_optimizers_are_those_of_transformers() -> None:
     from transformers.training_args import OptimizerNames
 
     assert set(config_module.OPTIMIZERS) == {name.value for name in OptimizerNames}
+
+
+def test_the_parsers_and_equalities_are_those_of_scoring() -> None:
+    from eval import scoring
+
+    assert set(config_module.PARSERS) == set(scoring.PARSERS)
+    assert set(config_module.EQUALITIES) == set(scoring.EQUALITIES)
 
 
 @pytest.mark.parametrize(
@@ -239,12 +271,50 @@ def test_the_advised_quotes_take_every_path(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["common: 'a", "[1]", "title: x", "grids: [1]", "grids: ['seed=\"1']", "grids: 'seed=1'\ncommon: [1]"]
+    ("content", "message"),
+    [
+        ("common: 'a", "broken.yaml, line 1: while scanning a quoted scalar: found unexpected end of stream"),
+        ("[1]", "broken.yaml: an experiment must be a map with title and grids"),
+        ("title: x", "broken.yaml: grids is missing: give a list of lines"),
+        ("grids: [seed=0]", "broken.yaml: title is missing"),
+        ("title: [x]", "broken.yaml: title: ['x'] is not text: put it in quotes"),
+        ("grids: [1]", "broken.yaml: grids: 1 is not a line of text: put it in quotes"),
+        ("grids: seed=0", "broken.yaml: grids: 'seed=0' is not a list: write each line behind a -"),
+        ("grids: {a: 1}", "broken.yaml: grids: {'a': 1} is not a list"),
+        ("grids: [seed=0, seed=0]", "broken.yaml: grids: 'seed=0' is given twice: remove one"),
+        ("grids: [seed=0]\ngrids: [seed=1]", "broken.yaml, line 2: grids is given twice"),
+        ("grid: [seed=0]", "broken.yaml: grid: an experiment has no such part: did you mean grids?"),
+        ("title: x\ngrids: ['seed=\"1']", "'seed=\"1' is not a line of key=value (No closing quotation)"),
+        (
+            "title: x\ngrids: [seed=0, method=dablo]",
+            "broken.yaml, method=dablo: no method 'dablo': did you mean diab",
+        ),
+        (
+            "title: x\ngrids: ['seed=${x}']",
+            "seed=${x}: seed, of method diablo on task arith: ${x} refers to no setti",
+        ),
+        ("title: x\ngrids: ['model.path=${oc.env:NO}']", "the environment variable NO is not set: set it, or give"),
+        ("title: x\ngrids: ['model.path=${no:1}']", "${no:…} is no reference: those with a colon are times, si"),
+        (
+            "title: x\nreference: diablo-N9\ngrids: [seed=0]",
+            "reference: diablo-N9: no run has this label: did you mean",
+        ),
+        ("title: x\nlearning_rate_by: 3\ngrids: [seed=0]", "broken.yaml: learning_rate_by: 3 is not text"),
+    ],
 )
-def test_a_broken_experiment_file_is_one_line(content: str, tmp_path: Path, fails_with: Fails) -> None:
+def test_a_broken_experiment_file_is_one_line(content: str, message: str, tmp_path: Path, fails_with: Fails) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text(content, encoding="utf-8")
-    assert "broken.yaml" in fails_with(lambda: plan([f"experiment={path}"]))
+    assert message in fails_with(lambda: plan([f"experiment={path}"]))
+
+
+def test_a_file_that_is_not_there_and_runs_without_the_reference(tmp_path: Path, fails_with: Fails) -> None:
+    path = tmp_path / "own.yaml"
+    said = fails_with(lambda: plan([f"experiment={path}"]))
+    assert said == f"no experiment '{path}': give the path of an experiment's YAML file"
+    path.write_text("title: x\nreference: diablo-N8\ngrids: [seed=0]", encoding="utf-8")
+    assert plan([f"experiment={path}"])
+    assert plan([f"experiment={path}", "method=lora"])  # chosen, so that nothing is compared
 
 
 def test_a_frozen_config_is_checked_like_a_planned_one() -> None:

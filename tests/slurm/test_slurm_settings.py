@@ -310,4 +310,4 @@ def test_what_is_finished_or_started_is_told_apart_in_a_dry_run(
     assert "4 runs: 1 new, 1 to resume, 1 to resume after a failure, 1 finished" in shown
     assert "would submit train and eval of 3 runs in 3 tasks" in shown
     submit(arguments, settings(), Options(dry_run=True, only_failed=True))
-    assert "would submit train and eval of 1 runs in 1 tasks" in capsys.readouterr().out
+    assert "would submit train and eval of 1 run in 1 task" in capsys.readouterr().out

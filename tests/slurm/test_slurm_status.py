@@ -199,7 +199,7 @@ def test_status_of_a_thousand_runs_takes_a_moment(tmp_path: Path, monkeypatch: p
     started = time.perf_counter()
     shown = table(statuses(tmp_path, "sweep"))
     assert time.perf_counter() - started < 10  # a safety net: well below a second on two idle cores
-    assert shown.splitlines()[0] == "1000 runs: 1000 failed"
+    assert shown.splitlines()[0] == "1,000 runs: 1000 failed"
     assert len(shown.splitlines()) == 1001
 
 

@@ -42,7 +42,7 @@ def test_an_array_of_eight_from_dry_run_to_finished(
     training, evaluation = submit(arguments, settings(), options)
     shown = capsys.readouterr().out
     assert "8 runs: 8 new\n" in shown
-    assert "8 tasks, 2 at a time; each 1 GPUs for at most 10, together at most 1.3 GPU-hours" in shown
+    assert "8 tasks, 2 at a time; each 1 GPU for at most 10, together at most 1.3 GPU-hours" in shown
     assert submit(arguments, settings(), options) == []
     assert "8 already queued" in capsys.readouterr().out
     running = {training: {0}, evaluation: {0}}

@@ -154,7 +154,7 @@ def test_what_was_there_of_a_download_is_not_trusted(here: bytes, take: Callable
     ("content", "expected", "why"),
     [
         (CONTENT[:-1], CONTENT, f"its git id is {id_of(CONTENT[:-1])[:12]}, it must be {id_of(CONTENT)[:12]}"),
-        (CONTENT[: CONTENT.index(b"\n") + 1], None, "1 rows, there must be 3,000"),
+        (CONTENT[: CONTENT.index(b"\n") + 1], None, "1 row, there must be 3,000"),
         (b"<html>sign in to the network</html>", None, "line 1: not valid JSON"),
         (b"", None, "0 rows, there must be 3,000"),
     ],

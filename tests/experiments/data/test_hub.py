@@ -155,7 +155,7 @@ def test_converting_the_authors_checkpoint_asks_once(online: Callable[[Server], 
     with serving(status(503)) as server:
         online(server)
         started = time.perf_counter()
-        with pytest.raises(OSError, match="couldn't find them in the cached files"):
+        with pytest.raises(ValueError, match=r"^base model org/some: neither a folder with a config.json nor a hub id"):
             from_authors(tmp_path / "adapter.chkpt", tmp_path / "out", "org/some")
         assert time.perf_counter() - started < 10
         assert server.asked == [("HEAD", "/org/some/resolve/main/config.json")]

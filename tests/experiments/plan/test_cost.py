@@ -115,7 +115,7 @@ def test_the_command(cells: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     shown = capsys.readouterr()
     assert "\n4 runs, " in shown.out
     assert "GPU-hours of training of all 5" in shown.out
-    assert shown.out.endswith("\n1 more runs follow when their learning rates are chosen\n")
+    assert shown.out.endswith("\n1 more run follows when its learning rate is chosen\n")
     assert "unknown" not in shown.out
     main([cells, "--dry-run", "--paper"])
     shown = capsys.readouterr().out

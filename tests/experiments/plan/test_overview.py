@@ -106,7 +106,7 @@ def test_a_budget_smaller_than_the_first_run_is_one_line(cells: list[str], fails
         said = fails_with(lambda command=command: command([*cells, "--dry-run", SPEED, "--budget=0.0000001gpuh"]))
         assert "\n" not in said
         assert "is too small: the cheapest setting, " in said
-        assert "GPU-hours for 1 runs" in said
+        assert "GPU-hours for 1 run" in said
 
 
 def test_without_a_speed_submit_counts_time_limits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_micro_batches_that_do_not_divide_are_one_line(tmp_path: Path, fails_wit
         for method in (config, plan(["method=base"])[0]):  # a base's process checks it too
             odd = with_values(config, {"recipe.batch_size": 13, "method": method.mapping["method"]})
             said = fails_with(lambda cluster=cluster, odd=odd: cluster.resources(odd))
-            assert "recipe.batch_size=13 is not a multiple of recipe.micro_batch_size=4 × 1 GPUs" in said
+            assert "recipe.batch_size=13 is not a multiple of recipe.micro_batch_size=4 × 1 GPU" in said
 
 
 @pytest.mark.slow
@@ -198,3 +198,12 @@ def test_a_protocol_that_differs_is_named_once() -> None:
         for index, config in enumerate(runs[:1] * 2)
     ]
     assert all("\n" not in text and len(text) < 60 for text in differing(long).values())
+
+
+@pytest.mark.parametrize(("model", "starred"), [("tiny", False), ("llama3_8b", True)])
+def test_the_papers_count_is_only_of_its_model(model: str, starred: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both models have grouped-query attention."""
+    planning.main([f"model={model}", "recipe.learning_rate=1e-3", "--dry-run", "--tokens-per-row=10"])
+    shown = capsys.readouterr().out
+    assert ("[* " in shown, "* as the paper counts LLaMA3's" in shown) == (starred, starred)
+    assert "\n1 run, " in shown

@@ -180,7 +180,7 @@ def test_a_directory_without_config_is_no_run(tmp_path: Path) -> None:
 
 
 # Exact trainable parameters and their share of the base, from the published shapes; the third number gives the paper's
-# percentages for models with grouped-query attention. Paper, tables 1 to 4.
+# percentages for LLaMA3, which has grouped-query attention. Paper, tables 1 to 4.
 COUNTS = [
     ("llama2_7b", "diablo", "method.adapter.num_blocks=128", "commonsense_170k", 35_127_296, 0.5213, None),
     ("llama2_7b", "diablo", "method.adapter.num_blocks=64", "commonsense_170k", 70_254_592, 1.0426, None),
@@ -199,7 +199,7 @@ COUNTS = [
     ("llama3_8b", "dora", "ALL", "commonsense_170k", 85_262_336, 1.0618, 91_750_400),
     ("llama_13b", "diablo", "method.adapter.num_blocks=64", "commonsense_170k", 137_625_600, 1.0574, None),
     ("llama_13b", "dora", "method.adapter.r=32", "commonsense_170k", 89_190_400, 0.6852, None),
-    ("mistral_7b", "diablo", "ALL", "commonsense_170k", 109_051_904, 1.5059, 121_634_816),
+    ("mistral_7b", "diablo", "ALL", "commonsense_170k", 109_051_904, 1.5059, None),
 ]
 ALL_SEVEN = "method.adapter.target_modules=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
 

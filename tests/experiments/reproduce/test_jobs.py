@@ -153,7 +153,7 @@ def test_runs_finished_elsewhere_count(
     shutil.rmtree(tmp_path / "runs")
     capsys.readouterr()
     reproduce(name, overrides, tmp_path / "report", results=exported)
-    assert "7 runs were taken from" in capsys.readouterr().out
+    assert "7 runs taken from" in capsys.readouterr().out
     assert not list((tmp_path / "runs").glob("*/adapter"))
 
     assert accuracies(tmp_path / "report" / "table.csv") == before

@@ -87,6 +87,14 @@ def test_a_card_without_commands_holds_the_config(run: RunPaths) -> None:
     assert stored["method"] == read_config(run).mapping["method"]
 
 
+def test_a_hub_id_without_a_slash_is_named(run: RunPaths) -> None:
+    config = with_values(read_config(run), {"model.path": "gpt2"})
+    text = card(run, config, read_record(run.train_record, TrainRecord), [])
+    assert "base_model: gpt2\n" in text
+    assert "AutoModelForCausalLM.from_pretrained('gpt2')" in text
+    assert "FOLDER" not in text
+
+
 def test_other_seeds_of_the_setting_are_named(run: RunPaths, small: list[str], tmp_path: Path) -> None:
     config = read_config(run)
     (paths,) = run.evaluations()
