@@ -22,6 +22,7 @@ from analysis.paired import paired_difference
 from analysis.stats import SEEDS_FOR_AN_INTERVAL
 from analysis.tables import SECTION, by_section, csv_text, item_arrays, marks, mixed, sections, with_legend
 from experiments.errors import UserError, nearest
+from experiments.progress import WAIT, Bar
 
 ALL_PAIRS = 6  # up to this many settings, test every pair; above, test each against the reference
 OF_A_SETTING = ["setting", "method", "label", "learning_rate"]
@@ -53,7 +54,8 @@ def comparison_table(frame: pd.DataFrame, reference: str | None = None) -> pd.Da
         scored = scored.assign(label=[names[group] for group in scored["group"]])
         settings = [runs for _, runs in _without_sweeps(scored).sort_values(_ORDER).groupby("setting", sort=False)]
         found = []
-        for first, second in _pairs(settings, reference):
+        pairs = list(_pairs(settings, reference))
+        for first, second in Bar(pairs, desc="comparisons", unit="pair", leave=False, delay=WAIT):
             seeds = sorted(set(first["seed"]) & set(second["seed"]))
             if seeds:
                 found.append(section | _compared(first, second, seeds))

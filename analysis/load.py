@@ -24,6 +24,7 @@ import pandas as pd
 from analysis import rows
 from analysis.rows import COLUMNS, TYPES, UNREADABLE, line_of, read_run
 from experiments.errors import UserError
+from experiments.progress import WAIT, Bar
 from experiments.runs import evaluations
 from experiments.runs import records as run_records
 from experiments.runs.received import read_settings
@@ -113,7 +114,8 @@ def _read_in_parallel(directories: Sequence[Path]) -> list[list[dict[str, Any]]]
     if len(directories) < MANY:
         return [read_run(directory) for directory in directories]
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
-        return list(pool.map(read_run, directories, chunksize=100))
+        read = pool.map(read_run, directories, chunksize=100)
+        return list(Bar(read, desc="reading runs", total=len(directories), unit="run", leave=False, delay=WAIT))
 
 
 def _frame(found: Sequence[dict[str, Any]]) -> pd.DataFrame:

@@ -19,6 +19,7 @@ from analysis.plots_sweeps import accuracy_by_setting, learning_rates, time_and_
 from analysis.plots_theory import condition_measured
 from analysis.sweeps import failures, find_sweeps, sweep_table
 from experiments.errors import UserError
+from experiments.progress import WAIT, Bar
 from experiments.runs.records import RunPaths
 
 FEWEST_DRAWN = 3  # trained and scored settings that a figure of accuracy against size needs
@@ -48,7 +49,8 @@ class Figures:
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         self._pool.shutdown(cancel_futures=kind is not None)
-        for entry, saved in self._begun if kind is None else ():
+        begun = self._begun if kind is None else []
+        for entry, saved in Bar(begun, desc="figures", unit="figure", leave=False, delay=WAIT):
             svg, _png = saved.result()
             entry["source"] = "data:image/svg+xml;base64," + base64.b64encode(svg.read_bytes()).decode()
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from analysis.load import StepTimes, records
 from analysis.stats import accuracy_interval
+from experiments.progress import WAIT, Bar
 
 # The columns that all rows of one table share.
 SECTION = ["model", "task", "benchmark", "metric", "protocol", "evaluation", "test_data_hash", "n"]
@@ -51,8 +52,10 @@ def method_table(frame: pd.DataFrame, step_times: StepTimes | None = None) -> pd
     to the frozen model's, for the model they were measured on. Missing values are NaN.
     """
     rows = []
-    for section, part in sections(frame):
-        for setting, runs in part.groupby("setting", sort=False):
+    parts = [(section, *group) for section, part in sections(frame) for group in part.groupby("setting", sort=False)]
+    with Bar(total=len(parts), desc="table", unit="row", leave=False, delay=WAIT) as bar:
+        for section, setting, runs in parts:
+            bar.update()
             scored = runs.dropna(subset=["accuracy"]).sort_values("seed")
             first = runs.iloc[0]
             rows.append(

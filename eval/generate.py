@@ -84,7 +84,7 @@ def generate(
 
     `about_model` goes into the first line: dtype, identity, number of cut prompts, environment.
     """
-    from diablo.progress import Bar
+    from experiments.progress import Bar
 
     size, order = plan["chunk_rows"], plan["order"]
     chunks = [order[start : start + size] for start in range(0, len(order), size)]

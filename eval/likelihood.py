@@ -88,8 +88,8 @@ def score_examples(
     """Return `Targets.row_scores` of all examples, in order, on the CPU. Rows of similar length share a batch."""
     import torch
 
-    from diablo.progress import Bar
     from experiments.data.prompts import collate
+    from experiments.progress import Bar
     from experiments.train.loss import TargetForward
 
     model: Any = scored.model

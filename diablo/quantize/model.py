@@ -16,9 +16,9 @@ import torch
 from peft import LoraConfig, TaskType
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from diablo.progress import Bar
 from diablo.quantize import storage
 from diablo.quantize.activations import Activations, Factors
 from diablo.quantize.apiq import Block, gets_factors, train_block
@@ -73,7 +73,7 @@ def quantize_model(
     _begin(folder, settings, model, calibration)
     model.eval()
     activations = None if calibration is None else Activations(model, layers, calibration)
-    bar = Bar(layers, desc=f"quantising to {settings.bits} bits", unit="layer", disable=not progress)
+    bar = tqdm(layers, desc=f"quantising to {settings.bits} bits", unit="layer", disable=not progress)
     for index, layer in enumerate(bar):
         home = next(layer.parameters()).device
         layer.to(device or home)

@@ -124,7 +124,7 @@ def _make(protocol: Protocol, tokenizer: PreTrainedTokenizerBase, rows: Sequence
 
 def _write(protocol: Protocol, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], path: Path) -> None:
     """Write record batches one by one, so that only a few rows' tokens are in memory."""
-    from diablo.progress import Bar  # with torch, which reading tokens does not need
+    from experiments.progress import Bar  # with torch, which reading tokens does not need
 
     bar = Bar(total=len(rows), desc="tokenising", unit="row", leave=False, mininterval=1.0, delay=2)
     with bar, pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:

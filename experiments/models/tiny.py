@@ -19,11 +19,11 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from diablo.progress import Bar
 from experiments.config import Model
 from experiments.data import arith
 from experiments.data.prompts import Example, collate
 from experiments.models.shapes import build_config
+from experiments.progress import Bar
 from experiments.runs.records import content_hash, file_hash
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnkn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from diablo import refresh
-from diablo.progress import Bar
 from experiments.data.tokens import Examples
 from experiments.errors import Diverged
+from experiments.progress import Bar
 from experiments.runs import preemption
 from experiments.runs.attempts import Heartbeat
 from experiments.runs.records import cut_lines

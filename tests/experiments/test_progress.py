@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import pytest
 
-from diablo.progress import Bar
 from experiments import ROOT
+from experiments.progress import Bar
 
 
 @pytest.fixture

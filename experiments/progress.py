@@ -16,6 +16,7 @@ else:
 SECONDS = 10.0  # at least between two lines of a log
 SHARE = 0.1  # of the total between two lines,
 LONGEST = 600.0  # or so many seconds
+WAIT = 2.0  # seconds before a bar appears, as `delay`, of work that is short as a rule
 
 
 class Bar(Tqdm):
