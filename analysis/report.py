@@ -97,8 +97,9 @@ def write_report(
             for number, (heading, rows) in enumerate(tables.by_section(table), start=1)
         ]
         costs = report_figures.cost_figures(runs.frame, figures)
-        gradients, not_drawn = report_figures.gradient_figures(runs.frame, figures)
-        spectra, unread = report_figures.spectra_figures(runs.frame, figures)
+        gradients, not_drawn = report_figures.gradient_pictures(runs.frame)
+        spectra, unread = report_figures.spectra_pictures(runs.frame)
+        drawn = [figures.add(picture) for picture in [*gradients, *spectra]]
         swept = load_runs(tried, quiet=True).frame if tried else runs.frame  # those that were tried have no scores
         sweeps = report_figures.sweeps(swept, figures)
         papers = [paper for paper in (table(runs.frame) for table in paper_tables.TABLES) if paper.has_ours]
@@ -118,8 +119,8 @@ def write_report(
         interval_kinds=set(table["interval_over"]),
         difference_kinds={*compared["over"]},
         times=times,
-        gradients=gradients,
-        spectra=spectra,
+        gradients=drawn[: len(gradients)],
+        spectra=drawn[len(gradients) :],
         differences=list(csv.DictReader(DIFFERENCES.read_text(encoding="utf-8").splitlines())),
         problems=runs.problems + not_drawn + unread,
         hashes=_hashes(runs.frame),

@@ -72,9 +72,9 @@ def accuracy_figure(
     return figures.add(accuracy_by_parameters(f"accuracy_by_parameters_{number}", heading, rows, methods))
 
 
-def gradient_figures(frame: pd.DataFrame, figures: Figures) -> tuple[list[Entry], list[str]]:
-    """Return one figure for every model and task with runs of LoRA or DiaBlo, and a line for each that failed."""
-    drawn: list[Entry] = []
+def gradient_pictures(frame: pd.DataFrame) -> tuple[list[Picture], list[str]]:
+    """Return one picture for every model and task with runs of LoRA or DiaBlo, and a line for each that failed."""
+    drawn: list[Picture] = []
     problems: list[str] = []
     trained = frame.dropna(subset=["trainable_parameters"]).drop_duplicates("run_id")
     for number, (_, part) in enumerate(trained.groupby(["model", "task"]), start=1):
@@ -90,22 +90,21 @@ def gradient_figures(frame: pd.DataFrame, figures: Figures) -> tuple[list[Entry]
                     problems.append(str(error))
         if traces:
             try:
-                drawn.append(figures.add(gradient_norms(f"gradient_norms_{number}", model, task, traces)))
+                drawn.append(gradient_norms(f"gradient_norms_{number}", model, task, traces))
             except ValueError as error:
                 problems.append(f"no gradient figure for {model} on {task}: {error}")
     return drawn, problems
 
 
-def spectra_figures(frame: pd.DataFrame, figures: Figures) -> tuple[list[Entry], list[str]]:
-    """Return one figure for every run that measured its spectra, and a line for each that cannot be read."""
-    drawn: list[Entry] = []
+def spectra_pictures(frame: pd.DataFrame) -> tuple[list[Picture], list[str]]:
+    """Return one picture for every run that measured its spectra, and a line for each that cannot be read."""
+    drawn: list[Picture] = []
     problems: list[str] = []
     for run in records(frame.drop_duplicates("run_id").sort_values(["model", "task", "label", "seed"])):
         if RunPaths(run["path"]).spectra.is_file():
             title = f"{run['label']}, seed {run['seed']}, {run['model']} trained on {run['task']}"
             try:
-                picture = condition_measured(f"spectra_{run['run_id']}", title, load_spectra(run["path"]))
-                drawn.append(figures.add(picture))
+                drawn.append(condition_measured(f"spectra_{run['run_id']}", title, load_spectra(run["path"])))
             except UserError as error:
                 problems.append(str(error))
     return drawn, problems

@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """Progress bars that become a few lines where standard error is not a terminal, as in the log of a cluster's job."""
 
 from __future__ import annotations

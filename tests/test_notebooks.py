@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -87,6 +89,19 @@ def test_missing_records_say_how_to_make_them(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("DIABLO_RESULTS", str(tmp_path))
     with pytest.raises(UserError, match=r"experiments\.reproduce quickstart.*analysis\.export runs --out"):
         committed_runs("quickstart")
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, EXAMPLE], ids=lambda path: path.stem)
+def test_what_a_notebook_imports_exists(path: Path) -> None:
+    """Type checkers do not read notebooks, and executing all of them takes minutes."""
+    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    lines = "\n".join(line for cell in cells for line in "".join(cell["source"]).splitlines() if line[:1] not in "%!")
+    imports = [node for node in ast.walk(ast.parse(lines)) if isinstance(node, ast.ImportFrom)]
+    assert imports
+    for node in imports:
+        module = importlib.import_module(str(node.module))
+        for name in (name.name for name in node.names):
+            assert hasattr(module, name) or importlib.util.find_spec(f"{node.module}.{name}"), name
 
 
 @pytest.mark.parametrize("path", [*NOTEBOOKS, EXAMPLE], ids=lambda path: path.stem)

@@ -7,6 +7,7 @@ same call resumes after the last of them.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -73,7 +74,9 @@ def quantize_model(
     _begin(folder, settings, model, calibration)
     model.eval()
     activations = None if calibration is None else Activations(model, layers, calibration)
-    bar = tqdm(layers, desc=f"quantising to {settings.bits} bits", unit="layer", disable=not progress)
+    every = 0.1 if sys.stderr.isatty() else 60  # seconds: each update is a line of a log
+    title = f"quantising to {settings.bits} bits"
+    bar = tqdm(layers, desc=title, unit="layer", disable=not progress, mininterval=every)
     for index, layer in enumerate(bar):
         home = next(layer.parameters()).device
         layer.to(device or home)

@@ -108,8 +108,8 @@ def device_memory(device: str) -> int:
     import torch
 
     if device.startswith("cuda"):
-        about: Any = torch.cuda.get_device_properties(device)  # pyright: ignore[reportUnknownMemberType]
-        return about.total_memory
+        cuda: Any = torch.cuda
+        return cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -258,7 +258,7 @@ def test_errors_are_one_line(
             to_lora(adapter, tmp_path / "lora")
     if "narrow" in options:
         config = tiny_llama().config
-        config.hidden_size = config.head_dim * 2
+        config.hidden_size = config.hidden_size // config.num_attention_heads * 2
         config.num_attention_heads, config.num_key_value_heads = 2, 1
         config.save_pretrained(tmp_path / "narrow")
         options = ["--base", str(tmp_path / "narrow")]
