@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 def load_full_precision(config: RunConfig, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the base model of a run before any quantisation."""
-    model, path = config.model, base_path(config)
     transformers.utils.logging.disable_progress_bar()  # we show our own
+    model, path = config.model, base_path(config)
     dtype = weights_dtype(model, device)
     if config.method.trains == "all":
         dtype = torch.promote_types(dtype, torch.float32)

@@ -66,10 +66,16 @@ def _check_data(settings: Config) -> None:
     for source in sources:
         if source not in SOURCES and source != "arith":
             raise UserError(f"task.data.source={source}: no such data set: {nearest(source, [*SOURCES, 'arith'])}")
-    if "arith" not in sources:
-        rows = sum(max(SOURCES[source]["train"].rows) for source in sources)
-        if data.get("heldout", 0) >= rows:
-            raise UserError(f"task.data.heldout={data['heldout']}: {given} has {rows:,} training rows: give fewer")
+    if "arith" in sources and len(sources) > 1:
+        raise UserError(f"task.data.source={given}: arith is generated and cannot be joined with other data sets")
+    if "arith" in sources:
+        for key in ("seed", "train", "test"):
+            if data.get(key) is None:
+                raise UserError(f"task.data.{key}=null: arith is generated: give a number")
+        return
+    rows = sum(max(SOURCES[source]["train"].rows) for source in sources)
+    if data.get("heldout", 0) >= rows:
+        raise UserError(f"task.data.heldout={data['heldout']}: {given} has {rows:,} training rows: give fewer")
 
 
 def _check_trained(method: Config) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments.config import RunConfig
+from experiments.errors import UserError
 from experiments.plan.cost import Speed, gpu_hours, reasons, rows_trained_on, tokens
 from experiments.plan.memory import base_dtype
 from experiments.runs.differences import differing
@@ -58,9 +59,14 @@ def print_counts(configs: Sequence[RunConfig], following: Sequence[RunConfig], s
     grouped, differ = False, differing(configs, leave_out=("recipe.learning_rate",))
     print(f"{'run':{width}}  {'trainable':>15}  {'of base':>8}  {'rate':>8}  {'rows':>9}  {'tokens':>8}  {'GPU-h':>7}")
     for config in configs:
-        result = count(config)
+        result, rows = count(config), rows_trained_on(config)
+        if not rows and config.method.trains != "nothing":
+            raise UserError(
+                f"{config.run_id}: recipe.batch_size={config.recipe.batch_size}: the training rows do not fill one "
+                f"batch: give fewer"
+            )
         line = f"{config.run_id:{width}}  {result.trainable:>15,}  {result.percent:>7.3f}%  "
-        line += f"{config.recipe.learning_rate:>8g}  {rows_trained_on(config):>9,.0f}  "
+        line += f"{config.recipe.learning_rate:>8g}  {rows:>9,.0f}  "
         line += f"{_short(tokens(config, speed)):>8}  {_short(gpu_hours(config, speed)):>7}"
         if config.run_id in differ:
             line += f"   {differ[config.run_id]}"

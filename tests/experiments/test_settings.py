@@ -102,6 +102,8 @@ Fails = Callable[[Callable[[], object]], str]
         (["evaluation.generation.top_k=3"], "evaluation.generation.top_k=3: one sample is decoded greedily"),
         (["evaluation.backend=vllm", "evaluation.merge=false"], "evaluation.merge=false: vLLM serves the exported"),
         (["task=gsm8k", "task.data.heldout=7473"], "task.data.heldout=7473: gsm8k has 7,473 training rows: give fewer"),
+        (["task.data.source=[arith,gsm8k]"], "task.data.source=['arith', 'gsm8k']: arith is generated and cannot be j"),
+        (["task.data.seed=null"], "task.data.seed=null: arith is generated: give a number"),
         (["method=lora", "method.trains=all"], "method.trains=all and method.adapter=peft.LoraConfig exclude each"),
         (["method=full", "method.trains=adapter"], "method.trains=adapter and method.adapter=null exclude each other"),
         (["evaluation.benchmarks=[arit]"], "no benchmark 'arit': did you mean arith or"),

@@ -46,6 +46,18 @@ def test_rows_are_those_of_whole_batches() -> None:
     assert rows_trained_on(config) == 3 * (169_420 // 16) * 16
 
 
+def test_more_rows_than_can_be_generated_are_told(fails_with: Callable[[Callable[[], object]], str]) -> None:
+    (config,) = plan(["task.data.train=100000000"])
+    assert "problems are too many" in fails_with(lambda: rows_trained_on(config))
+
+
+def test_a_dry_run_tells_that_a_batch_is_larger_than_the_data(
+    fails_with: Callable[[Callable[[], object]], str],
+) -> None:
+    said = fails_with(lambda: main(["recipe.batch_size=2048", "--dry-run"]))
+    assert "recipe.batch_size=2048: the training rows do not fill one batch: give fewer" in said
+
+
 def test_tokens_are_those_a_run_counts(tmp_path: Path, cache_dir: Path) -> None:
     """All rows fill whole batches here, so that the mean times the number of rows equals the sum."""
     from experiments.plan.compose import write_runs
