@@ -140,12 +140,8 @@ def _complete(
     return lines
 
 
-def _ask(benchmark: Benchmark, docs: list[Config], lm: Any, asked: Config) -> Iterator[tuple[int, str]]:
-    """Yield (line number, completion) of every document, by lm-eval."""
-    import datasets
-    from lm_eval import evaluator
-    from lm_eval.api.task import ConfigurableTask
-
+def request_settings(asked: Config) -> Config:
+    """Return the settings of a benchmark's requests as lm-eval names them."""
     generation = asked["generation"]
     sampled = generation["samples"] > 1
     common = {"until": generation["stop"], "max_gen_toks": generation["max_new_tokens"], "do_sample": sampled}
@@ -158,16 +154,25 @@ def _ask(benchmark: Benchmark, docs: list[Config], lm: Any, asked: Config) -> It
         }
     if generation["num_beams"] > 1:
         common["num_beams"] = generation["num_beams"]
-    on_vllm = asked["backend"] == "vllm"
-    if on_vllm:
+    if asked["backend"] == "vllm":
         common["skip_special_tokens"] = True  # as transformers does
+    return common
+
+
+def _ask(benchmark: Benchmark, docs: list[Config], lm: Any, asked: Config) -> Iterator[tuple[int, str]]:
+    """Yield (line number, completion) of every document, by lm-eval."""
+    import datasets
+    from lm_eval import evaluator
+    from lm_eval.api.task import ConfigurableTask
+
+    seeded = asked["backend"] == "vllm" and asked["generation"]["samples"] > 1
 
     class Task(ConfigurableTask):
         def construct_requests(self, doc: Any, ctx: Any, **kwargs: Any) -> Any:
             """As lm-eval's, plus the settings that differ between rows."""
             request: Any = super().construct_requests(doc, ctx, **kwargs)
             request.arguments[1]["max_gen_toks"] = doc["room"]
-            if on_vllm and sampled:  # vLLM seeds each request; transformers uses the chunk's random state
+            if seeded:  # vLLM seeds each request; transformers uses the chunk's random state
                 request.arguments[1]["seed"] = doc["seed"]
             return request
 
@@ -183,7 +188,7 @@ def _ask(benchmark: Benchmark, docs: list[Config], lm: Any, asked: Config) -> It
             "metric_list": [{"metric": "bypass", "higher_is_better": True}],  # we score ourselves
             "custom_dataset": dataset,
             "doc_to_text": text,
-            "generation_kwargs": common,
+            "generation_kwargs": request_settings(asked),
         }
     )
     # `evaluate` instead of `simple_evaluate`, which first reads lm-eval's 13,000 task files.

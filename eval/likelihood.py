@@ -24,7 +24,7 @@ from experiments.config import Protocol, RunConfig
 from experiments.errors import UserError
 from experiments.models.shapes import resolve_device
 from experiments.runs.attempts import Heartbeat
-from experiments.runs.environment import environment
+from experiments.runs.environment import environment, free_memory
 from experiments.runs.records import EvalPaths, write_atomically
 from experiments.settings import section
 
@@ -85,7 +85,10 @@ def measure(
 def score_examples(
     scored: Scored, examples: Examples | Windows, batch_size: int, title: str = "", heartbeat: Heartbeat | None = None
 ) -> torch.Tensor:
-    """Return `Targets.row_scores` of all examples, in order, on the CPU. Rows of similar length share a batch."""
+    """Return `Targets.row_scores` of all examples, in order, on the CPU. Rows of similar length share a batch.
+
+    A batch that does not fit into memory is halved, and so are the later ones.
+    """
     import torch
 
     from experiments.data.prompts import collate
@@ -94,19 +97,26 @@ def score_examples(
 
     model: Any = scored.model
     order = torch.from_numpy(examples.lengths.argsort(kind="stable")[::-1].copy())  # largest memory need first
-    batches = torch.split(order, batch_size)
     found: list[torch.Tensor] = []
     with torch.no_grad(), Bar(total=len(order), desc=title, unit="row", leave=False, disable=not title) as bar:
         forward = TargetForward(model)
-        for number, part in enumerate(batches):
+        done = 0
+        while done < len(order):
             if heartbeat is not None:
-                heartbeat.at(number, len(batches))
-            batch = collate(
-                [examples[row] for row in cast(list[int], part.tolist())], cast(int, scored.tokenizer.pad_token_id)
-            )
+                heartbeat.at(done, len(order))
+            rows = cast(list[int], order[done : done + batch_size].tolist())
+            batch = collate([examples[row] for row in rows], cast(int, scored.tokenizer.pad_token_id))
             inputs: Any = {name: tensor.to(model.device) for name, tensor in batch.items()} | {"use_cache": False}
-            found.append(forward(model, inputs).row_scores())
-            bar.update(len(part))
+            try:
+                found.append(forward(model, inputs).row_scores())
+            except torch.OutOfMemoryError:
+                if len(rows) == 1:
+                    raise
+                batch_size = len(rows) // 2
+                free_memory()
+                continue
+            done += len(rows)
+            bar.update(len(rows))
         return torch.cat(found).cpu()[order.argsort()]  # one transfer from the device
 
 

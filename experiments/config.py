@@ -311,6 +311,7 @@ class Evaluation:
     limit: PerKind | None
     """Score only so many rows, for a quick look."""
     batch_size: Count
+    """Most rows at once; where these do not fit into memory, half as many."""
     backend: Backend
     merge: bool
     """Fold the adapter into the weights before generating; not every method can."""

@@ -127,6 +127,28 @@ def test_neither_batch_nor_merging_nor_chunks_matter(
     assert [line["targets"] for line in found] == [line["targets"] for line in whole]
 
 
+def test_a_batch_that_does_not_fit_into_memory_is_halved_and_so_are_the_later_ones(copied: RunPaths) -> None:
+    config, found = read_config(copied), scored(copied)
+    rows = rows_of(config, read_benchmark("arith_nll"))[:14]
+    examples = tokenised(config.protocol, found.tokenizer, rows, Path(config.runtime.cache_dir))
+    whole = score_examples(found, examples, 14)
+    sizes: list[int] = []
+
+    def check(module: Any, inputs: tuple[Any, ...]) -> None:
+        sizes.append(len(inputs[0]))
+        if sizes[-1] > most:
+            raise torch.OutOfMemoryError(f"{sizes[-1]} rows")
+
+    hook = found.model.get_input_embeddings().register_forward_pre_hook(check)
+    most = 3
+    torch.testing.assert_close(score_examples(found, examples, 14), whole)
+    assert sizes == [14, 7, 3, 3, 3, 3, 2]
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        score_examples(found, examples, 14)
+    hook.remove()
+
+
 def test_the_error_is_the_spread_over_resampled_rows() -> None:
     generator = torch.Generator().manual_seed(0)
     targets = torch.randint(5, 60, (400,), generator=generator)

@@ -15,6 +15,7 @@ from experiments.config import Data
 from experiments.data import sources
 from experiments.data.rows import load_rows, rows_hash
 from experiments.data.sources import HUBS, SOURCES, Row, boxed
+from experiments.runs.sizes import counted
 
 Fails = Callable[[Callable[[], object]], str]
 FIELDS = ["instruction", "input", "output", "answer"]
@@ -296,7 +297,7 @@ def test_hex_phi_is_read_from_the_users_file(count: int, whole: bool, tmp_path: 
         assert rows == [row] * count
     else:
         said = fails_with(lambda: load_rows(Data("hex_phi"), "test", str(tmp_path)))
-        assert f"{count} rows, there must be 330 or 300" in said
+        assert f"{counted(count, 'row')}, there must be 330 or 300" in said
 
 
 def test_stand_ins_are_not_called_hex_phi() -> None:
