@@ -10,8 +10,9 @@ from functools import cache
 from types import NoneType
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from experiments.config import OPEN, RunConfig
+from experiments.config import RunConfig
 from experiments.errors import UserError, nearest
+from experiments.open_fields import OPEN
 from experiments.rules import Rule, Value, members, rule_of, rule_of_value, section_of
 
 Config = dict[str, Any]

@@ -23,7 +23,8 @@ ALLOWED = {
 }
 STARTS_EVERYTHING = ("experiments.reproduce",)  # imports eval and analysis inside its functions
 FOLDERS = ("runs", "data", "models", "train", "plan", "speed", "reproduce", "gpu")
-BASE = tuple(f"experiments{name}" for name in ("", ".config", ".errors", ".rules", ".settings"))
+BASE_NAMES = ("", ".config", ".errors", ".open_fields", ".progress", ".rules", ".settings")
+BASE = tuple(f"experiments{name}" for name in BASE_NAMES)
 COMMANDS = (
     "experiments.card",
     "experiments.gguf",

@@ -10,8 +10,8 @@ from dataclasses import fields
 from functools import cache
 from typing import Any, cast, get_type_hints
 
-from experiments.config import OPEN
 from experiments.errors import UserError, nearest
+from experiments.open_fields import OPEN
 from experiments.plan.config_groups import kind_of_section
 from experiments.rules import Value, section_of
 from experiments.settings import SECTIONS, rule, shown
