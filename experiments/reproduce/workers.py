@@ -35,8 +35,9 @@ class Stopped(UserError):
 
 @dataclass
 class Worker:
-    """One process; replaced by a new one if it dies."""
+    """One process of `threads` threads; replaced by a new one if it dies."""
 
+    threads: int = 1
     process: subprocess.Popen[str] | None = None
     errors: IO[bytes] | None = None
     stopped: bool = False
@@ -90,6 +91,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self.errors,
             encoding="utf-8",
+            env={**os.environ, "OMP_NUM_THREADS": str(self.threads)},
         )
         assert self.process.stdout is not None
         self.process.stdout.readline()  # READY, or nothing if the process died, which the first job reports
@@ -106,6 +108,18 @@ class Worker:
         self.errors.seek(0)
         lines = self.errors.read().decode("utf-8", "replace").strip().splitlines()
         return {"error": lines[-1].removeprefix("error: ") if lines else f"{run.root}: ended with status {status}"}
+
+
+def threads_of_each(workers: int) -> int:
+    """Return the threads of each worker: OMP_NUM_THREADS if it is set, else an equal share of the processors.
+
+    More threads than processors wait for each other: two workers of two threads take longer than one.
+    """
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdecimal():
+        return int(given)
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, processors // workers)
 
 
 def answer(job: dict[str, Any]) -> Answer:

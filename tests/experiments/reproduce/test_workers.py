@@ -16,9 +16,18 @@ import pytest
 
 from eval.run import evaluate
 from experiments.plan.compose import plan, write_runs
+from experiments.reproduce.workers import threads_of_each
 from experiments.train.run import train
 from tests.conftest import SMALL
 from tests.experiments.runs.test_preemption import ROOT, after, content
+
+
+def test_workers_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8))
+    assert [threads_of_each(workers) for workers in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert threads_of_each(4) == 3
 
 
 @pytest.mark.slow
