@@ -73,7 +73,7 @@ def print_counts(configs: Sequence[RunConfig], following: Sequence[RunConfig], s
         if result.ungrouped is not None:
             grouped = True
             line += f"   [* {result.ungrouped:,} = {100 * result.ungrouped / result.base:.3f}%]"
-        print(line)
+        print(line, flush=True)  # the next may have to tokenise its rows
     everything = [*configs, *following]
     sums: list[str] = []
     for what, cost in (("tokens", tokens), ("GPU-hours of training", gpu_hours)):

@@ -14,6 +14,7 @@ from experiments.plan.compose import plan, run_paths
 from experiments.plan.fit import with_sharding
 from experiments.plan.memory import estimate
 from experiments.plan.selection import Selection, select
+from experiments.progress import WAIT, Bar
 from experiments.runs.config_files import group_hash, read_config
 from experiments.runs.differences import differing
 from experiments.runs.records import TrainRecord, content_hash, read_record
@@ -37,7 +38,8 @@ def memory_table(
     configs: Sequence[RunConfig], gpus: Callable[[RunConfig], int] = lambda config: 1, more: Sequence[Column] = ()
 ) -> list[str]:
     """Return a line per setting: runs, GPUs per run, memory per GPU, and further columns."""
-    found = [(config, count, estimate(config, max(1, gpus(config)))) for config, count in settings(configs)]
+    bar = Bar(settings(configs), desc="memory", unit="setting", leave=False, delay=WAIT)
+    found = [(config, count, estimate(config, max(1, gpus(config)))) for config, count in bar]
     differ = differing([config for config, _, _ in found], LEFT_OUT)
     several = len({config.task.name for config, _, _ in found}) > 1
     unit, size = ("GiB", 2**30) if any(memory.peak >= 2**30 for *_, memory in found) else ("MiB", 2**20)
