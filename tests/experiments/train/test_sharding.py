@@ -90,6 +90,8 @@ def assert_equal(one: RunPaths, two: RunPaths, relative: float, sharding: str = 
             assert second[key] == pytest.approx(first[key], rel=relative, abs=relative * 1e-2), (two.root, key)
     assert sorted(path.name for path in two.adapter.iterdir()) == sorted(path.name for path in one.adapter.iterdir())
     for path in one.adapter.iterdir():
+        if path.name == "README.md":  # the card has a run's scores, which one of the two may not have yet
+            continue
         if path.suffix != ".safetensors":
             assert (two.adapter / path.name).read_bytes() == path.read_bytes(), path
             continue
