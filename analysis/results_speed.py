@@ -192,10 +192,36 @@ def tokens() -> str:
     return markdown(pd.DataFrame(rows))
 
 
+def generation(name: str) -> str:
+    """Return a sentence about what was asked, and a row per back end."""
+    found = record(name)
+    entries, total = found["entries"], found["rows"] * found["samples"]
+    settings = found["generation"]
+    drawn = f", {found['samples']} samples of each at temperature {settings['temperature']}" * (found["samples"] > 1)
+    rows: list[dict[str, str]] = []
+    for label, entry in entries.items():
+        ratios = np.array(entry["seconds"]) / np.array(entries["hf"]["seconds"])
+        rows.append(
+            {
+                "Back end": label,
+                "Seconds": f"{statistics.median(entry['seconds']):.1f}",
+                "Tokens per second": f"{entry['completion_tokens'] / statistics.median(entry['seconds']):.0f}",
+                "Time over hf's (range)": f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})",
+                "Equal to hf's": f"{entry['equal_to_hf']} of {total}" if found["samples"] == 1 else "",
+            }
+        )
+    asked = (
+        f"{found['rows']} rows of {found['benchmark']}{drawn}, {found['prompt_tokens']:,} prompt tokens, at most "
+        f"{settings['max_new_tokens']} new ones, {found['batch_size']} rows at once, {found['dtype']}, "
+        f"{len(entries['hf']['seconds'])} interleaved rounds"
+    )
+    return f"{asked}:\n\n{markdown(pd.DataFrame(rows))}"
+
+
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
         *(device, note, whole_model, layers, gpu_methods, correctness, peaks, quantise_seconds, quantise_errors),
-        *(quantised_passes, quantised_memory, tokens),
+        *(quantised_passes, quantised_memory, tokens, generation),
     )
 }
