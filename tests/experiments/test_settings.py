@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diablo.blocks.patterns import PATTERNS
-from experiments import CONFIGS, settings
+from experiments import CONFIGS, open_fields, settings
 from experiments import config as config_module
 from experiments.plan.compose import options, plan, resolve, set_values
 from experiments.plan.overrides import by_name, sweep, value_of
@@ -166,7 +166,7 @@ def test_every_setting_has_a_type() -> None:
             config = plan(arguments)[0]
             untold |= {key for key, value in settings.leaves(config.mapping) if value is None and not rule(key)}
     assert untold <= {"method.adapter"}
-    assert set(PATTERNS) == set(config_module.PATTERNS)
+    assert set(PATTERNS) == set(open_fields.PATTERNS)
 
 
 def test_the_optimizers_are_those_of_transformers() -> None:
