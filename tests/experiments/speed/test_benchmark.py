@@ -103,12 +103,16 @@ def test_one_command_writes_json_table_and_picture(tmp_path: Path) -> None:
     }  # fmt: skip
     result = json.loads((tmp_path / "out" / "benchmark.json").read_text(encoding="utf-8"))
     assert [len(result[suite]) for suite in ("layers", "models", "curve")] == [1, 1, 3]
-    for case in (*result["layers"], *result["models"]):
-        assert set(case["entries"]) == set(cases.LABELS)
+    for suite, more in (("layers", set[str]()), ("models", {cases.RECOMPUTED})):
+        (case,) = result[suite]
+        assert set(case["entries"]) == {*cases.LABELS, *more}
         assert all(len(entry["seconds"]) == 3 for entry in case["entries"].values())
         assert ratio(case, cases.FLOOR) == (1.0, 1.0, 1.0)
     table = (tmp_path / "out" / "benchmark.md").read_text(encoding="utf-8")
-    assert all(f"| {label} |" in table for label in cases.LABELS)
+    assert all(f"| {label} |" in table for label in (*cases.LABELS, cases.RECOMPUTED))
+    entries = result["models"][0]["entries"]
+    peaks = {label: entry["peak_bytes"] for label, entry in entries.items()}
+    assert peaks[cases.FLOOR] <= peaks[cases.RECOMPUTED] < peaks[cases.IN_PLACE]
     before = table
     (tmp_path / "out" / "benchmark.md").unlink()
     main(["--redraw", str(tmp_path / "out" / "benchmark.json")])
