@@ -124,6 +124,7 @@ class DiabloLinear(nn.Module, DiabloLayer):
         self._leave_weight()
         super().delete_adapter(adapter_name)
         self.forward_mode.pop(adapter_name, None)
+        self.recompute_inputs.pop(adapter_name, None)
         self._overwrites.pop(adapter_name, None)
         self.refresh(changed=False)
 
