@@ -18,7 +18,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -247,9 +246,7 @@ def serve(folder: Path) -> None:
     print(json.dumps([]), file=answers, flush=True)
     for line in sys.stdin:
         prompts, kwargs = json.loads(line)
-        started = time.perf_counter()
         found = engine.generate_until(requests(prompts, kwargs), disable_tqdm=True)
-        print(f"{len(prompts)} completions in {time.perf_counter() - started:.1f} s", file=sys.stderr)
         print(json.dumps(found), file=answers, flush=True)
 
 
