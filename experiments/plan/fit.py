@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 
 from experiments.config import RunConfig
 from experiments.errors import UserError
@@ -97,27 +95,29 @@ def fits(memory: Memory, gpu_bytes: int) -> bool:
 
 
 def check_workers(configs: Sequence[RunConfig], workers: int, memory_bytes: int) -> None:
-    """Raise a UserError if the largest of these runs, `workers` at a time, do not fit into the memory of one device.
+    """Raise a UserError if any `workers` runs that follow each other do not fit into the memory of one device together.
 
-    One run stands for all of its model, method and task: sizes of adapters matter little beside the activations.
+    Runs start in their order, so those side by side are at most a few places apart. One run stands for all of its
+    model, method and task: sizes of adapters matter little beside the activations.
     """
-    if not configs:
-        return
     kinds = [(config.model.name, config.method.name, config.task.name) for config in configs]
     examples = dict(zip(kinds, configs, strict=True))
-    peaks = [
-        estimate(examples[kind]).peak + PROCESS
-        for kind, runs in Counter(kinds).items()
-        for _ in range(min(runs, workers))
-    ]
-    together = list(accumulate(sorted(peaks, reverse=True)[:workers]))
-    if together[-1] > USABLE * memory_bytes:
-        most = sum(total <= USABLE * memory_bytes for total in together)
+    peaks = {kind: estimate(config).peak + PROCESS for kind, config in examples.items()}
+    needs = [peaks[kind] for kind in kinds]
+    usable = int(USABLE * memory_bytes)
+    together = _most_of_neighbours(needs, workers)
+    if together > usable:
+        most = next(count for count in range(workers - 1, -1, -1) if _most_of_neighbours(needs, count) <= usable)
         mend = f"give at most {most}" if most else "give a smaller recipe.micro_batch_size and no --workers"
         raise UserError(
-            f"--workers {workers}: the {len(together)} largest runs need {gibibytes(together[-1])} at the same time, "
-            f"and {gibibytes(int(USABLE * memory_bytes))} are usable here: {mend}"
+            f"--workers {workers}: {counted(min(workers, len(needs)), 'run')} at the same time need up to "
+            f"{gibibytes(together)}, and {gibibytes(usable)} are usable here: {mend}"
         )
+
+
+def _most_of_neighbours(needs: Sequence[int], count: int) -> int:
+    """Return the largest sum of `count` needs in a row, or of all if there are fewer."""
+    return max((sum(needs[first : first + count]) for first in range(max(1, len(needs) - count + 1))), default=0)
 
 
 def does_not_fit(config: RunConfig, gpus: int, gpu_bytes: int, largest: int) -> str:

@@ -254,20 +254,21 @@ def test_what_does_not_fit_is_refused_with_what_would(fails_with: FailsWith) -> 
 
 
 def test_no_more_workers_than_fit_the_memory(fails_with: FailsWith) -> None:
-    """Three runs of LoRA and one of full fine-tuning, the largest of which run at the same time."""
+    """Runs side by side are neighbours in the order: full fine-tuning with the LoRA before or after it."""
     runs = [real("llama2_7b", "lora", f"seed={seed}") for seed in range(3)] + [real("llama2_7b", "full")]
     lora, full = (estimate(config).peak + fitting.PROCESS for config in runs[-2:])
     assert lora < full
     for workers, needed in ((1, full), (2, full + lora), (4, full + 3 * lora), (9, full + 3 * lora)):
         room = int(needed / fitting.USABLE) + 2**20
         fitting.check_workers(runs, workers, room)
-        least = (
-            f"--workers {workers}: the {min(workers, 4)} largest runs need {gibibytes(needed)} at the same time, and "
-        )
+        together = "1 run" if workers == 1 else f"{min(workers, 4)} runs"
+        least = f"--workers {workers}: {together} at the same time need up to {gibibytes(needed)}, and "
         said = fails_with(lambda workers=workers, room=room: fitting.check_workers(runs, workers, room - 2**21))
         assert said.startswith(least)
         few = "a smaller recipe.micro_batch_size and no --workers" if workers == 1 else f"at most {min(workers, 4) - 1}"
         assert said.endswith(f"are usable here: give {few}")
+    apart = [runs[3], *runs[:3], real("llama2_7b", "full", "seed=1")]  # the two largest never run at the same time
+    fitting.check_workers(apart, 2, int((full + lora) / fitting.USABLE) + 2**20)
     fitting.check_workers([], 9, 1)  # everything is finished
 
 
