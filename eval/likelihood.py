@@ -2,11 +2,11 @@
 """Likelihood benchmarks: how well a run's model predicts given targets, as negative log-likelihood (NLL) in nats.
 
 Rows are tokenised exactly as in training (experiments/data/tokens.py), by the run's own protocol or the one that the
-task file names, except that rows with equal prompts all count; a plain text is cut into windows (eval/text.py). The
-model is the one that generates, in the same dtype and without autocast; the softmax is in float32, and at most as many
-logits are in memory as in training (experiments/train/loss.py). `samples.jsonl` has a line for every row: `index`,
-`nll` (summed over its targets), `targets` (their number) and `exact` (1 if every target is the argmax). There is no
-resuming: it takes seconds.
+task file names, except that rows with equal prompts all count and that a prompt is never a target, also if the training
+loss includes it; a plain text is cut into windows (eval/text.py). The model is the one that generates, in its dtype and
+without autocast; the softmax is in float32, and at most as many logits are in memory as in training
+(experiments/train/loss.py). `samples.jsonl` has a line for every row: `index`, `nll` (summed over its targets),
+`targets` (their number) and `exact` (1 if every target is the argmax). There is no resuming: it takes seconds.
 """
 
 from __future__ import annotations

@@ -116,7 +116,11 @@ def reasons(configs: Sequence[RunConfig], speed: Speed) -> list[str]:
         if not rows_trained_on(config):
             continue
         if tokens(config, speed) is None:
-            lacking = "no tokenizer" if _tokenizer(config.model, config.runtime) is None else "no rows"
+            lacking = (
+                "no rows"
+                if _has_tokenizer(json.dumps([config.mapping[key] for key in ("model", "runtime")]))
+                else "no tokenizer"
+            )
             uncounted.setdefault((task, lacking), {})[model] = None
         if _speed_of(config, speed) is None:
             without_speed[model] = None
@@ -168,6 +172,12 @@ def _row_lengths(about: str) -> np.ndarray | None:
     except UserError:
         return None
     return tokenised(protocol, tokenizer, select_rows(protocol, rows), Path(runtime.cache_dir)).lengths
+
+
+@functools.cache
+def _has_tokenizer(about: str) -> bool:
+    model, runtime = json.loads(about)
+    return _tokenizer(section(Model, model), section(Runtime, runtime)) is not None
 
 
 def _tokenizer(model: Model, runtime: Runtime) -> PreTrainedTokenizerBase | None:

@@ -68,13 +68,17 @@ def protocol_of(config: RunConfig, settings: Config) -> tuple[str, int]:
 def likelihood_settings(config: RunConfig, benchmark: str) -> Config:
     """Return the settings of a likelihood benchmark, in the form of `settings_of`.
 
-    Its rows are tokenised as in training, by the run's own protocol or the one that the task file names. The run's
-    settings for generating and reading completions do not apply.
+    Its rows are tokenised as in training, by the run's own protocol or the one that the task file names; the targets
+    are the answer's tokens, also if the training loss includes the prompt, so that all runs predict the same tokens.
+    The run's settings for generating and reading completions do not apply.
     """
     evaluation, about = config.evaluation, _about(benchmark)
     limits = [_chosen(evaluation.limit, "evaluation.limit", benchmark, LIKELIHOOD), about.get("limit")]
+    protocol = config.mapping["protocol"] if about["protocol"] is None else protocol_section(about["protocol"])
+    if "train_on_prompt" in protocol:
+        protocol = {**protocol, "train_on_prompt": False}
     asked = {
-        "protocol": config.mapping["protocol"] if about["protocol"] is None else protocol_section(about["protocol"]),
+        "protocol": protocol,
         "limit": min((limit for limit in limits if limit is not None), default=None),
         "merge": evaluation.merge,
         "backend": "hf",

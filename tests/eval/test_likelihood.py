@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,7 +30,7 @@ from experiments.plan.compose import options, plan
 from experiments.reproduce.run import outcome
 from experiments.runs.config_files import read_config
 from experiments.runs.evaluations import TASKS, evaluation_paths, protocol_section
-from experiments.runs.records import EvalRecord, RunPaths, read_json, read_lines, read_record, trained_record
+from experiments.runs.records import EvalPaths, EvalRecord, RunPaths, read_json, read_lines, read_record, trained_record
 from experiments.settings import section, with_values
 from experiments.train import loss as chunked
 from experiments.train.run import train
@@ -190,19 +191,22 @@ def test_methods_that_are_loaded_otherwise(name: str, small: list[str]) -> None:
     assert record.n == 28
 
 
-def test_masking_is_trainings_own(small: list[str]) -> None:
-    """A protocol whose loss includes the prompt is also scored on the prompt."""
-    targets = []
+def test_only_the_answer_is_a_target(small: list[str]) -> None:
+    """Also if the training loss includes the prompt: else two such runs would be compared on different tokens."""
+    found: list[tuple[EvalRecord, EvalPaths]] = []
     for on_prompt in ("false", "true"):
         run = planned([*small, "method=base", NLL, f"protocol.train_on_prompt={on_prompt}"])
         train(run)
-        (record,) = evaluate(run)
-        config, found = read_config(run), scored(run)
-        examples = encode(config.protocol, found.tokenizer, rows_of(config, read_benchmark("arith_nll")))
-        expected = sum(len(one.labels) - max(1, one.labels.count(IGNORED)) for one in examples)
+        ((record,), (paths,)) = evaluate(run), run.evaluations()
+        found.append((record, paths))
+        config, model = read_config(run), scored(run)
+        protocol = replace(config.protocol, train_on_prompt=False)
+        examples = encode(protocol, model.tokenizer, rows_of(config, read_benchmark("arith_nll")))
+        expected = sum(len(one.labels) - one.labels.count(IGNORED) for one in examples)
         assert record.extra_metrics["targets"] == expected
-        targets.append(expected)
-    assert targets[0] < targets[1]
+    (masked, here), (unmasked, there) = found
+    assert masked.items == unmasked.items  # one model, and the same tokens
+    assert here.root.name == there.root.name
 
 
 def test_rescoring_needs_no_model_and_a_finished_score_is_left(

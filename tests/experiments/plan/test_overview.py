@@ -33,7 +33,15 @@ grids:
 """
 SPEED = "--tokens-per-second=1000"
 # All except those only on the tiny or the real small model.
-SMALL = {"evidence", "evidence_pilot", "quickstart", "quickstart_lr", "real_data_tiny", "real_smoke"}
+SMALL = {
+    "evidence",
+    "evidence_pilot",
+    "evidence_spectra",
+    "quickstart",
+    "quickstart_lr",
+    "real_data_tiny",
+    "real_smoke",
+}
 SMALL |= {"all_methods_tiny", "quantized_tiny", "spectra_tiny"}
 OF_THE_PAPER = sorted(set(options("experiment")) - SMALL)
 HOUR = 0.00217  # GPU-hours of a run of the cells at that speed
