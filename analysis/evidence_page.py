@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis import evidence_spectra
+from analysis.evidence_against import findings
 from analysis.evidence_runs import (
     BASE,
     PRIMARY,
@@ -30,24 +32,42 @@ from analysis.tables import markdown
 from experiments.runs.records import write_atomically
 
 
-def write_evidence(directories: Sequence[Path], out: Path) -> Path:
-    """Write the page, its figures and its tables, and return the page's path."""
+def write_evidence(directories: Sequence[Path], out: Path, spectra: Path | None = None) -> Path:
+    """Write the page, its figures and its tables, and return the page's path.
+
+    Args:
+        spectra: the run that measured the theory's condition, question (h).
+    """
     runs = load_runs(directories, quiet=True)
     settings = settings_of(runs)
     comparisons = comparisons_of(settings)
     pictures = [differences(comparisons), trade_off(settings), rates(settings)]
+    condition: list[str] = []
+    if spectra is not None:
+        texts, picture = evidence_spectra.parts(spectra, "spectra")
+        condition = [evidence_spectra.answer(spectra), *texts, _figure(picture)]
+        pictures.append(picture)
     for picture in pictures:
         save(picture, out)
     write_atomically(out / "comparisons.csv", pd.DataFrame(map(_flat, comparisons)).to_csv(index=False))
     write_atomically(out / "settings.csv", _table(settings).to_csv(index=False))
-    write_atomically(out / "evidence.md", page(settings, comparisons, pictures, about(runs)))
+    write_atomically(out / "evidence.md", page(settings, comparisons, pictures, about(runs), condition))
     return out / "evidence.md"
 
 
 def page(
-    settings: dict[str, Setting], comparisons: Sequence[Comparison], pictures: Sequence[Picture], about: dict[str, Any]
+    settings: dict[str, Setting],
+    comparisons: Sequence[Comparison],
+    pictures: Sequence[Picture],
+    about: dict[str, Any],
+    condition: Sequence[str] = (),
 ) -> str:
-    """Return the page in Markdown; its figures are files in the same folder."""
+    """Return the page in Markdown; its figures are files in the same folder.
+
+    Args:
+        condition: the answer to question (h), and the texts of its section.
+    """
+    answer_h, section_h = condition[:1], condition[1:]
     answers = [(question, [c for c in comparisons if c.question == question.letter]) for question in QUESTIONS]
     devices, torch, hours = " and ".join(about["devices"]), ", ".join(about["torch"]), about["seconds"] / 3600
     parts = [
@@ -60,9 +80,13 @@ def page(
         f"lies within ±{MARGIN}; otherwise, and with fewer than {SEEDS_FOR_A_VERDICT} seeds: cannot say. This page "
         "is written by `python -m analysis.evidence`.",
         "## Answers",
-        "\n".join(_answer(question, found) for question, found in answers),
+        "\n".join([*(_answer(question, found) for question, found in answers), *answer_h]),
         _figure(pictures[0]),
+        "## What would count against DiaBlo",
+        "As registered. *Yes*: it was found.",
+        markdown(_against(settings, comparisons)),
         *(part for question, found in answers for part in _section(question, found)),
+        *section_h,
         "## Gain and forgetting",
         _figure(pictures[1]),
         "## Settings",
@@ -121,6 +145,15 @@ def _section(question: Question, found: Sequence[Comparison]) -> list[str]:
     rest = f"Not run yet: {'; '.join(lacking)}." if lacking else ""
     paper = f"The paper: {question.paper}{on}"
     return [f"## ({question.letter}) {question.title}", markdown(table), " ".join(filter(None, (paper, rest)))]
+
+
+def _against(settings: dict[str, Setting], comparisons: Sequence[Comparison]) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {"Finding": one.registered, "Found": one.found, "First minus second, 95 % interval": one.numbers}
+            for one in findings(settings, comparisons)
+        ]
+    )
 
 
 def _settings(settings: dict[str, Setting]) -> pd.DataFrame:

@@ -42,6 +42,7 @@ def _against(ours: str, *others: str) -> tuple[tuple[str, str], ...]:
 
 PATTERNS = ("permuted_block", "random_block", "random_row", "random_column", "random_entry")
 LOW_RANK = ("lora", "dora", "pissa", "milora")
+SIZES = (("diablo-N96", "r4"), ("diablo-N48", "r7"), (OURS, "r14"), ("diablo-N12", "r28"))  # of about equal budgets
 MASKED = ", loss on prompt and answer"
 QUESTIONS = (
     Question(
@@ -60,7 +61,7 @@ QUESTIONS = (
     Question(
         "c",
         "N against rank",
-        (("diablo-N96", "lora-r4"), ("diablo-N48", "lora-r7"), (OURS, "lora-r14"), ("diablo-N12", "lora-r28")),
+        tuple((ours, f"lora-{rank}") for ours, rank in SIZES),
         "N=64 and N=128 score alike; scores rise slowly with more parameters.",
     ),
     Question(
@@ -107,6 +108,7 @@ class Setting:
     tried: list[tuple[float, float]]  # learning rate, loss on the held-out rows; NaN if it diverged
     seeds: list[int]
     items: dict[str, Items]
+    evaluations: dict[str, str]  # the folder under eval/ of each benchmark, which names protocol and settings
     accuracy: list[float] = field(default_factory=list)
 
     def nll(self, *benchmarks: str) -> float:
@@ -156,6 +158,9 @@ def settings_of(runs: Runs) -> dict[str, Setting]:
         name = _name(first)
         if name in found:
             raise UserError(f"{first['path']}: a second setting named {name}: distinguish their names")
+        folders = whole.groupby("benchmark")["evaluation"].unique()
+        if several := [list(of_one) for of_one in folders if len(of_one) > 1]:
+            raise UserError(f"{name} was scored in several ways: {' and '.join(several[0])}: score it again")
         found[name] = Setting(
             name=name,
             percent=float(first["percent_of_base"]),
@@ -166,6 +171,7 @@ def settings_of(runs: Runs) -> dict[str, Setting]:
                 str(benchmark): np.stack(list(rows.sort_values("seed")["items"]))
                 for benchmark, rows in whole.groupby("benchmark")
             },
+            evaluations={str(benchmark): str(of_one[0]) for benchmark, of_one in folders.items()},
             accuracy=[float(value) for value in hits],
         )
     if BASE not in found:
@@ -193,7 +199,8 @@ def comparisons_of(settings: dict[str, Setting]) -> list[Comparison]:
         family = []
         for first, second in question.pairs:
             if first in settings and second in settings:
-                pair = _common(settings[first], settings[second], question.benchmarks)
+                _check_same_targets(settings[first], settings[second], question.benchmarks)
+                pair = common_seeds(settings[first], settings[second], question.benchmarks)
                 if pair is not None:
                     family.append((first, second, nll_difference(*pair)))
         if not family:
@@ -204,7 +211,19 @@ def comparisons_of(settings: dict[str, Setting]) -> list[Comparison]:
     return found
 
 
-def _common(first: Setting, second: Setting, names: Sequence[str]) -> tuple[list[Items], list[Items]] | None:
+def _check_same_targets(first: Setting, second: Setting, names: Sequence[str]) -> None:
+    """Raise a UserError if two settings were scored by other protocols or settings, so on other tokens."""
+    for name in names:
+        ours, theirs = first.evaluations[name], second.evaluations[name]
+        if ours != theirs:
+            raise UserError(
+                f"{first.name} was scored as {ours} and {second.name} as {theirs}: their NLL is of different tokens: "
+                f"score one of them again"
+            )
+
+
+def common_seeds(first: Setting, second: Setting, names: Sequence[str]) -> tuple[list[Items], list[Items]] | None:
+    """Return both settings' NLL of the seeds that they share, one array per benchmark; None if it is fewer than two."""
     seeds = [seed for seed in first.seeds if seed in second.seeds]
     if len(seeds) < 2:
         return None

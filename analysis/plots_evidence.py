@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import matplotlib
@@ -11,12 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from analysis.evidence_runs import BASE, PRIMARY, RETENTION, Comparison, Setting
+from analysis.evidence_runs import BASE, OURS, PRIMARY, RETENTION, Comparison, Setting
 from analysis.nll import MARGIN
 from analysis.plots import BLACK, BLUE, METHOD_COLOURS, METHOD_MARKERS, STYLE, VERMILLION, Picture
 
 COLUMNS = 4  # panels in a row
 GREY = "#777777"
+SIZED = re.compile(r"(diablo|lora|dora|pissa|milora)-[Nr]\d+")  # a method and its size, no other difference
 RETAINED = "g"  # the question about forgetting, drawn on its own scale
 
 
@@ -54,29 +56,47 @@ def _draw_differences(axes: Axes, rows: Sequence[Comparison]) -> None:
 
 
 def trade_off(settings: dict[str, Setting]) -> Picture:
-    """Draw each setting's gain on the task against its loss on other text, a point per seed and the mean."""
-    base = settings[BASE]
-    shown = [setting for name, setting in settings.items() if name != BASE]
+    """Draw each setting's gain on the task against its loss on other text: sizes of methods; patterns and modules."""
+    sized = {name: setting for name, setting in settings.items() if SIZED.fullmatch(name) or name == "full"}
+    others = {name: setting for name, setting in settings.items() if name not in sized and name != BASE}
+    if OURS in settings:
+        others = {OURS: settings[OURS], **others}
+    by_method: dict[str, list[Setting]] = {}
+    for name, setting in sorted(sized.items(), key=lambda item: item[1].percent):
+        by_method.setdefault(name.partition("-")[0], []).append(setting)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.6, 5.2), layout="constrained")
-        axes = figure.subplots()
-        for number, setting in enumerate(shown):
-            colour = METHOD_COLOURS[number % len(METHOD_COLOURS)]
-            marker = METHOD_MARKERS[number % len(METHOD_MARKERS)]
-            gains = base.nll(PRIMARY) - setting.by_seed(PRIMARY)
-            lost = setting.by_seed(*RETENTION) - base.nll(*RETENTION)
-            axes.plot(gains, lost, marker, color=colour, fillstyle="none", markersize=5, alpha=0.7)
-            label = f"{setting.name} ({setting.percent:.3g} %)"
-            axes.plot(gains.mean(), lost.mean(), marker, color=colour, markersize=9, label=label)
-        axes.axhline(0, color=BLACK, linewidth=0.8)
-        axes.set_xlabel("gained: NLL of GSM8K's test solutions, before − after, nats per token")
-        axes.set_ylabel("forgotten: mean NLL of three other texts, after − before")
-        axes.legend(frameon=False, fontsize=8, loc="upper right")
+        figure = Figure(figsize=(10.4, 6.4), layout="constrained")
+        panels = figure.subplots(1, 2, sharex=True, sharey=True)
+        groups = ({name: by_method[name] for name in sorted(by_method)}, {name: [one] for name, one in others.items()})
+        titles = ("Methods: size, learning rate", "Patterns, modules and losses")
+        for axes, group, title in zip(panels, groups, titles, strict=True):
+            for number, (label, sizes) in enumerate(group.items()):
+                _draw_trade_off(axes, label, sizes, settings[BASE], number)
+            axes.axhline(0, color=BLACK, linewidth=0.8)
+            axes.set_title(title, fontsize=10)
+            axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.05))
+        figure.supxlabel("gained: NLL of GSM8K's test solutions, before − after, nats per token", fontsize=9)
+        panels[0].set_ylabel("forgotten: mean NLL of three other texts, after − before")
     caption = (
         "Bottom right is best. Filled: mean over seeds; open: every seed. Each setting at the learning rate that "
         "was best on held-out rows of the task, which ignores forgetting."
     )
     return Picture("trade_off", figure, caption, "Gain against forgetting per setting; the tables have the numbers.")
+
+
+def _draw_trade_off(axes: Axes, label: str, sizes: Sequence[Setting], base: Setting, number: int) -> None:
+    """Draw the settings of one method; size and learning rate stand beside each point if there are several."""
+    colour, marker = METHOD_COLOURS[number % len(METHOD_COLOURS)], METHOD_MARKERS[number % len(METHOD_MARKERS)]
+    means: list[tuple[float, float]] = []
+    for setting in sizes:
+        gains = base.nll(PRIMARY) - setting.by_seed(PRIMARY)
+        lost = setting.by_seed(*RETENTION) - base.nll(*RETENTION)
+        axes.plot(gains, lost, marker, color=colour, fillstyle="none", markersize=4, alpha=0.35)
+        means.append((float(gains.mean()), float(lost.mean())))
+        if len(sizes) > 1:
+            size = f"{setting.name.rpartition('-')[2]}, {setting.rate:g}"
+            axes.annotate(size, means[-1], xytext=(7, -3), textcoords="offset points", fontsize=8, color=colour)
+    axes.plot(*zip(*means, strict=True), marker=marker, color=colour, markersize=8, linestyle="", label=label)
 
 
 def rates(settings: dict[str, Setting]) -> Picture:
@@ -98,6 +118,8 @@ def rates(settings: dict[str, Setting]) -> Picture:
             axes.set_yticks([0.7, 0.8, 1, 2, 4], ["0.7", "0.8", "1", "2", "4"])
         for axes in list(panels.flat)[len(shown) :]:
             axes.remove()
+        for axes in list(panels.flat)[max(0, len(shown) - COLUMNS) : len(shown)]:
+            axes.tick_params(labelbottom=True)
         figure.supxlabel("learning rate", fontsize=9)
         figure.supylabel("NLL per token of held-out rows", fontsize=9)
     caption = "Seed 0, one run for each learning rate tried; dotted: the chosen one."

@@ -82,13 +82,13 @@ def condition_measured(name: str, title: str, spectra: pd.DataFrame) -> Picture:
             axes.set_xlabel("layer")
             axes.xaxis.get_major_locator().set_params(integer=True)
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    tokens, blocks = spectra["tokens"].max(), spectra["blocks"].max()
+    blocks, tokens = spectra["blocks"].max(), spectra.groupby("step")["tokens"].first()
     caption = (
-        f"{title}, cut into N = {blocks} blocks, on {tokens} tokens of a micro-batch. Faint: step {first}; full: step "
-        f"{last}. Energy: the share of the squared norm in the largest m / N singular directions of m. Covered: the "
-        f"share inside the column space of one block (singular directions above a thousandth of its largest), mean "
-        f"over the blocks, bars from the least to the most. Where it is 1 for every block of X, or of g_Y, the "
-        f"theory's condition holds and the diagonal blocks lose nothing."
+        f"{title}, cut into N = {blocks} blocks, on the tokens of a micro-batch. Faint: step {first}, {tokens[first]} "
+        f"tokens; full: step {last}, {tokens[last]} tokens. Energy: the share of the squared norm in the largest m / N "
+        "singular directions of m. Covered: the share inside the column space of one block (its singular directions "
+        "above rounding), mean over the blocks, bars from the least to the most. Where it is 1 for every block of X, "
+        "or of g_Y, the theory's condition holds and the diagonal blocks lose nothing."
     )
     alt = f"Stable rank, energy and what one block covers, over the layers, for {', '.join(modules)}."
     return Picture(name, figure, caption, alt)

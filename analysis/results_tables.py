@@ -162,7 +162,8 @@ def evidence() -> str:
     """Return the settings of the registered comparison with their difference to DiaBlo in question (a) or (b)."""
     settings = read("evidence/settings.csv").sort_values("gsm8k_nll")
     base = settings.query("setting == 'base'").iloc[0]
-    compared = {row.second: row for row in each(read("evidence/comparisons.csv")) if row.question in "ab"}
+    pairs = [row for row in each(read("evidence/comparisons.csv")) if row.question in "abc"]
+    compared = {row.second: row for row in sorted(pairs, key=lambda row: (row.first == REFERENCE, row.question != "c"))}
     rows = []
     for row in each(settings):
         other = compared.get(row.setting)
@@ -177,8 +178,8 @@ def evidence() -> str:
                 "Learning rate": "" if pd.isna(row.learning_rate) else f"{row.learning_rate:g}, best of {row.tried}",
                 "Seeds": row.seeds,
                 "NLL": f"{row.gsm8k_nll:.4f}",
-                f"Minus {REFERENCE}": difference,
-                "DiaBlo is": "" if other is None else other.verdict,
+                "Minus DiaBlo": difference,
+                "DiaBlo is": "" if other is None else f"{other.verdict} ({other.first.removeprefix('diablo-')})",
                 "Forgotten": "" if row.setting == "base" else signed(forgotten, 3),
             }
         )
@@ -187,14 +188,20 @@ def evidence() -> str:
 
 def verdict(other: str) -> str:
     """Return the registered verdict on DiaBlo against a setting on the primary measure."""
-    (row,) = each(read("evidence/comparisons.csv").query("question in ['a', 'b'] and second == @other"))
-    return str(row.verdict)
+    return str(_registered(other).verdict)
 
 
 def smallest(other: str) -> str:
     """Return the smallest difference to a setting that could have been found, in nats per token."""
-    (row,) = each(read("evidence/comparisons.csv").query("question in ['a', 'b'] and second == @other"))
-    return f"{row.smallest:.3f}"
+    return f"{_registered(other).smallest:.3f}"
+
+
+def _registered(other: str) -> Any:
+    found = read("evidence/comparisons.csv")
+    (row,) = each(
+        found.loc[found["question"].isin(["a", "b"]) & (found["first"] == REFERENCE) & (found["second"] == other)]
+    )
+    return row
 
 
 def benchmarks(experiment: str) -> str:

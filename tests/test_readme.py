@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from analysis.evidence_against import findings
+from analysis.evidence_runs import settings_of
+from analysis.load import find_runs, load_runs
 from experiments import ROOT
 from experiments.plan.choose import stages_of
 from experiments.plan.selection import Selection, select
 from experiments.runs.records import read_json
-from experiments.speed.cases import DORA, FLOOR, IN_PLACE, LORA
+from experiments.speed.cases import DORA, FLOOR, IN_PLACE, LORA, RECOMPUTED
 from experiments.speed.report import ratio
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,31 +43,53 @@ def test_its_figures_of_speed_are_the_records() -> None:
         f"where LoRA takes {passes[LORA]} and DoRA {passes[DORA]}; "
         f"{peaks[0]} GB beyond the weights, LoRA {peaks[1]}, the frozen model {peaks[2]}."
     ) in TEXT
+    (case,) = read_json(ROOT / "results/gpu_h200/recomputed.json")["models"]
+    recomputed, peak = f"{ratio(case, RECOMPUTED)[0]:.2f}", f"{case['entries'][RECOMPUTED]['peak_bytes'] / 1e9:.1f}"
+    assert case["entries"][RECOMPUTED]["peak_bytes"] == case["entries"][FLOOR]["peak_bytes"]
+    assert f"`recompute_inputs=True` {recomputed} of the pass at the frozen model's {peak} GB." in TEXT
+    method = (ROOT / "docs/method.md").read_text(encoding="utf-8")
+    assert f"an H200 {recomputed} instead of {passes[IN_PLACE]}, at its {peak} GB beyond the weights" in method
     assert f"in place takes {passes[IN_PLACE]} times the frozen model's pass, LoRA {passes[LORA]}, DoRA" in TEXT
 
 
 def test_its_answers_are_the_evidences() -> None:
     with (ROOT / "results/evidence/comparisons.csv").open(encoding="utf-8") as file:
-        found = {(row["question"], row["second"]): row for row in csv.DictReader(file) if row["first"] == "diablo-N24"}
+        found = {(row["question"], row["first"], row["second"]): row for row in csv.DictReader(file)}
 
-    def number(question: str, second: str, key: str = "mean", digits: int = 3) -> str:
-        return f"{abs(float(found[question, second][key])):.{digits}f}"
+    def one(question: str, second: str, first: str = "diablo-N24") -> dict[str, str]:
+        row = found[question, first, second]
+        assert row["seeds"] == "5"
+        return row
+
+    def number(row: dict[str, str], key: str = "mean", digits: int = 3) -> str:
+        return f"{abs(float(row[key])):.{digits}f}"
 
     rows = {row.split("|")[1].strip(): row for row in TEXT.splitlines() if row.startswith("| ")}
     matched = rows["Does it match low-rank methods?"]
-    smallest = [number("a", second, "smallest") for second in ("lora-r14", "dora-r14")]
-    assert f"where {smallest[0]} and {smallest[1]} nats would have shown" in matched
-    assert f"PiSSA is {number('a', 'pissa-r14')} better" in matched
-    for second in ("lora-r14", "dora-r14"):
-        assert (found["a", second]["verdict"], found["a", second]["seeds"]) == ("cannot say", "5")
-    full = rows["Does it match full fine-tuning?"]
-    assert found["a", "full"]["verdict"] == found["a", "pissa-r14"]["verdict"] == "worse"
-    assert f"{number('a', 'full')} nats worse ({number('a', 'full', 'low')} to {number('a', 'full', 'high')})" in full
-    assert found["b", "sparse-permuted_block"]["verdict"] == "equal within 0.01"
-    assert f"random blocks {number('b', 'sparse-random_block')} worse" in rows["Is the diagonal special?"]
-    assert found["g", "lora-r14"]["verdict"] == "worse"
-    assert f"{number('g', 'lora-r14', digits=2)} nats more than LoRA" in rows["Does it forget less?"]
-    assert found["g", "pissa-r14"]["verdict"] == found["g", "full"]["verdict"] == "cannot say"
+    lora, dora, pissa = one("a", "lora-r14"), one("a", "dora-r14"), one("a", "pissa-r4", "diablo-N96")
+    assert f"where {number(lora, 'smallest')} and {number(dora, 'smallest')} nats would have shown" in matched
+    assert f"with 0.54 % PiSSA is {number(pissa)} better" in matched
+    assert {one("a", f"{name}-r14")["verdict"] for name in ("lora", "dora", "milora", "pissa")} == {"cannot say"}
+    assert pissa["verdict"] == "worse"
+    full = one("a", "full")
+    assert full["verdict"] == "worse"
+    told = f"{number(full)} nats worse ({number(full, 'low')} to {number(full, 'high')})"
+    assert told in rows["Does it match full fine-tuning?"]
+    patterns = {name: one("b", f"sparse-{name}") for name in ("permuted_block", "random_row", "random_entry")}
+    assert {row["verdict"] for row in patterns.values()} == {"equal within 0.01"}
+    block, column = (one("b", f"sparse-random_{name}") for name in ("block", "column"))
+    assert (
+        f"random blocks {number(block)} worse; random columns are {number(column)} worse"
+        in rows["Is the diagonal special?"]
+    )
+    settings = settings_of(load_runs(find_runs([ROOT / "results/evidence/runs"]), quiet=True))
+    (forgotten,) = (row for row in findings(settings, []) if row.registered.startswith("At an equal gain"))
+    lost = dict(re.findall(r"(N\d+) − lora-r\d+ ([+−]\d\.\d{3})", forgotten.numbers))
+    more, less = float(lost["N24"]), float(lost["N12"].replace("−", "-"))
+    assert (
+        f"{more:.2f} nats more than LoRA with N=24 and r=14, {-less:.2f} less with N=12 and r=28"
+        in rows["Does it forget less?"]
+    )
 
 
 def test_its_count_of_the_papers_runs_is_the_plans() -> None:
