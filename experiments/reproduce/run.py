@@ -145,6 +145,8 @@ def execute(title: str, jobs: Jobs, workers: int) -> None:
     numbers, told = itertools.count(1), set(jobs.stages().chosen())
 
     def work(worker: Worker | None) -> None:
+        if worker is not None:
+            worker.start()  # before timing, so that start-up does not count in the first run's seconds
         while (job := jobs.take()) is not None:
             line = f"[{next(numbers):>{len(str(total))}}/{total}] {job.config.run_id}"
             before, error = time.perf_counter(), None
@@ -171,13 +173,10 @@ def execute(title: str, jobs: Jobs, workers: int) -> None:
     if workers == 1:
         work(None)
     else:
-
-        def check() -> None:
-            device = str(resolve_device(jobs.configs[0].runtime.device))
-            check_workers([job.config for job in known if not job.is_finished()], workers, device_memory(device))
-            make_bases(jobs.configs)
-
-        _work_in_processes(check, work, workers, jobs.deadline)
+        device = str(resolve_device(jobs.configs[0].runtime.device))
+        check_workers([job.config for job in known if not job.is_finished()], workers, device_memory(device))
+        make_bases(jobs.configs)
+        _work_in_processes(work, workers, jobs.deadline)
     if jobs.failed and jobs.failed.keys() >= {job.key for job in jobs.known()}:
         raise UserError(f"no run of {title} finished; the first: {next(iter(jobs.failed.values()))}")
 
@@ -193,23 +192,14 @@ def _do(job: Job, title: str, worker: Worker | None) -> str:
     return worker.do(run, job.score)
 
 
-def _work_in_processes(
-    check: Callable[[], None], work: Callable[[Worker], None], count: int, deadline: float | None
-) -> None:
-    """Run `work` in a thread for each of `count` workers, which are stopped at the deadline or by a signal.
-
-    The workers import their modules while `check` runs, and are stopped if it raises.
-    """
+def _work_in_processes(work: Callable[[Worker], None], count: int, deadline: float | None) -> None:
+    """Run `work` in a thread for each of `count` workers, which are stopped at the deadline or by a signal."""
     threads = threads_of_each(count)
     workers = [Worker(threads) for _ in range(count)]
     pool = ThreadPoolExecutor(count)
     with preemption.listening():
         try:
             preemption.raise_immediately(True)
-            started = [pool.submit(worker.start) for worker in workers]
-            check()
-            for start in started:  # before timing, so that start-up does not count in the first runs' seconds
-                start.result()
             futures = [pool.submit(work, worker) for worker in workers]
             left = None if deadline is None else max(0.0, deadline - time.time())
             wait(futures, left, return_when=FIRST_EXCEPTION)

@@ -14,9 +14,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
@@ -41,14 +42,14 @@ class Worker:
     process: subprocess.Popen[str] | None = None
     errors: IO[bytes] | None = None
     stopped: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)  # a stopped worker must not start a process
 
     def do(self, run: RunPaths, score: bool) -> str:
         """Return the outcome of a run. UserError if it failed, or if the process died, e.g. for lack of memory."""
-        if self.stopped:
-            raise Stopped("not started")
         self.start()
         process = self.process
-        assert process is not None
+        if self.stopped or process is None:
+            raise Stopped("not started")
         assert process.stdin is not None
         assert process.stdout is not None
         line = ""
@@ -65,7 +66,8 @@ class Worker:
 
     def stop(self) -> None:
         """Tell the process to stop: a training after its step, with a checkpoint; without a job at once."""
-        self.stopped = True
+        with self.lock:
+            self.stopped = True
         if self.process is not None:
             self.process.terminate()
             with suppress(OSError):
@@ -81,19 +83,20 @@ class Worker:
             self.errors.close()
 
     def start(self) -> None:
-        """Start the process unless it is running, and wait until it has imported its modules."""
-        if self.process is not None and self.process.poll() is None:
-            return
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.reproduce.workers"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            encoding="utf-8",
-            env={**os.environ, "OMP_NUM_THREADS": str(self.threads)},
-        )
-        assert self.process.stdout is not None
+        """Start the process unless it is running or stopped, and wait until it has imported its modules."""
+        with self.lock:
+            if self.stopped or (self.process is not None and self.process.poll() is None):
+                return
+            self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "experiments.reproduce.workers"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.errors,
+                encoding="utf-8",
+                env={**os.environ, "OMP_NUM_THREADS": str(self.threads)},
+            )
+            assert self.process.stdout is not None
         self.process.stdout.readline()  # READY, or nothing if the process died, which the first job reports
 
     def _of_the_dead(self, run: RunPaths) -> Answer:

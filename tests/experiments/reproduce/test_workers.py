@@ -9,6 +9,7 @@ import csv
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +17,8 @@ import pytest
 
 from eval.run import evaluate
 from experiments.plan.compose import plan, write_runs
-from experiments.reproduce.workers import threads_of_each
+from experiments.reproduce.workers import Stopped, Worker, threads_of_each
+from experiments.runs.records import RunPaths
 from experiments.train.run import train
 from tests.conftest import SMALL
 from tests.experiments.runs.test_preemption import ROOT, after, content
@@ -28,6 +30,26 @@ def test_workers_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [threads_of_each(workers) for workers in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert threads_of_each(4) == 3
+
+
+def test_a_stopped_worker_starts_no_process() -> None:
+    """Told to stop while it starts, it ends; told before, it does not begin."""
+    worker = Worker()
+    starting = threading.Thread(target=worker.start)
+    starting.start()
+    while worker.process is None:
+        time.sleep(0.001)
+    worker.stop()
+    starting.join(60)
+    worker.wait()
+    assert worker.process.poll() is not None
+    never = Worker()
+    never.stop()
+    never.start()
+    never.wait()
+    assert never.process is None
+    with pytest.raises(Stopped, match="not started"):
+        never.do(RunPaths(Path("any")), score=False)
 
 
 @pytest.mark.slow
