@@ -1,20 +1,24 @@
-"""Which of the findings that docs/evidence.md registered as counting against DiaBlo were made."""
+"""Which of the findings that docs/evidence.md registered as counting against DiaBlo were made.
+
+The findings were registered; how each is decided, below, was written after the runs. With fewer than
+`SEEDS_FOR_A_VERDICT` common seeds a comparison decides nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
-from analysis.evidence_runs import LOW_RANK, PRIMARY, RETENTION, SIZES, Comparison, Setting, common_seeds
-from analysis.nll import MARGIN, Difference, nll_difference
+from analysis.evidence_runs import LOW_RANK, OURS, PRIMARY, RETENTION, SIZES, Comparison, Setting, common_seeds
+from analysis.nll import MARGIN, SEEDS_FOR_A_VERDICT, Difference, nll_difference
 
 YES, NO, UNKNOWN = "yes", "no", "cannot say"
+Test = Callable[[Difference], bool]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What would count against DiaBlo, whether it was found, and the numbers."""
+    """What would count against DiaBlo, whether it was found, and the numbers: first minus second, 95 % interval."""
 
     registered: str
     found: str
@@ -23,96 +27,105 @@ class Finding:
 
 def findings(settings: dict[str, Setting], comparisons: Sequence[Comparison]) -> list[Finding]:
     """Return the registered findings for which anything has been compared yet, in their order."""
-    by_pair = {(row.question, row.first, row.second): row for row in comparisons}
-    found = [_low_rank(by_pair), _full(by_pair), _blocks(by_pair), _shapes(by_pair), _sizes(settings)]
-    return [finding for finding in [*found, _forgetting(settings)] if finding is not None]
-
-
-Pairs = dict[tuple[str, str, str], Comparison]
-
-
-def _low_rank(by_pair: Pairs) -> Finding | None:
-    """The same method better at both sizes; "cannot say" unless it is not better anywhere."""
-    rows = {
-        name: [by_pair[key] for ours, rank in (SIZES[0], SIZES[2]) if (key := ("a", ours, f"{name}-{rank}")) in by_pair]
-        for name in LOW_RANK
-    }
-    if not all(rows.values()):
-        return None
-    worse = {name: sum(row.verdict.startswith("worse") for row in of_name) for name, of_name in rows.items()}
-    found = YES if 2 in worse.values() else UNKNOWN
-    if all(_within(row.difference) or row.verdict.startswith("better") for each in rows.values() for row in each):
-        found = NO
-    numbers = "; ".join(f"{name} better at {count} of {len(rows[name])} sizes" for name, count in worse.items())
-    return Finding("LoRA, DoRA, PiSSA or MiLoRA is better at both sizes", found, numbers)
-
-
-def _full(by_pair: Pairs) -> Finding | None:
-    rows = [row for (letter, _, second), row in by_pair.items() if letter == "a" and second == "full"]
-    if not rows:
-        return None
-    if all(row.difference.low > MARGIN for row in rows):
-        found = YES
-    else:
-        found = NO if all(row.difference.high < MARGIN for row in rows) else UNKNOWN
-    return Finding(f"Full fine-tuning is better by more than {MARGIN}", found, _listed(rows))
-
-
-def _blocks(by_pair: Pairs) -> Finding | None:
-    rows = [row for (letter, _, second), row in by_pair.items() if letter == "b" and second.endswith("_block")]
-    if not rows:
-        return None
-    as_good = any(_within(row.difference) or row.verdict == "worse" for row in rows)
-    found = YES if as_good else NO if all(row.verdict == "better" for row in rows) else UNKNOWN
-    return Finding(f"Random or permuted blocks are as good as the diagonal, within {MARGIN}", found, _listed(rows))
-
-
-def _shapes(by_pair: Pairs) -> Finding | None:
+    low_rank = [row for row in comparisons if row.question == "a" and row.second != "full"]
+    full = [row for row in comparisons if row.question == "a" and row.second == "full"]
+    blocks = [row for row in comparisons if row.question == "b" and row.second.endswith("_block")]
     names = ("sparse-random_row", "sparse-random_column", "sparse-random_entry")
-    rows = [row for (letter, _, second), row in by_pair.items() if letter == "b" and second in names]
-    if not rows:
+    shapes = [row for row in comparisons if row.question == "b" and row.second in names]
+    smallest, largest = SIZES[0][0], SIZES[-1][0]
+    forgotten = {ours: _forgotten(settings, ours, f"lora-{rank}") for ours, rank in SIZES}
+    found = [
+        (
+            "LoRA, DoRA, PiSSA or MiLoRA is better at both sizes",
+            _better_at_both(low_rank),
+            _listed([row for row in low_rank if row.difference.low > 0]) or "no interval above 0" * bool(low_rank),
+        ),
+        (
+            f"Full fine-tuning is better by more than {MARGIN}",
+            _any_or_none(full, lambda d: d.low > MARGIN, lambda d: d.high < MARGIN),
+            _listed(full),
+        ),
+        (
+            f"Random or permuted blocks are as good as the diagonal, within {MARGIN}",
+            _any_or_none(blocks, lambda d: d.low > -MARGIN, lambda d: d.high < -MARGIN),
+            _listed(blocks),
+        ),
+        (
+            f"Random rows, columns or entries are better, by more than {MARGIN}",
+            _any_or_none(shapes, lambda d: d.low > MARGIN, lambda d: d.high < MARGIN),
+            _listed(shapes),
+        ),
+        ("The NLL does not fall with more parameters", *_falls(settings, largest, smallest)),
+        (
+            f"At an equal gain, within {MARGIN}, more is forgotten than with LoRA",
+            _all_or_none([pair[1] for pair in forgotten.values() if pair is not None and _within(pair[0])]),
+            "; ".join(_told_of(ours, rank, *pair) for ours, rank in SIZES if (pair := forgotten[ours]) is not None),
+        ),
+    ]
+    return [Finding(*row) for row in found if row[2]]
+
+
+def _better_at_both(rows: Sequence[Comparison]) -> str:
+    """The same method better at both sizes; "no" once every method is not better at one of them, within the margin."""
+    sizes = (OURS, SIZES[0][0])
+    by_method = [
+        [row for row in rows if row.second.startswith(f"{name}-") and row.first in sizes and _enough(row.difference)]
+        for name in LOW_RANK
+    ]
+    if not any(by_method):
+        return UNKNOWN
+    if any(len(each) == len(sizes) and all(row.verdict.startswith("worse") for row in each) for each in by_method):
+        return YES
+    return NO if all(any(row.difference.high < MARGIN for row in each) for each in by_method) else UNKNOWN
+
+
+def _any_or_none(rows: Sequence[Comparison], yes: Test, no: Test) -> str:
+    """One comparison is enough for the finding; every one is needed against it."""
+    known = [row.difference for row in rows if _enough(row.difference)]
+    if any(yes(difference) for difference in known):
+        return YES
+    return NO if known and len(known) == len(rows) and all(no(difference) for difference in known) else UNKNOWN
+
+
+def _all_or_none(differences: Sequence[Difference]) -> str:
+    known = [difference for difference in differences if _enough(difference)]
+    if not known:
+        return UNKNOWN
+    if all(difference.low > 0 for difference in known):
+        return YES
+    return NO if all(difference.high < 0 for difference in known) else UNKNOWN
+
+
+def _falls(settings: dict[str, Setting], most: str, fewest: str) -> tuple[str, str]:
+    """From the fewest to the most parameters; the numbers are empty if one of the two was not run."""
+    if most not in settings or fewest not in settings:
+        return UNKNOWN, ""
+    pair = common_seeds(settings[most], settings[fewest], (PRIMARY,))
+    if pair is None:
+        return UNKNOWN, ""
+    difference = nll_difference(*pair)
+    numbers = f"{most} − {fewest} {_interval(difference)}"
+    if not _enough(difference):
+        return UNKNOWN, numbers
+    return NO if difference.high < 0 else YES if difference.low > -MARGIN else UNKNOWN, numbers
+
+
+def _forgotten(settings: dict[str, Setting], ours: str, theirs: str) -> tuple[Difference, Difference] | None:
+    """Return the differences in gain and in what is forgotten, or None if the two have too few common seeds."""
+    if ours not in settings or theirs not in settings:
         return None
-    if any(row.verdict.startswith("worse") for row in rows):
-        found = YES
-    else:
-        found = NO if all(row.difference.high < MARGIN for row in rows) else UNKNOWN
-    return Finding("Random rows, columns or entries are better", found, _listed(rows))
+    pairs = [common_seeds(settings[ours], settings[theirs], names) for names in ((PRIMARY,), RETENTION)]
+    gain, forgotten = (None if pair is None else nll_difference(*pair) for pair in pairs)
+    return None if gain is None or forgotten is None else (gain, forgotten)
 
 
-def _sizes(settings: dict[str, Setting]) -> Finding | None:
-    """From fewer to more parameters: the NLL of each size, means over seeds."""
-    sizes = [settings[ours] for ours, _ in SIZES if ours in settings]
-    if len(sizes) < 2:
-        return None
-    nll = [setting.nll(PRIMARY) for setting in sizes]
-    falls = all(more < fewer for fewer, more in pairwise(nll))
-    numbers = ", ".join(f"{setting.name} {value:.4f}" for setting, value in zip(sizes, nll, strict=True))
-    return Finding("The NLL does not fall with more parameters", NO if falls else YES, numbers)
+def _told_of(ours: str, rank: str, gain: Difference, forgotten: Difference) -> str:
+    equal = "equal gain" if _within(gain) else "gain not shown to be equal"
+    return f"{ours} − lora-{rank} {_interval(forgotten)}, {equal}"
 
 
-def _forgetting(settings: dict[str, Setting]) -> Finding | None:
-    """At every size of which neither method gains clearly more: the difference in what is forgotten."""
-    rows = list(_forgotten_at_equal_gain(settings))
-    if not rows:
-        return None
-    more = [difference.low > 0 for _, difference in rows]
-    found = YES if all(more) else NO if not any(more) else f"{YES}, at {sum(more)} of {len(more)} sizes"
-    numbers = "; ".join(f"{pair} {_interval(difference)}" for pair, difference in rows)
-    return Finding("At an equal gain, more is forgotten than with LoRA", found, numbers)
-
-
-def _forgotten_at_equal_gain(settings: dict[str, Setting]) -> Iterator[tuple[str, Difference]]:
-    for ours, rank in SIZES:
-        theirs = f"lora-{rank}"
-        if ours not in settings or theirs not in settings:
-            continue
-        pair = settings[ours], settings[theirs]
-        gain, forgotten = (common_seeds(*pair, names) for names in ((PRIMARY,), RETENTION))
-        if gain is None or forgotten is None:
-            continue
-        difference = nll_difference(*gain)
-        if difference.low <= MARGIN and difference.high >= -MARGIN:
-            yield f"{ours} − {theirs}", nll_difference(*forgotten)
+def _enough(difference: Difference) -> bool:
+    return difference.seeds >= SEEDS_FOR_A_VERDICT
 
 
 def _within(difference: Difference) -> bool:

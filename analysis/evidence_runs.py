@@ -15,7 +15,7 @@ from analysis.load import Runs, records
 from analysis.nll import Difference, Items, nll_difference, verdict
 from experiments.errors import UserError
 from experiments.runs.config_files import read_config
-from experiments.runs.records import RunPaths
+from experiments.runs.records import RunPaths, TrainRecord, read_record
 
 PRIMARY = "gsm8k_nll"
 RETENTION = ("alpaca_nll", "arc_easy_nll", "code_alpaca_nll")
@@ -40,16 +40,18 @@ def _against(ours: str, *others: str) -> tuple[tuple[str, str], ...]:
     return tuple((ours, other) for other in others)
 
 
-PATTERNS = ("permuted_block", "random_block", "random_row", "random_column", "random_entry")
-LOW_RANK = ("lora", "dora", "pissa", "milora")
 SIZES = (("diablo-N96", "r4"), ("diablo-N48", "r7"), (OURS, "r14"), ("diablo-N12", "r28"))  # of about equal budgets
+LOW_RANK = ("lora", "dora", "pissa", "milora")
+METHODS = tuple(  # the pairs of question (a)
+    (ours, other) for ours, rank in (SIZES[2], SIZES[0]) for other in (*(f"{name}-{rank}" for name in LOW_RANK), "full")
+)
+PATTERNS = ("permuted_block", "random_block", "random_row", "random_column", "random_entry")
 MASKED = ", loss on prompt and answer"
 QUESTIONS = (
     Question(
         "a",
         "DiaBlo against low-rank methods at equal parameters, and against full fine-tuning",
-        _against(OURS, *(f"{name}-r14" for name in LOW_RANK), "full")
-        + _against("diablo-N96", *(f"{name}-r4" for name in LOW_RANK), "full"),
+        METHODS,
         "DiaBlo is above LoRA, DoRA, PiSSA and MiLoRA, and at or above full fine-tuning.",
     ),
     Question(
@@ -85,7 +87,7 @@ QUESTIONS = (
     Question(
         "g",
         "Forgetting: the NLL of three other kinds of text",
-        _against(OURS, *(f"{name}-r14" for name in LOW_RANK), "full"),
+        METHODS,
         "Not measured.",
         RETENTION,
     ),
@@ -109,6 +111,7 @@ class Setting:
     seeds: list[int]
     items: dict[str, Items]
     evaluations: dict[str, str]  # the folder under eval/ of each benchmark, which names protocol and settings
+    in_place: float = 0.0  # share of the trained layers whose blocks are in the weight
     accuracy: list[float] = field(default_factory=list)
 
     def nll(self, *benchmarks: str) -> float:
@@ -171,6 +174,7 @@ def settings_of(runs: Runs) -> dict[str, Setting]:
                 str(benchmark): np.stack(list(rows.sort_values("seed")["items"]))
                 for benchmark, rows in whole.groupby("benchmark")
             },
+            in_place=_in_place(RunPaths(first["path"])),
             evaluations={str(benchmark): str(of_one[0]) for benchmark, of_one in folders.items()},
             accuracy=[float(value) for value in hits],
         )
@@ -190,6 +194,11 @@ def _name(row: dict[str, Any]) -> str:
     if row["loss_on"] != "answer":
         name += MASKED
     return name
+
+
+def _in_place(run: RunPaths) -> float:
+    modes = list(read_record(run.train_record, TrainRecord).forward_modes.values())
+    return modes.count("in_place") / len(modes) if modes else 0.0
 
 
 def comparisons_of(settings: dict[str, Setting]) -> list[Comparison]:

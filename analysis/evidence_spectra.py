@@ -9,8 +9,9 @@ import pandas as pd
 from analysis.load import load_spectra
 from analysis.plots import Picture
 from analysis.plots_theory import condition_measured
-from analysis.results_tables import groups, percent
+from analysis.results_tables import described, groups, percent
 from analysis.tables import markdown
+from experiments.runs.records import RunPaths, TrainRecord, read_record
 
 TITLE = "Does the theory's condition hold on real activations?"
 PAPER = "If each block of X, or of g_Y, has the column space of the whole, the blocks reach the optimum of all of W."
@@ -52,14 +53,16 @@ def parts(run: Path, name: str) -> tuple[list[str], Picture]:
                 "As many largest directions, %": percent(part["energy"].mean()),
             }
         )
-    blocks = spectra["blocks"].max()
+    blocks, environment = spectra["blocks"].max(), read_record(RunPaths(run).train_record, TrainRecord).environment
     texts = [
         f"## (h) {TITLE}",
         "One DiaBlo run of the setting diablo-N24, in float32. Inputs and output gradients of each trained layer, cut "
         f"into {blocks} blocks. *Covers*: the share of the squared norm inside the column space of one block, mean over"
         " layers and blocks, with the least and most of any; a hundred percent would meet the condition. Beside it the "
         "share of as many of the largest directions, which no block can exceed. More tokens span more directions, so "
-        f"rows of different numbers of tokens do not show a trend. The paper: {PAPER}",
+        "rows of different numbers of tokens do not show a trend. First and last of "
+        f"{spectra['step'].nunique()} measured steps; {environment['device']}, {described([environment])}. "
+        f"The paper: {PAPER}",
         markdown(pd.DataFrame(rows).sort_values("Of", kind="stable")),
     ]
     return texts, condition_measured(name, "SmolLM2-135M, while DiaBlo is trained", spectra)

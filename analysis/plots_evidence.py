@@ -17,6 +17,7 @@ from analysis.nll import MARGIN
 from analysis.plots import BLACK, BLUE, METHOD_COLOURS, METHOD_MARKERS, STYLE, VERMILLION, Picture
 
 COLUMNS = 4  # panels in a row
+HIGHEST = 1.3  # loss that is still drawn
 GREY = "#777777"
 SIZED = re.compile(r"(diablo|lora|dora|pissa|milora)-[Nr]\d+")  # a method and its size, no other difference
 RETAINED = "g"  # the question about forgetting, drawn on its own scale
@@ -30,11 +31,13 @@ def differences(comparisons: Sequence[Comparison]) -> Picture:
         figure = Figure(figsize=(9.6, 1.4 + 0.34 * len(comparisons)), layout="constrained")
         panels = figure.subplots(len(parts), squeeze=False, height_ratios=[len(rows) + 1 for rows in parts])
         for axes, rows in zip(panels.flat, parts, strict=True):
+            if rows[0].question != RETAINED:  # equality is registered for the primary measure
+                axes.axvspan(-MARGIN, MARGIN, color="#eeeeee", zorder=0)
             _draw_differences(axes, rows)
             what = "what is forgotten" if rows[0].question == RETAINED else "GSM8K's test solutions"
             axes.set_xlabel(f"difference of NLL of {what}, nats per token; left of 0 the first is better")
     caption = (
-        "All possible comparisons: mean over seeds, 95 % interval over seeds and rows. Blue triangles down: the first "
+        "All finished comparisons: mean over seeds, 95 % interval over seeds and rows. Blue triangles down: the first "
         f"is better; red triangles up: worse; grey: neither (Holm, 5 %). Grey band: ±{MARGIN} nats. "
         "The lines of (g) show forgetting, on three other kinds of text."
     )
@@ -43,7 +46,6 @@ def differences(comparisons: Sequence[Comparison]) -> Picture:
 
 
 def _draw_differences(axes: Axes, rows: Sequence[Comparison]) -> None:
-    axes.axvspan(-MARGIN, MARGIN, color="#eeeeee", zorder=0)
     axes.axvline(0, color=BLACK, linewidth=0.8)
     for place, row in enumerate(rows):
         gap, said = row.difference, row.verdict
@@ -70,7 +72,9 @@ def trade_off(settings: dict[str, Setting]) -> Picture:
         groups = ({name: by_method[name] for name in sorted(by_method)}, {name: [one] for name, one in others.items()})
         titles = ("Methods: size, learning rate", "Patterns, modules and losses")
         for axes, group, title in zip(panels, groups, titles, strict=True):
-            for number, (label, sizes) in enumerate(group.items()):
+            # A style stands for one thing in both panels; only DiaBlo at N=24 is in both.
+            for number, (label, sizes) in enumerate(group.items(), 0 if group is groups[0] else len(by_method) - 1):
+                number = 0 if label == OURS else number
                 _draw_trade_off(axes, label, sizes, settings[BASE], number)
             axes.axhline(0, color=BLACK, linewidth=0.8)
             axes.set_title(title, fontsize=10)
@@ -115,12 +119,13 @@ def rates(settings: dict[str, Setting]) -> Picture:
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.yaxis.set_minor_formatter(NullFormatter())
-            axes.set_yticks([0.7, 0.8, 1, 2, 4], ["0.7", "0.8", "1", "2", "4"])
+            axes.set_ylim(0.69, HIGHEST)
+            axes.set_yticks([0.7, 0.8, 0.9, 1, 1.2], ["0.7", "0.8", "0.9", "1", "1.2"])
         for axes in list(panels.flat)[len(shown) :]:
             axes.remove()
         for axes in list(panels.flat)[max(0, len(shown) - COLUMNS) : len(shown)]:
             axes.tick_params(labelbottom=True)
         figure.supxlabel("learning rate", fontsize=9)
         figure.supylabel("NLL per token of held-out rows", fontsize=9)
-    caption = "Seed 0, one run for each learning rate tried; dotted: the chosen one."
+    caption = f"Seed 0, one run for each learning rate tried; dotted: the chosen one. Above {HIGHEST}: rates.csv."
     return Picture("rates", figure, caption, "Held-out loss over learning rates; settings.csv has the chosen ones.")

@@ -73,9 +73,9 @@ def condition_measured(name: str, title: str, spectra: pd.DataFrame) -> Picture:
                 for number, module in enumerate(modules):
                     part = spectra.loc[(spectra["side"] == side) & (spectra["module"] == module)]
                     _draw_module(axes, part, column, number, [first, last])
-                axes.set_ylim(0, None if column == "stable_rank" else 1.05)
                 if column != "stable_rank":
                     axes.axhline(1, color=BLACK, linewidth=0.8)
+            panels[row, 0].set_ylim(0, None if column == "stable_rank" else 1.05)  # of both, after both are drawn
         for axes, side in zip(panels[0], ("inputs X", "gradients of outputs, g_Y"), strict=True):
             axes.set_title(side, fontsize=9)
         for axes in panels[-1]:

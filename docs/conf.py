@@ -43,7 +43,7 @@ def plain_markup(app: Any, what: str, name: str, obj: Any, options: Any, lines: 
 
 
 def link_to_the_answers(app: Any, name: str, source: list[str]) -> None:
-    """Let the registered page, which must not change, link to the page of these docs instead of the file it names."""
+    """Let the registration link to the page of these docs instead of the file it names."""
     if name == "evidence":
         source[0] = source[0].replace("(../results/evidence/evidence.md)", "(evidence_answers.md)")
 

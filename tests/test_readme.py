@@ -11,6 +11,7 @@ import torch
 
 from analysis.evidence_against import findings
 from analysis.evidence_runs import settings_of
+from analysis.evidence_spectra import answer
 from analysis.load import find_runs, load_runs
 from experiments import ROOT
 from experiments.plan.choose import stages_of
@@ -66,11 +67,17 @@ def test_its_answers_are_the_evidences() -> None:
 
     rows = {row.split("|")[1].strip(): row for row in TEXT.splitlines() if row.startswith("| ")}
     matched = rows["Does it match low-rank methods?"]
-    lora, dora, pissa = one("a", "lora-r14"), one("a", "dora-r14"), one("a", "pissa-r4", "diablo-N96")
-    assert f"where {number(lora, 'smallest')} and {number(dora, 'smallest')} nats would have shown" in matched
-    assert f"with 0.54 % PiSSA is {number(pissa)} better" in matched
-    assert {one("a", f"{name}-r14")["verdict"] for name in ("lora", "dora", "milora", "pissa")} == {"cannot say"}
-    assert pissa["verdict"] == "worse"
+    lora, dora, pissa, milora = (one("a", f"{name}-r14") for name in ("lora", "dora", "pissa", "milora"))
+    assert f"{number(lora)} from LoRA and DoRA, where {number(lora, 'smallest')} and" in matched
+    assert f"and {number(dora, 'smallest')} nats would be found" in matched
+    assert f"PiSSA is {number(pissa)} better, but not after" in matched
+    assert number(dora) == "0.000"
+    assert {row["verdict"] for row in (lora, dora, pissa, milora)} == {"cannot say"}
+    small = {name: one("a", f"{name}-r4", "diablo-N96") for name in ("lora", "dora", "pissa", "milora")}
+    least, *_, most = sorted(number(row) for row in small.values())
+    assert f"With 0.54 % all four are {least} to {most} better, for certain only PiSSA" in matched
+    assert {name for name, row in small.items() if row["verdict"] == "worse"} == {"pissa"}
+    assert all(float(row["low"]) > 0 for row in small.values())
     full = one("a", "full")
     assert full["verdict"] == "worse"
     told = f"{number(full)} nats worse ({number(full, 'low')} to {number(full, 'high')})"
@@ -82,14 +89,20 @@ def test_its_answers_are_the_evidences() -> None:
         f"random blocks {number(block)} worse; random columns are {number(column)} worse"
         in rows["Is the diagonal special?"]
     )
+    for ours, theirs, said in (
+        ("diablo-N24", "r14", "more than LoRA with N=24"),
+        ("diablo-N96", "r4", "less with N=96"),
+    ):
+        row = one("g", f"lora-{theirs}", ours)
+        assert row["verdict"] == "cannot say"
+        assert f"{number(row, digits=2)} " + ("nats " if "more" in said else "") + said in rows["Does it forget less?"]
     settings = settings_of(load_runs(find_runs([ROOT / "results/evidence/runs"]), quiet=True))
     (forgotten,) = (row for row in findings(settings, []) if row.registered.startswith("At an equal gain"))
-    lost = dict(re.findall(r"(N\d+) − lora-r\d+ ([+−]\d\.\d{3})", forgotten.numbers))
-    more, less = float(lost["N24"]), float(lost["N12"].replace("−", "-"))
-    assert (
-        f"{more:.2f} nats more than LoRA with N=24 and r=14, {-less:.2f} less with N=12 and r=28"
-        in rows["Does it forget less?"]
-    )
+    (equal,) = re.findall(r"(N\d+) − lora-r\d+ −(\d\.\d{3}) \([^)]*\), equal gain", forgotten.numbers)
+    assert f"an equal gain, {equal[0].replace('N', 'N=')}, {float(equal[1]):.2f} less" in rows["Does it forget less?"]
+    shares = re.findall(r"([\d.]+) % of the", answer(next((ROOT / "results/evidence/spectra").iterdir())))
+    told = "one block covers {:.0f} % of a layer's inputs and {:.0f} % of its gradients".format(*map(float, shares))
+    assert told in rows["Does the theory's condition hold?"]
 
 
 def test_its_count_of_the_papers_runs_is_the_plans() -> None:

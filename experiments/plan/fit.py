@@ -97,10 +97,17 @@ def fits(memory: Memory, gpu_bytes: int) -> bool:
 def check_workers(configs: Sequence[RunConfig], workers: int, memory_bytes: int) -> None:
     """Raise a UserError if any `workers` runs that follow each other do not fit into the memory of one device together.
 
-    Runs start in their order, so those side by side are at most a few places apart. One run stands for all of its
-    model, method and task: sizes of adapters matter little beside the activations.
+    Runs start in their order, so those side by side are mostly neighbours; one that takes much longer than the others
+    can meet later ones, which this does not see. One run stands for all of its model, method, task, micro-batch and
+    quantisation: sizes of adapters matter little beside the activations.
     """
-    kinds = [(config.model.name, config.method.name, config.task.name) for config in configs]
+    kinds = [
+        (
+            *(config.model.name, config.method.name, config.task.name),
+            *(config.recipe.micro_batch_size, config.quantization is None),
+        )
+        for config in configs
+    ]
     examples = dict(zip(kinds, configs, strict=True))
     peaks = {kind: estimate(config).peak + PROCESS for kind, config in examples.items()}
     needs = [peaks[kind] for kind in kinds]

@@ -48,7 +48,7 @@ def loaded(directories: Sequence[Path]) -> Runs:
 def test_the_committed_page_is_what_its_runs_say(runs: list[Path], tmp_path: Path) -> None:
     (spectra,) = (RESULTS / "spectra").iterdir()
     write_evidence(runs, tmp_path, spectra)
-    for name in ("evidence.md", "settings.csv", "comparisons.csv"):
+    for name in ("evidence.md", "settings.csv", "comparisons.csv", "rates.csv"):
         assert (tmp_path / name).read_text("utf-8") == (RESULTS / name).read_text("utf-8"), name
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in RESULTS.iterdir()} - {"runs", "spectra"}
 
@@ -106,26 +106,30 @@ def made(name: str, nll: float, forgotten: float = 0.0) -> Setting:
     return Setting(name, 1.0, 1e-3, [], [0, 1, 2, 3, 4], items, dict.fromkeys(items, "one"))
 
 
+def fewer(setting: Setting, seeds: int) -> Setting:
+    items = {name: values[:seeds] for name, values in setting.items.items()}
+    return replace(setting, seeds=setting.seeds[:seeds], items=items)
+
+
 @pytest.mark.parametrize(
     ("nll", "forgotten", "found"),
     [
         # all as DiaBlo: nothing is better, but the place of the blocks does not matter
-        ({}, {}, [NO, NO, YES, NO, YES, NO]),
-        # the paper's claims: DiaBlo is best, and more parameters help
+        ({}, {}, [NO, NO, YES, NO, YES, UNKNOWN]),
+        # the paper's claims: DiaBlo is best, and more parameters help; no gain is equal to LoRA's
         (
             dict.fromkeys(("lora", "dora", "pissa", "milora", "full", "sparse"), 0.55)
             | {"diablo-N96": 0.5, "diablo-N48": 0.49, "diablo-N24": 0.48, "diablo-N12": 0.47},
             {},
-            [NO, NO, NO, NO, NO, None],
+            [NO, NO, NO, NO, NO, UNKNOWN],
         ),
         # PiSSA, full fine-tuning and other entries are better; at equal NLL LoRA forgets less
-        ({"pissa": 0.4, "full": 0.4, "sparse": 0.4}, {"diablo": 0.1}, [YES, YES, YES, YES, YES, YES]),
-        ({"full": 0.495}, {}, [NO, NO, YES, NO, YES, NO]),  # better, but by less than 0.01
+        ({"pissa": 0.4, "full": 0.4, "sparse": 0.4}, {"diablo": 0.1}, [YES] * 6),
+        # LoRA is better at both sizes, though little; full fine-tuning by less than the margin; DiaBlo forgets less
+        ({"lora": 0.495, "full": 0.495}, {"lora": 0.1}, [YES, NO, YES, NO, YES, NO]),
     ],
 )
-def test_what_counts_against_us_is_found(
-    nll: dict[str, float], forgotten: dict[str, float], found: list[str | None]
-) -> None:
+def test_what_counts_against_us_is_found(nll: dict[str, float], forgotten: dict[str, float], found: list[str]) -> None:
     names = {name for question in QUESTIONS for pair in question.pairs for name in pair}
 
     def value(of: dict[str, float], name: str, default: float) -> float:
@@ -133,8 +137,9 @@ def test_what_counts_against_us_is_found(
 
     settings = {name: made(name, value(nll, name, 0.5), value(forgotten, name, 0.0)) for name in names}
     about = findings(settings, comparisons_of(settings))
-    assert [one.found for one in about] == [verdict for verdict in found if verdict is not None]
-    assert [one.numbers for one in about][:2] != ["", ""]
+    assert [one.found for one in about] == found
+    three = {name: fewer(setting, 3) for name, setting in settings.items()}
+    assert {one.found for one in findings(three, comparisons_of(three))} == {UNKNOWN}
 
 
 def test_what_was_not_compared_is_not_judged(runs: list[Path]) -> None:
@@ -143,7 +148,7 @@ def test_what_was_not_compared_is_not_judged(runs: list[Path]) -> None:
     assert only.registered.startswith("Full fine-tuning")
     committed = findings(found := settings_of(loaded(runs)), comparisons_of(found))
     assert len(committed) == 6
-    assert {one.found for one in committed} <= {YES, NO, UNKNOWN, "yes, at 1 of 4 sizes"}
+    assert {one.found for one in committed} <= {YES, NO, UNKNOWN}
 
 
 def test_scores_of_other_tokens_are_not_compared(
