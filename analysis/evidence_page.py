@@ -88,7 +88,7 @@ def page(
         _figure(pictures[0]),
         "## What would count against DiaBlo",
         "The findings are the registered ones. How each is decided was written after the runs "
-        "([analysis/evidence_against.py](../../analysis/evidence_against.py)), by intervals without Holm's correction; "
+        "(`analysis/evidence_against.py`), by intervals without Holm's correction; "
         f"fewer than {SEEDS_FOR_A_VERDICT} seeds decide nothing.",
         markdown(_against(settings, comparisons)),
         *(part for question, found in answers for part in _section(question, found, settings)),
