@@ -201,7 +201,7 @@ def test_the_figure_and_the_report_show_the_first_and_the_last_measurement(tmp_p
     run = write_run(tmp_path / "runs", items=[1, 0])
     write_spectra(run, steps=5)
     picture = condition_measured("spectra", "A run", load_spectra(run))
-    assert "Faint: step 1; full: step 5" in picture.caption
+    assert "Faint: step 1, 64 tokens; full: step 5, 64 tokens" in picture.caption
     assert len(picture.figure.axes) == 6
     for axes in picture.figure.axes:
         drawn = [line for line in axes.lines if len(line.get_xdata()) == LAYERS]  # pyright: ignore
