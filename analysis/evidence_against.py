@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from analysis.evidence_runs import LOW_RANK, OURS, PRIMARY, RETENTION, SIZES, Comparison, Setting, common_seeds
-from analysis.nll import MARGIN, SEEDS_FOR_A_VERDICT, Difference, nll_difference
+from analysis.nll import MARGIN, Difference, nll_difference
+from analysis.results_tables import signed
 
 YES, NO, UNKNOWN = "yes", "no", "cannot say"
 Test = Callable[[Difference], bool]
@@ -58,7 +59,7 @@ def findings(settings: dict[str, Setting], comparisons: Sequence[Comparison]) ->
         ("The NLL does not fall with more parameters", *_falls(settings, largest, smallest)),
         (
             f"At an equal gain, within {MARGIN}, more is forgotten than with LoRA",
-            _all_or_none([pair[1] for pair in forgotten.values() if pair is not None and _within(pair[0])]),
+            _all_or_none([pair[1] for pair in forgotten.values() if pair is not None and pair[0].is_within_margin]),
             "; ".join(_told_of(ours, rank, *pair) for ours, rank in SIZES if (pair := forgotten[ours]) is not None),
         ),
     ]
@@ -69,7 +70,11 @@ def _better_at_both(rows: Sequence[Comparison]) -> str:
     """The same method better at both sizes; "no" once every method is not better at one of them, within the margin."""
     sizes = (OURS, SIZES[0][0])
     by_method = [
-        [row for row in rows if row.second.startswith(f"{name}-") and row.first in sizes and _enough(row.difference)]
+        [
+            row
+            for row in rows
+            if row.second.startswith(f"{name}-") and row.first in sizes and row.difference.has_enough_seeds
+        ]
         for name in LOW_RANK
     ]
     if not any(by_method):
@@ -81,14 +86,14 @@ def _better_at_both(rows: Sequence[Comparison]) -> str:
 
 def _any_or_none(rows: Sequence[Comparison], yes: Test, no: Test) -> str:
     """One comparison is enough for the finding; every one is needed against it."""
-    known = [row.difference for row in rows if _enough(row.difference)]
+    known = [row.difference for row in rows if row.difference.has_enough_seeds]
     if any(yes(difference) for difference in known):
         return YES
     return NO if known and len(known) == len(rows) and all(no(difference) for difference in known) else UNKNOWN
 
 
 def _all_or_none(differences: Sequence[Difference]) -> str:
-    known = [difference for difference in differences if _enough(difference)]
+    known = [difference for difference in differences if difference.has_enough_seeds]
     if not known:
         return UNKNOWN
     if all(difference.low > 0 for difference in known):
@@ -97,39 +102,31 @@ def _all_or_none(differences: Sequence[Difference]) -> str:
 
 
 def _falls(settings: dict[str, Setting], most: str, fewest: str) -> tuple[str, str]:
-    """From the fewest to the most parameters; the numbers are empty if one of the two was not run."""
-    if most not in settings or fewest not in settings:
+    """From the fewest to the most parameters; the numbers are empty if the two cannot be compared."""
+    difference = _difference(settings, most, fewest, PRIMARY)
+    if difference is None:
         return UNKNOWN, ""
-    pair = common_seeds(settings[most], settings[fewest], (PRIMARY,))
-    if pair is None:
-        return UNKNOWN, ""
-    difference = nll_difference(*pair)
-    numbers = f"{most} − {fewest} {_interval(difference)}"
-    if not _enough(difference):
-        return UNKNOWN, numbers
-    return NO if difference.high < 0 else YES if difference.low > -MARGIN else UNKNOWN, numbers
+    found = NO if difference.high < 0 else YES if difference.low > -MARGIN else UNKNOWN
+    return found if difference.has_enough_seeds else UNKNOWN, f"{most} − {fewest} {_interval(difference)}"
 
 
 def _forgotten(settings: dict[str, Setting], ours: str, theirs: str) -> tuple[Difference, Difference] | None:
-    """Return the differences in gain and in what is forgotten, or None if the two have too few common seeds."""
-    if ours not in settings or theirs not in settings:
-        return None
-    pairs = [common_seeds(settings[ours], settings[theirs], names) for names in ((PRIMARY,), RETENTION)]
-    gain, forgotten = (None if pair is None else nll_difference(*pair) for pair in pairs)
+    """Return the differences in gain and in what is forgotten."""
+    gain, forgotten = (_difference(settings, ours, theirs, *names) for names in ((PRIMARY,), RETENTION))
     return None if gain is None or forgotten is None else (gain, forgotten)
 
 
+def _difference(settings: dict[str, Setting], first: str, second: str, *benchmarks: str) -> Difference | None:
+    """Return the difference of two settings, or None if one was not run or they share fewer than two seeds."""
+    if first not in settings or second not in settings:
+        return None
+    pair = common_seeds(settings[first], settings[second], benchmarks)
+    return None if pair is None else nll_difference(*pair)
+
+
 def _told_of(ours: str, rank: str, gain: Difference, forgotten: Difference) -> str:
-    equal = "equal gain" if _within(gain) else "gain not shown to be equal"
+    equal = "equal gain" if gain.is_within_margin else "gain not shown to be equal"
     return f"{ours} − lora-{rank} {_interval(forgotten)}, {equal}"
-
-
-def _enough(difference: Difference) -> bool:
-    return difference.seeds >= SEEDS_FOR_A_VERDICT
-
-
-def _within(difference: Difference) -> bool:
-    return difference.low > -MARGIN and difference.high < MARGIN
 
 
 def _listed(rows: Sequence[Comparison]) -> str:
@@ -137,7 +134,5 @@ def _listed(rows: Sequence[Comparison]) -> str:
 
 
 def _interval(difference: Difference) -> str:
-    low, mean, high = (
-        f"{value:+.3f}".replace("-", "−") for value in (difference.low, difference.mean, difference.high)
-    )
+    low, mean, high = (signed(value, 3) for value in (difference.low, difference.mean, difference.high))
     return f"{mean} ({low} to {high})"

@@ -30,6 +30,7 @@ from analysis.load import load_runs
 from analysis.nll import MARGIN, SEEDS_FOR_A_VERDICT
 from analysis.plots import Picture, save
 from analysis.plots_evidence import differences, rates, trade_off
+from analysis.results_tables import signed
 from analysis.tables import markdown
 from experiments.runs.records import write_atomically
 
@@ -46,8 +47,8 @@ def write_evidence(directories: Sequence[Path], out: Path, spectra: Path | None 
     pictures = [differences(comparisons), trade_off(settings), rates(settings)]
     condition: list[str] = []
     if spectra is not None:
-        texts, picture = evidence_spectra.parts(spectra, "spectra")
-        condition = [evidence_spectra.answer(spectra), *texts, _figure(picture)]
+        answer, texts, picture = evidence_spectra.parts(spectra, "spectra")
+        condition = [answer, *texts, _figure(picture)]
         pictures.append(picture)
     for picture in pictures:
         save(picture, out)
@@ -214,9 +215,7 @@ def _settings(settings: dict[str, Setting]) -> pd.DataFrame:
                 "Each seed": " ".join(f"{value:.3f}" for value in setting.by_seed(PRIMARY)),
                 "Forgotten": _signed(setting.nll(*RETENTION) - base.nll(*RETENTION)) if setting is not base else "",
                 **{
-                    column: f"{setting.nll(name) - base.nll(name):+.2f}".replace("-", "−")
-                    if setting is not base
-                    else ""
+                    column: signed(setting.nll(name) - base.nll(name), 2) if setting is not base else ""
                     for column, name in zip(("Alpaca", "ARC-easy", "Code"), RETENTION, strict=True)
                 },
                 "MAWPS": " ".join(f"{100 * value:.0f} %" for value in setting.accuracy),
@@ -237,7 +236,7 @@ def _figure(picture: Picture) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.4f}".replace("-", "−")
+    return signed(value, 4)
 
 
 def _flat(comparison: Comparison) -> dict[str, Any]:

@@ -20,9 +20,8 @@ SIDES = {"X": "inputs X", "g_Y": "output gradients g_Y"}
 SAME_INPUT = ("q_proj", "k_proj", "v_proj")
 
 
-def answer(run: Path) -> str:
-    """Return the answer in one line, of the last measured step."""
-    spectra = load_spectra(run)
+def answer(spectra: pd.DataFrame) -> str:
+    """Return the answer in one line, of the last measured step; `spectra` is from `load_spectra`."""
     last = spectra.loc[spectra["step"] == spectra["step"].max()]
     held = [part["covered_least"].max() >= HOLDS for _, part in groups(last, ["layer", "module"])]
     found = f"**{'yes' if all(held) else 'no'}**, it does in {sum(held)} of {len(held)} layers"
@@ -30,8 +29,8 @@ def answer(run: Path) -> str:
     return f"* **(h) {TITLE}** {found}: one block covers {' and '.join(shares)} on average. The paper: {PAPER}"
 
 
-def parts(run: Path, name: str) -> tuple[list[str], Picture]:
-    """Return the section's texts and its figure, called `name`."""
+def parts(run: Path, name: str) -> tuple[str, list[str], Picture]:
+    """Return the answer, the section's texts and its figure, called `name`."""
     spectra = load_spectra(run)
     ends = (spectra["step"].min(), spectra["step"].max())
     rows = []
@@ -65,4 +64,4 @@ def parts(run: Path, name: str) -> tuple[list[str], Picture]:
         f"The paper: {PAPER}",
         markdown(pd.DataFrame(rows).sort_values("Of", kind="stable")),
     ]
-    return texts, condition_measured(name, "SmolLM2-135M, while DiaBlo is trained", spectra)
+    return answer(spectra), texts, condition_measured(name, "SmolLM2-135M, while DiaBlo is trained", spectra)

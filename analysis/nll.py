@@ -33,6 +33,14 @@ class Difference:
     smallest: float
     seeds: int
 
+    @property
+    def is_within_margin(self) -> bool:
+        return self.low > -MARGIN and self.high < MARGIN
+
+    @property
+    def has_enough_seeds(self) -> bool:
+        return self.seeds >= SEEDS_FOR_A_VERDICT
+
 
 def nll_difference(first: Sequence[Items], second: Sequence[Items]) -> Difference:
     """Return the difference of two settings, averaged over benchmarks.
@@ -68,9 +76,9 @@ def nll_difference(first: Sequence[Items], second: Sequence[Items]) -> Differenc
 
 def verdict(difference: Difference, p_holm: float) -> str:
     """Return the verdict on the first setting by the registered rule."""
-    if difference.seeds < SEEDS_FOR_A_VERDICT:
+    if not difference.has_enough_seeds:
         return f"cannot say ({difference.seeds} seeds)"
-    within = difference.low > -MARGIN and difference.high < MARGIN
+    within = difference.is_within_margin
     if p_holm < 1 - LEVEL:
         return ("better" if difference.mean < 0 else "worse") + (f", by less than {MARGIN}" if within else "")
     return f"equal within {MARGIN}" if within else "cannot say"

@@ -12,7 +12,7 @@ import torch
 from analysis.evidence_against import findings
 from analysis.evidence_runs import settings_of
 from analysis.evidence_spectra import answer
-from analysis.load import find_runs, load_runs
+from analysis.load import find_runs, load_runs, load_spectra
 from experiments import ROOT
 from experiments.plan.choose import stages_of
 from experiments.plan.selection import Selection, select
@@ -100,7 +100,7 @@ def test_its_answers_are_the_evidences() -> None:
     (forgotten,) = (row for row in findings(settings, []) if row.registered.startswith("At an equal gain"))
     (equal,) = re.findall(r"(N\d+) − lora-r\d+ −(\d\.\d{3}) \([^)]*\), equal gain", forgotten.numbers)
     assert f"an equal gain, {equal[0].replace('N', 'N=')}, {float(equal[1]):.2f} less" in rows["Does it forget less?"]
-    shares = re.findall(r"([\d.]+) % of the", answer(next((ROOT / "results/evidence/spectra").iterdir())))
+    shares = re.findall(r"([\d.]+) % of the", answer(load_spectra(next((ROOT / "results/evidence/spectra").iterdir()))))
     told = "one block covers {:.0f} % of a layer's inputs and {:.0f} % of its gradients".format(*map(float, shares))
     assert told in rows["Does the theory's condition hold?"]
 

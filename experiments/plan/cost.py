@@ -75,8 +75,12 @@ def longest_row(config: RunConfig) -> int:
 
 def _lengths(config: RunConfig) -> np.ndarray | None:
     """Return the tokens of every training row."""
-    parts = ("model", "task", "protocol", "runtime")
-    return _row_lengths(json.dumps({key: config.mapping[key] for key in parts}))
+    return _row_lengths(_about(config, "model", "task", "protocol", "runtime"))
+
+
+def _about(config: RunConfig, *sections: str) -> str:
+    """Return sections of a config as text, which is hashable."""
+    return json.dumps({key: config.mapping[key] for key in sections})
 
 
 def gpu_hours(config: RunConfig, speed: Speed) -> float | None:
@@ -116,11 +120,7 @@ def reasons(configs: Sequence[RunConfig], speed: Speed) -> list[str]:
         if not rows_trained_on(config):
             continue
         if tokens(config, speed) is None:
-            lacking = (
-                "no rows"
-                if _has_tokenizer(json.dumps([config.mapping[key] for key in ("model", "runtime")]))
-                else "no tokenizer"
-            )
+            lacking = "no tokenizer" if _tokenizer(_about(config, "model", "runtime")) is None else "no rows"
             uncounted.setdefault((task, lacking), {})[model] = None
         if _speed_of(config, speed) is None:
             without_speed[model] = None
@@ -163,7 +163,7 @@ def _row_lengths(about: str) -> np.ndarray | None:
 
     config = json.loads(about)
     runtime, protocol = section(Runtime, config["runtime"]), section(Protocol, config["protocol"])
-    tokenizer = _tokenizer(section(Model, config["model"]), runtime)
+    tokenizer = _tokenizer(json.dumps({key: config[key] for key in ("model", "runtime")}))
     if tokenizer is None:
         return None
     try:
@@ -175,15 +175,12 @@ def _row_lengths(about: str) -> np.ndarray | None:
 
 
 @functools.cache
-def _has_tokenizer(about: str) -> bool:
-    model, runtime = json.loads(about)
-    return _tokenizer(section(Model, model), section(Runtime, runtime)) is not None
-
-
-def _tokenizer(model: Model, runtime: Runtime) -> PreTrainedTokenizerBase | None:
+def _tokenizer(about: str) -> PreTrainedTokenizerBase | None:
     """Return the model's tokenizer if it is on this machine, else None."""
     from transformers import AutoTokenizer
 
+    config = json.loads(about)
+    model, runtime = section(Model, config["model"]), section(Runtime, config["runtime"])
     if model.pretraining is not None:
         from experiments.models.tiny import make_tokenizer
 

@@ -26,7 +26,7 @@ from analysis.evidence_runs import (
     comparisons_of,
     settings_of,
 )
-from analysis.evidence_spectra import HOLDS, answer, parts
+from analysis.evidence_spectra import HOLDS, parts
 from analysis.load import Runs, find_runs, load_runs
 from experiments import ROOT
 from experiments.reproduce.jobs import Job, Jobs, take_in
@@ -53,19 +53,18 @@ def test_the_committed_page_is_what_its_runs_say(runs: list[Path], tmp_path: Pat
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in RESULTS.iterdir()} - {"runs", "spectra"}
 
 
-def test_what_one_block_covers_is_the_records(tmp_path: Path) -> None:
+def test_what_one_block_covers_is_the_records() -> None:
     """The answer to (h) and its table, from the lines of `spectra.jsonl`."""
     (run,) = (RESULTS / "spectra").iterdir()
     lines = [json.loads(line) for line in (run / "spectra.jsonl").read_text(encoding="utf-8").splitlines()]
     last = lines[-1]["layers"]
     covered = {side: np.mean([np.mean(layer[side]["covered"]) for layer in last.values()]) for side in ("X", "g_Y")}
     held = sum(any(min(layer[side]["covered"]) >= HOLDS for side in layer) for layer in last.values())
-    said = answer(run)
+    said, texts, _ = parts(run, "spectra")
     assert (
         f"it does in {held} of {len(last)} layers: one block covers {100 * covered['X']:.1f} % of the inputs X" in said
     )
     assert f"and {100 * covered['g_Y']:.1f} % of the output gradients g_Y" in said
-    texts, _ = parts(run, "spectra")
     row = next(line for line in texts[-1].splitlines() if "output gradients g_Y |     down |      1 |" in line)
     ranks = [layer["g_Y"]["stable_rank"] for name, layer in lines[0]["layers"].items() if "down_proj" in name]
     assert f"| {np.mean(ranks):.1f} |" in re.sub(" +", " ", row)
