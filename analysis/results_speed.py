@@ -80,6 +80,19 @@ def layers(name: str) -> str:
     return markdown(pd.DataFrame(rows))
 
 
+def products(name: str) -> str:
+    """Return the products inside a layer, alone: a row per way to compute them, a column per shape, in microseconds."""
+    found = record(name)
+    cases = found["layers"]
+    rows = [
+        {"Microseconds": label}
+        | {" × ".join(map(str, case["shape"])): f"{case['microseconds'][label]:.0f}" for case in cases}
+        for label in cases[0]["microseconds"]
+    ]
+    about = f"{found['dtype']}, {found['tokens']:,} tokens, N = {cases[0]['num_blocks']}"
+    return f"In {about}:\n\n{markdown(pd.DataFrame(rows))}"
+
+
 def gpu_methods() -> str:
     """Return what every method did in a few steps on the GPU."""
     found = record("gpu_h200/methods.json")
@@ -221,7 +234,7 @@ def generation(name: str) -> str:
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
-        *(device, note, whole_model, layers, gpu_methods, correctness, peaks, quantise_seconds, quantise_errors),
-        *(quantised_passes, quantised_memory, tokens, generation),
+        *(device, note, whole_model, layers, products, gpu_methods, correctness, peaks, quantise_seconds),
+        *(quantise_errors, quantised_passes, quantised_memory, tokens, generation),
     )
 }

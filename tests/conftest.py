@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from experiments.runs.environment import device_name
@@ -19,6 +20,8 @@ from experiments.runs.records import RunPaths
 STARTED = time.monotonic()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: its kernels then run on the CPU
 
 # Property tests use the same examples in every run, so that a failure is caused by the change under test;
 # `make test-random` draws ten times as many new examples each time and prints failures, to be added as @example.

@@ -3,11 +3,12 @@
 `block_linear` is the layer itself, for a plain weight: one product forward and one for dX, whether the blocks are in
 the weight (in place) or added from the side. `add_blocks` adds the side branch to a layer that computes its own
 product, e.g. a quantised one. Both save only x for the backward pass; in place, only the blocks' inputs if these are
-fewer. A dropped x is recomputed in the backward pass; with `recompute`, x itself where that is possible.
+fewer. With `recompute`, x itself is computed again in the backward pass where that is possible.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from diablo.blocks import branch
+from diablo.blocks.branch import Dropout
 from diablo.blocks.in_place import Overwrite
-from diablo.blocks.positions import Positions, add_product_, gather, gradient, is_smaller_gathered
-from diablo.blocks.products import BlockShape
+from diablo.blocks.positions import Positions, gather, is_smaller_gathered
 from diablo.blocks.recompute import RecomputedInput, recomputed_input
 
 
@@ -53,8 +55,10 @@ def block_linear(
     bias = None if bias is None else bias.to(dtype)
     where = positions or (None, None)
     recomputed = recomputed_input(x) if recompute and not _is_gathered(x, in_weight, positions) else None
+    weight = weight.to(dtype)
+    drawn = branch.draw(dropout, weight, _is_even(x, blocks, positions, weight.shape[0]))
     return _BlockLinear.apply(  # pyright: ignore
-        x, weight.to(dtype), bias, blocks, *where, in_weight, dropout, _seed(dropout), recomputed
+        x, weight, bias, blocks, *where, in_weight, drawn, recomputed
     )
 
 
@@ -77,7 +81,8 @@ def add_blocks(
     elif not result.is_contiguous():
         result = result.contiguous()  # so that its rows are a view of it
     where, recomputed = positions or (None, None), recomputed_input(x) if recompute else None
-    return _AddBlocks.apply(result, x, blocks, *where, dropout, _seed(dropout), recomputed)  # pyright: ignore
+    drawn = branch.draw(dropout, result, _is_even(x, blocks, positions, result.shape[-1]))
+    return _AddBlocks.apply(result, x, blocks, *where, drawn, recomputed)  # pyright: ignore
 
 
 def compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -99,21 +104,23 @@ class _BlockLinear(torch.autograd.Function):
         inputs: Tensor | None,
         outputs: Tensor | None,
         in_weight: Overwrite | None,
-        dropout: float,
-        seed: int,
+        dropout: Dropout,
         recomputed: RecomputedInput | None,
     ) -> Tensor:
         positions = _positions(inputs, outputs)
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             # Save x uncast, so that layers with one input (q, k and v) share one saved x, even if it is cast here.
             narrow = x.to(weight.dtype)
-            y = F.linear(narrow, weight, bias)
-            if in_weight is None:
-                rows, shape = _rows(narrow), y.shape
-                y = _rows(y)  # a copy if y is not contiguous, so the sum is in this tensor, not in the original y
-                add_product_(y, _drop(rows, _mask(rows, dropout, seed), dropout), blocks.to(y.dtype), positions)
-                y = y.view(shape)
-        ctx.dropout, ctx.seed, ctx.in_weight, ctx.x_dtype = dropout, seed, in_weight, x.dtype
+            if in_weight is not None:
+                y = F.linear(narrow, weight, bias)
+            elif bias is not None:
+                y = F.linear(narrow, weight, bias)
+                y = branch.add_product_(_rows(y), _rows(narrow), blocks, positions, dropout).view(y.shape)
+            else:  # the branch first: then the large product adds to it on its way out
+                rows = _rows(narrow)
+                y = branch.product(rows, blocks, positions, weight.shape[0], dropout).addmm_(rows, weight.T)
+                y = y.view(*x.shape[:-1], weight.shape[0])
+        ctx.dropout, ctx.in_weight, ctx.x_dtype = dropout, in_weight, x.dtype
         ctx.gathered, ctx.recomputed = False, recomputed
         kept = x if recomputed is None else None
         if positions is not None and _is_gathered(x, in_weight, positions):
@@ -144,22 +151,18 @@ class _BlockLinear(torch.autograd.Function):
             )
         x = x if ctx.recomputed is None else ctx.recomputed.take(ctx.next_functions[0][0])
         rows, grad_rows = _rows(x).to(weight.dtype), _rows(grad_y)
-        mask = _mask(rows, ctx.dropout, ctx.seed)
         grad_x = grad_blocks = None
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             if ctx.needs_input_grad[0]:
-                grad_x = grad_rows @ weight
                 if ctx.in_weight is None:
-                    transposed, back = blocks.to(weight.dtype).transpose(1, 2), positions and positions.transposed
-                    if mask is None:
-                        add_product_(grad_x, grad_rows, transposed, back)
-                    else:
-                        branch = add_product_(torch.zeros_like(grad_x), grad_rows, transposed, back)
-                        grad_x += _drop(branch, mask, ctx.dropout)
+                    grad_x = branch.input_gradient(grad_rows, blocks, positions, weight.shape[1], ctx.dropout)
+                    grad_x.addmm_(grad_rows, weight)
+                else:
+                    grad_x = grad_rows @ weight
                 grad_x = grad_x.view(*grad_y.shape[:-1], weight.shape[1]).to(ctx.x_dtype)
             if ctx.needs_input_grad[3]:
-                grad_blocks = _grad_blocks(ctx, rows, grad_rows, mask, blocks, positions, ctx.gathered)
-        return grad_x, None, None, grad_blocks, None, None, None, None, None, None
+                grad_blocks = branch.gradient(rows, grad_rows, blocks, positions, ctx.dropout, ctx.gathered)
+        return grad_x, None, None, grad_blocks, None, None, None, None, None
 
 
 class _AddBlocks(torch.autograd.Function):
@@ -171,15 +174,13 @@ class _AddBlocks(torch.autograd.Function):
         blocks: Tensor,
         inputs: Tensor | None,
         outputs: Tensor | None,
-        dropout: float,
-        seed: int,
+        dropout: Dropout,
         recomputed: RecomputedInput | None,
     ) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             rows = _rows(x).to(result.dtype)
-            dropped = _drop(rows, _mask(rows, dropout, seed), dropout)
-            add_product_(_rows(result), dropped, blocks.to(result.dtype), _positions(inputs, outputs))
-        ctx.dropout, ctx.seed, ctx.recomputed = dropout, seed, recomputed
+            branch.add_product_(_rows(result), rows, blocks, _positions(inputs, outputs), dropout)
+        ctx.dropout, ctx.recomputed = dropout, recomputed
         ctx.save_for_backward(x if recomputed is None else None, blocks, inputs, outputs)
         ctx.mark_dirty(result)
         return result
@@ -194,35 +195,24 @@ class _AddBlocks(torch.autograd.Function):
         x = x if ctx.recomputed is None else ctx.recomputed.take(ctx.next_functions[1][0])
         positions = _positions(inputs, outputs)
         rows, grad_rows = _rows(x).to(grad_y.dtype), _rows(grad_y)
-        mask = _mask(rows, ctx.dropout, ctx.seed)
         grad_x = grad_blocks = None
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             if ctx.needs_input_grad[1]:
-                transposed = blocks.to(grad_y.dtype).transpose(1, 2)
-                branch = add_product_(torch.zeros_like(rows), grad_rows, transposed, positions and positions.transposed)
-                grad_x = _drop(branch, mask, ctx.dropout).view(x.shape).to(x.dtype)
+                grad_x = branch.input_gradient(grad_rows, blocks, positions, rows.shape[1], ctx.dropout)
+                grad_x = grad_x.view(x.shape).to(x.dtype)
             if ctx.needs_input_grad[2]:
-                grad_blocks = _grad_blocks(ctx, rows, grad_rows, mask, blocks, positions)
-        return grad_y, grad_x, grad_blocks, None, None, None, None, None
-
-
-def _grad_blocks(
-    ctx: Any,
-    rows: Tensor,
-    grad_rows: Tensor,
-    mask: Tensor | None,
-    blocks: Tensor,
-    positions: Positions | None,
-    gathered: bool = False,
-) -> Tensor:
-    """Return dD from x as the forward pass saved it."""
-    dropped, shape = _drop(rows, mask, ctx.dropout), BlockShape(*blocks.shape)
-    return gradient(dropped, grad_rows, shape, positions, blocks.dtype, gathered)
+                grad_blocks = branch.gradient(rows, grad_rows, blocks, positions, ctx.dropout)
+        return grad_y, grad_x, grad_blocks, None, None, None, None
 
 
 def _is_gathered(x: Tensor, in_weight: Overwrite | None, positions: Positions | None) -> bool:
     """Return whether the blocks' inputs alone are saved, because they are fewer than x."""
     return in_weight is not None and positions is not None and is_smaller_gathered(positions, x.shape[-1])
+
+
+def _is_even(x: Tensor, blocks: Tensor, positions: Positions | None, out_features: int) -> bool:
+    num_blocks, d_in, d_out = blocks.shape
+    return positions is None and (num_blocks * d_in, num_blocks * d_out) == (x.shape[-1], out_features)
 
 
 def _positions(inputs: Tensor | None, outputs: Tensor | None) -> Positions | None:
@@ -234,19 +224,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(0, x.shape[-1])
 
 
-def _seed(dropout: float) -> int:
-    """Draw a seed from PyTorch's default generator, so that its state determines the mask, as for `nn.Dropout`."""
-    return int(torch.randint(2**62, ())) if dropout else 0
-
-
-def _mask(x: Tensor, probability: float, seed: int) -> Tensor | None:
-    """Return the dropout mask (ones and zeros). A seed always gives the same mask, so the mask need not be saved."""
-    if not probability:
-        return None
-    generator = torch.Generator(x.device).manual_seed(seed)
-    return torch.empty_like(x).bernoulli_(1 - probability, generator=generator)
-
-
-def _drop(x: Tensor, mask: Tensor | None, probability: float) -> Tensor:
-    """Inverted dropout. The scale is kept out of the mask: in 16 bits it would be rounded."""
-    return x if mask is None else (x * mask).mul_(1 / (1 - probability))
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which operations keep their operands' dtype."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -60,12 +60,15 @@ class Overwrite:
         originals = self.originals or [part.clone() for part in parts]
         # The weight's dtype may have changed since they were saved: a write through `.data` is not noticed.
         originals = [original.to(part.dtype) for original, part in zip(originals, parts, strict=True)]
-        sums = [(original + values).to(original.dtype) for original, values in zip(originals, update, strict=True)]
-        if check_finite and not all(bool(total.isfinite().all()) for total in sums):
+        both = list(zip(originals, update, strict=True))
+        if check_finite and not all(bool((old + values).to(old.dtype).isfinite().all()) for old, values in both):
             return False
         self.originals = originals
-        for part, total in zip(parts, sums, strict=True):
-            part.copy_(total)
+        for part, (original, values) in zip(parts, both, strict=True):
+            if isinstance(part, Tensor):
+                torch.add(original, values, out=part)  # one pass; a sum apart and its rounding take two more
+            else:
+                part.copy_(original + values)
         return True
 
     @torch.no_grad()

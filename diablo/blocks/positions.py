@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diablo.blocks.products import BlockShape, add_block_product_, block_gradient
+from diablo.blocks.products import BlockShape, add_block_product_, block_gradient, block_product
 
 # Share of entries below which the CPU is faster without the dense product; measured at 1/8 and 1/64.
 SAMPLED_BELOW = 1 / 16
@@ -38,8 +38,15 @@ class Positions(NamedTuple):
         return Positions(self.outputs, self.inputs)
 
 
+def product(x: Tensor, blocks: Tensor, positions: Positions | None, out_features: int) -> Tensor:
+    """Compute `x @ S`, `(tokens, out_features)`, where S holds the blocks at their positions and is zero elsewhere."""
+    if positions is None:
+        return block_product(x, blocks, out_features)
+    return add_product_(x.new_zeros(x.shape[0], out_features), x, blocks, positions)
+
+
 def add_product_(y: Tensor, x: Tensor, blocks: Tensor, positions: Positions | None) -> Tensor:
-    """Compute `y += x @ S` in place, where S holds the blocks at their positions and is zero elsewhere.
+    """Compute `y += x @ S` in place.
 
     Args:
         y: `(tokens, out_features)`.
@@ -53,8 +60,8 @@ def add_product_(y: Tensor, x: Tensor, blocks: Tensor, positions: Positions | No
     x = gather(x, positions.inputs)
     if _is_all(positions.outputs, y.shape[1]):
         return add_block_product_(y, x, blocks)
-    product = add_block_product_(y.new_zeros(y.shape[0], positions.outputs.numel()), x, blocks)
-    return y.index_add_(1, positions.outputs.flatten(), product)
+    columns = positions.outputs.flatten()
+    return y.index_add_(1, columns, block_product(x, blocks, len(columns)))
 
 
 def gradient(

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diablo.blocks import products
 from diablo.blocks.products import (
     BlockShape,
     add_block_product_,
     block_gradient,
+    block_product,
     block_shape,
     covered,
     delta_weight,
     diagonal_blocks,
+    neighbours,
     num_parameters,
 )
 
@@ -107,7 +111,43 @@ def test_product_gradient_and_delta_weight_equal_the_dense_definition(
     torch.testing.assert_close(
         add_block_product_(x.clone(), y, blocks.transpose(1, 2)), backward, rtol=1e-12, atol=1e-12
     )
+    torch.testing.assert_close(block_product(x, blocks, out_features), expected - y, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(add_block_product_(y, x, blocks), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("sides", "uneven"), [((6, 20), 0), ((20, 6), 0), ((6, 20), 5)])
+def test_neighbouring_blocks_multiplied_as_one_give_the_same(
+    monkeypatch: pytest.MonkeyPatch, sides: tuple[int, int], uneven: int
+) -> None:
+    """As on a GPU where a block's rows are not aligned."""
+    blocks = torch.randn(8, *sides, dtype=torch.float64)
+    x, y = (torch.randn(7, 8 * side + uneven, dtype=torch.float64)[:, : 8 * side] for side in sides)
+
+    def results() -> tuple[torch.Tensor, ...]:
+        back = add_block_product_(x.clone(), y, blocks.transpose(1, 2))
+        gradient = block_gradient(x, y, BlockShape(*blocks.shape), torch.float64)
+        return block_product(x, blocks, y.shape[1]), back, gradient
+
+    alone = results()
+    monkeypatch.setattr(products, "neighbours", lambda *_: 4)
+    for one, other in zip(alone, results(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("shape", "group"), [((64, 64, 64), 1), ((64, 64, 172), 2), ((64, 43, 64), 8), ((63, 64, 172), 1)]
+)
+def test_blocks_are_grouped_until_their_rows_are_aligned(shape: tuple[int, int, int], group: int) -> None:
+    class OnAGpu:
+        is_cuda = True
+
+        @staticmethod
+        def element_size() -> int:
+            return 2
+
+    x: Any = OnAGpu()
+    assert neighbours(*shape, x) == group
+    assert all(group * side * 2 % 16 == 0 for side in shape[1:]) or shape[0] % 2
 
 
 @given(in_features=sizes, out_features=sizes, num_blocks=st.integers(1, 12), transposed=st.booleans())

@@ -148,6 +148,62 @@ def test_a_bf16_layer_s_gradient_is_summed_in_float32(mode: Mode, side: int) -> 
     assert distance({"D": gradient}, {"D": expected}) <= 1e-5
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("sides", [(64, 64), (64, 172), (172, 64), (20, 24)])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_a_bf16_layer_with_a_branch_equals_a_dense_one(dropout: float, sides: tuple[int, int], bias: bool) -> None:
+    """On a GPU, odd sides are multiplied two at a time, and kernels make the mask of dropout."""
+    torch.manual_seed(0)
+    (d_in, d_out), n, tokens = sides, 4, 300
+    base = nn.Linear(n * d_in, n * d_out, bias=bias).to(DEVICE, torch.bfloat16)
+    config = DiabloConfig(num_blocks=n, mode="adapter", dropout=dropout, init_weights=False)
+    layer = DiabloLinear(base, "default", config).train()
+    blocks = layer.diablo_blocks["default"]
+    blocks.data = blocks.data.float()
+    x = torch.randn(tokens, n * d_in, device=DEVICE).bfloat16().requires_grad_()
+    upstream = torch.randn(tokens, n * d_out, device=DEVICE).bfloat16()
+
+    # With W = 0 and D_i = 1, the gradient of x under ones is the mask, summed over the columns of a block.
+    mask = torch.ones(tokens, n * d_in, device=DEVICE, dtype=torch.float64)
+    if dropout:
+        probe = DiabloLinear(nn.Linear(n * d_in, n * d_out, bias=False).to(DEVICE, torch.bfloat16), "default", config)
+        probe.train()
+        weight_of(probe).data.zero_()
+        probe.diablo_blocks["default"].data = torch.ones(n, d_in, d_out, device=DEVICE)
+        seen = torch.zeros(tokens, n * d_in, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        torch.manual_seed(1)
+        probe(seen).backward(torch.ones(tokens, n * d_out, device=DEVICE, dtype=torch.bfloat16))
+        assert seen.grad is not None
+        mask = (seen.grad != 0).double() / (1 - dropout)
+        assert mask.count_nonzero() / mask.numel() == pytest.approx(1 - dropout, abs=0.02)
+    torch.manual_seed(1)
+    y = layer(x)
+    y.backward(upstream)
+    assert x.grad is not None
+    assert blocks.grad is not None
+
+    weight, dense = weight_of(layer).detach().double(), torch.block_diag(*blocks.detach().double())
+    rows, out = x.detach().double(), upstream.double()
+    expected = rows @ weight.T + (mask * rows) @ dense + (0 if base.bias is None else base.bias.detach().double())
+    full = ((mask * rows).T @ out).view(n, d_in, n, d_out).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    assert distance({"y": y}, {"y": expected}) <= 6e-3
+    assert distance({"dX": x.grad}, {"dX": out @ weight + mask * (out @ dense.T)}) <= 6e-3
+    assert distance({"dD": blocks.grad}, {"dD": full}) <= (3e-3 if dropout else 1e-5)
+
+
+def test_dropout_repeats_bit_for_bit() -> None:
+    found = []
+    for _ in range(2):
+        model = attach(llama(torch.bfloat16), "adapter", dropout=0.25, init_weights=False)
+        torch.manual_seed(3)
+        for layer in layers_of(model).values():
+            layer.diablo_blocks["default"].data = torch.randn_like(layer.diablo_blocks["default"]).float() / 50
+        torch.manual_seed(4)
+        loss_of(model).backward()
+        found.append(gradients(model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def train(model: Any, optimizer: str, steps: int = 30, autocast: bool = False) -> list[float]:
     losses, blocks = [], [layer.diablo_blocks["default"] for layer in layers_of(model).values()]
     chosen = OPTIMIZERS[optimizer](blocks)

@@ -6,6 +6,7 @@ No time is asserted; the benchmark itself measures times, on an idle machine.
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ from experiments.speed.report import ratio
 
 
 def _product_into(_: Any, left: Any, right: Any, **__: Any) -> int:
-    """PyTorch counts a batched product, but not one that adds into its result."""
-    return 2 * left[0] * left[1] * left[2] * right[2]
+    """PyTorch counts a product, but not one that adds into its result."""
+    return 2 * math.prod(left) * right[-1]
 
 
 # DoRA's norms are not matrix products, and the gradient of single entries need not be one.
@@ -40,7 +41,7 @@ def test_the_operations_beside_each_time_are_those_that_pytorch_counts(label: st
     tokens, m, n, num_blocks, rank = 24, 64, 96, 4, 8
     layer = cases.attach(label, nn.Sequential(nn.Linear(m, n, bias=False)), ["0"], num_blocks, rank, None).train()
     x, upstream = torch.randn(tokens, m, requires_grad=True), torch.randn(tokens, n)
-    into: dict[Any, Any] = {torch.ops.aten.baddbmm_: _product_into}
+    into: dict[Any, Any] = {torch.ops.aten.baddbmm_: _product_into, torch.ops.aten.addmm_: _product_into}
     with FlopCounterMode(display=False, custom_mapping=into) as counter:
         _layer_pass(layer, x, upstream)
     assert counter.get_total_flops() == cases.layer_cost(label, tokens, m, n, num_blocks, rank, 4).operations
