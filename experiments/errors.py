@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import importlib.util
 import io
 import logging
 import os
@@ -56,6 +57,12 @@ def shortened(lines: Sequence[str]) -> str:
     if len(told) > 4:
         told = [told[0], f"… ({len(told)} lines)", told[-1]]
     return "; ".join(line if len(line) <= LONGEST else f"{line[:LONGEST]}…" for line in told)
+
+
+def check_installed(package: str, setting: str) -> None:
+    """Raise a UserError if the package that a setting needs is missing."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{setting}: the package {package} is not installed: pip install {package}")
 
 
 def out_of_memory(error: BaseException) -> str | None:

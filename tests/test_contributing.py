@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from experiments import ROOT
 
@@ -55,6 +57,23 @@ def test_the_workflow_calls_the_targets_of_the_local_check() -> None:
     assert {"make lint", "make test", "make test-slurm"} <= set(commands(run))
     targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), re.MULTILINE))
     assert {line.split()[1] for line in commands(run) if line.startswith("make")} <= targets
+
+
+def name_of(requirement: str) -> str:
+    return re.sub(r"[-_.]+", "-", re.split(r"[=<>!~;\[ ]", requirement)[0]).lower()
+
+
+def test_the_pinned_lists_need_no_other_package() -> None:
+    """They are installed with --no-deps. lm_eval's own list is left out: it is mostly for tasks that are not used."""
+    lists = {file: read(file).splitlines() for file in ("requirements.txt", "requirements-dev.txt")}
+    names = {file: [name_of(line) for line in lines if "==" in line] for file, lines in lists.items()}
+    pipeline, everything = set(names["requirements.txt"]), {name for found in names.values() for name in found}
+    assert len(everything) == sum(map(len, names.values())), "a package is listed twice"
+    for known in (pipeline, everything):
+        for name in sorted(known - {"lm-eval"}):
+            needs = [Requirement(line) for line in requires(name) or ()]
+            asked = {name_of(need.name) for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})}
+            assert asked <= known | {"setuptools"}, f"{name} needs {sorted(asked - known)}"
 
 
 def test_actions_have_versions() -> None:

@@ -43,7 +43,7 @@ def settle_weights(model: Config, cache: Path) -> None:
         model["gguf"] = {"file": path, "sha256": _sha256(path)}
     elif "gguf" in model:
         given = model["gguf"] and section(Gguf, model["gguf"])
-        if given is None or Path(path).is_dir() or not (_file(given) or is_converted(given, cache)):
+        if given is None or Path(path).is_dir() or not (_file(given) or unchecked(given, cache)):
             del model["gguf"]
 
 
@@ -91,8 +91,10 @@ def converted(gguf: Gguf, cache: Path) -> Path:
     return folder
 
 
-def is_converted(gguf: Gguf, cache: Path) -> bool:
-    return (_folder(gguf, cache) / MANIFEST).is_file()
+def unchecked(gguf: Gguf, cache: Path) -> Path | None:
+    """Return the folder of `converted` if it is in the cache, without reading the weights; else None."""
+    folder = _folder(gguf, cache)
+    return folder if (folder / MANIFEST).is_file() else None
 
 
 def _folder(gguf: Gguf, cache: Path) -> Path:

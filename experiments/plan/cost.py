@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, cast
 from experiments.config import Data, Model, Protocol, RunConfig, Runtime, Task
 from experiments.data import hub
 from experiments.errors import UserError
-from experiments.models.gguf import converted, is_converted
+from experiments.models.gguf import unchecked
 from experiments.settings import section
 
 if TYPE_CHECKING:
@@ -187,9 +187,9 @@ def _tokenizer(about: str) -> PreTrainedTokenizerBase | None:
         return make_tokenizer(model.architecture["vocab_size"], model.pretraining.seed)
     path, cache = model.path, Path(runtime.cache_dir)
     if gguf := model.gguf:
-        if not is_converted(gguf, cache):
+        path = unchecked(gguf, cache)
+        if path is None:
             return None
-        path = converted(gguf, cache)
     try:
         return cast(
             "PreTrainedTokenizerBase",

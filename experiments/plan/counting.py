@@ -10,6 +10,7 @@ from experiments.config import RunConfig
 from experiments.errors import UserError
 from experiments.plan.cost import Speed, gpu_hours, reasons, rows_trained_on, tokens
 from experiments.plan.memory import base_dtype
+from experiments.plan.sizes import held
 from experiments.runs.differences import differing
 from experiments.runs.sizes import counted
 
@@ -33,8 +34,6 @@ class Count:
 
 def count(config: RunConfig) -> Count:
     """Return the counts of one run. Percentages are of the base model without the adapter."""
-    from experiments.plan.fake_pass import held
-
     architecture, method, dtype = (
         dict(config.model.architecture),
         json.dumps(config.mapping["method"]),
@@ -53,8 +52,6 @@ def print_counts(configs: Sequence[RunConfig], following: Sequence[RunConfig], s
 
     `following` are runs whose learning rate is not chosen yet: they only count in the sums.
     """
-    from experiments.models.quantized import print_sizes
-
     width = max((len(config.run_id) for config in configs), default=0)
     grouped, differ = False, differing(configs, leave_out=("recipe.learning_rate",))
     print(f"{'run':{width}}  {'trainable':>15}  {'of base':>8}  {'rate':>8}  {'rows':>9}  {'tokens':>8}  {'GPU-h':>7}")
@@ -85,6 +82,8 @@ def print_counts(configs: Sequence[RunConfig], following: Sequence[RunConfig], s
     for reason in reasons(everything, speed):
         print(f"unknown: {reason}")
     if any(config.quantization is not None for config in configs):
+        from experiments.models.quantized import print_sizes
+
         print_sizes([(config, count(config).trainable) for config in configs])
     if grouped:
         print(

@@ -7,12 +7,11 @@ tensors with shapes and dtypes but without values, so that a 13B model takes a s
 
 from __future__ import annotations
 
-import functools
 import json
 import weakref
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -33,23 +32,8 @@ Config = dict[str, Any]
 DEPTHS = (2, 3)  # numbers of decoder layers that are run; their difference is what each further layer adds
 
 
-@dataclass(frozen=True)
-class Held:
-    """Sizes of a whole model with an attached method, in entries, except `frozen_bytes`."""
-
-    frozen_bytes: int
-    trained: int
-    base: int
-    layer: int  # the largest decoder layer, including the adapter
-    root: int  # outside the decoder layers: embedding, output layer
-    linear: int  # the largest linear layer
-    targets: int  # the adapted linear layers
-    in_place: int  # entries trained inside a weight, whose original values are kept
-
-
-@functools.cache
-def held(architecture: str, method: str, dtype: str) -> Held:
-    """Return the sizes. `architecture` and `method` are JSON; `dtype` is the base's."""
+def sizes(architecture: str, method: str, dtype: str) -> dict[str, int]:
+    """Compute `experiments.plan.sizes.held`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     settings = section(Method, json.loads(method))
@@ -69,32 +53,28 @@ def held(architecture: str, method: str, dtype: str) -> Held:
     trained = sum(tensor.numel() for tensor in tensors if tensor.requires_grad)
     adapter = settings.adapter or {}
     in_place = adapter.get("mode", "adapter") != "adapter" and not adapter.get("dropout")
-    return Held(
-        frozen_bytes=sum(tensor.nbytes for tensor in tensors if not tensor.requires_grad),
-        trained=trained,
-        base=base_numbers,
-        layer=max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers),
-        root=sum(parameter.numel() for parameter in model.parameters()) - inside,
-        linear=max(module.weight.numel() for module in base.modules() if isinstance(module, nn.Linear)),
-        targets=sum(weight.numel() for weight in weights if isinstance(weight, Tensor)),
-        in_place=trained if in_place else 0,
-    )
+    return {
+        "frozen_bytes": sum(tensor.nbytes for tensor in tensors if not tensor.requires_grad),
+        "trained": trained,
+        "base": base_numbers,
+        "layer": max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers),
+        "root": sum(parameter.numel() for parameter in model.parameters()) - inside,
+        "linear": max(module.weight.numel() for module in base.modules() if isinstance(module, nn.Linear)),
+        "targets": sum(weight.numel() for weight in weights if isinstance(weight, Tensor)),
+        "in_place": trained if in_place else 0,
+    }
 
 
-@functools.cache
-def pass_bytes(
+def peaks(
     architecture: str, method: str, dtype: str, autocast: bool, rows: int, length: int, checkpointing: bool
 ) -> tuple[int, int]:
-    """Return the peak bytes of a forward and backward pass beyond the model's tensors, with gradients not kept.
-
-    Two peaks: until the end of the last decoder layer's backward pass, and after it.
-    """
+    """Compute `experiments.plan.sizes.pass_bytes`."""
     shapes, settings = json.loads(architecture), section(Method, json.loads(method))
     depth = build_config(shapes).num_hidden_layers
     depths = DEPTHS if depth > max(DEPTHS) else (depth,)
-    peaks = [_peaks(shapes, settings, dtype, autocast, rows, length, checkpointing, count) for count in depths]
+    found = [_peaks(shapes, settings, dtype, autocast, rows, length, checkpointing, count) for count in depths]
     # Separately, because the later peak may be of the embedding's gradient, which does not depend on the depth.
-    early, late = (few[-1] + (depth - depths[-1]) * (few[-1] - few[0]) for few in zip(*peaks, strict=True))
+    early, late = (few[-1] + (depth - depths[-1]) * (few[-1] - few[0]) for few in zip(*found, strict=True))
     return early, late
 
 

@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from experiments.config import RunConfig
 from experiments.plan.cost import longest_row
-
-if TYPE_CHECKING:
-    from experiments.plan.fake_pass import Held
+from experiments.plan.sizes import Held, held, pass_bytes
 
 LENGTH = 2048  # tokens per row if neither the rows nor the protocol determine it
 PREFETCHED = 2  # decoder layers whose sharded weights are gathered on a GPU at the same time
@@ -59,8 +56,6 @@ def estimate(config: RunConfig, gpus: int = 1) -> Memory:
 
     With `runtime.sharding=full` they share all but activations; else each holds everything (DDP), and gradients twice.
     """
-    from experiments.plan.fake_pass import held, pass_bytes
-
     shards = gpus if config.runtime.sharding == "full" else 1
     recipe, method, checkpointing = config.recipe, config.method, config.runtime.gradient_checkpointing
     rows, length = recipe.micro_batch_size, longest_row(config)
@@ -134,8 +129,6 @@ def _with_gathered(peaks: tuple[int, int], found: Held, shards: int, all_trained
 
 def _preparation(config: RunConfig, found: Held, rows: int, length: int, shards: int) -> int:
     """Return the peak while `method.prepare` runs; 0 if it needs no gradients."""
-    from experiments.plan.fake_pass import pass_bytes
-
     target = (config.method.prepare or {}).get("_target_")
     if target == "diablo.smt.choose_blocks":  # the original base; weights, gradients and Adam in float32; gradient sums
         total, dtype = found.frozen_bytes + 16 * found.base + 4 * found.targets, "float32"

@@ -27,7 +27,7 @@ from experiments.config import RunConfig
 from experiments.data.prompts import collate, select_rows
 from experiments.data.rows import rows_hash, training_rows
 from experiments.data.tokens import Examples, tokenised
-from experiments.errors import Diverged, Preempted, UserError
+from experiments.errors import Diverged, Preempted, UserError, check_installed
 from experiments.models.full_precision import base_name
 from experiments.models.load import base_hash, load_base
 from experiments.models.shapes import count_parameters, resolve_device, weights_hash, with_dtype
@@ -163,6 +163,8 @@ def _train(
 
 def _start(run: RunPaths, config: RunConfig) -> Start:
     """Load the base model and the training rows."""
+    if config.runtime.wandb != "off":
+        check_installed("wandb", f"runtime.wandb={config.runtime.wandb}")
     device = resolve_device(config.runtime.device)
     run_hash, config = config_hash(config.mapping), with_dtype(config, str(device))
     sharded = sharding_of(config) == "full"

@@ -20,9 +20,10 @@ from experiments.plan import fit as fitting
 from experiments.plan.__main__ import main
 from experiments.plan.compose import plan
 from experiments.plan.cost import longest_row
-from experiments.plan.fake_pass import Allocations, held, make_fake, pass_bytes
+from experiments.plan.fake_pass import Allocations, make_fake
 from experiments.plan.memory import Memory, base_dtype, estimate
 from experiments.plan.overview import MEASURED, memory_table, off_by
+from experiments.plan.sizes import held, pass_bytes
 from experiments.runs.sizes import gibibytes, read_bytes
 from experiments.settings import with_values
 from experiments.speed.cases import AUTHORS, DORA, DROPOUT, FLOOR, IN_PLACE, LORA, attach, peak_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import struct
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from analysis.load import find_runs
 from analysis.report import main, write_report
+from experiments.errors import UserError
 from experiments.runs.records import read_lines
 from experiments.train.run import train
 from tests.analysis.analysis_runs import write_run
@@ -89,6 +91,20 @@ def test_a_report_logs_its_tables_and_again_into_the_same_run(runs: list[Path], 
     assert [line[columns.index("label")] for line in table["data"]] == ["diablo-N7", "lora-r7"]
     assert [line[columns.index("accuracy")] for line in table["data"]] == [0.75, 0.75]
     assert row["comparisons/nrows"] == 1
+
+
+def test_without_the_package_nothing_is_begun(
+    small: list[str], runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    run = planned([*small, "runtime.wandb=online"])
+    with pytest.raises(
+        UserError, match=r"^runtime\.wandb=online: the package wandb is not installed: pip install wandb"
+    ):
+        train(run)
+    with pytest.raises(UserError, match=r"^--wandb offline: the package wandb is not installed"):
+        write_report(runs, tmp_path / "report", None, "Two methods", wandb="offline")
+    assert not (tmp_path / "report").exists()
 
 
 def test_by_default_nothing_is_logged(runs: list[Path], tmp_path: Path) -> None:
