@@ -20,11 +20,23 @@ from statsmodels.stats.multitest import multipletests
 from analysis.load import names_of, records
 from analysis.paired import paired_difference
 from analysis.stats import SEEDS_FOR_AN_INTERVAL
-from analysis.tables import SECTION, by_section, csv_text, item_arrays, marks, mixed, sections, with_legend
+from analysis.tables import (
+    SECTION,
+    Row,
+    by_section,
+    by_setting,
+    csv_text,
+    item_arrays,
+    marks,
+    mixed,
+    sections,
+    with_legend,
+)
 from experiments.errors import UserError, nearest
 from experiments.progress import WAIT, Bar
 
 ALL_PAIRS = 6  # up to this many settings, test every pair; above, test each against the reference
+Runs = list[Row]  # of one setting
 OF_A_SETTING = ["setting", "method", "label", "learning_rate"]
 COLUMNS = [
     *SECTION,
@@ -52,11 +64,11 @@ def comparison_table(frame: pd.DataFrame, reference: str | None = None) -> pd.Da
         scored = part.dropna(subset=["accuracy"])
         names = names_of(records(scored))
         scored = scored.assign(label=[names[group] for group in scored["group"]])
-        settings = [runs for _, runs in _without_sweeps(scored).sort_values(_ORDER).groupby("setting", sort=False)]
+        settings = by_setting(records(_without_sweeps(scored).sort_values(_ORDER)))
         found = []
         pairs = list(_pairs(settings, reference))
         for first, second in Bar(pairs, desc="comparisons", unit="pair", leave=False, delay=WAIT):
-            seeds = sorted(set(first["seed"]) & set(second["seed"]))
+            seeds = sorted({run["seed"] for run in first} & {run["seed"] for run in second})
             if seeds:
                 found.append(section | _compared(first, second, seeds))
         family = [row for row in found if not math.isnan(row["p_value"])]
@@ -110,23 +122,20 @@ def _without_sweeps(scored: pd.DataFrame) -> pd.DataFrame:
     return scored.loc[~scored["group"].isin(swept)]
 
 
-def _pairs(settings: Sequence[pd.DataFrame], reference: str | None) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
+def _pairs(settings: Sequence[Runs], reference: str | None) -> Iterator[tuple[Runs, Runs]]:
     if reference is None and len(settings) <= ALL_PAIRS:
         yield from itertools.combinations(settings, 2)
         return
-    chosen = [number for number, runs in enumerate(settings) if runs["label"].iloc[0] == reference]
+    chosen = [number for number, runs in enumerate(settings) if runs[0]["label"] == reference]
     for number in chosen if reference else _nearest_in_size(settings):
         yield from ((other, settings[number]) for place, other in enumerate(settings) if place != number)
 
 
-def _nearest_in_size(settings: Sequence[pd.DataFrame]) -> list[int]:
+def _nearest_in_size(settings: Sequence[Runs]) -> list[int]:
     """Return the index of the DiaBlo setting nearest in trainable parameters to a LoRA setting; 0 if there is none."""
     facts = [
-        (
-            "diablo" if runs["pattern"].iloc[0] == "diagonal" else runs["method"].iloc[0],
-            runs["trainable_parameters"].iloc[0],
-        )
-        for runs in settings
+        ("diablo" if run["pattern"] == "diagonal" else run["method"], run["trainable_parameters"])
+        for run, *_ in settings
     ]
     sizes = [size for method, size in facts if method == "lora" and pd.notna(size)]
     ours = [place for place, (method, size) in enumerate(facts) if method == "diablo" and pd.notna(size)]
@@ -135,16 +144,16 @@ def _nearest_in_size(settings: Sequence[pd.DataFrame]) -> list[int]:
     return [min(ours, key=lambda place: min(abs(facts[place][1] - size) for size in sizes))]
 
 
-def _compared(first: pd.DataFrame, second: pd.DataFrame, seeds: Sequence[int]) -> dict[str, Any]:
+def _compared(first: Runs, second: Runs, seeds: Sequence[int]) -> dict[str, Any]:
     sides = {"first": first, "second": second}
-    arrays = [item_arrays(runs.set_index("seed").loc[list(seeds)]) for runs in sides.values()]
-    about = {f"{side}_{name}": runs[name].iloc[0] for side, runs in sides.items() for name in OF_A_SETTING}
-    both = pd.concat([runs.loc[runs["seed"].isin(seeds)] for runs in sides.values()])
+    ours, theirs = ([run for seed in seeds for run in runs if run["seed"] == seed] for runs in sides.values())
+    arrays = [item_arrays(runs) for runs in (ours, theirs)]
+    about = {f"{side}_{name}": runs[0][name] for side, runs in sides.items() for name in OF_A_SETTING}
     difference = asdict(paired_difference(*arrays))
     if len(seeds) < SEEDS_FOR_AN_INTERVAL:
         difference |= dict.fromkeys(("low", "high", "p_value", "smallest"), math.nan)
         difference |= {"over": "", "test": f"none: fewer than {SEEDS_FOR_AN_INTERVAL} seeds"}
-    return about | {"seeds": list(seeds), "mixed": mixed(both)} | difference
+    return about | {"seeds": list(seeds), "mixed": mixed([*ours, *theirs])} | difference
 
 
 def _title(row: dict[str, Any]) -> str:

@@ -87,11 +87,12 @@ def _pass_at(scored: pd.DataFrame, k: int) -> np.ndarray | None:
 
     A problem's item is the share of its completions that are right, which determines pass@k.
     """
-    counts = {int(row["samples"]) for row in records(scored)}
+    runs = records(scored)
+    counts = {int(run["samples"]) for run in runs}
     samples = min(counts, default=0)
     if len(counts) != 1 or samples < k:
         return None
-    (items,) = item_arrays(scored)
+    (items,) = item_arrays(runs)
     right = np.round(items * samples).astype(int)
     return np.asarray(hypergeom.sf(0, samples, right, k))  # at least one right among k drawn without replacement
 

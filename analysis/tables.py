@@ -6,6 +6,7 @@ Rows are sorted by name and size, never by score, and no cell is marked as a win
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -32,6 +33,7 @@ COLUMNS = [
     *STEP_TIME_COLUMNS,
 ]
 
+Row = dict[str, Any]  # of `Runs.frame`, by column
 
 MARKS = {"code versions": "†", "protocols": "‡", "base weights": "§", "training data": "¶", "devices": "‖"}
 MEANINGS = {
@@ -52,21 +54,20 @@ def method_table(frame: pd.DataFrame, step_times: StepTimes | None = None) -> pd
     to the frozen model's, for the model they were measured on. Missing values are NaN.
     """
     rows = []
-    parts = [(section, *group) for section, part in sections(frame) for group in part.groupby("setting", sort=False)]
+    parts = [(section, runs) for section, part in sections(frame) for runs in by_setting(records(part))]
     with Bar(total=len(parts), desc="table", unit="row", leave=False, delay=WAIT) as bar:
-        for section, setting, runs in parts:
+        for section, runs in parts:
             bar.update()
-            scored = runs.dropna(subset=["accuracy"]).sort_values("seed")
-            first = runs.iloc[0]
+            scored = sorted((run for run in runs if pd.notna(run["accuracy"])), key=lambda run: run["seed"])
+            first = runs[0]
             rows.append(
                 section
-                | {"setting": setting}
-                | {name: first[name] for name in (*OF_A_SETTING, "size_number", "learning_rate")}
+                | {name: first[name] for name in ("setting", *OF_A_SETTING, "size_number", "learning_rate")}
                 | {"rate_chosen": _rate_chosen(runs)}
                 | {name: _known(runs, name) for name in ("limit", "trainable_parameters", "percent_of_base")}
                 | _accuracy(scored)
-                | {"planned_seeds": runs["seed"].nunique(), "mixed": mixed(scored)}
-                | {name: runs[name].median() for name in ("train_seconds", "step_seconds", "peak_memory_bytes")}
+                | {"planned_seeds": len({run["seed"] for run in runs}), "mixed": mixed(scored)}
+                | {name: _median(runs, name) for name in ("train_seconds", "step_seconds", "peak_memory_bytes")}
                 | _step_time(step_times, first["model"], first["label"])
             )
     table = pd.DataFrame(rows, columns=pd.Index(COLUMNS))
@@ -218,15 +219,23 @@ def sections(frame: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame
             yield records(waiting.filter(SECTION))[0], waiting
 
 
-def item_arrays(scored: pd.DataFrame) -> list[NDArray[np.float64]]:
+def by_setting(rows: Iterable[Row]) -> list[list[Row]]:
+    """Return the rows of each setting, settings by their first row. A frame per setting would be many times slower."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["setting"], []).append(row)
+    return list(found.values())
+
+
+def item_arrays(scored: Iterable[Row]) -> list[NDArray[np.float64]]:
     """Return the items of runs that answered the same ones, a (runs, n) array per benchmark; means have several."""
-    by_run = [items if isinstance(items, list) else [items] for items in scored["items"]]
+    by_run = [run["items"] if isinstance(run["items"], list) else [run["items"]] for run in scored]
     return [np.stack(part) for part in zip(*by_run, strict=True)]
 
 
-def _accuracy(scored: pd.DataFrame) -> dict[str, Any]:
+def _accuracy(scored: Sequence[Row]) -> Row:
     """Return the accuracy cells for the scored runs of one setting, one run per seed."""
-    if scored.empty:
+    if not scored:
         return {"interval_over": "", "by_seed": {}, "seeds": 0}
     interval = accuracy_interval(*item_arrays(scored))
     return {
@@ -234,16 +243,16 @@ def _accuracy(scored: pd.DataFrame) -> dict[str, Any]:
         "low": interval.low,
         "high": interval.high,
         "interval_over": interval.over,
-        "by_seed": dict(zip(scored["seed"], scored["accuracy"], strict=True)),
+        "by_seed": {run["seed"]: run["accuracy"] for run in scored},
         "seeds": len(scored),
     }
 
 
-def _rate_chosen(runs: pd.DataFrame) -> str:
+def _rate_chosen(runs: Sequence[Row]) -> str:
     """Return how the learning rate of a setting was chosen; "given" if its config sets it."""
-    if runs.dropna(subset=["learning_rate"]).empty:
+    if _known(runs, "learning_rate") is None:
         return ""
-    return "; ".join(dict.fromkeys(runs["rate_chosen"].dropna())) or "given"
+    return "; ".join(dict.fromkeys(run["rate_chosen"] for run in runs if pd.notna(run["rate_chosen"]))) or "given"
 
 
 def _step_time(times: StepTimes | None, model: str, label: str) -> dict[str, float]:
@@ -252,20 +261,23 @@ def _step_time(times: StepTimes | None, model: str, label: str) -> dict[str, flo
     return dict(zip(STEP_TIME_COLUMNS, times.ratios.loc[label, ["median", "low", "high"]], strict=True))
 
 
-def mixed(scored: pd.DataFrame) -> list[str]:
+def mixed(scored: Sequence[Row]) -> list[str]:
     """Return in what scored runs differ: the keys of `MARKS` that apply."""
-    rows = records(scored)
-    trained = [row for row in rows if pd.notna(row["trainable_parameters"]) and row["trainable_parameters"] > 0]
-    protocols = {(row["protocol"], row["protocol_version"]) for row in rows}
+    trained = [run for run in scored if pd.notna(run["trainable_parameters"]) and run["trainable_parameters"] > 0]
+    protocols = {(run["protocol"], run["protocol_version"]) for run in scored}
     protocols |= {
-        (row["train_protocol"], rows[0]["protocol_version"]) for row in trained if pd.notna(row["train_protocol"])
+        (run["train_protocol"], scored[0]["protocol_version"]) for run in trained if pd.notna(run["train_protocol"])
     }
+    weights: dict[str, set[str]] = {}
+    for run in scored:
+        if pd.notna(run["base_hash"]):
+            weights.setdefault(f"{run['quantizer']} {run['bits']}", set()).add(run["base_hash"])
     counts = {
-        "code versions": len({commit for row in rows for commit in row["commits"]}),
+        "code versions": len({commit for run in scored for commit in run["commits"]}),
         "protocols": len(protocols),
-        "base weights": max(scored.groupby(["quantizer", "bits"], dropna=False)["base_hash"].nunique(), default=0),
-        "training data": len({row["train_data_hash"] for row in trained}),
-        "devices": len({str(row["environment"].get("device")).partition(",")[0] for row in trained}),
+        "base weights": max(map(len, weights.values()), default=0),
+        "training data": len({run["train_data_hash"] for run in trained}),
+        "devices": len({str(run["environment"].get("device")).partition(",")[0] for run in trained}),
     }
     return [name for name in MARKS if counts[name] > 1]
 
@@ -290,9 +302,14 @@ def _cell(row: dict[str, Any]) -> str:
     return f"{_percent(row['accuracy'])} ({interval}){missing}{marks(row['mixed'])}"
 
 
-def _known(runs: pd.DataFrame, column: str) -> Any:
+def _known(runs: Sequence[Row], column: str) -> Any:
     """Return the value that all seeds share; None if no seed has one yet."""
-    return next(iter(runs[column].dropna()), None)
+    return next((run[column] for run in runs if pd.notna(run[column])), None)
+
+
+def _median(runs: Sequence[Row], column: str) -> float:
+    values = [run[column] for run in runs if pd.notna(run[column])]
+    return float(np.median(values)) if values else math.nan
 
 
 def _text(value: float, layout: str) -> str:
