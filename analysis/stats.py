@@ -103,7 +103,7 @@ def bootstrap_seeds_and_items(*parts: NDArray[np.float64]) -> tuple[float, float
     """
     seeds = len(parts[0])
     enlarged = math.sqrt(seeds / (seeds - 1)) * float(student.ppf((1 + LEVEL) / 2, seeds - 1)) / Z
-    counts, drawn_seeds = _draws(seeds, *(items.shape[1] for items in parts))
+    counts, drawn_seeds = _draws(DRAWS, seeds, *(items.shape[1] for items in parts))
     drawn_means = [
         np.concatenate([block @ items.T for block in blocks]) / items.shape[1]
         for items, blocks in zip(parts, counts, strict=True)
@@ -116,11 +116,13 @@ def bootstrap_seeds_and_items(*parts: NDArray[np.float64]) -> tuple[float, float
 
 
 @lru_cache(maxsize=1)  # the settings of a table have equal sizes, so equal draws, which take longer than their means
-def _draws(seeds: int, *sizes: int) -> tuple[list[list[NDArray[np.unsignedinteger]]], NDArray[np.int64]]:
-    """Return how often each replicate draws each item, and the seeds that it draws, (DRAWS, seeds).
+def _draws(
+    replicates: int, seeds: int, *sizes: int
+) -> tuple[list[list[NDArray[np.unsignedinteger]]], NDArray[np.int64]]:
+    """Return how often each replicate draws each item, and the seeds that it draws, (replicates, seeds).
 
-    The counts of a part, which has `sizes` items, are blocks of replicates, (draws, n) each, in the smallest type that
-    holds them.
+    `sizes`: the items of each part. The counts of a part are blocks of replicates, (draws, n) each, in the smallest
+    type that holds them: all of them are kept.
     """
     generator = np.random.default_rng(0)
     ends = [*sizes, seeds]  # a replicate draws items of every part, then seeds
@@ -128,8 +130,8 @@ def _draws(seeds: int, *sizes: int) -> tuple[list[list[NDArray[np.unsignedintege
     block = max(1, AT_ONCE // len(limits))
     counts: list[list[NDArray[np.unsignedinteger]]] = [[] for _ in sizes]
     drawn_seeds = []
-    for start in range(0, DRAWS, block):
-        drawn = generator.integers(np.tile(limits, (min(block, DRAWS - start), 1)))
+    for start in range(0, replicates, block):
+        drawn = generator.integers(np.tile(limits, (min(block, replicates - start), 1)))
         *drawn_items, of_seeds = np.split(drawn, np.cumsum(sizes), axis=1)
         drawn_seeds.append(of_seeds)
         for blocks, n, items in zip(counts, sizes, drawn_items, strict=True):

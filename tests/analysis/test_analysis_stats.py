@@ -166,9 +166,14 @@ def test_a_part_that_is_all_right_is_not_certain() -> None:
 
 @pytest.mark.parametrize("shapes", [[(5, 40)], [(6, 30), (6, 11)]])
 def test_replicates_are_drawn_as_defined(shapes: list[tuple[int, int]]) -> None:
-    """One replicate at a time: items of every part, then seeds, from one generator."""
-    parts = [np.random.default_rng(n).integers(2, size=(seeds, n)).astype(float) for seeds, n in shapes]
-    generator, seeds = np.random.default_rng(0), shapes[0][0]
+    """One replicate at a time: items of every part, then seeds, from one generator; the same for every setting."""
+    for setting in range(2):  # the second has the draws of the first
+        parts = [np.random.default_rng(n + setting).integers(4, size=(seeds, n)) / 3 for seeds, n in shapes]
+        np.testing.assert_allclose(bootstrap_seeds_and_items(*parts), _by_definition(parts), rtol=0, atol=1e-12)
+
+
+def _by_definition(parts: Sequence[np.ndarray]) -> np.ndarray:
+    generator, seeds = np.random.default_rng(0), len(parts[0])
     enlarged = math.sqrt(seeds / (seeds - 1)) * float(student.ppf((1 + stats.LEVEL) / 2, seeds - 1)) / stats.Z
     means = []
     for _ in range(stats.DRAWS):
@@ -176,5 +181,4 @@ def test_replicates_are_drawn_as_defined(shapes: list[tuple[int, int]]) -> None:
         by_seed = np.mean(rows, axis=0)
         drawn = by_seed[generator.integers(seeds, size=seeds)]
         means.append(by_seed.mean() + enlarged * (drawn.mean() - by_seed.mean()))
-    expected = np.quantile(means, [0.025, 0.975])
-    np.testing.assert_allclose(stats.bootstrap_seeds_and_items(*parts), expected, rtol=0, atol=1e-12)
+    return np.quantile(means, [0.025, 0.975])
