@@ -62,7 +62,7 @@ def comparison_table(frame: pd.DataFrame, reference: str | None = None) -> pd.Da
     rows: list[dict[str, Any]] = []
     for section, part in sections(frame):
         scored = part.dropna(subset=["accuracy"])
-        names = names_of(records(scored))
+        names = names_of(records(scored.drop_duplicates("group")))
         scored = scored.assign(label=[names[group] for group in scored["group"]])
         settings = by_setting(records(_without_sweeps(scored).sort_values(_ORDER)))
         found = []

@@ -203,8 +203,9 @@ def _draw_norms(
             column = matrices.get((layer, module, matrix))
             if column is None:
                 continue
-            norm = (trace.norms.rolling(window).var() if window else trace.norms)[column]
-            norm = pd.Series(norm).mask(trace.norms[column] <= 0)  # zero has no logarithm
+            norm = trace.norms[column]
+            shown = norm.rolling(window).var() if window else norm
+            norm = pd.Series(shown).mask(norm <= 0)  # zero has no logarithm
             if trace.seed != first[trace.label]:
                 axes.plot(norm.index, norm, color=colour, linewidth=0.6, alpha=0.35, zorder=2)
                 continue

@@ -96,7 +96,8 @@ def time_and_memory(name: str, title: str, runs: pd.DataFrame) -> Picture:
     """
     trained = runs.dropna(subset=["step_seconds"]).drop_duplicates("run_id")
     trained = trained.sort_values(["method", "size_number", "label", "seed"])
-    labels = list(dict.fromkeys(trained["label"]))[::-1]
+    by_label = dict(iter(trained.groupby("label", sort=False)))
+    labels = list(by_label)[::-1]
     machines = sorted({str(environment.get("device")) for environment in trained["environment"]})
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 1.0 + 0.32 * len(labels)), layout="constrained")
@@ -106,7 +107,7 @@ def time_and_memory(name: str, title: str, runs: pd.DataFrame) -> Picture:
             (memory, "peak_memory_bytes", 1 / 2**20, "peak memory, MiB"),
         ):
             for place, label in enumerate(labels):
-                values = scale * trained.loc[trained["label"] == label, column].to_numpy(dtype=float)
+                values = scale * by_label[label][column].to_numpy(dtype=float)
                 axes.plot(values, [place] * len(values), "o", color=BLUE, markersize=5, markerfacecolor="white")
                 axes.plot(np.median(values), place, "|", color=BLACK, markersize=13, markeredgewidth=1.8)
             axes.margins(x=0.08)

@@ -100,7 +100,8 @@ def spectra_pictures(frame: pd.DataFrame) -> tuple[list[Picture], list[str]]:
     """Return one picture for every run that measured its spectra, and a line for each that cannot be read."""
     drawn: list[Picture] = []
     problems: list[str] = []
-    for run in records(frame.drop_duplicates("run_id").sort_values(["model", "task", "label", "seed"])):
+    about = frame[["model", "task", "label", "seed", "run_id", "path"]].drop_duplicates("run_id")
+    for run in records(about.sort_values(["model", "task", "label", "seed"])):
         if RunPaths(run["path"]).spectra.is_file():
             title = f"{run['label']}, seed {run['seed']}, {run['model']} trained on {run['task']}"
             try:
@@ -128,7 +129,7 @@ def cost_figures(frame: pd.DataFrame, figures: Figures) -> list[Entry]:
     """Return a figure of step time and memory for every model and task with several trained methods."""
     drawn: list[Entry] = []
     trained = frame.dropna(subset=["step_seconds"])
-    for number, (model, task) in enumerate(sorted({(row["model"], row["task"]) for row in records(trained)}), start=1):
+    for number, (model, task) in enumerate(sorted(set(zip(trained["model"], trained["task"], strict=True))), start=1):
         part = trained.loc[(trained["model"] == model) & (trained["task"] == task)]
         if len(set(part["label"])) >= FEWEST_DRAWN:
             title = f"{model} trained on {task}"

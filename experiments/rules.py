@@ -184,6 +184,7 @@ def rule_of_value(default: Any) -> Rule | None:
     return next((rule for kind, rule in PLAIN.items() if isinstance(default, kind)), None)
 
 
+@cache
 def section_of(annotation: Any) -> type | None:
     """Return the dataclass of a section's annotation, null or not; None if it is not a section."""
     return next(

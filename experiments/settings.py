@@ -21,6 +21,7 @@ PATHS = ("runtime.runs_dir", "runtime.data_root", "runtime.cache_dir")
 SECTIONS = ("model", "method", "quantization", "task", "recipe", "spectra", "protocol", "evaluation", "runtime")
 
 
+@cache
 def annotation_of(key: str) -> Any:
     """Return the annotation of a setting or section; None if `experiments.config` does not have it."""
     kind: Any = RunConfig
@@ -115,12 +116,14 @@ def _value(annotation: Any, value: Value, prefix: str) -> Any:
     return value
 
 
+@cache
 def _is_open(annotation: Any) -> bool:
     """Return whether an annotation is an open mapping, null or not."""
     first = members(annotation)[0]
     return get_origin(first) is Mapping and get_args(first)[1] is Any
 
 
+@cache
 def _is_typed(annotation: Any) -> bool:
     """Return whether lists become tuples: not in open mappings, which go to other libraries' classes."""
     parts = get_args(annotation)
