@@ -96,7 +96,7 @@ def time_and_memory(name: str, title: str, runs: pd.DataFrame) -> Picture:
     """
     trained = runs.dropna(subset=["step_seconds"]).drop_duplicates("run_id")
     trained = trained.sort_values(["method", "size_number", "label", "seed"])
-    by_label = dict(iter(trained.groupby("label", sort=False)))
+    by_label = {str(label): part for label, part in trained.groupby("label", sort=False)}
     labels = list(by_label)[::-1]
     machines = sorted({str(environment.get("device")) for environment in trained["environment"]})
     with matplotlib.rc_context(STYLE):

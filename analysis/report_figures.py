@@ -100,7 +100,7 @@ def spectra_pictures(frame: pd.DataFrame) -> tuple[list[Picture], list[str]]:
     """Return one picture for every run that measured its spectra, and a line for each that cannot be read."""
     drawn: list[Picture] = []
     problems: list[str] = []
-    about = frame[["model", "task", "label", "seed", "run_id", "path"]].drop_duplicates("run_id")
+    about = frame.drop_duplicates("run_id").filter(["model", "task", "label", "seed", "run_id", "path"])
     for run in records(about.sort_values(["model", "task", "label", "seed"])):
         if RunPaths(run["path"]).spectra.is_file():
             title = f"{run['label']}, seed {run['seed']}, {run['model']} trained on {run['task']}"

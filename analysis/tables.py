@@ -72,7 +72,7 @@ def method_table(frame: pd.DataFrame, step_times: StepTimes | None = None) -> pd
             )
     table = pd.DataFrame(rows, columns=pd.Index(COLUMNS))
     table = table.astype(
-        dict.fromkeys(("trainable_parameters", "n", "limit", "place"), "Int64")
+        dict.fromkeys(("trainable_parameters", "n", "limit", "place", "bits"), "Int64")
         | dict.fromkeys(("size_number", "learning_rate"), "float64")
     )
     return table.sort_values(ROW_ORDER, ignore_index=True, na_position="first")

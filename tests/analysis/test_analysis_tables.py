@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import fmean
 
+import pandas as pd
 import pytest
 
 from analysis.load import find_runs, load_runs, records
@@ -123,3 +124,14 @@ def test_a_mean_of_parts_scored_by_different_code_is_marked(tmp_path: Path) -> N
     commit(score_other(run, [1, 1]), "b")
     table = method_table(load_runs([run]).frame).set_index("benchmark")
     assert table["mixed"].to_dict() == {"arith": [], "other": ["code versions"], "mean of 2": ["code versions"]}
+
+
+def test_bits_are_whole_numbers_next_to_a_base_without_any(tmp_path: Path) -> None:
+    """The paper's tables look for them as text: 4, not 4.0."""
+    for size in (4, 8):
+        write_run(tmp_path, "lora", size=size, items=[1, 0])
+    frame = load_runs(find_runs([tmp_path])).frame
+    frame = frame.assign(quantizer=["nf", None], bits=pd.array([4, None], dtype="Int64"))
+    table = method_table(frame)
+    assert ",nf,4," in to_csv(table)
+    assert sorted(display(table)["Quantised base"]) == ["", "nf, 4 bits"]
