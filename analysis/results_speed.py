@@ -205,6 +205,21 @@ def tokens() -> str:
     return markdown(pd.DataFrame(rows))
 
 
+def reports() -> str:
+    """Return what a report of thousands of runs takes."""
+    found = record("reports/reports.json")
+    rows = [
+        {
+            "Report": f"{found['runs']:,} runs of {found['settings']} settings, {kind}",
+            "Seconds": f"{one['seconds']:.0f}",
+            "Processor time, s": f"{one['processor_seconds']:.0f}",
+            "Peak of a process, MB": f"{one['peak_bytes'] / 1e6:,.0f}",
+        }
+        for kind, one in found["reports"].items()
+    ]
+    return markdown(pd.DataFrame(rows))
+
+
 def generation(name: str) -> str:
     """Return a sentence about what was asked, and a row per back end."""
     found = record(name)
@@ -235,6 +250,6 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
         *(device, note, whole_model, layers, products, gpu_methods, correctness, peaks, quantise_seconds),
-        *(quantise_errors, quantised_passes, quantised_memory, tokens, generation),
+        *(quantise_errors, quantised_passes, quantised_memory, tokens, reports, generation),
     )
 }
