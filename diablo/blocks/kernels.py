@@ -105,10 +105,11 @@ def product(x: Tensor, blocks: Tensor, probability: float, seed: int, drops_inpu
         return y
     wide, columns = (_tile(d_in) if d_in <= 256 else 64), min(64, _tile(d_out))
     grid = (num_blocks * math.ceil(d_out / columns), math.ceil(x.shape[0] / 64))
-    _product[grid](
-        y, x, blocks, x.shape[0], x.stride(0), y.stride(0), *blocks.stride(), *_key(probability, seed),
-        num_blocks, d_in, d_out, drops_input, 64, wide, columns, num_warps=4, num_stages=2,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # of a model on several GPUs, where Triton would launch on the current one
+        _product[grid](
+            y, x, blocks, x.shape[0], x.stride(0), y.stride(0), *blocks.stride(), *_key(probability, seed),
+            num_blocks, d_in, d_out, drops_input, 64, wide, columns, num_warps=4, num_stages=2,
+        )  # fmt: skip
     return y
 
 
@@ -129,10 +130,11 @@ def gradient(x: Tensor, grad_y: Tensor, shape: tuple[int, int, int], probability
     per_part = math.ceil(x.shape[0] / math.ceil(PROGRAMS / tiles) / tokens) * tokens
     splits = math.ceil(x.shape[0] / per_part)
     parts = torch.empty((splits, *shape), dtype=torch.float32, device=x.device)
-    _gradient[tiles, splits](
-        parts, x, grad_y, x.shape[0], per_part, x.stride(0), grad_y.stride(0), *_key(probability, seed),
-        num_blocks, d_in, d_out, tokens, wide, columns, num_warps=4, num_stages=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _gradient[tiles, splits](
+            parts, x, grad_y, x.shape[0], per_part, x.stride(0), grad_y.stride(0), *_key(probability, seed),
+            num_blocks, d_in, d_out, tokens, wide, columns, num_warps=4, num_stages=4,
+        )  # fmt: skip
     return parts[0] if splits == 1 else parts.sum(0)
 
 
