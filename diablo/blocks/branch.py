@@ -40,6 +40,14 @@ def draw(probability: float, computed_as: Tensor, is_even: bool) -> Dropout:
     return Dropout(probability, int(torch.randint(2**62, ())), suits and _kernels(computed_as.device) is not None)
 
 
+def mask_of(x: Tensor, dropout: Dropout) -> Tensor | None:
+    """Return the mask of the layer's input x, ones and zeros; None if nothing is dropped, or by the kernels."""
+    if not dropout.probability or dropout.in_kernels:
+        return None
+    generator = torch.Generator(x.device).manual_seed(dropout.seed)
+    return torch.empty_like(x).bernoulli_(1 - dropout.probability, generator=generator)
+
+
 def product(x: Tensor, blocks: Tensor, positions: Positions | None, out_features: int, dropout: Dropout) -> Tensor:
     """Return `dropout(x) @ S`, `(tokens, out_features)`.
 
@@ -49,31 +57,42 @@ def product(x: Tensor, blocks: Tensor, positions: Positions | None, out_features
     """
     if dropout.in_kernels:
         return _module(x).product(x, blocks, dropout.probability, dropout.seed)
-    blocks = blocks.to(x.dtype)
-    return at_positions.product(_drop(x, _mask(x, dropout), dropout), blocks, positions, out_features)
+    dropped = _drop(x, mask_of(x, dropout), dropout)
+    return at_positions.product(dropped, blocks.to(x.dtype), positions, out_features)
 
 
 def add_product_(y: Tensor, x: Tensor, blocks: Tensor, positions: Positions | None, dropout: Dropout) -> Tensor:
     """Compute `y += dropout(x) @ S` in place. Shapes are those of `product`."""
     if dropout.in_kernels:
         return y.add_(product(x, blocks, positions, y.shape[1], dropout))
-    return at_positions.add_product_(y, _drop(x, _mask(x, dropout), dropout), blocks.to(x.dtype), positions)
+    return at_positions.add_product_(y, _drop(x, mask_of(x, dropout), dropout), blocks.to(x.dtype), positions)
 
 
 def input_gradient(
-    grad_y: Tensor, blocks: Tensor, positions: Positions | None, in_features: int, dropout: Dropout
+    grad_y: Tensor,
+    blocks: Tensor,
+    positions: Positions | None,
+    in_features: int,
+    dropout: Dropout,
+    mask: Tensor | None,
 ) -> Tensor:
-    """Return the branch's part of dX, `(tokens, in_features)`."""
+    """Return the branch's part of dX, `(tokens, in_features)`. `mask`: `mask_of` the layer's input."""
     transposed = blocks.transpose(1, 2)
     if dropout.in_kernels:
         return _module(grad_y).product(grad_y, transposed, dropout.probability, dropout.seed, drops_input=False)
     back = positions and positions.transposed
     grad_x = at_positions.product(grad_y, transposed.to(grad_y.dtype), back, in_features)
-    return _drop(grad_x, _mask(grad_x, dropout), dropout)
+    return _drop(grad_x, mask, dropout)
 
 
 def gradient(
-    x: Tensor, grad_y: Tensor, blocks: Tensor, positions: Positions | None, dropout: Dropout, gathered: bool = False
+    x: Tensor,
+    grad_y: Tensor,
+    blocks: Tensor,
+    positions: Positions | None,
+    dropout: Dropout,
+    mask: Tensor | None,
+    gathered: bool = False,
 ) -> Tensor:
     """Return the gradient of the blocks, in their shape and dtype.
 
@@ -83,16 +102,7 @@ def gradient(
     shape = BlockShape(*blocks.shape)
     if dropout.in_kernels:
         return _module(x).gradient(x, grad_y, shape, dropout.probability, dropout.seed).to(blocks.dtype)
-    dropped = _drop(x, _mask(x, dropout), dropout)
-    return at_positions.gradient(dropped, grad_y, shape, positions, blocks.dtype, gathered)
-
-
-def _mask(x: Tensor, dropout: Dropout) -> Tensor | None:
-    """Return the mask, ones and zeros."""
-    if not dropout.probability:
-        return None
-    generator = torch.Generator(x.device).manual_seed(dropout.seed)
-    return torch.empty_like(x).bernoulli_(1 - dropout.probability, generator=generator)
+    return at_positions.gradient(_drop(x, mask, dropout), grad_y, shape, positions, blocks.dtype, gathered)
 
 
 def _drop(x: Tensor, mask: Tensor | None, dropout: Dropout) -> Tensor:

@@ -151,17 +151,18 @@ class _BlockLinear(torch.autograd.Function):
             )
         x = x if ctx.recomputed is None else ctx.recomputed.take(ctx.next_functions[0][0])
         rows, grad_rows = _rows(x).to(weight.dtype), _rows(grad_y)
+        mask = branch.mask_of(rows, ctx.dropout)
         grad_x = grad_blocks = None
         with _without_autocast(x):
             if ctx.needs_input_grad[0]:
                 if ctx.in_weight is None:
-                    grad_x = branch.input_gradient(grad_rows, blocks, positions, weight.shape[1], ctx.dropout)
+                    grad_x = branch.input_gradient(grad_rows, blocks, positions, weight.shape[1], ctx.dropout, mask)
                     grad_x.addmm_(grad_rows, weight)
                 else:
                     grad_x = grad_rows @ weight
                 grad_x = grad_x.view(*grad_y.shape[:-1], weight.shape[1]).to(ctx.x_dtype)
             if ctx.needs_input_grad[3]:
-                grad_blocks = branch.gradient(rows, grad_rows, blocks, positions, ctx.dropout, ctx.gathered)
+                grad_blocks = branch.gradient(rows, grad_rows, blocks, positions, ctx.dropout, mask, ctx.gathered)
         return grad_x, None, None, grad_blocks, None, None, None, None, None
 
 
@@ -195,13 +196,14 @@ class _AddBlocks(torch.autograd.Function):
         x = x if ctx.recomputed is None else ctx.recomputed.take(ctx.next_functions[1][0])
         positions = _positions(inputs, outputs)
         rows, grad_rows = _rows(x).to(grad_y.dtype), _rows(grad_y)
+        mask = branch.mask_of(rows, ctx.dropout)
         grad_x = grad_blocks = None
         with _without_autocast(x):
             if ctx.needs_input_grad[1]:
-                grad_x = branch.input_gradient(grad_rows, blocks, positions, rows.shape[1], ctx.dropout)
+                grad_x = branch.input_gradient(grad_rows, blocks, positions, rows.shape[1], ctx.dropout, mask)
                 grad_x = grad_x.view(x.shape).to(x.dtype)
             if ctx.needs_input_grad[2]:
-                grad_blocks = branch.gradient(rows, grad_rows, blocks, positions, ctx.dropout)
+                grad_blocks = branch.gradient(rows, grad_rows, blocks, positions, ctx.dropout, mask)
         return grad_y, grad_x, grad_blocks, None, None, None, None
 
 
