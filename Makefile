@@ -56,8 +56,8 @@ install: .venv/installed ## only make .venv and install what the pipeline needs,
 install-dev: .venv/installed-dev ## what tests, lint, documentation and notebooks need, too
 
 # torch comes first and alone: with what its build for this machine needs, e.g. CUDA's libraries, and whatever asks for it
-# next finds it there. Of the rest the lists name every package: without --no-deps, pip would add 20 that lm_eval asks
-# for and nothing here uses.
+# next finds it there. Of the rest the lists name every package: without --no-deps, pip would add 19 that lm_eval asks
+# for and that are not used here.
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else f"Python {sys.version.split()[0]} is too old, 3.11 or newer is needed: make PYTHON=python3.12 …")'
 	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }

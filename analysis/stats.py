@@ -133,9 +133,10 @@ def _draws(
     for start in range(0, replicates, block):
         drawn = generator.integers(np.tile(limits, (min(block, replicates - start), 1)))
         *drawn_items, of_seeds = np.split(drawn, np.cumsum(sizes), axis=1)
-        drawn_seeds.append(of_seeds)
-        for blocks, n, items in zip(counts, sizes, drawn_items, strict=True):
-            blocks.append(_counts(items).astype(np.min_scalar_type(n)))
+        drawn_seeds.append(of_seeds.copy())  # a view would keep everything drawn
+        for blocks, items in zip(counts, drawn_items, strict=True):
+            counted = _counts(items)
+            blocks.append(counted.astype(np.min_scalar_type(counted.max())))
     return counts, np.concatenate(drawn_seeds)
 
 

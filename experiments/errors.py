@@ -61,7 +61,8 @@ def shortened(lines: Sequence[str]) -> str:
 
 def check_installed(package: str, setting: str) -> None:
     """Raise a UserError if the package that a setting needs is missing."""
-    if importlib.util.find_spec(package) is None:
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:  # a folder of this name, as wandb makes one, is no package
         raise UserError(f"{setting}: the package {package} is not installed: pip install {package}")
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.metadata import requires
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,24 @@ def test_the_pinned_lists_need_no_other_package() -> None:
             needs = [Requirement(line) for line in requires(name) or ()]
             asked = {name_of(need.name) for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})}
             assert asked <= known | {"setuptools"}, f"{name} needs {sorted(asked - known)}"
+
+
+def imports(path: Path) -> set[str]:
+    """Return the packages that a file imports whatever happens: not in a function, a `try` or under a condition."""
+    found = ast.parse(path.read_text(encoding="utf-8")).body
+    names = [alias.name for node in found if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in found if isinstance(node, ast.ImportFrom) and not node.level]
+    return {name.partition(".")[0] for name in names}
+
+
+def test_what_is_used_of_lm_eval_finds_its_imports() -> None:
+    pinned = {name_of(line) for line in read("requirements.txt").splitlines() if "==" in line}
+    home = Path(str(importlib.util.find_spec("lm_eval").origin)).parent  # pyright: ignore[reportOptionalMemberAccess]
+    packages = packages_distributions()
+    for name in ("api/task", "api/metrics", "api/model", "evaluator", "models/huggingface", "models/vllm_causallms"):
+        for package in sorted(imports(home / f"{name}.py") - sys.stdlib_module_names - {"lm_eval", "vllm"}):
+            known = {name_of(distribution) for distribution in packages.get(package, [])}
+            assert known & pinned, f"lm_eval/{name}.py imports {package}, which requirements.txt does not have"
 
 
 def test_actions_have_versions() -> None:

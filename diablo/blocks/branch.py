@@ -37,7 +37,11 @@ def draw(probability: float, computed_as: Tensor, is_even: bool) -> Dropout:
     if not probability:
         return Dropout()
     suits = is_even and computed_as.is_cuda and computed_as.element_size() == 2 and not torch.compiler.is_compiling()
-    return Dropout(probability, int(torch.randint(2**62, ())), suits and _kernels(computed_as.device) is not None)
+    return Dropout(
+        probability,
+        int(torch.randint(2**62, ())),
+        suits and _kernels(computed_as.device, computed_as.dtype) is not None,
+    )
 
 
 def mask_of(x: Tensor, dropout: Dropout) -> Tensor | None:
@@ -111,20 +115,22 @@ def _drop(x: Tensor, mask: Tensor | None, dropout: Dropout) -> Tensor:
 
 
 @cache
-def _kernels(device: torch.device) -> ModuleType | None:
+def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     """Return the module of kernels; None, with a warning, where Triton cannot run them."""
     try:
         from diablo.blocks import kernels
 
-        kernels.try_out(device)
+        kernels.try_out(device, dtype)
     except Exception as error:
         why = " ".join(str(error).split())[:200] or type(error).__name__
-        warnings.warn(f"dropout takes longer on {device}, because Triton does not run there: {why}", stacklevel=2)
+        warnings.warn(
+            f"dropout takes longer in {dtype} on {device}, because Triton does not run there: {why}", stacklevel=2
+        )
         return None
     return kernels
 
 
 def _module(x: Tensor) -> ModuleType:
-    kernels = _kernels(x.device)
+    kernels = _kernels(x.device, x.dtype)
     assert kernels is not None
     return kernels

@@ -39,8 +39,9 @@ def _product(
 ):  # fmt: skip
     # Neighbouring programs work on the same tokens, so that memory is read and written along its rows.
     tiles: tl.constexpr = (D_OUT + OUT - 1) // OUT
-    block, row = tl.program_id(0) // tiles, tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    j = (tl.program_id(0) % tiles) * OUT + tl.arange(0, OUT)
+    tile = tl.program_id(0) % (N * tiles)
+    block, row = tile // tiles, tl.program_id(0) // (N * tiles) * TOKENS + tl.arange(0, TOKENS)
+    j = (tile % tiles) * OUT + tl.arange(0, OUT)
     output, inside, far = block * D_OUT + j, row < tokens, row.to(tl.int64)
     total = tl.zeros((TOKENS, OUT), tl.float32)
     for start in tl.range(0, D_IN, IN):
@@ -104,9 +105,9 @@ def product(x: Tensor, blocks: Tensor, probability: float, seed: int, drops_inpu
     if not y.numel():
         return y
     wide, columns = (_tile(d_in) if d_in <= 256 else 64), min(64, _tile(d_out))
-    grid = (num_blocks * math.ceil(d_out / columns), math.ceil(x.shape[0] / 64))
+    programs = num_blocks * math.ceil(d_out / columns) * math.ceil(x.shape[0] / 64)
     with torch.cuda.device_of(x):  # of a model on several GPUs, where Triton would launch on the current one
-        _product[grid](
+        _product[(programs,)](
             y, x, blocks, x.shape[0], x.stride(0), y.stride(0), *blocks.stride(), *_key(probability, seed),
             num_blocks, d_in, d_out, drops_input, 64, wide, columns, num_warps=4, num_stages=2,
         )  # fmt: skip
@@ -138,10 +139,11 @@ def gradient(x: Tensor, grad_y: Tensor, shape: tuple[int, int, int], probability
     return parts[0] if splits == 1 else parts.sum(0)
 
 
-def try_out(device: torch.device) -> None:
-    """Run a kernel on a small product, so that a Triton that cannot compile for this device raises its error here."""
-    x = torch.ones(16, 32, device=device, dtype=torch.bfloat16)
-    if not torch.equal(product(x, x.new_ones(2, 16, 16), 0.0, 0), 16 * x):
+def try_out(device: torch.device, dtype: torch.dtype) -> None:
+    """Run the kernels on small blocks, so that a Triton that cannot compile for this device raises its error here."""
+    x, grad_y = torch.ones(16, 512, device=device, dtype=dtype), torch.ones(16, 512, device=device, dtype=dtype)
+    whole = product(x, x.new_full((2, 256, 256), 2**-8), 0.0, 0), gradient(x, grad_y, (2, 256, 256), 0.0, 0)
+    if not (torch.equal(whole[0], x) and torch.equal(whole[1], whole[1].new_full((2, 256, 256), 16))):
         raise RuntimeError("a small product is wrong")
 
 

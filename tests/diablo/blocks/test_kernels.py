@@ -91,7 +91,7 @@ def test_the_mask_looks_random() -> None:
 @pytest.mark.parametrize("kind", ["plain", "with bias", "computing its own product"])
 def test_a_layer_with_them_equals_a_dense_one(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(branch, "draw", lambda *_: Dropout(P, SEED, in_kernels=True))
-    monkeypatch.setattr(branch, "_kernels", lambda _: kernels)
+    monkeypatch.setattr(branch, "_kernels", lambda *_: kernels)
     torch.manual_seed(0)
     base = nn.Linear(40, 86, bias=kind == "with bias")
     if kind == "computing its own product":  # as quantised layers do
