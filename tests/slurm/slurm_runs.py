@@ -89,6 +89,11 @@ class Running:
     def wait_for_restarts(self, count: int, seconds: float = 60) -> None:
         wait_for(lambda: self.cluster.job(self.task).get("Restarts") == f"{count}", f"restart {count}", seconds)
 
+    def wait_for_requeues(self, count: int) -> None:
+        """Wait until the task has said that it requeued itself, which it does after Slurm has counted the restart."""
+        wait_for(lambda: self.log().count(f"requeued {self.task}") >= count, f"requeue {count} in the log", 20)
+        assert self.log().count(f"requeued {self.task}") == count
+
     def finish(self) -> None:
         job = self.cluster.wait(self.task, END, 180)
         assert job["JobState"] == "COMPLETED", self.log()

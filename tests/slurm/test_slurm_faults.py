@@ -79,7 +79,7 @@ def test_warned_with_a_time_of_grace_and_before_the_time_limit(
 
     cluster.output("sbatch", *ALL_NODES, "--wrap", "sleep 1")
     running.wait_for_restarts(1)
-    assert running.log().count(f"requeued {running.task}") == 1
+    running.wait_for_requeues(1)
     running.wait_for_steps()
 
     # Slurm checks limits every half minute and may warn a minute early; it never requeues at a limit itself. The
@@ -95,7 +95,7 @@ def test_warned_with_a_time_of_grace_and_before_the_time_limit(
     finally:
         os.kill(pid, signal.SIGCONT)
     running.wait_for_restarts(2)
-    assert running.log().count(f"requeued {running.task}") == 2
+    running.wait_for_requeues(2)
 
     running.finish()
     assert len(running.resumed_at()) == 2
