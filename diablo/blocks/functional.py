@@ -20,6 +20,7 @@ from diablo.blocks import branch
 from diablo.blocks.branch import Dropout
 from diablo.blocks.in_place import Overwrite
 from diablo.blocks.positions import Positions, gather, is_smaller_gathered
+from diablo.blocks.products import is_even
 from diablo.blocks.recompute import RecomputedInput, recomputed_input
 
 
@@ -213,8 +214,7 @@ def _is_gathered(x: Tensor, in_weight: Overwrite | None, positions: Positions | 
 
 
 def _is_even(x: Tensor, blocks: Tensor, positions: Positions | None, out_features: int) -> bool:
-    num_blocks, d_in, d_out = blocks.shape
-    return positions is None and (num_blocks * d_in, num_blocks * d_out) == (x.shape[-1], out_features)
+    return positions is None and is_even(blocks.shape, x.shape[-1], out_features)
 
 
 def _positions(inputs: Tensor | None, outputs: Tensor | None) -> Positions | None:

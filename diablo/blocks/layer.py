@@ -23,7 +23,7 @@ from diablo.blocks import positions as at_positions
 from diablo.blocks.config import BlockConfig, DiabloConfig
 from diablo.blocks.in_place import InPlaceLayer, Overwrite, Part, check_written, local_shard, mark_of, unwatch
 from diablo.blocks.positions import ChosenEntries, Positions
-from diablo.blocks.products import BlockShape, block_shape, covered, delta_weight, diagonal_blocks
+from diablo.blocks.products import BlockShape, block_shape, covered, delta_weight, diagonal_blocks, is_even
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SMALLEST_SIDE = 16  # of a block that `auto` trains in place: below, a batched product wastes most of each tile
@@ -151,7 +151,7 @@ class DiabloLayer(BaseTunerLayer, InPlaceLayer):
         """Return the shape of the diagonal blocks, and whether it suits in-place training."""
         assert isinstance(config, DiabloConfig)
         shape = block_shape(self.in_features, self.out_features, config.blocks_of(name), config.allow_uneven)
-        even = shape.num_blocks * shape.d_in == self.in_features and shape.num_blocks * shape.d_out == self.out_features
+        even = is_even(shape, self.in_features, self.out_features)
         return shape, even and min(shape.d_in, shape.d_out) >= SMALLEST_SIDE
 
     def positions(self, adapter_name: str) -> Positions | None:

@@ -70,6 +70,12 @@ def whole_blocks(shape: BlockShape, in_features: int, out_features: int) -> tupl
     return whole, min(d_in, in_features - whole * d_in), min(d_out, out_features - whole * d_out)
 
 
+def is_even(shape: tuple[int, ...], in_features: int, out_features: int) -> bool:
+    """Return whether blocks of this shape cover the whole diagonal of a layer, without padding."""
+    num_blocks, d_in, d_out = shape
+    return (num_blocks * d_in, num_blocks * d_out) == (in_features, out_features)
+
+
 def covered(blocks: Tensor, in_features: int, out_features: int) -> list[Tensor]:
     """Return the entries of ``blocks`` that lie inside the layer, as one view or, in an uneven split, two.
 
@@ -108,8 +114,8 @@ def block_product(x: Tensor, blocks: Tensor, out_features: int) -> Tensor:
     Returns:
         ``(tokens, out_features)``.
     """
-    num_blocks, d_in, d_out = blocks.shape
-    if (num_blocks * d_in, num_blocks * d_out) != (x.shape[1], out_features):
+    _, d_in, d_out = blocks.shape
+    if not is_even(blocks.shape, x.shape[1], out_features):
         return add_block_product_(x.new_zeros(x.shape[0], out_features), x, blocks)
     blocks = _grouped(blocks, x)
     x_blocks = x.unflatten(1, blocks.shape[:2]).transpose(0, 1)
