@@ -14,6 +14,8 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 
+from experiments import cache_folder
+
 JSON_COLUMNS = ["environment", "eval_environment", "extra_metrics", "commits", "problems"]
 EVALUATION = ("score.json", "plan.json", "samples.jsonl", "judgements.jsonl")
 LENGTHS = "item_lengths"  # lengths of the arrays in `items`: one for a single benchmark, several for a mean
@@ -55,8 +57,7 @@ def cached_rows(
     from experiments.runs.records import content_hash
 
     parents = sorted(str(parent.resolve()) for parent in {directory.parent for directory in directories})
-    folder = Path(os.environ.get("DIABLO_CACHE") or Path.home() / ".cache" / "diablo") / "runs"
-    path = folder / f"{content_hash([version, parents])[:16]}.parquet"
+    path = cache_folder() / "runs" / f"{content_hash([version, parents])[:16]}.parquet"
     wanted = [signature(str(directory)) for directory in directories]
     known = _load(path)
     if known is not None and known["signature"].drop_duplicates().tolist() == wanted:

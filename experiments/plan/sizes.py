@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
@@ -17,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+from experiments import cache_folder
 from experiments.runs.environment import training_code
 from experiments.runs.records import content_hash, file_hash, write_atomically
 
@@ -68,8 +68,7 @@ def pass_bytes(
 
 def _kept(arguments: Sequence[Any], count: int, compute: Callable[[], Sequence[int]]) -> Sequence[int]:
     """Return what `compute` returns, `count` numbers, from its file if it was computed before."""
-    home = Path(os.environ.get("DIABLO_CACHE") or Path.home() / ".cache" / "diablo") / "planned"
-    path = home / f"{content_hash([list(arguments), _code()])[:32]}.json"
+    path = cache_folder() / "planned" / f"{content_hash([list(arguments), _code()])[:32]}.json"
     with suppress(OSError, ValueError):
         found = json.loads(path.read_text(encoding="utf-8"))
         numbers = cast("list[Any]", found) if isinstance(found, list) else []
